@@ -1,0 +1,55 @@
+"""Parameters and training states on disk, through Orbax. A checkpoint is there whole or not at all."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from warp_jax.types import Params
+
+
+def save_params(path: Path, params: Params) -> None:
+    """Write a pytree; Orbax renames it into place when it is complete. An existing checkpoint stays as it is."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), params)
+
+
+def has_params(path: Path) -> bool:
+    """True if `save_params` has completed for this path."""
+    return path.is_dir()
+
+
+def restore_params(path: Path, like: Params) -> Params:
+    """Read a pytree with the structure, dtypes and shardings of `like` (arrays or jax.ShapeDtypeStruct)."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path.absolute(), _abstract(like))
+
+
+class StateStore:
+    """The newest state of one optimisation, saved in the background."""
+
+    def __init__(self, directory: Path):
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    def latest_step(self) -> int:
+        """Step of the stored state, 0 if there is none."""
+        return self._manager.latest_step() or 0
+
+    def save(self, step: int, state: Any) -> None:
+        """Store the state after `step` steps; returns before it is on disk."""
+        self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, like: Any) -> Any:
+        """Read the newest state, laid out as `like`."""
+        return self._manager.restore(self.latest_step(), args=ocp.args.StandardRestore(_abstract(like)))
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,0 +1,62 @@
+"""The gold reward: tf-idf and logistic regression on reviews that the reward model never saw. Evaluated, never trained on."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+from warp_jax import files
+
+
+class GoldReward(NamedTuple):
+    """Log-odds that a text is positive. terms: words and word pairs; weights: float64, one per term (idf included)."""
+
+    terms: list[str]
+    idf: np.ndarray
+    weights: np.ndarray
+    bias: float
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()
+    ) -> np.ndarray:
+        """A text reward function: scores prompt + completion."""
+        del rows
+        vectorizer = _make_vectorizer(vocabulary=self.terms)
+        vectorizer.idf_ = self.idf
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        return vectorizer.transform(texts) @ self.weights + self.bias
+
+
+def fit(texts: Sequence[str], labels: Sequence[int], max_terms: int) -> GoldReward:
+    """Fit on fragments of text with labels 0 or 1."""
+    vectorizer = _make_vectorizer(max_features=max_terms, min_df=2)
+    features = vectorizer.fit_transform(texts)
+    model = LogisticRegression(C=1.0, solver="liblinear").fit(features, labels)
+    terms = vectorizer.get_feature_names_out().tolist()
+    return GoldReward(terms, vectorizer.idf_, model.coef_[0], float(model.intercept_[0]))
+
+
+def auc(gold: GoldReward, texts: Sequence[str], labels: Sequence[int]) -> float:
+    """Probability that a positive text scores above a negative one."""
+    return float(roc_auc_score(labels, gold([""] * len(texts), texts)))
+
+
+def save(gold: GoldReward, path: Path) -> None:
+    """Write as JSON."""
+    fields = gold._replace(idf=gold.idf.tolist(), weights=gold.weights.tolist())._asdict()
+    files.write_text(path, json.dumps(fields))
+
+
+def load(path: Path) -> GoldReward:
+    """Read what `save` wrote."""
+    fields = files.read_json(path)
+    return GoldReward(fields["terms"], np.array(fields["idf"]), np.array(fields["weights"]), fields["bias"])
+
+
+def _make_vectorizer(**options: Any) -> TfidfVectorizer:
+    return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, **options)

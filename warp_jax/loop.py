@@ -1,0 +1,65 @@
+"""The loop of every optimisation: step, log, checkpoint, resume to the bit."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+from warp_jax.checkpoint import StateStore
+from warp_jax.metrics import MetricWriter
+
+State = TypeVar("State")
+StepFn = Callable[[State, int], tuple[State, Mapping[str, Any]]]
+OnStep = Callable[[int, Mapping[str, float]], None]  # steps done, latest metrics
+
+
+def run_steps(
+    step_fn: StepFn[State],
+    state: State,
+    *,
+    num_steps: int,
+    directory: Path,
+    checkpoint_every: int,
+    on_step: OnStep,
+    after_step: Callable[[int, State], None] = lambda step, state: None,
+) -> State:
+    """Apply `step_fn(state, step)` for step = 0 .. num_steps - 1, going on from the newest state in `directory`.
+
+    `step_fn` must depend on its arguments only, then a killed loop started again ends with the same bits as an
+    unbroken one. Metrics of a step are read after the next one is dispatched, so the device never waits for the host.
+    `after_step(done, state)` is called with the number of steps done, and again for a step repeated after a kill.
+    """
+    store = StateStore(directory / "state")
+    start = store.latest_step()
+    if start:
+        state = store.restore(state)
+    on_step(start, {})
+    with MetricWriter(directory, start) as writer:
+        pending: Mapping[str, Any] = {}
+        for step in range(start, num_steps):
+            state, metrics = step_fn(state, step)
+            if pending:
+                _log(writer, step - 1, pending, on_step)
+            pending = metrics
+            done = step + 1
+            after_step(done, state)
+            if done == num_steps or done % checkpoint_every == 0:
+                _log(writer, step, pending, on_step)
+                pending = {}
+            if done % checkpoint_every == 0:
+                store.save(done, state)
+    store.close()
+    return state
+
+
+def forget_state(directory: Path) -> None:
+    """Delete the state of a loop whose result is stored elsewhere."""
+    shutil.rmtree(directory / "state", ignore_errors=True)
+
+
+def _log(writer: MetricWriter, step: int, metrics: Mapping[str, Any], on_step: OnStep) -> None:
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    writer.write(step, values)
+    on_step(step + 1, values)

@@ -1,0 +1,296 @@
+"""One decoder-only transformer, wide enough in its settings for Gemma 1-3, Llama, SmolLM2, Qwen 2.5/3 and Mistral.
+
+Axis letters: B batch, S query tokens, T cached keys, V vocabulary, D width, H heads, G key-value heads, K head size,
+F mlp width, L layers. Layers are stacked: each parameter of `layers` has a leading axis L and is scanned over.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from warp_jax.models import rope
+from warp_jax.types import Array
+
+MASKED = -1e30  # finite, so that a row with no visible key stays finite
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Settings of the architecture.
+
+    norm_offset: added to every norm's scale (Gemma: 1). post_norms: a norm after attention and mlp too (Gemma 2, 3).
+    local_pattern: repeated over the layers, True = sees `sliding_window` tokens only and rotates by `rope_theta_local`
+    without scaling. query_scale: factor on the queries, 0 = head_dim ** -0.5. *_softcap: 0 = none.
+    head: "language" (logits over the vocabulary) or "scalar" (one number per token, a reward model).
+    dtype: of activations; parameters are float32.
+    """
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    activation: str = "silu"
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    query_scale: float = 0.0
+    attention_softcap: float = 0.0
+    final_softcap: float = 0.0
+    scale_embedding: bool = False
+    tied_head: bool = True
+    rope_theta: float = 10_000.0
+    rope_theta_local: float = 10_000.0
+    rope_scaling: rope.RopeScaling = rope.RopeScaling()
+    local_pattern: tuple[bool, ...] = (False,)
+    sliding_window: int = 0
+    head: str = "language"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads: got {self.num_heads}, want a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: got {self.head_dim}, want an even number (rotary pairs)")
+        if any(self.local_pattern) and self.sliding_window < 1:
+            raise ValueError("sliding_window: got 0 with local layers, want at least 1 token")
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(f"activation: got {self.activation!r}, want one of {', '.join(_ACTIVATIONS)}")
+        if self.head not in ("language", "scalar"):
+            raise ValueError(f"head: got {self.head!r}, want 'language' or 'scalar'")
+
+    @property
+    def is_local(self) -> tuple[bool, ...]:
+        """For each layer, whether it sees the sliding window only."""
+        return tuple(self.local_pattern[i % len(self.local_pattern)] for i in range(self.num_layers))
+
+
+class Cache(NamedTuple):
+    """Keys and values seen so far. keys, values: [L, B, T, G, K]; positions: int32 [B, T]; valid: bool [B, T];
+    length: int32 [], where the next token is written (the same for all rows: prompts are left-padded).
+    """
+
+    keys: Array
+    values: Array
+    positions: Array
+    valid: Array
+    length: Array
+
+
+def init_cache(config: TransformerConfig, batch: int, capacity: int) -> Cache:
+    """An empty cache for `capacity` tokens a row."""
+    shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
+    return Cache(
+        keys=jnp.zeros(shape, config.dtype),
+        values=jnp.zeros(shape, config.dtype),
+        positions=jnp.zeros((batch, capacity), jnp.int32),
+        valid=jnp.zeros((batch, capacity), bool),
+        length=jnp.zeros((), jnp.int32),
+    )
+
+
+_ACTIVATIONS = {"silu": nn.silu, "gelu": lambda x: nn.gelu(x, approximate=True)}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (offset + scale) over the last axis, in float32."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        initial = nn.initializers.constant(1.0 - self.config.norm_offset)
+        scale = self.param("scale", initial, (x.shape[-1],)) + self.config.norm_offset
+        wide = x.astype(jnp.float32)
+        rms = jnp.sqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.config.norm_eps)
+        return (wide / rms * scale).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array, cache: Cache | None, layer: Array, local: Array, seen: "Seen") -> tuple[Array, Any]:
+        cfg = self.config
+        query = self._project("q", cfg.num_heads, x)
+        key = self._project("k", cfg.num_kv_heads, x)
+        value = self._project("v", cfg.num_kv_heads, x)
+        if cfg.qk_norm:
+            query, key = RMSNorm(cfg, name="q_norm")(query), RMSNorm(cfg, name="k_norm")(key)
+        frequencies = _frequencies(cfg, local)
+        query, key = (
+            rope.rotate(y, seen.query_positions, frequencies, scale)
+            for y, scale in zip((query, key), (_rope_scale(cfg, local),) * 2, strict=True)
+        )
+        if cache is not None:
+            cache = _write(cache, layer, key, value)
+            key = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
+            value = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
+        visible = _visible(cfg, local, seen)
+        mixed = attend(query, key, value, visible, cfg.query_scale or cfg.head_dim**-0.5, cfg.attention_softcap)
+        out = nn.DenseGeneral(cfg.width, axis=(-2, -1), use_bias=False, dtype=cfg.dtype, name="o")
+        return out(mixed), cache
+
+    def _project(self, name: str, heads: int, x: Array) -> Array:
+        cfg = self.config
+        return nn.DenseGeneral((heads, cfg.head_dim), use_bias=cfg.qkv_bias, dtype=cfg.dtype, name=name)(x)
+
+
+class Seen(NamedTuple):
+    """Which tokens ask and which can be seen: query_positions [B, S]; key_positions, key_valid [B, T]."""
+
+    query_positions: Array
+    key_positions: Array
+    key_valid: Array
+
+
+def attend(query: Array, key: Array, value: Array, visible: Array, scale: float, softcap: float) -> Array:
+    """Softmax attention. query [B, S, H, K]; key, value [B, T, G, K]; visible [B, S, T] -> [B, S, H, K]."""
+    batch, length, heads, size = query.shape
+    groups = key.shape[2]
+    query = query.reshape(batch, length, groups, heads // groups, size)
+    scores = jnp.einsum("bsgqk,btgk->bgqst", query * scale, key).astype(jnp.float32)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(visible[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bgqst,btgk->bsgqk", weights, value).reshape(batch, length, heads, size)
+
+
+class Mlp(nn.Module):
+    """down(activation(gate(x)) * up(x))."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        cfg = self.config
+
+        def dense(width: int, name: str) -> nn.Dense:
+            return nn.Dense(width, use_bias=False, dtype=cfg.dtype, name=name)
+
+        gated = _ACTIVATIONS[cfg.activation](dense(cfg.mlp_dim, "gate")(x)) * dense(cfg.mlp_dim, "up")(x)
+        return dense(cfg.width, "down")(gated)
+
+
+class Layer(nn.Module):
+    """Attention and mlp, each with a norm before (and after, with post_norms) and a residual around."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, carry: tuple[Array, Any], numbers: tuple[Array, Array], seen: Seen) -> tuple[Any, None]:
+        x, cache = carry
+        layer, local = numbers
+        cfg = self.config
+        mixed, cache = Attention(cfg, name="attention")(
+            RMSNorm(cfg, name="attention_norm")(x), cache, layer, local, seen
+        )
+        x = x + (RMSNorm(cfg, name="attention_post_norm")(mixed) if cfg.post_norms else mixed)
+        fed = Mlp(cfg, name="mlp")(RMSNorm(cfg, name="mlp_norm")(x))
+        x = x + (RMSNorm(cfg, name="mlp_post_norm")(fed) if cfg.post_norms else fed)
+        return (x, cache), None
+
+
+class Transformer(nn.Module):
+    """Token ids to logits (or to one number per token).
+
+    Call with token_ids int32 [B, S] and mask bool [B, S] (True = real token). Without a cache the tokens are the
+    whole sequence; with one they are appended to it. Returns (float32 [B, S, V], or [B, S] with a scalar head; cache);
+    num_outputs > 0 keeps the outputs of the last tokens only, before the costly head.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, token_ids: Array, mask: Array, cache: Cache | None = None, num_outputs: int = 0
+    ) -> tuple[Array, Cache | None]:
+        cfg = self.config
+        embed = nn.Embed(cfg.vocab_size, cfg.width, dtype=cfg.dtype, embedding_init=_embedding_init, name="embed")
+        x = embed(token_ids)
+        if cfg.scale_embedding:
+            x = x * jnp.asarray(cfg.width**0.5, cfg.dtype)
+        seen, cache = _place(mask, cache)
+        stack = nn.scan(
+            Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=cfg.num_layers,
+        )
+        numbers = (jnp.arange(cfg.num_layers), jnp.array(cfg.is_local))
+        (x, cache), _ = stack(cfg, name="layers")((x, cache), numbers, seen)
+        x = RMSNorm(cfg, name="final_norm")(x[:, -num_outputs:])
+        return self._head(x, embed), cache
+
+    def _head(self, x: Array, embed: nn.Embed) -> Array:
+        cfg = self.config
+        if cfg.head == "scalar":
+            score = nn.Dense(1, use_bias=False, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="score")
+            return score(x)[..., 0]
+        if cfg.tied_head:
+            logits = embed.attend(x)
+        else:
+            logits = nn.Dense(cfg.vocab_size, use_bias=False, dtype=cfg.dtype, name="lm_head")(x)
+        logits = logits.astype(jnp.float32)
+        return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
+
+
+_embedding_init = nn.initializers.normal(0.02)
+
+
+def _place(mask: Array, cache: Cache | None) -> tuple[Seen, Cache | None]:
+    """Number the real tokens of each row from 0 (or on from the cache) and say which keys exist."""
+    if cache is None:
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+        return Seen(positions, positions, mask), None
+    before = cache.valid.sum(axis=1, dtype=jnp.int32)[:, None]
+    positions = jnp.maximum(before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    start = (0, cache.length)
+    cache = cache._replace(
+        positions=jax.lax.dynamic_update_slice(cache.positions, positions, start),
+        valid=jax.lax.dynamic_update_slice(cache.valid, mask, start),
+        length=cache.length + mask.shape[1],
+    )
+    return Seen(positions, cache.positions, cache.valid), cache
+
+
+def _write(cache: Cache, layer: Array, key: Array, value: Array) -> Cache:
+    """Store the newest keys and values of one layer; `_place` has already counted them in `length`."""
+    start = (layer, 0, cache.length - key.shape[1], 0, 0)
+    return cache._replace(
+        keys=jax.lax.dynamic_update_slice(cache.keys, key[None].astype(cache.keys.dtype), start),
+        values=jax.lax.dynamic_update_slice(cache.values, value[None].astype(cache.values.dtype), start),
+    )
+
+
+def _visible(cfg: TransformerConfig, local: Array, seen: Seen) -> Array:
+    """Bool [B, S, T]: the key is a real token, not in the future, and inside the window of a local layer."""
+    distance = seen.query_positions[:, :, None] - seen.key_positions[:, None, :]
+    visible = seen.key_valid[:, None, :] & (distance >= 0)
+    if any(cfg.local_pattern):
+        visible &= ~local | (distance < cfg.sliding_window)
+    return visible
+
+
+def _frequencies(cfg: TransformerConfig, local: Array) -> Array:
+    everywhere = jnp.asarray(rope.inverse_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling))
+    if not any(cfg.local_pattern):
+        return everywhere
+    nearby = jnp.asarray(rope.inverse_frequencies(cfg.head_dim, cfg.rope_theta_local, rope.RopeScaling()))
+    return jnp.where(local, nearby, everywhere)
+
+
+def _rope_scale(cfg: TransformerConfig, local: Array) -> Any:
+    scale = rope.attention_scale(cfg.rope_scaling)
+    return jnp.where(local, 1.0, scale) if any(cfg.local_pattern) else scale

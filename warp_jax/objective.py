@@ -1,0 +1,52 @@
+"""The policy-gradient objective of WARP: REINFORCE with the KL to the anchor inside the reward (Algorithm 1, lines 7-8).
+
+Maximised: E_x E_y [ r(x, y) - kl_coef * log(policy(y | x) / anchor(y | x)) ]. All arrays are float32.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from warp_jax.types import Array
+
+ADVANTAGES = ("none", "batch_mean", "leave_one_out")
+
+
+def log_ratio(policy_logps: Array, anchor_logps: Array, completion_mask: Array) -> Array:
+    """Log policy(y | x) - log anchor(y | x), summed over the completion's tokens: [B], nats."""
+    chex.assert_equal_shape([policy_logps, anchor_logps, completion_mask])
+    return jnp.where(completion_mask, policy_logps - anchor_logps, 0.0).sum(axis=1)
+
+
+def shaped_rewards(rewards: Array, sequence_log_ratio: Array, kl_coef: float | Array) -> Array:
+    """r_beta = rewards - kl_coef * log_ratio (line 7): [B], a constant for the gradient."""
+    chex.assert_equal_shape([rewards, sequence_log_ratio])
+    return jax.lax.stop_gradient(rewards - kl_coef * sequence_log_ratio)
+
+
+def advantages(shaped: Array, kind: str, group_size: int, whiten: bool) -> Array:
+    """What multiplies grad log policy(y | x): [B].
+
+    none: the shaped reward itself (the paper writes no baseline). batch_mean: minus the batch's mean; since each sample
+    is in its own mean, the expected gradient is (B - 1) / B times the true one. leave_one_out: minus the mean of the other
+    samples of the same prompt, `group_size` consecutive rows; unbiased. whiten: divide by the batch's standard deviation.
+    """
+    chex.assert_rank(shaped, 1)
+    if kind == "none":
+        result = shaped
+    elif kind == "batch_mean":
+        result = shaped - shaped.mean()
+    elif kind == "leave_one_out":
+        groups = shaped.reshape(-1, group_size)
+        others = (groups.sum(axis=1, keepdims=True) - groups) / (group_size - 1)
+        result = (groups - others).reshape(-1)
+    else:
+        raise ValueError(f"advantages: got {kind!r}, want one of {', '.join(ADVANTAGES)}")
+    return result / (result.std() + 1e-8) if whiten else result
+
+
+def reinforce_loss(policy_logps: Array, completion_mask: Array, advantage: Array) -> Array:
+    """-mean_b advantage_b * log policy(y_b | x_b): its gradient DESCENDS, so it ascends the reward (line 8)."""
+    chex.assert_equal_shape([policy_logps, completion_mask])
+    sequence_logps = jnp.where(completion_mask, policy_logps, 0.0).sum(axis=1)
+    return -jnp.mean(jax.lax.stop_gradient(advantage) * sequence_logps)

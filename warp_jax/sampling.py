@@ -1,0 +1,129 @@
+"""Sampling completions, and scoring them again: the policy is the temperature-scaled softmax in both.
+
+`apply_fn(params, token_ids, mask, cache, num_outputs=n)` is `Transformer.apply` on the bare parameter tree;
+`make_cache(batch, capacity)` gives its empty cache.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from warp_jax.types import ApplyFn, Array, Params, PromptBatch, Rollout
+
+
+class SamplingConfig(NamedTuple):
+    """max_new_tokens: C, at most this many tokens, the stop token included. temperature > 0 divides the logits.
+    top_k: keep the k likeliest tokens, 0 = all. top_p: keep the smallest set with this probability, 1 = all.
+    stop_ids: tokens that end a completion (kept, and counted). pad_id: what fills the rest.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+class _Loop(NamedTuple):
+    step: Array  # tokens drawn so far
+    cache: Any
+    done: Array
+    completion_ids: Array
+    completion_mask: Array
+    logps: Array
+
+
+def sample(
+    apply_fn: ApplyFn,
+    make_cache: Callable[[int, int], Any],
+    params: Params,
+    prompts: PromptBatch,
+    key: Array,
+    config: SamplingConfig,
+) -> Rollout:
+    """Sample one completion for each prompt: a prefill, then one token a step until all rows have stopped.
+
+    The same key gives the same completions on any mesh. `per_token_logps` are of the distribution sampled from,
+    after temperature and truncation.
+    """
+    chex.assert_rank([prompts.prompt_ids, prompts.prompt_mask], 2)
+    batch, prompt_length = prompts.prompt_ids.shape
+    length = config.max_new_tokens
+    cache = make_cache(batch, prompt_length + length)
+    logits, cache = apply_fn(params, prompts.prompt_ids, prompts.prompt_mask, cache, num_outputs=1)
+    empty = _Loop(
+        step=jnp.zeros((), jnp.int32),
+        cache=cache,
+        done=jnp.zeros(batch, bool),
+        completion_ids=jnp.full((batch, length), config.pad_id, jnp.int32),
+        completion_mask=jnp.zeros((batch, length), bool),
+        logps=jnp.zeros((batch, length), jnp.float32),
+    )
+
+    def body(loop: _Loop) -> _Loop:
+        last = jax.lax.dynamic_slice_in_dim(loop.completion_ids, loop.step - 1, 1, axis=1)
+        logits, cache = apply_fn(params, last, ~loop.done[:, None], loop.cache, num_outputs=1)
+        return _draw(loop._replace(cache=cache), logits[:, 0], key, config)
+
+    first = _draw(empty, logits[:, 0], key, config)
+    final = jax.lax.while_loop(lambda loop: (loop.step < length) & ~loop.done.all(), body, first)
+    return Rollout(*prompts, final.completion_ids, final.completion_mask, final.logps)
+
+
+def _draw(loop: _Loop, logits: Array, key: Array, config: SamplingConfig) -> _Loop:
+    """Draw the next token of every row that has not stopped, and record it."""
+    alive = ~loop.done
+    logps = sampled_logps(logits, config)
+    token = jax.random.categorical(jax.random.fold_in(key, loop.step), logps).astype(jnp.int32)
+    token_logp = jnp.take_along_axis(logps, token[:, None], axis=1)[:, 0]
+    token = jnp.where(alive, token, config.pad_id)
+    return loop._replace(
+        step=loop.step + 1,
+        done=loop.done | _is_stop(token, config.stop_ids),
+        completion_ids=loop.completion_ids.at[:, loop.step].set(token),
+        completion_mask=loop.completion_mask.at[:, loop.step].set(alive),
+        logps=loop.logps.at[:, loop.step].set(jnp.where(alive, token_logp, 0.0)),
+    )
+
+
+def sampled_logps(logits: Array, config: SamplingConfig) -> Array:
+    """Log-probabilities [B, V] that are sampled from: temperature, then top-k, then top-p, then renormalised."""
+    logits = logits.astype(jnp.float32) / config.temperature
+    if config.top_k:
+        kth = jax.lax.top_k(logits, min(config.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if config.top_p < 1:
+        logits = jnp.where(_outside_nucleus(logits, config.top_p), -jnp.inf, logits)
+    return jax.nn.log_softmax(logits, axis=-1)
+
+
+def sequence_logits(apply_fn: ApplyFn, params: Params, rollout: Rollout, temperature: float) -> Array:
+    """Temperature-scaled logits that predict each completion token: float32 [B, C, V], by one plain forward pass."""
+    token_ids = jnp.concatenate([rollout.prompt_ids, rollout.completion_ids], axis=1)[:, :-1]
+    mask = jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)[:, :-1]
+    logits, _ = apply_fn(params, token_ids, mask, None, num_outputs=rollout.completion_ids.shape[1])
+    return logits / temperature
+
+
+def per_token_logps(apply_fn: ApplyFn, params: Params, rollout: Rollout, temperature: float) -> Array:
+    """Log pi(y_t | x, y_<t) of the rollout's tokens, nats: float32 [B, C], 0 where masked."""
+    logits = sequence_logits(apply_fn, params, rollout, temperature)
+    chosen = jnp.take_along_axis(logits, rollout.completion_ids[..., None], axis=-1)[..., 0]
+    return jnp.where(rollout.completion_mask, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
+
+
+def _outside_nucleus(logits: Array, top_p: float) -> Array:
+    """True for tokens outside the smallest set of likeliest tokens whose probability reaches top_p."""
+    order = jnp.argsort(-logits, axis=-1)
+    probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    ranks = jnp.argsort(order, axis=-1)
+    return jnp.take_along_axis(before >= top_p, ranks, axis=-1)
+
+
+def _is_stop(token: Array, stop_ids: Sequence[int]) -> Array:
+    return jnp.isin(token, jnp.array(stop_ids, jnp.int32)) if stop_ids else jnp.zeros_like(token, bool)

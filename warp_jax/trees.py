@@ -1,0 +1,106 @@
+"""Names of pytree leaves, and which leaves make up one merging unit.
+
+A leaf whose path holds the key `layers` is taken as STACKED when the next key is not a number: its
+first axis runs over the layers, as `flax.linen.scan` lays parameters out. Each slice of a stacked leaf
+has a name of its own, so that a stacked and an unstacked tree give the same units.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Unit = str | Callable[[str], str]
+_LAYER = re.compile(r"^(?:.*?[/.])?(?:layers|h|blocks?|layer)[/._](\d+)(?=[/._]|$)")
+
+
+class Units(NamedTuple):
+    """names: one per unit. of_leaf: for each leaf in `jax.tree.leaves` order, the unit of the whole leaf
+    (an int array of shape []) or of each of its layers (shape [L]).
+    """
+
+    names: tuple[str, ...]
+    of_leaf: tuple[np.ndarray, ...]
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """The keys of a `jax.tree_util` path joined by '/', e.g. 'layers/attn/q/kernel'."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def is_stacked(name: str) -> bool:
+    """True if the leaf's first axis runs over the layers."""
+    parts = name.split("/")
+    if "layers" not in parts:
+        return False
+    following = parts[parts.index("layers") + 1 :]
+    return bool(following) and not following[0].isdigit()
+
+
+def layer_names(name: str, num_layers: int) -> list[str]:
+    """Names of the slices of a stacked leaf: 'layers/0/attn/q/kernel', ..."""
+    head, _, tail = name.partition("layers/")
+    return [f"{head}layers/{i}/{tail}" for i in range(num_layers)]
+
+
+def layer_of(name: str) -> str:
+    """The default unit of a leaf: its transformer layer, else its module (embedding, final norm, head)."""
+    match = _LAYER.match(name)
+    if match:
+        return match.group(0)
+    module, _, _ = name.rpartition("/")
+    return module or name
+
+
+def _unit_fn(unit: Unit) -> Callable[[str], str]:
+    if callable(unit):
+        return unit
+    named: dict[str, Callable[[str], str]] = {
+        "layer": layer_of,
+        "tensor": lambda name: name,
+        "model": lambda name: "model",
+    }
+    if unit not in named:
+        raise ValueError(f"unit: got {unit!r}, want 'layer', 'tensor', 'model' or a function name -> unit name")
+    return named[unit]
+
+
+def units_of(tree: Any, unit: Unit = "layer") -> Units:
+    """Assign every leaf, or every layer of a stacked leaf, to its unit; units are in order of first use."""
+    unit_fn = _unit_fn(unit)
+    numbers: dict[str, int] = {}
+    index = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        stacked = is_stacked(name)
+        names = layer_names(name, leaf.shape[0]) if stacked else [name]
+        ids = np.array([numbers.setdefault(unit_fn(n), len(numbers)) for n in names], np.int32)
+        index.append(ids if stacked else ids[0])
+    return Units(tuple(numbers), tuple(index))
+
+
+def check_same_structure(reference: Any, other: Any, what: str) -> None:
+    """Raise ValueError naming the first leaf of `other` that is missing, extra or of another shape."""
+    expected = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(reference)}
+    got = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(other)}
+    for name in expected.keys() - got.keys():
+        raise ValueError(f"{what}: leaf {name!r} is missing")
+    for name in got.keys() - expected.keys():
+        raise ValueError(f"{what}: leaf {name!r} is not in the reference tree")
+    for name, leaf in expected.items():
+        if got[name].shape != leaf.shape:
+            raise ValueError(f"{what}: leaf {name!r} has shape {got[name].shape}, want {leaf.shape}")
+    if not bool(jax.tree.structure(reference) == jax.tree.structure(other)):
+        raise ValueError(f"{what}: same leaves, but containers differ from the reference tree's")
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """Every leaf in `dtype`."""
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def num_params(tree: Any) -> int:
+    """Count of scalars in all leaves."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
