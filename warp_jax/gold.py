@@ -1,4 +1,7 @@
-"""The gold reward: tf-idf and logistic regression on reviews that the reward model never saw. Evaluated, never trained on."""
+"""The gold reward: tf-idf and logistic regression on reviews that the reward model never saw.
+
+It is evaluated and never trained on, so that it shows where the policy exploits the reward model.
+"""
 
 import json
 from collections.abc import Mapping, Sequence

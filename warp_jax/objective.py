@@ -1,4 +1,4 @@
-"""The policy-gradient objective of WARP: REINFORCE with the KL to the anchor inside the reward (Algorithm 1, lines 7-8).
+"""The policy-gradient objective: REINFORCE with the KL to the anchor inside the reward (Algorithm 1, lines 7-8).
 
 Maximised: E_x E_y [ r(x, y) - kl_coef * log(policy(y | x) / anchor(y | x)) ]. All arrays are float32.
 """
@@ -27,9 +27,11 @@ def shaped_rewards(rewards: Array, sequence_log_ratio: Array, kl_coef: float | A
 def advantages(shaped: Array, kind: str, group_size: int, whiten: bool) -> Array:
     """What multiplies grad log policy(y | x): [B].
 
-    none: the shaped reward itself (the paper writes no baseline). batch_mean: minus the batch's mean; since each sample
-    is in its own mean, the expected gradient is (B - 1) / B times the true one. leave_one_out: minus the mean of the other
-    samples of the same prompt, `group_size` consecutive rows; unbiased. whiten: divide by the batch's standard deviation.
+    none: the shaped reward itself (the paper writes no baseline).
+    batch_mean: minus the batch's mean; as each sample is in its own mean, the expected gradient is (B - 1) / B times
+    the true one.
+    leave_one_out: minus the mean of the other samples of the same prompt, `group_size` consecutive rows; unbiased.
+    whiten: divide by the batch's standard deviation.
     """
     chex.assert_rank(shaped, 1)
     if kind == "none":

@@ -1,6 +1,6 @@
 """Rewards. A RewardFn maps a Rollout to Rewards: the total that is trained on and its parts by name.
 
-A learned reward model on the device, a Python function on decoded text and a weighted sum of several are all the same thing.
+A learned reward model on the device, a Python function on decoded text and a weighted sum of several are one thing.
 """
 
 import importlib

@@ -43,6 +43,7 @@ def sample(
     params: Params,
     prompts: PromptBatch,
     key: Array,
+    *,
     config: SamplingConfig,
 ) -> Rollout:
     """Sample one completion for each prompt: a prefill, then one token a step until all rows have stopped.

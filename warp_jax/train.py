@@ -30,6 +30,7 @@ class Programs(NamedTuple):
 def make_programs(
     mesh: Mesh,
     params: Params,
+    *,
     apply_fn: ApplyFn,
     make_cache: Callable[[int, int], Any],
     optimizer: optax.GradientTransformation,
@@ -51,7 +52,7 @@ def make_programs(
 
 
 def init_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
-    """Policy and anchor start at `params`, each in buffers of its own, so that donating the state leaves `params` alive."""
+    """Policy and anchor start at `params` in buffers of their own, so that donating the state leaves `params` alive."""
     policy = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     anchor = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
     return TrainState(jnp.zeros((), jnp.int32), policy, anchor, optimizer.init(policy))

@@ -92,7 +92,8 @@ def check_same_structure(reference: Any, other: Any, what: str) -> None:
     for name, leaf in expected.items():
         if got[name].shape != leaf.shape:
             raise ValueError(f"{what}: leaf {name!r} has shape {got[name].shape}, want {leaf.shape}")
-    if not bool(jax.tree.structure(reference) == jax.tree.structure(other)):
+    structures: list[Any] = [jax.tree.structure(reference), jax.tree.structure(other)]
+    if structures[0] != structures[1]:
         raise ValueError(f"{what}: same leaves, but containers differ from the reference tree's")
 
 

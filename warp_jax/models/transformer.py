@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from warp_jax.models import rope
 from warp_jax.types import Array
 
+NO_SCALING = rope.RopeScaling()
 MASKED = -1e30  # finite, so that a row with no visible key stays finite
 
 
@@ -48,7 +49,7 @@ class TransformerConfig:
     tied_head: bool = True
     rope_theta: float = 10_000.0
     rope_theta_local: float = 10_000.0
-    rope_scaling: rope.RopeScaling = rope.RopeScaling()
+    rope_scaling: rope.RopeScaling = NO_SCALING
     local_pattern: tuple[bool, ...] = (False,)
     sliding_window: int = 0
     head: str = "language"
@@ -136,7 +137,9 @@ class Attention(nn.Module):
             key = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
             value = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
         visible = _visible(cfg, local, seen)
-        mixed = attend(query, key, value, visible, cfg.query_scale or cfg.head_dim**-0.5, cfg.attention_softcap)
+        mixed = attend(
+            query, key, value, visible, scale=cfg.query_scale or cfg.head_dim**-0.5, softcap=cfg.attention_softcap
+        )
         out = nn.DenseGeneral(cfg.width, axis=(-2, -1), use_bias=False, dtype=cfg.dtype, name="o")
         return out(mixed), cache
 
@@ -153,7 +156,7 @@ class Seen(NamedTuple):
     key_valid: Array
 
 
-def attend(query: Array, key: Array, value: Array, visible: Array, scale: float, softcap: float) -> Array:
+def attend(query: Array, key: Array, value: Array, visible: Array, *, scale: float, softcap: float) -> Array:
     """Softmax attention. query [B, S, H, K]; key, value [B, T, G, K]; visible [B, S, T] -> [B, S, H, K]."""
     batch, length, heads, size = query.shape
     groups = key.shape[2]
@@ -287,7 +290,7 @@ def _frequencies(cfg: TransformerConfig, local: Array) -> Array:
     everywhere = jnp.asarray(rope.inverse_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling))
     if not any(cfg.local_pattern):
         return everywhere
-    nearby = jnp.asarray(rope.inverse_frequencies(cfg.head_dim, cfg.rope_theta_local, rope.RopeScaling()))
+    nearby = jnp.asarray(rope.inverse_frequencies(cfg.head_dim, cfg.rope_theta_local, NO_SCALING))
     return jnp.where(local, nearby, everywhere)
 
 
