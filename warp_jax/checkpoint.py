@@ -1,5 +1,6 @@
 """Parameters and training states on disk, through Orbax. A checkpoint is there whole or not at all."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ def save_params(path: Path, params: Params) -> None:
     """Write a pytree; Orbax renames it into place when it is complete. An existing checkpoint stays as it is."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), params)
+
+
+def forget_state(directory: Path) -> None:
+    """Delete the state of a loop whose result is stored elsewhere."""
+    shutil.rmtree(directory / "state", ignore_errors=True)
 
 
 def has_params(path: Path) -> bool:

@@ -84,10 +84,13 @@ def load_rows(source: str, split: str, data_dir: Path) -> list[dict[str, Any]]:
 def split_rows(
     rows: Sequence[Mapping[str, Any]], text_field: str, label_field: str, fractions: Mapping[str, float]
 ) -> dict[str, Corpus]:
-    """Deal the rows out to SPLITS by a hash of their text: equal texts always fall together, and no seed matters."""
+    """Deal the rows out to SPLITS by a hash of their text: equal texts always fall together, and no seed matters.
+
+    fractions: of all but the last split. label_field "" means no labels; then all are 0.
+    """
     dealt: dict[str, Corpus] = {name: Corpus([], [], []) for name in SPLITS}
     for number, row in enumerate(rows):
-        if text_field not in row or label_field not in row:
+        if text_field not in row or (label_field and label_field not in row):
             raise ValueError(
                 f"data: row {number} has fields {sorted(row)}, want {text_field!r} and {label_field!r}; "
                 "set data.text_field and data.label_field"
@@ -95,7 +98,7 @@ def split_rows(
         text = str(row[text_field]).replace("<br />", "\n").strip()
         corpus = dealt[_split_of(text, fractions)]
         corpus.texts.append(text)
-        corpus.labels.append(int(row[label_field]))
+        corpus.labels.append(int(row[label_field]) if label_field else 0)
         corpus.rows.append(row)
     for name, corpus in dealt.items():
         if not corpus.texts:

@@ -1,6 +1,5 @@
 """The loop of every optimisation: step, log, checkpoint, resume to the bit."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,11 +51,6 @@ def run_steps(
                 store.save(done, state)
     store.close()
     return state
-
-
-def forget_state(directory: Path) -> None:
-    """Delete the state of a loop whose result is stored elsewhere."""
-    shutil.rmtree(directory / "state", ignore_errors=True)
 
 
 def _log(writer: MetricWriter, step: int, metrics: Mapping[str, Any], on_step: OnStep) -> None:

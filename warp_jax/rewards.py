@@ -15,7 +15,7 @@ from warp_jax.tokenizer import Tokenizer
 from warp_jax.types import ApplyFn, Array, Params, RewardFn, Rewards, Rollout
 
 # prompts, completions, rows of the data source -> one number each
-TextFn = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]]
+TextFn = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Any]
 
 
 def sequence_scores(apply_fn: ApplyFn, params: Params, token_ids: Array, mask: Array) -> Array:

@@ -42,10 +42,10 @@ class Tokenizer:
         """Write a tokenizer.json."""
         self._backend.save(str(path))
 
-    def encode(self, texts: Sequence[str], max_tokens: int) -> list[np.ndarray]:
-        """int32 ids of each text, without special tokens, the first max_tokens of them."""
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """int32 ids of each text, without special tokens."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(e.ids[:max_tokens], np.int32) for e in encodings]
+        return [np.array(e.ids, np.int32) for e in encodings]
 
     def decode(self, token_ids: np.ndarray, mask: np.ndarray) -> list[str]:
         """Texts of the rows of token_ids [B, S] where mask [B, S] is True; special tokens are left out."""

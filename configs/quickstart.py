@@ -1,0 +1,24 @@
+"""WARP whole on two CPU cores: 33,530 film reviews, a learned reward, two iterations of two runs.
+
+python -m warp_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    config = default.get_config()
+    config.model.width = 128
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 2
+    config.model.mlp_dim = 384
+    config.sft.num_steps = 2500
+    config.reward_model.num_steps = 1000
+    config.rl.batch_size = 16
+    config.rl.warmup_steps = 20
+    config.warp.steps_per_iteration = (400, 400)
+    config.warp.ema_rate = 0.02
+    config.evaluation.every = 100
+    return config

@@ -1,0 +1,121 @@
+"""Measuring a policy on held-out prompts: reward, gold reward, KL to SFT, length, diversity."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from warp_jax import metrics, prompts, sampling, sharding
+from warp_jax.types import ApplyFn, Array, Params, PromptBatch, RewardFn, Rollout
+
+
+class Evaluation(NamedTuple):
+    """One sample for each of N held-out prompts, the same prompts in the same order for every policy (numpy).
+
+    reward, gold_reward: float32 [N], reward units. sft_kl: float32 [N], nats per sequence. length: [N], tokens.
+    distinct_2: float [], share of distinct token pairs. completion_ids [N, C], completion_mask [N, C].
+    """
+
+    reward: np.ndarray
+    gold_reward: np.ndarray
+    sft_kl: np.ndarray
+    length: np.ndarray
+    distinct_2: np.ndarray
+    completion_ids: np.ndarray
+    completion_mask: np.ndarray
+
+
+EvaluateFn = Callable[[Params], Evaluation]
+
+
+def sequence_kl(
+    apply_fn: ApplyFn, params: Params, reference_params: Params, rollout: Rollout, temperature: float
+) -> Array:
+    """KL(policy || reference) of whole completions, estimated on samples of the policy: [B], nats, never negative.
+
+    The sum over the sampled tokens of the exact KL between the two next-token distributions. It has the mean of the
+    sampled log-ratio and far less variance.
+    """
+    logps, reference_logps = (
+        jax.nn.log_softmax(sampling.sequence_logits(apply_fn, p, rollout, temperature))
+        for p in (params, reference_params)
+    )
+    per_token = jnp.sum(jnp.exp(logps) * (logps - reference_logps), axis=-1)
+    return jnp.where(rollout.completion_mask, per_token, 0.0).sum(axis=1)
+
+
+def make_evaluate(
+    mesh: Mesh,
+    *,
+    apply_fn: ApplyFn,
+    make_cache: Callable[[int, int], Any],
+    sampling_config: sampling.SamplingConfig,
+    sft_params: Params,
+    reward_fn: RewardFn,
+    gold_fn: Callable[[Rollout], np.ndarray],
+    eval_prompts: PromptBatch,
+    batch_size: int,
+    seed: int,
+) -> EvaluateFn:
+    """A function params -> Evaluation over all eval_prompts, whose number must be a multiple of batch_size.
+
+    Every policy gets the same prompts and random keys, so that differences between two policies are paired.
+    """
+    sample = jax.jit(functools.partial(sampling.sample, apply_fn, make_cache, config=sampling_config))
+    kl = jax.jit(functools.partial(sequence_kl, apply_fn, temperature=sampling_config.temperature))
+    key = jax.random.key(seed)
+
+    def evaluate_batch(params: Params, number: int) -> dict[str, np.ndarray]:
+        rows = np.arange(number * batch_size, (number + 1) * batch_size)
+        batch = sharding.put_batch(mesh, prompts.take(eval_prompts, rows))
+        rollout = sample(params, batch, jax.random.fold_in(key, number))
+        measured = {
+            "reward": reward_fn(rollout).total,
+            "sft_kl": kl(params, sft_params, rollout),
+            "completion_ids": rollout.completion_ids,
+            "completion_mask": rollout.completion_mask,
+        }
+        return {**jax.device_get(measured), "gold_reward": gold_fn(rollout)}
+
+    def evaluate(params: Params) -> Evaluation:
+        count = len(eval_prompts.example_ids) // batch_size
+        batches = [evaluate_batch(params, number) for number in range(count)]
+        columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        mask = columns["completion_mask"]
+        rows = [ids[keep].tolist() for ids, keep in zip(columns["completion_ids"], mask, strict=True)]
+        return Evaluation(length=mask.sum(1), distinct_2=np.array(metrics.distinct_n(rows, 2)), **columns)
+
+    return evaluate
+
+
+def summary(evaluation: Evaluation) -> dict[str, float]:
+    """Means over the prompts with their standard errors, as the columns of front.csv."""
+    row = {}
+    for name in ("reward", "gold_reward", "sft_kl"):
+        row[name], row[f"{name}_se"] = metrics.mean_and_se(getattr(evaluation, name))
+    return {**row, "length": float(evaluation.length.mean()), "distinct_2": float(evaluation.distinct_2)}
+
+
+class EvaluationStore:
+    """Evaluations on disk by name, so that none is made twice."""
+
+    def __init__(self, directory: Path, evaluate: EvaluateFn):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._evaluate = evaluate
+
+    def get(self, name: str, make_params: Callable[[], Params]) -> Evaluation:
+        """The stored evaluation called `name`; if there is none, that of make_params()."""
+        path = self._directory / f"{name}.npz"
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                np.savez_compressed(file, **self._evaluate(make_params())._asdict())
+            partial.replace(path)
+        with np.load(path) as arrays:
+            return Evaluation(**arrays)

@@ -1,0 +1,68 @@
+"""Run WARP: python -m warp_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+Any value of the config can be set on the command line: --config.warp.ema_rate=0.005. Started again with the same config
+and workdir, it goes on where it stopped.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from warp_jax import prepare, report, validation, warp
+from warp_jax.progress import JobProgress
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/quickstart.py.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is made; reused when it exists.")
+BAD_INPUT = 2  # exit code
+
+
+def run(config: ConfigDict, workdir: Path) -> str:
+    """The whole job; returns the summary line. Raises ValueError for bad input before anything is written."""
+    validation.check_config(config)
+    validation.claim_workdir(config, workdir)
+    with JobProgress(total_steps(config)) as progress:
+        setup = prepare.prepare(config, workdir, progress)
+        points = warp.run_warp(config, setup, workdir, progress)
+        return report.write_report(config, setup, points, workdir)
+
+
+def total_steps(config: ConfigDict) -> int:
+    """Optimiser steps of all stages."""
+    steps = sum(config.warp.steps_per_iteration[: config.warp.num_iterations]) * config.warp.num_runs
+    return steps + config.sft.num_steps + prepare.needs_reward_model(config) * config.reward_model.num_steps
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point."""
+    if len(argv) > 1:
+        fail(f"unexpected argument {argv[1]!r}; options start with --, see --help")
+    logging.set_verbosity(logging.ERROR)  # of libraries; warnings of JAX and Orbax about one process are noise here
+    try:
+        print(run(CONFIG.value, Path(WORKDIR.value)))
+    except ValueError as error:
+        fail(str(error))
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parser, with one line instead of a traceback for whatever the user can mistype."""
+    try:
+        rest = flags.FLAGS(list(argv))
+        missing = [name for name in ("config", "workdir") if flags.FLAGS[name].value is None]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+        fail(str(error))
+    if missing and not any(arg in ("--help", "-h", "--helpfull") for arg in argv):
+        fail(f"--{missing[0]} is missing; try --config=configs/quickstart.py --workdir=runs/quickstart")
+    return rest
+
+
+def fail(message: str) -> None:
+    """One line on stderr, exit code 2."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,86 @@
+"""Comparing policies in the plane of KL (lower is better) and reward (higher is better)."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Interval(NamedTuple):
+    """A value and the bounds of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class FrontComparison(NamedTuple):
+    """Reward of front b minus reward of front a at one KL (nats), with its interval."""
+
+    kl: float
+    difference: Interval
+
+
+def non_dominated(kl: np.ndarray, reward: np.ndarray) -> np.ndarray:
+    """bool [K]: True where no other point has both less (or equal) KL and more (or equal) reward, one strictly."""
+    no_worse = (kl[None, :] <= kl[:, None]) & (reward[None, :] >= reward[:, None])
+    better = (kl[None, :] < kl[:, None]) | (reward[None, :] > reward[:, None])
+    return ~(no_worse & better).any(axis=1)
+
+
+def reward_at_kl(kl: np.ndarray, reward: np.ndarray, at: float) -> float:
+    """Reward of the front of the points (kl [K], reward [K]) at one KL, linear between neighbours; nan outside."""
+    front = non_dominated(kl, reward)
+    order = np.argsort(kl[front])
+    return float(np.interp(at, kl[front][order], reward[front][order], left=np.nan, right=np.nan))
+
+
+def best_under_budget(kl: np.ndarray, reward: np.ndarray, budget: float) -> int | None:
+    """Index of the highest reward among points with kl <= budget; None if there is none."""
+    allowed = np.flatnonzero(kl <= budget)
+    return int(allowed[np.argmax(reward[allowed])]) if len(allowed) else None
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], count: int, *, resamples: int, seed: int, confidence: float = 0.95
+) -> Interval:
+    """Percentile bootstrap of statistic(rows) over `count` prompts. Resamples where it is nan are left out."""
+    generator = np.random.default_rng(seed)
+    values = [statistic(generator.integers(0, count, count)) for _ in range(resamples)]
+    tail = 50 * (1 - confidence)
+    finite = np.array([v for v in values if np.isfinite(v)])
+    low, high = np.percentile(finite, [tail, 100 - tail]) if len(finite) else (np.nan, np.nan)
+    return Interval(statistic(np.arange(count)), float(low), float(high))
+
+
+def compare_fronts(
+    kl_a: np.ndarray,
+    reward_a: np.ndarray,
+    kl_b: np.ndarray,
+    reward_b: np.ndarray,
+    *,
+    at: Sequence[float],
+    resamples: int,
+    seed: int,
+) -> list[FrontComparison]:
+    """Front b minus front a at each KL. Arrays [K, N]: K policies of a front on the same N prompts, resampled together."""
+
+    def difference(rows: np.ndarray, kl: float) -> float:
+        values = [
+            reward_at_kl(kls[:, rows].mean(1), rewards[:, rows].mean(1), kl)
+            for kls, rewards in ((kl_a, reward_a), (kl_b, reward_b))
+        ]
+        return values[1] - values[0]
+
+    count = kl_a.shape[1]
+    return [
+        FrontComparison(kl, bootstrap(functools.partial(difference, kl=kl), count, resamples=resamples, seed=seed))
+        for kl in at
+    ]
+
+
+def common_kls(kl_a: np.ndarray, kl_b: np.ndarray, count: int) -> np.ndarray:
+    """`count` KLs strictly inside the range that two fronts (mean KL of each policy, [K]) share; empty if none."""
+    low, high = max(kl_a.min(), kl_b.min()), min(kl_a.max(), kl_b.max())
+    return np.linspace(low, high, count + 2)[1:-1] if high > low else np.array([])

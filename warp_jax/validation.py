@@ -1,0 +1,148 @@
+"""Bad input, found before anything is written. Every message says what, got, wanted and what to do."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from warp_jax import corpus, files, objective, prepare, rewards, sharding, supervised
+
+Check = tuple[str, Callable[[Any], bool], str]
+
+
+def _one_of(*options: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in options, "one of " + ", ".join(options)
+
+
+_POSITIVE = (lambda v: v >= 1, "a whole number of at least 1")
+_NOT_NEGATIVE = (lambda v: v >= 0, "at least 0")
+_ABOVE_ZERO = (lambda v: v > 0, "more than 0")
+_RATE = (lambda v: 0 <= v <= 1, "between 0 and 1")
+
+CHECKS: tuple[Check, ...] = tuple(
+    (path, *check)
+    for paths, check in (
+        (("warp.num_iterations", "warp.num_runs", "checkpoint_every", "evaluation.every"), _POSITIVE),
+        (
+            ("sft.num_steps", "sft.batch_size", "rl.batch_size", "rl.samples_per_prompt", "rl.num_microbatches"),
+            _POSITIVE,
+        ),
+        (("reward_model.num_steps", "evaluation.num_prompts", "evaluation.batch_size"), _POSITIVE),
+        (("sampling.max_new_tokens", "gold.max_terms", "gold.fragments_per_text", "report.num_samples"), _POSITIVE),
+        (("report.bootstrap_resamples",), _POSITIVE),
+        (("model.width", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.mlp_dim"), _POSITIVE),
+        (
+            ("sampling.prompt_tokens", "sft.sequence_tokens", "reward_model.sequence_tokens"),
+            (lambda v: v >= 2, "at least 2"),
+        ),
+        (("tokenizer.vocab_size",), (lambda v: v >= 259, "at least 259: 256 bytes and 3 special tokens")),
+        (
+            ("reward_model.batch_size",),
+            (lambda v: v >= 2 and v % 2 == 0, "an even number: half of a batch has label 1"),
+        ),
+        (("warp.ema_rate", "warp.liti_rate", "adam.b1", "adam.b2"), _RATE),
+        (("front.etas",), (lambda v: len(v) > 0 and min(v) >= 0, "at least one eta, none below 0")),
+        (("rl.kl_coef", "front.kl_budget", "seed"), _NOT_NEGATIVE),
+        (("sft.clip_norm", "rl.clip_norm", "reward_model.clip_norm"), _NOT_NEGATIVE),
+        (("sft.warmup_steps", "rl.warmup_steps", "reward_model.warmup_steps"), _NOT_NEGATIVE),
+        (("sft.learning_rate", "rl.learning_rate", "reward_model.learning_rate", "adam.eps"), _ABOVE_ZERO),
+        (("sampling.temperature",), _ABOVE_ZERO),
+        (
+            ("data.reward_fraction", "data.gold_fraction", "data.prompts_fraction"),
+            (lambda v: 0 < v < 1, "between 0 and 1"),
+        ),
+        (("warp.merge",), _one_of("slerp", "lerp")),
+        (("warp.unit",), _one_of("layer", "tensor", "model")),
+        (("rl.advantage",), _one_of(*objective.ADVANTAGES)),
+        (("reward_model.loss",), _one_of(*supervised.REWARD_LOSSES)),
+        (("model.dtype",), _one_of("float32", "bfloat16")),
+    )
+    for path in paths
+)
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raise ValueError at the first value that cannot work."""
+    for path, is_good, want in CHECKS:
+        value = _leaf(config, path)
+        if not is_good(value):
+            raise ValueError(f"config.{path}: got {value!r}, want {want}")
+    _check_together(config)
+    corpus.check_source(config.data.source)
+    used = [part.source for part in config.rewards.values() if part.weight]
+    if not used:
+        raise ValueError("config.rewards: no part has a weight other than 0, want at least one")
+    functions = {source for source in [*used, config.gold.source] if source not in ("reward_model", "length", "tfidf")}
+    for source in functions:
+        rewards.load_function(source)
+    if not config.data.label_field and ("reward_model" in used or config.gold.source == "tfidf"):
+        raise ValueError(
+            "config.data.label_field: got '', want the field of the 0/1 labels that the rewards learn from"
+        )
+    prepare.make_model_config(config.model, config.tokenizer.vocab_size, "language")
+
+
+def claim_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Write config.json, or check that the one there is the same but for `report` and `front.kl_budget`."""
+    path = workdir / "config.json"
+    mine = json.loads(config.to_json())
+    if path.exists():
+        changed = sorted(_differences(files.read_json(path), mine))
+        kept = [line for line in changed if not line.startswith(("report.", "front.kl_budget"))]
+        if kept:
+            raise ValueError(
+                f"workdir {workdir} was made by another config: {'; '.join(kept)}; choose another --workdir"
+            )
+    elif workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"workdir: {workdir} is a file, want a folder")
+    elif workdir.is_dir() and any(workdir.iterdir()):
+        raise ValueError(f"workdir: {workdir} holds other files and no config.json, want a new or empty folder")
+    try:
+        files.write_json(path, mine)
+    except OSError as error:
+        raise ValueError(f"workdir: cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
+
+
+def _check_together(config: ConfigDict) -> None:
+    devices = sharding.batch_devices(sharding.make_mesh(config.mesh))
+    for path in ("sft.batch_size", "reward_model.batch_size", "evaluation.batch_size"):
+        _check_multiple(config, path, devices, "the devices that split a batch (mesh data x fsdp)")
+    _check_multiple(
+        config, "rl.batch_size", devices * config.rl.num_microbatches, "mesh data x fsdp x num_microbatches"
+    )
+    _check_multiple(config, "rl.batch_size", config.rl.samples_per_prompt, "rl.samples_per_prompt")
+    _check_multiple(config, "evaluation.num_prompts", config.evaluation.batch_size, "evaluation.batch_size")
+    if config.rl.advantage == "leave_one_out" and config.rl.samples_per_prompt < 2:
+        raise ValueError("config.rl.samples_per_prompt: got 1, want at least 2 for advantage leave_one_out")
+    if len(config.warp.steps_per_iteration) != config.warp.num_iterations or min(config.warp.steps_per_iteration) < 1:
+        raise ValueError(
+            f"config.warp.steps_per_iteration: got {tuple(config.warp.steps_per_iteration)}, want "
+            f"warp.num_iterations = {config.warp.num_iterations} numbers, each at least 1"
+        )
+    fractions = config.data.reward_fraction + config.data.gold_fraction + config.data.prompts_fraction
+    if fractions >= 1:
+        raise ValueError(
+            f"config.data: the fractions add to {fractions:g}, want less than 1: the rest is for evaluation"
+        )
+
+
+def _check_multiple(config: ConfigDict, path: str, factor: int, of: str) -> None:
+    if _leaf(config, path) % factor:
+        raise ValueError(f"config.{path}: got {_leaf(config, path)}, want a multiple of {factor}, {of}")
+
+
+def _leaf(config: ConfigDict, path: str) -> Any:
+    for key in path.split("."):
+        config = config[key]
+    return config
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key} was {before!r}, now {after!r}"

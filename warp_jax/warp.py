@@ -1,0 +1,185 @@
+"""Algorithm 1 of WARP: I iterations of M runs, a spherical merge, and a step towards it; then the front."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from warp_jax import checkpoint, evaluate, files, merging, optimizers, sharding, train
+from warp_jax.evaluate import Evaluation, EvaluationStore
+from warp_jax.prepare import Setup
+from warp_jax.progress import JobProgress
+from warp_jax.types import Params, TrainState
+
+
+class Point(NamedTuple):
+    """One evaluated policy: a row of front.csv. iteration and run count from 1, 0 = does not apply; eta nan likewise."""
+
+    stage: str  # sft, policy, merged or liti
+    iteration: int
+    run: int
+    eta: float
+    step: int
+    evaluation: Evaluation
+
+
+def run_warp(config: ConfigDict, setup: Setup, workdir: Path, progress: JobProgress) -> list[Point]:
+    """Train, merge and evaluate everything the workdir does not hold yet; return all points in order."""
+    evaluations = EvaluationStore(workdir / "evaluations", _make_evaluate(config, setup))
+    optimizer = optimizers.from_config(config.rl, config.adam)
+    programs = _make_programs(config, setup, optimizer)
+    sft = setup.sft_params
+    points = [Point("sft", 0, 0, 0.0, 0, evaluations.get("sft", lambda: sft))]
+    init_params = sft
+    for iteration in range(1, config.warp.num_iterations + 1):
+        directory = workdir / f"iteration_{iteration}"
+        policies = []
+        for run in range(1, config.warp.num_runs + 1):
+            params, trajectory = run_policy(
+                config, setup, programs, evaluations, init_params, iteration, run, directory / f"run_{run}", progress
+            )
+            policies.append(params)
+            points += trajectory
+        merged = merge(config.warp, init_params, policies, directory)
+        points += front_points(config.front.etas, sft, merged, iteration, evaluations)
+        init_params = merging.liti(init_params, merged, config.warp.liti_rate)
+        _note_merge(points, iteration, progress)
+    return points
+
+
+def run_policy(
+    config: ConfigDict,
+    setup: Setup,
+    programs: train.Programs,
+    evaluations: EvaluationStore,
+    init_params: Params,
+    iteration: int,
+    run: int,
+    directory: Path,
+    progress: JobProgress,
+) -> tuple[Params, list[Point]]:
+    """One run of one iteration, and the points of its trajectory."""
+    num_steps = config.warp.steps_per_iteration[iteration - 1]
+    path = directory / "params"
+    finished = checkpoint.has_params(path)
+    progress.start_stage(f"iteration {iteration} run {run}", num_steps, finished=finished)
+
+    def name(step: int) -> str:
+        return f"policy_i{iteration}_r{run}_s{step}"
+
+    def after_step(step: int, state: TrainState) -> None:
+        if step in _trajectory_steps(num_steps, config.evaluation.every):
+            evaluations.get(name(step), lambda: state.params)
+
+    if finished:
+        params = checkpoint.restore_params(path, init_params)
+    else:
+        params = train.run_policy(
+            init_params,
+            programs=programs,
+            reward_fn=setup.train_reward_fn,
+            train_prompts=setup.train_prompts,
+            mesh=setup.mesh,
+            seed=config.seed,
+            iteration=iteration,
+            run=run,
+            num_steps=num_steps,
+            batch_size=config.rl.batch_size,
+            group_size=config.rl.samples_per_prompt,
+            checkpoint_every=config.checkpoint_every,
+            directory=directory,
+            on_step=progress.on_step,
+            after_step=after_step,
+        )
+        checkpoint.save_params(path, params)
+        checkpoint.forget_state(directory)
+        progress.end_stage(num_steps)
+    steps = _trajectory_steps(num_steps, config.evaluation.every)
+    nan = float("nan")
+    return params, [Point("policy", iteration, run, nan, s, evaluations.get(name(s), lambda: params)) for s in steps]
+
+
+def merge(config: ConfigDict, init_params: Params, policies: list[Params], directory: Path) -> Params:
+    """theta_slerp of one iteration (line 12), stored with the angles and norms of its task vectors per unit."""
+    path = directory / "merged"
+    if checkpoint.has_params(path):
+        return checkpoint.restore_params(path, init_params)
+    if config.merge == "slerp":
+        merged = merging.slerp(init_params, policies, unit=config.unit, symmetric=config.symmetric)
+    else:
+        merged = merging.lerp(init_params, policies)
+    gram = merging.gram(init_params, policies, config.unit)
+    geometry = {
+        "units": gram.names,
+        "angles_degrees": np.degrees(merging.angles(gram.matrix)).tolist(),
+        "norms": np.asarray(merging.norms(gram.matrix)).tolist(),
+    }
+    files.write_json(directory / "geometry.json", geometry)
+    checkpoint.save_params(path, merged)
+    return merged
+
+
+def front_points(
+    etas: tuple[float, ...], sft_params: Params, merged: Params, iteration: int, evaluations: EvaluationStore
+) -> list[Point]:
+    """The merge, and the output family (1 - eta) sft + eta merged for every eta; the ends are not measured twice."""
+
+    def measure(eta: float) -> Evaluation:
+        name = {0.0: "sft", 1.0: f"merged_i{iteration}"}.get(eta, f"liti_i{iteration}_e{eta:g}")
+        return evaluations.get(name, lambda: merging.liti(sft_params, merged, eta))
+
+    nan = float("nan")
+    liti = [Point("liti", iteration, 0, eta, 0, measure(eta)) for eta in etas]
+    return [Point("merged", iteration, 0, nan, 0, measure(1.0)), *liti]
+
+
+def as_row(point: Point) -> dict[str, Any]:
+    """The point as a row of front.csv."""
+    return {**point._asdict(), "evaluation": None} | evaluate.summary(point.evaluation)
+
+
+def _trajectory_steps(num_steps: int, every: int) -> list[int]:
+    return sorted({*range(every, num_steps + 1, every), num_steps})
+
+
+def _make_evaluate(config: ConfigDict, setup: Setup) -> evaluate.EvaluateFn:
+    return evaluate.make_evaluate(
+        setup.mesh,
+        apply_fn=setup.apply_fn,
+        make_cache=setup.make_cache,
+        sampling_config=setup.sampling_config,
+        sft_params=setup.sft_params,
+        reward_fn=setup.eval_reward_fn,
+        gold_fn=setup.gold_fn,
+        eval_prompts=setup.eval_prompts,
+        batch_size=config.evaluation.batch_size,
+        seed=config.seed,
+    )
+
+
+def _make_programs(config: ConfigDict, setup: Setup, optimizer: Any) -> train.Programs:
+    return train.make_programs(
+        setup.mesh,
+        setup.sft_params,
+        apply_fn=setup.apply_fn,
+        make_cache=setup.make_cache,
+        optimizer=optimizer,
+        sampling_config=setup.sampling_config,
+        kl_coef=config.rl.kl_coef,
+        ema_rate=config.warp.ema_rate,
+        advantage=config.rl.advantage,
+        group_size=config.rl.samples_per_prompt,
+        whiten=config.rl.whiten,
+        num_microbatches=config.rl.num_microbatches,
+    )
+
+
+def _note_merge(points: list[Point], iteration: int, progress: JobProgress) -> None:
+    merged = next(p for p in points if p.stage == "merged" and p.iteration == iteration)
+    row = evaluate.summary(merged.evaluation)
+    progress.note(
+        f"iteration {iteration} merged: reward {row['reward']:.3f} (gold {row['gold_reward']:.3f}) "
+        f"at {row['sft_kl']:.2f} nats from SFT"
+    )
