@@ -10,15 +10,17 @@ from configs import default
 
 def get_config() -> ConfigDict:
     config = default.get_config()
+    config.tokenizer.vocab_size = 2048
     config.model.width = 128
     config.model.num_heads = 4
     config.model.num_kv_heads = 2
     config.model.mlp_dim = 384
-    config.sft.num_steps = 2500
-    config.reward_model.num_steps = 1000
+    config.sft.num_steps = 900
+    config.sft.sequence_tokens = 32
+    config.reward_model.num_steps = 400
     config.rl.batch_size = 16
     config.rl.warmup_steps = 20
-    config.warp.steps_per_iteration = (400, 400)
+    config.warp.steps_per_iteration = (300, 300)
     config.warp.ema_rate = 0.02
-    config.evaluation.every = 100
+    config.evaluation.every = 150
     return config
