@@ -24,7 +24,7 @@ class GoldReward(NamedTuple):
     weights: np.ndarray
     bias: float
 
-    def __call__(
+    def score(
         self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()
     ) -> np.ndarray:
         """A text reward function: scores prompt + completion."""
@@ -46,7 +46,7 @@ def fit(texts: Sequence[str], labels: Sequence[int], max_terms: int) -> GoldRewa
 
 def auc(gold: GoldReward, texts: Sequence[str], labels: Sequence[int]) -> float:
     """Probability that a positive text scores above a negative one."""
-    return float(roc_auc_score(labels, gold([""] * len(texts), texts)))
+    return float(roc_auc_score(labels, gold.score([""] * len(texts), texts)))
 
 
 def save(gold: GoldReward, path: Path) -> None:

@@ -41,13 +41,13 @@ def main(argv: Sequence[str]) -> None:
         fail(f"unexpected argument {argv[1]!r}; options start with --, see --help")
     logging.set_verbosity(logging.ERROR)  # of libraries; warnings of JAX and Orbax about one process are noise here
     try:
-        print(run(CONFIG.value, Path(WORKDIR.value)))
+        print(run(CONFIG.value, Path(str(WORKDIR.value))))
     except ValueError as error:
         fail(str(error))
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's parser, with one line instead of a traceback for whatever the user can mistype."""
+    """Absl's parser, with one line instead of a traceback for whatever the user can mistype."""
     try:
         rest = flags.FLAGS(list(argv))
         missing = [name for name in ("config", "workdir") if flags.FLAGS[name].value is None]

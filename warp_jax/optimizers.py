@@ -16,7 +16,7 @@ def make_optimizer(
 
 
 def from_config(stage: Any, adam: Any) -> optax.GradientTransformation:
-    """The optimizer of one stage of the config: its learning_rate, warmup_steps and clip_norm, and the shared `adam`."""
+    """The optimizer of one stage of the config: its learning_rate, warmup_steps, clip_norm, and the shared `adam`."""
     return make_optimizer(
         learning_rate=stage.learning_rate,
         warmup_steps=stage.warmup_steps,

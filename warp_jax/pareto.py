@@ -23,10 +23,10 @@ class FrontComparison(NamedTuple):
 
 
 def non_dominated(kl: np.ndarray, reward: np.ndarray) -> np.ndarray:
-    """bool [K]: True where no other point has both less (or equal) KL and more (or equal) reward, one strictly."""
+    """Bool [K]: True where no other point has both less (or equal) KL and more (or equal) reward, one strictly."""
     no_worse = (kl[None, :] <= kl[:, None]) & (reward[None, :] >= reward[:, None])
     better = (kl[None, :] < kl[:, None]) | (reward[None, :] > reward[:, None])
-    return ~(no_worse & better).any(axis=1)
+    return ~np.any(no_worse & better, axis=1)
 
 
 def reward_at_kl(kl: np.ndarray, reward: np.ndarray, at: float) -> float:
@@ -64,7 +64,7 @@ def compare_fronts(
     resamples: int,
     seed: int,
 ) -> list[FrontComparison]:
-    """Front b minus front a at each KL. Arrays [K, N]: K policies of a front on the same N prompts, resampled together."""
+    """Front b minus front a at each KL. Arrays [K, N]: K policies of a front on the same N prompts, resampled as one."""
 
     def difference(rows: np.ndarray, kl: float) -> float:
         values = [

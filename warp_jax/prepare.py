@@ -141,7 +141,7 @@ def make_reward_fn(
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """Makes the three trained ingredients, each in a folder of the workdir with its held-out quality in summary.json."""
+    """Makes the three trained ingredients, each in a folder of the workdir with its held-out quality."""
 
     config: ConfigDict
     workdir: Path
@@ -211,7 +211,7 @@ class Maker:
             self.progress.note(f"gold reward: held-out AUC {held_out:.3f}")
             files.write_json(path.with_name("summary.json"), {"auc": held_out})
             gold.save(fitted, path)
-        return gold.load(path)
+        return gold.load(path).score
 
     def _stage(
         self,

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from warp_jax import checkpoint, evaluate, files, merging, optimizers, sharding, train
+from warp_jax import checkpoint, evaluate, files, merging, optimizers, train
 from warp_jax.evaluate import Evaluation, EvaluationStore
 from warp_jax.prepare import Setup
 from warp_jax.progress import JobProgress
@@ -15,7 +14,7 @@ from warp_jax.types import Params, TrainState
 
 
 class Point(NamedTuple):
-    """One evaluated policy: a row of front.csv. iteration and run count from 1, 0 = does not apply; eta nan likewise."""
+    """One evaluated policy: a row of front.csv. iteration and run count from 1; 0, or nan for eta, does not apply."""
 
     stage: str  # sft, policy, merged or liti
     iteration: int
@@ -38,7 +37,15 @@ def run_warp(config: ConfigDict, setup: Setup, workdir: Path, progress: JobProgr
         policies = []
         for run in range(1, config.warp.num_runs + 1):
             params, trajectory = run_policy(
-                config, setup, programs, evaluations, init_params, iteration, run, directory / f"run_{run}", progress
+                config,
+                setup,
+                programs,
+                evaluations,
+                init_params,
+                iteration=iteration,
+                run=run,
+                directory=directory / f"run_{run}",
+                progress=progress,
             )
             policies.append(params)
             points += trajectory
@@ -55,6 +62,7 @@ def run_policy(
     programs: train.Programs,
     evaluations: EvaluationStore,
     init_params: Params,
+    *,
     iteration: int,
     run: int,
     directory: Path,
@@ -133,11 +141,6 @@ def front_points(
     nan = float("nan")
     liti = [Point("liti", iteration, 0, eta, 0, measure(eta)) for eta in etas]
     return [Point("merged", iteration, 0, nan, 0, measure(1.0)), *liti]
-
-
-def as_row(point: Point) -> dict[str, Any]:
-    """The point as a row of front.csv."""
-    return {**point._asdict(), "evaluation": None} | evaluate.summary(point.evaluation)
 
 
 def _trajectory_steps(num_steps: int, every: int) -> list[int]:

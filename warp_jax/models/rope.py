@@ -55,7 +55,7 @@ def attention_scale(scaling: RopeScaling) -> float:
 
 def rotate(x: Array, positions: Array, frequencies: Array, scale: float = 1.0) -> Array:
     """Rotate x [B, S, H, K] by positions [B, S] times frequencies [K / 2]; pairs are (i, i + K / 2)."""
-    turns = positions[..., None, None].astype(jnp.float32) * frequencies
+    turns = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
     cosine, sine = jnp.cos(turns) * scale, jnp.sin(turns) * scale
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)

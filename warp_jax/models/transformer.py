@@ -112,7 +112,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", initial, (x.shape[-1],)) + self.config.norm_offset
         wide = x.astype(jnp.float32)
         rms = jnp.sqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.config.norm_eps)
-        return (wide / rms * scale).astype(x.dtype)
+        return (wide / rms * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
 
 
 class Linear(nn.Module):

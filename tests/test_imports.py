@@ -1,0 +1,57 @@
+"""The architecture, read from the imports: a module may import only what lies below it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "warp_jax"
+LEVELS = {
+    0: {"types", "files", "pareto", "tokenizer", "progress", "optimizers", "corpus"},
+    1: {"trees", "objective", "metrics", "models", "models.rope", "models.transformer", "plots"},
+    2: {"merging", "sharding", "gold"},
+    3: {"prompts", "sampling", "rewards", "checkpoint"},
+    4: {"loop", "evaluate"},
+    5: {"train", "supervised"},
+    6: {"prepare"},
+    7: {"warp", "validation"},
+    8: {"report"},
+    9: {"main"},
+}
+LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
+SIBLINGS = {("models.transformer", "models.rope")}
+
+
+def _modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if name != "__init__":
+            yield name, ast.parse(path.read_text())
+
+
+def _imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "warp_jax":
+            inside = node.module.removeprefix("warp_jax").lstrip(".")
+            for alias in node.names:
+                name = f"{inside}.{alias.name}".lstrip(".")
+                yield name if name in LEVEL_OF else inside
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.split(".")[0] in ("configs", "scripts"))
+
+
+@pytest.mark.parametrize(("name", "tree"), _modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_imports_go_downwards(name, tree):
+    """Fails when any module imports a sibling or one above it, or configs or scripts."""
+    for other in _imported(tree):
+        assert LEVEL_OF[other] < LEVEL_OF[name] or (name, other) in SIBLINGS, f"{name} imports {other}"
+
+
+@pytest.mark.parametrize(("name", "tree"), _modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_only_the_upper_levels_see_a_config(name, tree):
+    """Fails when a pure module takes a ConfigDict or reads absl flags."""
+    roots = {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    if LEVEL_OF[name] <= 5:
+        assert "ml_collections" not in roots
+    if name != "main":
+        assert "absl" not in roots

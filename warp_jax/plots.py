@@ -1,0 +1,88 @@
+"""The pictures of the report, as PNG bytes."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+
+
+def draw_fronts(rows: Sequence[Row]) -> bytes:
+    """Reward and gold reward against KL to SFT: the front of each iteration and the trajectories of the runs."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5))
+    for axis, column in zip(axes, ("reward", "gold_reward"), strict=True):
+        for iteration in _iterations(rows):
+            color = f"C{iteration - 1}"
+            front = [rows[0], *_select(rows, "liti", iteration)]
+            front.sort(key=lambda row: row["sft_kl"])
+            axis.errorbar(
+                _column(front, "sft_kl"),
+                _column(front, column),
+                yerr=_column(front, f"{column}_se"),
+                marker="o",
+                color=color,
+                label=f"iteration {iteration}: LITI front",
+            )
+            for row in _select(rows, "policy", iteration):
+                axis.plot(row["sft_kl"], row[column], marker="x", color=color, alpha=0.6, linestyle="none")
+        axis.plot([], [], marker="x", color="grey", linestyle="none", label="runs (one point per evaluated step)")
+        axis.set(xlabel="KL to SFT (nats per sequence)", ylabel=column.replace("_", " "))
+        axis.legend()
+    return _png(figure)
+
+
+def draw_trajectories(rows: Sequence[Row]) -> bytes:
+    """Reward and KL to SFT of each run against its steps."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4))
+    runs = sorted({(row["iteration"], row["run"]) for row in rows if row["stage"] == "policy"})
+    for axis, column in zip(axes, ("reward", "sft_kl"), strict=True):
+        for iteration, run in runs:
+            points = [row for row in _select(rows, "policy", iteration) if row["run"] == run]
+            style: dict[str, Any] = {"marker": "o", "color": f"C{iteration - 1}", "alpha": run**-0.5}
+            axis.plot(
+                _column(points, "step"), _column(points, column), label=f"iteration {iteration} run {run}", **style
+            )
+        axis.set(xlabel="step", ylabel=column.replace("_", " "))
+        axis.legend()
+    return _png(figure)
+
+
+def draw_angles(geometries: Sequence[dict[str, Any]]) -> bytes:
+    """Angles between the task vectors of every two runs, per unit, for each iteration."""
+    units = geometries[0]["units"]
+    figure, axis = plt.subplots(figsize=(max(6, len(units)), 4))
+    for number, geometry in enumerate(geometries, start=1):
+        angles = np.array(geometry["angles_degrees"])
+        pairs = angles[:, *np.triu_indices(angles.shape[-1], k=1)]
+        for pair in range(pairs.shape[1]):
+            label = f"iteration {number}" if pair == 0 else None
+            axis.plot(range(len(units)), pairs[:, pair], marker="o", color=f"C{number - 1}", label=label)
+    axis.axhline(90, color="grey", linewidth=0.8, linestyle="--")
+    axis.set(ylabel="degrees", ylim=(0, 100))
+    axis.set_xticks(range(len(units)), units, rotation=60, ha="right")
+    axis.legend()
+    return _png(figure)
+
+
+def _iterations(rows: Sequence[Row]) -> list[int]:
+    return sorted({row["iteration"] for row in rows if row["stage"] == "liti"})
+
+
+def _select(rows: Sequence[Row], stage: str, iteration: int) -> list[Row]:
+    return [row for row in rows if row["stage"] == stage and row["iteration"] == iteration]
+
+
+def _column(rows: Sequence[Row], name: str) -> list[float]:
+    return [row[name] for row in rows]
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(buffer, format="png", dpi=100)
+    plt.close(figure)
+    return buffer.getvalue()
