@@ -11,7 +11,7 @@ from configs import default
 def get_config() -> ConfigDict:
     config = default.get_config()
     config.checkpoint_every = 4
-    config.mesh = (1, 1, 1)
+    config.data.split = "train[:2000]"
     config.tokenizer.vocab_size = 300
     config.model.width = 16
     config.model.num_layers = 2

@@ -72,6 +72,7 @@ def load_rows(source: str, split: str, data_dir: Path) -> list[dict[str, Any]]:
     """All rows of a source. TFDS datasets are prepared below data_dir as array_record, so TensorFlow is not needed."""
     if source.endswith(".jsonl"):
         return _read_jsonl(Path(source))
+    tfds.disable_progress_bar()
     if source == "movie_reviews":
         builder = MovieReviews(data_dir=data_dir, file_format="array_record")
         builder.download_and_prepare()

@@ -51,6 +51,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
         missing = [name for name in ("config", "workdir") if flags.FLAGS[name].value is None]
+        if CONFIG.value is not None:
+            _ = CONFIG.value.seed  # a config file that failed to load raises only when it is read
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
         fail(str(error))
     if missing and not any(arg in ("--help", "-h", "--helpfull") for arg in argv):

@@ -234,6 +234,7 @@ def _check_not_opposite(inner: Gram, slerp_weights: Sequence[float] | None, symm
     if isinstance(inner.matrix, jax.core.Tracer):
         return
     bad = np.isnan(np.asarray(slerp_coefficients(inner.matrix, slerp_weights, symmetric=symmetric))).any(-1)
+    bad |= ~np.isfinite(np.asarray(inner.matrix)).all((-2, -1))
     if bad.any():
         names = ", ".join(name for name, is_bad in zip(inner.names, bad, strict=True) if is_bad)
         raise ValueError(f"policies: opposite or non-finite task vectors in {names}; their SLERP is undefined")

@@ -64,7 +64,7 @@ def compare_fronts(
     resamples: int,
     seed: int,
 ) -> list[FrontComparison]:
-    """Front b minus front a at each KL. Arrays [K, N]: K policies of a front on the same N prompts, resampled as one."""
+    """Front b minus front a at each KL. Arrays [K, N]: K policies of a front on the same N prompts, kept paired."""
 
     def difference(rows: np.ndarray, kl: float) -> float:
         values = [

@@ -36,7 +36,7 @@ class JobProgress:
     def start_stage(self, name: str, num_steps: int, *, finished: bool) -> None:
         """Name the stage that comes; `finished` if the workdir already holds its result."""
         self._stage = name
-        self._console.print(f"{name}: {'found, skipped' if finished else 'started'}", highlight=False)
+        self._console.print(f"{name}: {'found, skipped' if finished else 'started'}", highlight=False, soft_wrap=True)
         if finished:
             self.on_step(num_steps, {})
             self.end_stage(num_steps)
@@ -50,7 +50,7 @@ class JobProgress:
         now = time.monotonic()
         if values and not self._console.is_terminal and now - self._last_line > PLAIN_LINE_SECONDS:
             self._last_line = now
-            self._console.print(f"{self._stage}: step {done}, {latest}, {self._left(done)}", highlight=False)
+            self._console.print(f"{self._stage}: step {done}, {latest}, {self._left(done)}", highlight=False, soft_wrap=True)
 
     def end_stage(self, num_steps: int) -> None:
         """Count the stage's steps as done."""
@@ -58,7 +58,7 @@ class JobProgress:
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> "JobProgress":
         self._progress.start()

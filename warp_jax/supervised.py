@@ -24,7 +24,7 @@ def language_loss(apply_fn: ApplyFn, params: Params, batch: Batch) -> tuple[Arra
     logits, _ = apply_fn(params, token_ids[:, :-1], mask[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, token_ids[:, 1:])
     counted = mask[:, :-1] & mask[:, 1:]
-    loss = jnp.where(counted, losses, 0).sum() / counted.sum()
+    loss = jnp.where(counted, losses, 0).sum() / counted.sum(dtype=jnp.float32)
     return loss, {"loss": loss}
 
 

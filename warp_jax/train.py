@@ -98,7 +98,7 @@ def policy_update(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     anchor = merging.ema_update(state.anchor_params, params, ema_rate)
-    tokens = rollout.completion_mask.sum()
+    tokens = rollout.completion_mask.sum(dtype=jnp.float32)
     metrics = {
         "loss": losses.mean(),
         "reward": rewards.mean(),

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 Unit = str | Callable[[str], str]
-_LAYER = re.compile(r"^(?:.*?[/.])?(?:layers|h|blocks?|layer)[/._](\d+)(?=[/._]|$)")
+_LAYER = re.compile(r"^(?:.*?[/.])??(?:layers|h|blocks?|layer)[/._](\d+)(?=[/._]|$)")
 
 
 class Units(NamedTuple):
@@ -41,8 +41,9 @@ def is_stacked(name: str) -> bool:
 
 def layer_names(name: str, num_layers: int) -> list[str]:
     """Names of the slices of a stacked leaf: 'layers/0/attn/q/kernel', ..."""
-    head, _, tail = name.partition("layers/")
-    return [f"{head}layers/{i}/{tail}" for i in range(num_layers)]
+    parts = name.split("/")
+    after = parts.index("layers") + 1
+    return ["/".join([*parts[:after], str(i), *parts[after:]]) for i in range(num_layers)]
 
 
 def layer_of(name: str) -> str:
@@ -85,10 +86,12 @@ def check_same_structure(reference: Any, other: Any, what: str) -> None:
     """Raise ValueError naming the first leaf of `other` that is missing, extra or of another shape."""
     expected = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(reference)}
     got = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(other)}
-    for name in expected.keys() - got.keys():
-        raise ValueError(f"{what}: leaf {name!r} is missing")
-    for name in got.keys() - expected.keys():
-        raise ValueError(f"{what}: leaf {name!r} is not in the reference tree")
+    for name in expected:
+        if name not in got:
+            raise ValueError(f"{what}: leaf {name!r} is missing")
+    for name in got:
+        if name not in expected:
+            raise ValueError(f"{what}: leaf {name!r} is not in the reference tree")
     for name, leaf in expected.items():
         if got[name].shape != leaf.shape:
             raise ValueError(f"{what}: leaf {name!r} has shape {got[name].shape}, want {leaf.shape}")

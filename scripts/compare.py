@@ -1,0 +1,63 @@
+"""Print one table over finished workdirs, for example of several seeds or of WARP and its baselines.
+
+python scripts/compare.py runs/seed0 runs/seed1 runs/seed2
+"""
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app
+
+from warp_jax import files
+
+COLUMNS = (
+    "workdir | seed | SFT reward | final reward | gain (SE) | final gold | final KL | median angle 1 / 2 | "
+    "last front minus the one before, at KL (95 % interval)"
+)
+
+
+def read_row(workdir: Path) -> list[str]:
+    """The cells of one workdir."""
+    summary = files.read_json(workdir / "summary.json")
+    seed = files.read_json(workdir / "config.json")["seed"]
+    geometries = [files.read_json(path) for path in sorted(workdir.glob("iteration_*/geometry.json"))]
+    return [
+        workdir.name,
+        str(seed),
+        *(f"{summary[name]:.3f}" for name in ("sft_reward", "final_reward")),
+        f"{summary['gain_in_standard_errors']:.1f}",
+        f"{summary['final_gold_reward']:.3f}",
+        f"{summary['final_sft_kl']:.2f}",
+        " / ".join(f"{_median_angle(geometry):.0f}" for geometry in geometries),
+        "; ".join(_difference(d) for entry in summary["iterations_compared"][-1:] for d in entry["reward_difference"]),
+    ]
+
+
+def _median_angle(geometry: dict[str, Any]) -> float:
+    """Degrees between the first two runs, median over the units."""
+    return statistics.median(angles[0][-1] for angles in geometry["angles_degrees"])
+
+
+def _difference(difference: dict[str, float]) -> str:
+    return "{value:+.3f} at {sft_kl:.1f} ({low:+.3f} .. {high:+.3f})".format(**difference)
+
+
+def main(argv: list[str]) -> None:
+    """Entry point."""
+    workdirs = [Path(name) for name in argv[1:]]
+    unfinished = [str(path) for path in workdirs if not (path / "summary.json").is_file()]
+    if unfinished or not workdirs:
+        print(
+            f"error: want finished workdirs; no summary.json in: {', '.join(unfinished) or 'none given'}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    print(f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}")
+    for workdir in workdirs:
+        print(f"| {' | '.join(read_row(workdir))} |")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,216 @@
+"""The whole program on configs/tiny.py, and what it says to bad input."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import default, lerp, no_kl, quickstart, sft_anchor, tiny
+from warp_jax import checkpoint, main, validation
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = "stage iteration run eta step reward reward_se gold_reward gold_reward_se sft_kl sft_kl_se length distinct_2"
+ALL = [default, quickstart, tiny, sft_anchor, no_kl, lerp]
+
+
+@pytest.fixture(autouse=True)
+def _strict_promotion():
+    """Overrides the strict one of conftest.py: optax raises a float to an integer power."""
+
+
+def _leaves(config, prefix=""):
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("tiny") / "run"
+    config = tiny.get_config()
+    config.mesh = (1, 8, 1)
+    config.model.head_dim = 16
+    config.model.mlp_dim = 64
+    config.tokenizer.vocab_size = 304
+    return config, workdir, main.run(config, workdir)
+
+
+def _rows(workdir):
+    with (workdir / "front.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_tiny_run_leaves_everything(tiny_run):
+    """Fails when a stage of the algorithm, a column or a picture is missing."""
+    config, workdir, line = tiny_run
+    rows = _rows(workdir)
+    assert list(rows[0]) == COLUMNS.split()
+    stages = [(row["stage"], int(row["iteration"]), int(row["run"])) for row in rows if row["stage"] != "liti"]
+    per_iteration = [[("policy", i, r) for r in (1, 2) for _ in range(2)] + [("merged", i, 0)] for i in (1, 2)]
+    assert stages == [("sft", 0, 0), *per_iteration[0], *per_iteration[1]]
+    assert [float(r["eta"]) for r in rows if r["stage"] == "liti"] == list(config.front.etas) * 2
+    assert float(rows[0]["sft_kl"]) == 0.0
+    assert (workdir / "front.png").read_bytes().startswith(b"\x89PNG")
+    page = (workdir / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 3
+    assert "http" not in page.replace("</", "")
+    assert line.startswith("reward ")
+    assert list((workdir / "iteration_2" / "run_1").glob("events.out.tfevents*"))
+    assert len((workdir / "iteration_2" / "run_1" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_front_ends_are_sft_and_the_merge(tiny_run):
+    """Fails when eta is turned round: 1 must be the merge."""
+    _, workdir, _ = tiny_run
+    rows = _rows(workdir)
+    for iteration in ("1", "2"):
+        merged = next(r for r in rows if r["stage"] == "merged" and r["iteration"] == iteration)
+        end = next(r for r in rows if r["stage"] == "liti" and r["iteration"] == iteration and float(r["eta"]) == 1)
+        near = next(r for r in rows if r["stage"] == "liti" and r["iteration"] == iteration and float(r["eta"]) == 0.1)
+        assert end["sft_kl"] == merged["sft_kl"]
+        assert float(near["sft_kl"]) < 0.1 * float(merged["sft_kl"])
+
+
+def test_started_again_it_only_redraws(tiny_run):
+    """Fails when a finished stage runs again, or a changed report setting is refused."""
+    config, workdir, _ = tiny_run
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file() and "iteration" in str(p)}
+    again = config.copy_and_resolve_references()
+    again.front.kl_budget = 100.0
+    assert "best under 100 nats: eta" in main.run(again, workdir)
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_a_killed_job_goes_on_to_the_same_result(tiny_run, monkeypatch, tmp_path):
+    """Fails when a resumed job repeats or skips a run, or the merge uses other policies."""
+    config, workdir, _ = tiny_run
+    saved = checkpoint.save_params
+
+    def die_at_the_second_merge(path, params):
+        if path.parts[-2:] == ("iteration_1", "merged"):
+            raise KeyboardInterrupt
+        saved(path, params)
+
+    monkeypatch.setattr(checkpoint, "save_params", die_at_the_second_merge)
+    with pytest.raises(KeyboardInterrupt):
+        main.run(config, tmp_path / "run")
+    monkeypatch.undo()
+    main.run(config, tmp_path / "run")
+    assert _rows(tmp_path / "run") == _rows(workdir)
+
+
+def test_another_config_is_refused(tiny_run):
+    """Fails when a workdir is silently continued with other settings."""
+    config, workdir, _ = tiny_run
+    other = config.copy_and_resolve_references()
+    other.warp.ema_rate = 0.3
+    with pytest.raises(ValueError, match=r"warp.ema_rate was 0.01, now 0.3"):
+        main.run(other, workdir)
+
+
+@pytest.mark.parametrize("module", ALL, ids=lambda module: module.__name__)
+def test_every_config_is_valid_and_locked(module):
+    """Fails when a config sets a key that default.py lacks, or a value that the checks refuse."""
+    config = module.get_config()
+    config.mesh = (1, 1, 8)
+    validation.check_config(config)
+    assert set(_leaves(config)) == set(_leaves(default.get_config()))
+
+
+@pytest.mark.parametrize(
+    ("module", "delta"),
+    [(sft_anchor, {"warp.ema_rate": 0.0}), (no_kl, {"rl.kl_coef": 0.0}), (lerp, {"warp.merge": "lerp"})],
+    ids=["sft_anchor", "no_kl", "lerp"],
+)
+def test_baselines_are_one_line(module, delta):
+    """Fails when a baseline differs from the quickstart in anything else."""
+    ours, base = module.get_config().to_dict(), quickstart.get_config().to_dict()
+    changed = {
+        f"{group}.{name}": value
+        for group, values in ours.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if value != base[group][name]
+    }
+    assert changed == delta
+
+
+def test_every_leaf_is_read_by_the_code():
+    """Fails when a knob is dead: its name must stand in the package, or its group is unpacked whole."""
+    source = "".join(path.read_text() for path in (ROOT / "warp_jax").rglob("*.py"))
+    whole = ("model.", "rewards.")
+    for leaf in _leaves(default.get_config()):
+        assert leaf.startswith(whole) or f".{leaf.split('.')[-1]}" in source, leaf
+
+
+BAD = [
+    ("warp.ema_rate", 1.2, "between 0 and 1"),
+    ("warp.liti_rate", -0.1, "between 0 and 1"),
+    ("front.etas", (0.3, -0.1), "none below 0"),
+    ("warp.num_runs", 0, "at least 1"),
+    ("rl.kl_coef", -0.1, "at least 0"),
+    ("sampling.temperature", 0.0, "more than 0"),
+    ("rl.advantage", "mean", "one of none, batch_mean, leave_one_out"),
+    ("rl.batch_size", 12, "multiple of 8"),
+    ("evaluation.num_prompts", 40, "multiple of 16"),
+    ("warp.num_iterations", 3, "warp.num_iterations = 3 numbers"),
+    ("mesh", (3, 1, 1), "3 devices"),
+    ("data.source", "nowhere.jsonl", "no such file"),
+    ("data.gold_fraction", 0.6, "less than 1"),
+    ("model.num_kv_heads", 3, "multiple of num_kv_heads"),
+    ("rewards.sentiment.source", "no.module:f", "rewards"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), BAD, ids=[path for path, *_ in BAD])
+def test_bad_values_are_refused_before_anything_is_written(path, value, message, tmp_path):
+    """Fails when the check of this value is taken out."""
+    config = tiny.get_config()
+    config.update_from_flattened_dict({path: value})
+    with pytest.raises(ValueError, match=message):
+        main.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def _command(*arguments):
+    command = [sys.executable, "-m", "warp_jax.main", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/tiny.py", "--workdir={dir}/run", "--config.warp.ema_rat=0.1"], "ema_rate"),
+        (["--config=configs/tiny.py", "--workdir={dir}/run", "--config.warp.ema_rate=1.5"], "between 0 and 1"),
+        (["--config=configs/tiny.py", "--workdir={dir}/run", "--config.warp.num_runs=two"], "num_runs"),
+        (["--config=configs/nosuch.py", "--workdir={dir}/run"], "nosuch.py"),
+        (["--config=configs/tiny.py", "--workdir={dir}/file/run"], "cannot write"),
+        (["--config=configs/tiny.py"], "--workdir is missing"),
+    ],
+    ids=["unknown key", "out of range", "wrong type", "no config", "unwritable", "no workdir"],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
+    """Fails when any of these ends in a traceback, another code, or leaves a folder."""
+    (tmp_path / "file").write_text("")
+    result = _command(*(argument.format(dir=tmp_path) for argument in arguments))
+    assert result.returncode == main.BAD_INPUT, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_geometry_is_per_layer(tiny_run):
+    """Fails when the runs share their prompt order (angle 0), or the units are tensors."""
+    _, workdir, _ = tiny_run
+    geometry = json.loads((workdir / "iteration_1" / "geometry.json").read_text())
+    angles = np.array(geometry["angles_degrees"])
+    assert geometry["units"] == ["embed", "final_norm", "layers/0", "layers/1"]
+    assert ((angles[:, 0, 1] > 1) & (angles[:, 0, 1] < 179)).all()

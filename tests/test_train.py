@@ -1,0 +1,185 @@
+"""One run of RL on a toy model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from warp_jax import optimizers, prepare, prompts, rewards, sampling, sharding, train
+from warp_jax.models.transformer import Transformer, TransformerConfig, init_cache
+
+CONFIG = TransformerConfig(
+    vocab_size=16, width=32, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4, mlp_dim=64, qk_norm=True
+)
+SAMPLING = sampling.SamplingConfig(max_new_tokens=5, temperature=0.7, stop_ids=(2,), pad_id=0)
+BATCH = 8
+ONE_DEVICE = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+
+
+@pytest.fixture(autouse=True)
+def _strict_promotion():
+    """Overrides the strict one of conftest.py: optax raises a float to an integer power."""
+
+
+def _apply_fn():
+    return prepare.make_apply_fn(Transformer(CONFIG))
+
+
+def _params(mesh):
+    init = functools.partial(Transformer(CONFIG).init, token_ids=jnp.ones((1, 2), int), mask=jnp.ones((1, 2), bool))
+    params = jax.jit(init)(jax.random.key(0))["params"]
+    return jax.device_put(params, sharding.param_shardings(mesh, params))
+
+
+@functools.lru_cache
+def _programs(mesh, **settings):
+    """Compiled once for each mesh and setting."""
+    params = _params(mesh)
+    defaults = {
+        "kl_coef": 0.1,
+        "ema_rate": 0.01,
+        "advantage": "leave_one_out",
+        "group_size": 2,
+        "whiten": False,
+        "num_microbatches": 1,
+    }
+    optimizer = optimizers.make_optimizer(learning_rate=1e-2, warmup_steps=0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-5)
+    return train.make_programs(
+        mesh,
+        params,
+        apply_fn=_apply_fn(),
+        make_cache=functools.partial(init_cache, CONFIG),
+        optimizer=optimizer,
+        sampling_config=SAMPLING,
+        **{**defaults, **settings},
+    )
+
+
+def _prompt_batch():
+    rows = [np.arange(3, 3 + 1 + i % 4, dtype=np.int32) for i in range(12)]
+    return prompts.make_prompts(rows, 4, bos_id=1, pad_id=0)
+
+
+def _count_token(rollout):
+    return ((rollout.completion_ids == 5) & rollout.completion_mask).sum(axis=1).astype(jnp.float32)
+
+
+REWARD = rewards.weighted_sum({"fives": 2.0}, {"fives": _count_token})
+
+
+def _run(directory, mesh=None, num_steps=4, stop_after=None, checkpoint_every=2, **settings):
+    mesh = mesh or ONE_DEVICE
+    params = _params(mesh)
+    metrics = []
+
+    def after_step(step, state):
+        if step == stop_after:
+            raise KeyboardInterrupt
+
+    final = train.run_policy(
+        params,
+        programs=_programs(mesh, **settings),
+        reward_fn=REWARD,
+        train_prompts=_prompt_batch(),
+        mesh=mesh,
+        seed=7,
+        iteration=1,
+        run=2,
+        num_steps=num_steps,
+        batch_size=BATCH,
+        group_size=2,
+        checkpoint_every=checkpoint_every,
+        directory=directory,
+        on_step=lambda step, values: metrics.append(values),
+        after_step=after_step,
+    )
+    return jax.device_get(final), [m for m in metrics if m]
+
+
+def _one_update(**settings):
+    mesh = ONE_DEVICE
+    params = _params(mesh)
+    programs = _programs(mesh, **settings)
+    state = programs.init(params)
+    batch = prompts.take(_prompt_batch(), np.repeat(np.arange(BATCH // 2), 2))
+    rollout = programs.rollout(state.params, sharding.put_batch(mesh, batch), jax.random.key(3))
+    state, metrics = programs.update(state, rollout, REWARD(rollout).total)
+    return params, state, metrics, programs, rollout
+
+
+def _distance(a, b):
+    return float(
+        sum(np.abs(np.asarray(x) - np.asarray(y)).sum() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+    )
+
+
+def test_one_step_moves_policy_and_anchor():
+    """Fails when the update is dropped, the anchor is not moved, or the rate weighs the old weights."""
+    init, state, metrics, *_ = _one_update(ema_rate=0.01)
+    assert _distance(state.params, init) > 0
+    expected = jax.tree.map(lambda a, b: 0.99 * np.asarray(a) + 0.01 * np.asarray(b), init, state.params)
+    assert _distance(state.anchor_params, expected) / _distance(state.params, init) < 1e-4
+    assert float(metrics["anchor_kl"]) == 0.0
+
+
+def test_frozen_anchor_stays_at_init():
+    """Fails when ema_rate 0 lets the anchor move: the SFT-anchor baseline would be another algorithm."""
+    init, state, *_ = _one_update(ema_rate=0.0)
+    assert _distance(state.anchor_params, init) == 0.0
+
+
+def test_donation_leaves_init_alive_and_traces_once():
+    """Fails when state and init share buffers, or a second step compiles again."""
+    init, state, _, programs, rollout = _one_update()
+    state, _ = programs.update(state, rollout, REWARD(rollout).total)
+    assert np.isfinite(_distance(init, init))
+    assert programs.update._cache_size() == 1
+
+
+def test_the_kl_is_that_to_the_anchor():
+    """Fails when the reward's KL uses the current policy twice, or the sampler's log-probs unscaled by temperature."""
+    _, state, _, programs, rollout = _one_update(ema_rate=0.0)
+    score = functools.partial(sampling.per_token_logps, _apply_fn(), temperature=SAMPLING.temperature)
+    ratio = score(state.params, rollout) - score(state.anchor_params, rollout)
+    expected = float(jnp.where(rollout.completion_mask, ratio, 0.0).sum(1).mean())
+    _, metrics = programs.update(state, rollout, REWARD(rollout).total)
+    assert abs(expected) > 1e-4
+    assert float(metrics["anchor_kl"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_microbatches_change_nothing():
+    """Fails when gradients are summed instead of averaged, or advantages are taken per piece."""
+    whole = _one_update(num_microbatches=1, advantage="batch_mean")[1]
+    pieces = _one_update(num_microbatches=4, advantage="batch_mean")[1]
+    init = _one_update()[0]
+    assert _distance(whole.params, pieces.params) < 2e-4 * _distance(whole.params, init)
+
+
+def test_reward_rises(tmp_path):
+    """Fails when the sign of the loss is turned, or prompts and rewards are mixed up."""
+    _, metrics = _run(tmp_path, num_steps=40, checkpoint_every=100)
+    assert np.mean([m["reward"] for m in metrics[-5:]]) > np.mean([m["reward"] for m in metrics[:5]]) + 1.0
+    assert metrics[0]["reward"] == pytest.approx(2 * metrics[0]["reward/fives"])
+
+
+def test_stop_and_resume_is_the_unbroken_run_to_the_bit(tmp_path):
+    """Fails when anchor or moments are not restored, or keys follow from anything but the step."""
+    unbroken, _ = _run(tmp_path / "a", num_steps=6)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "b", num_steps=6, stop_after=3)
+    resumed, metrics = _run(tmp_path / "b", num_steps=6)
+    assert len(metrics) < 6
+    assert _distance(unbroken, resumed) == 0.0
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_eight_devices_equal_one(tmp_path, sizes):
+    """Fails when a gradient or a baseline is taken per device."""
+    one, metrics_one = _run(tmp_path / "one", num_steps=3)
+    many, metrics_many = _run(tmp_path / "many", mesh=sharding.make_mesh(sizes), num_steps=3)
+    for a, b in zip(metrics_one, metrics_many, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    init = _params(ONE_DEVICE)
+    assert _distance(one, many) < 1e-3 * _distance(one, init)
