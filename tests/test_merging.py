@@ -147,16 +147,13 @@ def merge_errors(dtype, drift, lengths, count):
 def test_slerp_is_exact_up_to_rounding(dtype, drift, lengths, count):
     """Mutation: inner products summed in float32; the displacement in the dtype of the weights."""
     error, rounding = merge_errors(dtype, drift, lengths, count)
-    if dtype == "float32" and lengths == UNEQUAL and count > 2:
-        error, rounding = error[:-1], rounding[:-1]  # 179 degrees: the next test
     assert (error <= 2 * rounding).all(), error / rounding
 
 
-@pytest.mark.xfail(strict=True, reason="float32 sum of terms 57 times a task vector: error of 2.7 to 4.2 roundings")
 @pytest.mark.parametrize("count", [3, 4, 5])
 @pytest.mark.parametrize("drift", [0.001, 0.01])
 def test_slerp_at_179_degrees_is_exact_up_to_rounding(drift, count):
-    """Mutation: none while it fails; the weighted sum in float64 makes it pass."""
+    """Mutation: the weighted sum in float32."""
     error, rounding = merge_errors("float32", drift, UNEQUAL, count)
     assert error[-1] <= 2 * rounding[-1], error / rounding
 
@@ -195,10 +192,9 @@ def test_ends_are_the_policies(dtype, end):
     assert_trees_equal(merging.slerp(init, policies, **options), policies[which])
 
 
-@pytest.mark.xfail(strict=True, reason="float32 task vectors: some weights near zero come back 1 ulp off")
 @pytest.mark.parametrize("end", ENDS)
 def test_ends_are_the_policies_at_any_float32_value(end):
-    """Mutation: none while it fails; the weighted sum in float64 makes it pass."""
+    """Mutation: the weighted sum in float32."""
     count, options, which = ENDS[end]
     init, policies = make_policies(count, [70] * 6, lengths=UNEQUAL)
     assert_trees_equal(merging.slerp(init, policies, **options), policies[which])

@@ -50,7 +50,9 @@ class JobProgress:
         now = time.monotonic()
         if values and not self._console.is_terminal and now - self._last_line > PLAIN_LINE_SECONDS:
             self._last_line = now
-            self._console.print(f"{self._stage}: step {done}, {latest}, {self._left(done)}", highlight=False, soft_wrap=True)
+            self._console.print(
+                f"{self._stage}: step {done}, {latest}, {self._left(done)}", highlight=False, soft_wrap=True
+            )
 
     def end_stage(self, num_steps: int) -> None:
         """Count the stage's steps as done."""
