@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default, lerp, no_kl, quickstart, sft_anchor, tiny
-from warp_jax import checkpoint, main, validation
+from warp_jax import main, validation
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = "stage iteration run eta step reward reward_se gold_reward gold_reward_se sft_kl sft_kl_se length distinct_2"
+TINY = "--config=configs/tiny.py"
+ENV = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
 ALL = [default, quickstart, tiny, sft_anchor, no_kl, lerp]
 
 
@@ -31,15 +35,21 @@ def _leaves(config, prefix=""):
             yield f"{prefix}{key}"
 
 
+def _command(*arguments):
+    """The program as a user starts it, on one device."""
+    return [sys.executable, "-m", "warp_jax.main", *map(str, arguments)]
+
+
+def _run(*arguments):
+    return subprocess.run(_command(*arguments), cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
+
+
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("tiny") / "run"
-    config = tiny.get_config()
-    config.mesh = (1, 8, 1)
-    config.model.head_dim = 16
-    config.model.mlp_dim = 64
-    config.tokenizer.vocab_size = 304
-    return config, workdir, main.run(config, workdir)
+    result = _run(TINY, f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    return tiny.get_config(), workdir, result.stdout.splitlines()[-1]
 
 
 def _rows(workdir):
@@ -80,39 +90,37 @@ def test_front_ends_are_sft_and_the_merge(tiny_run):
 
 def test_started_again_it_only_redraws(tiny_run):
     """Fails when a finished stage runs again, or a changed report setting is refused."""
-    config, workdir, _ = tiny_run
+    _, workdir, _ = tiny_run
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file() and "iteration" in str(p)}
-    again = config.copy_and_resolve_references()
-    again.front.kl_budget = 100.0
-    assert "best under 100 nats: eta" in main.run(again, workdir)
+    result = _run(TINY, f"--workdir={workdir}", "--config.front.kl_budget=100")
+    assert "best under 100 nats: eta" in result.stdout
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
-def test_a_killed_job_goes_on_to_the_same_result(tiny_run, monkeypatch, tmp_path):
-    """Fails when a resumed job repeats or skips a run, or the merge uses other policies."""
-    config, workdir, _ = tiny_run
-    saved = checkpoint.save_params
-
-    def die_at_the_second_merge(path, params):
-        if path.parts[-2:] == ("iteration_1", "merged"):
-            raise KeyboardInterrupt
-        saved(path, params)
-
-    monkeypatch.setattr(checkpoint, "save_params", die_at_the_second_merge)
-    with pytest.raises(KeyboardInterrupt):
-        main.run(config, tmp_path / "run")
-    monkeypatch.undo()
-    main.run(config, tmp_path / "run")
+def test_a_killed_job_goes_on_to_the_same_result(tiny_run, tmp_path):
+    """Fails when a resumed job repeats or skips a run, loses the anchor, or merges other policies."""
+    _, workdir, _ = tiny_run
+    arguments = (TINY, f"--workdir={tmp_path / 'run'}")
+    killed = subprocess.Popen(
+        _command(*arguments), cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    sign = tmp_path / "run" / "iteration_1" / "run_2" / "metrics.jsonl"
+    while not sign.exists():
+        assert killed.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "run" / "front.csv").exists()
+    assert _run(*arguments).returncode == 0
     assert _rows(tmp_path / "run") == _rows(workdir)
 
 
 def test_another_config_is_refused(tiny_run):
     """Fails when a workdir is silently continued with other settings."""
     config, workdir, _ = tiny_run
-    other = config.copy_and_resolve_references()
-    other.warp.ema_rate = 0.3
+    config.warp.ema_rate = 0.3
     with pytest.raises(ValueError, match=r"warp.ema_rate was 0.01, now 0.3"):
-        main.run(other, workdir)
+        validation.claim_workdir(config, workdir)
 
 
 @pytest.mark.parametrize("module", ALL, ids=lambda module: module.__name__)
@@ -179,11 +187,6 @@ def test_bad_values_are_refused_before_anything_is_written(path, value, message,
     assert not (tmp_path / "run").exists()
 
 
-def _command(*arguments):
-    command = [sys.executable, "-m", "warp_jax.main", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -199,7 +202,7 @@ def _command(*arguments):
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     """Fails when any of these ends in a traceback, another code, or leaves a folder."""
     (tmp_path / "file").write_text("")
-    result = _command(*(argument.format(dir=tmp_path) for argument in arguments))
+    result = _run(*(argument.format(dir=tmp_path) for argument in arguments))
     assert result.returncode == main.BAD_INPUT, result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1

@@ -79,7 +79,7 @@ def expected_loss_gradient(params, anchor, kind, batch_size, group_size):
     ],
 )
 def test_expected_gradient_is_that_of_the_exact_objective(kind, batch_size, group_size, factor):
-    """Fails if the log-ratio's sign flips, kl_coef is dropped, or leave_one_out divides by group_size."""
+    """Fails if the log-ratio's sign flips, kl_coef is dropped, or leave_one_out keeps a sample in its own mean."""
     params, anchor = bigram(0), bigram(1)
     exact = exact_gradient(params, anchor)
     assert min(np.abs(x).max() for x in exact.values()) > 0.05

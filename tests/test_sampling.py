@@ -239,7 +239,7 @@ def test_sampling_ends_when_all_rows_have_stopped(starts, passes):
 
 
 def test_keys_decide():
-    """Fails if the key is ignored, or a hidden one is added: the same key repeats, another differs."""
+    """Fails if the key is ignored: the same key repeats, another differs."""
     config = SamplingConfig(6, 1.0, (), pad_id=0)
     draws = [sample_bigram(np.zeros((5, 5)), range(5), jax.random.key(k), config).completion_ids for k in (0, 0, 1)]
     assert_array_equal(draws[0], draws[1])

@@ -360,7 +360,7 @@ def test_masked_tokens_are_unseen():
 
 
 def test_left_padding_moves_nothing():
-    """Fails if positions count the padding and an absolute effect creeps in, or padding is seen."""
+    """Fails if padding is a key: a padded prompt gives what the prompt alone gives."""
     config, params = make(**GEMMA)
     alone = run(config, params, IDS[1:, 2:], MASK[1:, 2:])
     assert_allclose(run(config, params)[1:, 2:], alone, rtol=1e-4, atol=1e-5)
