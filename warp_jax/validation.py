@@ -85,12 +85,12 @@ def check_config(config: ConfigDict) -> None:
 
 
 def claim_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Write config.json, or check that the one there is the same but for `report` and `front.kl_budget`."""
+    """Write config.json, or check that the one there is the same but for `report` and `front`, which only add points."""
     path = workdir / "config.json"
     mine = json.loads(config.to_json())
     if path.exists():
         changed = sorted(_differences(files.read_json(path), mine))
-        kept = [line for line in changed if not line.startswith(("report.", "front.kl_budget"))]
+        kept = [line for line in changed if not line.startswith(("report.", "front."))]
         if kept:
             raise ValueError(
                 f"workdir {workdir} was made by another config: {'; '.join(kept)}; choose another --workdir"
