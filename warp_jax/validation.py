@@ -85,7 +85,7 @@ def check_config(config: ConfigDict) -> None:
 
 
 def claim_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Write config.json, or check that the one there is the same but for `report` and `front`, which only add points."""
+    """Write config.json, or check that the one there is the same but for `report` and `front`."""
     path = workdir / "config.json"
     mine = json.loads(config.to_json())
     if path.exists():
