@@ -4,7 +4,7 @@
 
   python -m warp_jax.main --config=configs/default.py --workdir=runs/default
 
-The sizes are those of a small language model on film reviews; one iteration takes about an hour on a laptop CPU.
+The sizes are those of a small language model on film reviews: larger and longer than configs/quickstart.py.
 """
 
 from ml_collections import ConfigDict
@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     config.reward_model.warmup_steps = 50
     config.reward_model.clip_norm = 1.0
 
-    config.rewards = ConfigDict()  # r = sum of weight * part; add parts by name
+    config.rewards = ConfigDict()  # r = sum of weight * part; a config file adds one inside `with config.unlocked():`
     config.rewards.sentiment = ConfigDict()
     config.rewards.sentiment.source = "reward_model"  # or "length", or "package.module:function" of decoded text
     config.rewards.sentiment.weight = 1.0
@@ -106,7 +106,7 @@ def get_config() -> ConfigDict:
     config.rl.samples_per_prompt = 4  # completions of one prompt, for leave_one_out [ours]
     config.rl.num_microbatches = 1  # gradient accumulation: the batch is processed in this many pieces
     config.rl.advantage = "leave_one_out"  # baseline: none | batch_mean | leave_one_out [ours; the paper states none]
-    config.rl.whiten = False  # divide advantages by their standard deviation [ours]
+    config.rl.whiten = False  # divide advantages by their standard deviation over the batch [ours]
     config.rl.kl_coef = 0.1  # beta, reward units per nat, against the anchor [P s4 Setup]
     config.rl.learning_rate = 1e-4  # Adam [the paper's 7B model: 1e-6]
     config.rl.warmup_steps = 100  # [P s4 Setup]
@@ -134,4 +134,4 @@ def get_config() -> ConfigDict:
     config.report = ConfigDict()
     config.report.num_samples = 6  # prompts shown before and after
     config.report.bootstrap_resamples = 1000  # for confidence intervals of differences between fronts
-    return config
+    return config.lock()

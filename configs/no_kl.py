@@ -1,4 +1,4 @@
-"""REINFORCE without a KL penalty: reward rises fast and the policy drifts (the paper's beta = 0).
+"""WARP without a KL penalty: reward rises fast and the policies drift (the paper's beta = 0).
 
 python -m warp_jax.main --config=configs/no_kl.py --workdir=runs/no_kl
 """

@@ -1,4 +1,4 @@
-"""REINFORCE with a KL to SFT: the anchor is frozen, the paper's main baseline (its section 4.1).
+"""REINFORCE with a KL to SFT: one run, its anchor frozen, no merging; the paper's main baseline (its section 4.1).
 
 python -m warp_jax.main --config=configs/sft_anchor.py --workdir=runs/sft_anchor
 """
@@ -11,4 +11,7 @@ from configs import quickstart
 def get_config() -> ConfigDict:
     config = quickstart.get_config()
     config.warp.ema_rate = 0.0
+    config.warp.num_iterations = 1
+    config.warp.num_runs = 1
+    config.warp.steps_per_iteration = (sum(config.warp.steps_per_iteration),)
     return config

@@ -13,7 +13,7 @@ from absl import app
 from warp_jax import files
 
 COLUMNS = (
-    "workdir | seed | SFT reward | final reward | gain (SE) | final gold | final KL | median angle 1 / 2 | "
+    "workdir | seed | SFT reward | final reward | gain (SE) | final gold | final KL | median angle of each iteration | "
     "last front minus the one before, at KL (95 % interval)"
 )
 
@@ -22,7 +22,7 @@ def read_row(workdir: Path) -> list[str]:
     """The cells of one workdir."""
     summary = files.read_json(workdir / "summary.json")
     seed = files.read_json(workdir / "config.json")["seed"]
-    geometries = [files.read_json(path) for path in sorted(workdir.glob("iteration_*/geometry.json"))]
+    geometries = [files.read_json(path) for path in _iterations(workdir)]
     return [
         workdir.name,
         str(seed),
@@ -35,9 +35,15 @@ def read_row(workdir: Path) -> list[str]:
     ]
 
 
+def _iterations(workdir: Path) -> list[Path]:
+    return sorted(workdir.glob("iteration_*/geometry.json"), key=lambda path: int(path.parent.name.split("_")[1]))
+
+
 def _median_angle(geometry: dict[str, Any]) -> float:
-    """Degrees between the first two runs, median over the units."""
-    return statistics.median(angles[0][-1] for angles in geometry["angles_degrees"])
+    """Degrees, median over the units and the pairs of runs."""
+    return statistics.median(
+        angle for unit in geometry["angles_degrees"] for m, row in enumerate(unit) for angle in row[:m]
+    )
 
 
 def _difference(difference: dict[str, float]) -> str:

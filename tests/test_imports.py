@@ -30,27 +30,36 @@ def _modules():
 
 
 def _imported(tree):
+    for module, names in _import_statements(tree):
+        root, _, inside = module.partition(".")
+        if root in ("configs", "scripts"):
+            yield module
+        if root == "warp_jax":
+            for name in names or [""]:
+                full = f"{inside}.{name}".strip(".")
+                yield full if full in LEVEL_OF else inside
+
+
+def _import_statements(tree):
+    """Pairs of a module and the names taken from it, for both kinds of import statement."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "warp_jax":
-            inside = node.module.removeprefix("warp_jax").lstrip(".")
-            for alias in node.names:
-                name = f"{inside}.{alias.name}".lstrip(".")
-                yield name if name in LEVEL_OF else inside
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or "", [alias.name for alias in node.names]
         if isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if a.name.split(".")[0] in ("configs", "scripts"))
+            yield from ((alias.name, []) for alias in node.names)
 
 
 @pytest.mark.parametrize(("name", "tree"), _modules(), ids=lambda value: value if isinstance(value, str) else "")
 def test_imports_go_downwards(name, tree):
     """Fails when any module imports a sibling or one above it, or configs or scripts."""
     for other in _imported(tree):
-        assert LEVEL_OF[other] < LEVEL_OF[name] or (name, other) in SIBLINGS, f"{name} imports {other}"
+        assert LEVEL_OF.get(other, 99) < LEVEL_OF[name] or (name, other) in SIBLINGS, f"{name} imports {other}"
 
 
 @pytest.mark.parametrize(("name", "tree"), _modules(), ids=lambda value: value if isinstance(value, str) else "")
 def test_only_the_upper_levels_see_a_config(name, tree):
     """Fails when a pure module takes a ConfigDict or reads absl flags."""
-    roots = {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    roots = {module.split(".")[0] for module, _ in _import_statements(tree)}
     if LEVEL_OF[name] <= 5:
         assert "ml_collections" not in roots
     if name != "main":

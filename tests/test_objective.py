@@ -121,14 +121,15 @@ def test_whiten_divides_by_the_standard_deviation():
     """Fails if whitening divides by the variance, or centres a second time."""
     std = (14 / 3) ** 0.5
     centred = objective.advantages(jnp.array([1.0, 2.0, 6.0]), "batch_mean", 1, whiten=True)
-    assert_allclose(centred, np.array([-2.0, -1.0, 3.0]) / std, rtol=1e-6)
+    assert_allclose(centred, np.array([-2.0, -1.0, 3.0]) / std, rtol=1e-4)
     kept = objective.advantages(jnp.array([1.0, 2.0, 6.0]), "none", 1, whiten=True)
-    assert_allclose(kept, np.array([1.0, 2.0, 6.0]) / std, rtol=1e-6)
+    assert_allclose(kept, np.array([1.0, 2.0, 6.0]) / std, rtol=1e-4)
 
 
 def test_whiten_of_equal_rewards_is_zero():
     """Fails if nothing guards the division by a standard deviation of 0."""
-    assert_allclose(objective.advantages(jnp.full(3, 0.7), "batch_mean", 1, whiten=True), np.zeros(3), atol=1e-6)
+    equal = jnp.full(128, 0.7)  # 128: the mean of so many is off by a rounding error, which must not be blown up
+    assert_allclose(objective.advantages(equal, "batch_mean", 1, whiten=True), np.zeros(128), atol=2e-3)
 
 
 def test_unknown_advantage_is_refused():

@@ -57,6 +57,9 @@ def test_compare_fronts_is_second_minus_first():
 
 
 def test_common_kls():
-    """Fails when the union of the ranges is taken."""
-    assert pareto.common_kls(np.array([0.0, 4.0]), np.array([1.0, 9.0]), 2).tolist() == [2.0, 3.0]
-    assert not len(pareto.common_kls(np.array([0.0, 1.0]), np.array([2.0, 3.0]), 2))
+    """Fails when the union of the ranges is taken, or a dominated point widens a range."""
+    up = np.array([0.0, 1.0])
+    assert pareto.common_kls(np.array([0.0, 4.0]), up, np.array([1.0, 9.0]), up, 2).tolist() == [2.0, 3.0]
+    assert not len(pareto.common_kls(np.array([0.0, 1.0]), up, np.array([2.0, 3.0]), up, 2))
+    worse = np.array([0.0, 4.0, 8.0]), np.array([0.0, 1.0, 0.5])
+    assert pareto.common_kls(*worse, np.array([1.0, 9.0]), up, 2).tolist() == [2.0, 3.0]

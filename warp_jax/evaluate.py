@@ -30,6 +30,7 @@ class Evaluation(NamedTuple):
     completion_mask: np.ndarray
 
 
+EVALUATION_STREAM = 2**31 - 1  # apart from those of the iterations of training
 EvaluateFn = Callable[[Params], Evaluation]
 
 
@@ -68,7 +69,7 @@ def make_evaluate(
     """
     sample = jax.jit(functools.partial(sampling.sample, apply_fn, make_cache, config=sampling_config))
     kl = jax.jit(functools.partial(sequence_kl, apply_fn, temperature=sampling_config.temperature))
-    key = jax.random.key(seed)
+    key = jax.random.fold_in(jax.random.key(seed), EVALUATION_STREAM)
 
     def evaluate_batch(params: Params, number: int) -> dict[str, np.ndarray]:
         rows = np.arange(number * batch_size, (number + 1) * batch_size)

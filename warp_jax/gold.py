@@ -1,4 +1,4 @@
-"""The gold reward: tf-idf and logistic regression on reviews that the reward model never saw.
+"""The gold reward: tf-idf and logistic regression on reviews whose labels the reward model never saw.
 
 It is evaluated and never trained on, so that it shows where the policy exploits the reward model.
 """

@@ -1,5 +1,7 @@
 """The loop of every optimisation: step, log, checkpoint, resume to the bit."""
 
+import contextlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +37,7 @@ def run_steps(
     if start:
         state = store.restore(state)
     on_step(start, {})
-    with MetricWriter(directory, start) as writer:
+    with contextlib.closing(store), MetricWriter(directory, start) as writer:
         pending: Mapping[str, Any] = {}
         for step in range(start, num_steps):
             state, metrics = step_fn(state, step)
@@ -49,11 +51,13 @@ def run_steps(
                 pending = {}
             if done % checkpoint_every == 0:
                 store.save(done, state)
-    store.close()
     return state
 
 
 def _log(writer: MetricWriter, step: int, metrics: Mapping[str, Any], on_step: OnStep) -> None:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise FloatingPointError(f"step {step}: {', '.join(bad)}; lower the learning rate, or check the rewards")
     writer.write(step, values)
     on_step(step + 1, values)

@@ -5,13 +5,15 @@ and workdir, it goes on where it stopped.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from warp_jax import prepare, report, validation, warp
+from warp_jax.corpus import Corpus
 from warp_jax.progress import JobProgress
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/quickstart.py.")
@@ -19,12 +21,18 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is ma
 BAD_INPUT = 2  # exit code
 
 
-def run(config: ConfigDict, workdir: Path) -> str:
-    """The whole job; returns the summary line. Raises ValueError for bad input before anything is written."""
+def check(config: ConfigDict, workdir: Path) -> Mapping[str, Corpus]:
+    """The data, once all input is found good; else ValueError, with nothing written. Then the workdir is claimed."""
     validation.check_config(config)
+    corpora = prepare.load_corpora(config)
     validation.claim_workdir(config, workdir)
+    return corpora
+
+
+def run(config: ConfigDict, corpora: Mapping[str, Corpus], workdir: Path) -> str:
+    """The whole job; returns the summary line."""
     with JobProgress(total_steps(config)) as progress:
-        setup = prepare.prepare(config, workdir, progress)
+        setup = prepare.prepare(config, corpora, workdir, progress)
         points = warp.run_warp(config, setup, workdir, progress)
         return report.write_report(config, setup, points, workdir)
 
@@ -40,9 +48,14 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         fail(f"unexpected argument {argv[1]!r}; options start with --, see --help")
     logging.set_verbosity(logging.ERROR)  # of libraries; warnings of JAX and Orbax about one process are noise here
+    config, workdir = CONFIG.value, Path(str(WORKDIR.value))
     try:
-        print(run(CONFIG.value, Path(str(WORKDIR.value))))
+        corpora = check(config, workdir)
     except ValueError as error:
+        fail(str(error))
+    try:
+        print(run(config, corpora, workdir))
+    except FloatingPointError as error:
         fail(str(error))
 
 
@@ -60,7 +73,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """One line on stderr, exit code 2."""
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(BAD_INPUT)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from warp_jax.types import Array
 
+WHITEN_EPSILON = 1e-4  # reward units; above the float32 noise of equal rewards, below any spread that matters
 ADVANTAGES = ("none", "batch_mean", "leave_one_out")
 
 
@@ -44,7 +45,7 @@ def advantages(shaped: Array, kind: str, group_size: int, whiten: bool) -> Array
         result = (groups - others).reshape(-1)
     else:
         raise ValueError(f"advantages: got {kind!r}, want one of {', '.join(ADVANTAGES)}")
-    return result / (result.std() + 1e-8) if whiten else result
+    return result / (result.std() + WHITEN_EPSILON) if whiten else result
 
 
 def reinforce_loss(policy_logps: Array, completion_mask: Array, advantage: Array) -> Array:

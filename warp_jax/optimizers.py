@@ -1,7 +1,5 @@
 """Adam with linear warm-up and clipping, used by every stage."""
 
-from typing import Any
-
 import optax
 
 
@@ -13,15 +11,3 @@ def make_optimizer(
     schedule = optax.linear_schedule(learning_rate / warmup, learning_rate, warmup - 1)
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
     return optax.chain(clip, optax.adam(schedule, b1=b1, b2=b2, eps=eps))
-
-
-def from_config(stage: Any, adam: Any) -> optax.GradientTransformation:
-    """The optimizer of one stage of the config: its learning_rate, warmup_steps, clip_norm, and the shared `adam`."""
-    return make_optimizer(
-        learning_rate=stage.learning_rate,
-        warmup_steps=stage.warmup_steps,
-        clip_norm=stage.clip_norm,
-        b1=adam.b1,
-        b2=adam.b2,
-        eps=adam.eps,
-    )

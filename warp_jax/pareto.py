@@ -80,7 +80,10 @@ def compare_fronts(
     ]
 
 
-def common_kls(kl_a: np.ndarray, kl_b: np.ndarray, count: int) -> np.ndarray:
-    """`count` KLs strictly inside the range that two fronts (mean KL of each policy, [K]) share; empty if none."""
+def common_kls(
+    kl_a: np.ndarray, reward_a: np.ndarray, kl_b: np.ndarray, reward_b: np.ndarray, count: int
+) -> np.ndarray:
+    """`count` KLs strictly inside the range that two fronts (means of each policy, [K]) share; empty if none."""
+    kl_a, kl_b = kl_a[non_dominated(kl_a, reward_a)], kl_b[non_dominated(kl_b, reward_b)]
     low, high = max(kl_a.min(), kl_b.min()), min(kl_a.max(), kl_b.max())
     return np.linspace(low, high, count + 2)[1:-1] if high > low else np.array([])

@@ -62,7 +62,7 @@ def draw_angles(geometries: Sequence[dict[str, Any]]) -> bytes:
             label = f"iteration {number}" if pair == 0 else None
             axis.plot(range(len(units)), pairs[:, pair], marker="o", color=f"C{number - 1}", label=label)
     axis.axhline(90, color="grey", linewidth=0.8, linestyle="--")
-    axis.set(ylabel="degrees", ylim=(0, 100))
+    axis.set(ylabel="degrees", ylim=(0, None))
     axis.set_xticks(range(len(units)), units, rotation=60, ha="right")
     axis.legend()
     return _png(figure)

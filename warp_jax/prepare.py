@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -31,6 +32,8 @@ from warp_jax.progress import JobProgress
 from warp_jax.tokenizer import Tokenizer
 from warp_jax.types import ApplyFn, Params, PromptBatch, RewardFn, Rollout
 
+HELD_OUT_BATCHES = 16  # at most, for the held-out quality of SFT and of the reward model
+
 Tokens = list[np.ndarray]
 
 
@@ -50,14 +53,14 @@ class Setup(NamedTuple):
     gold_fn: Callable[[Rollout], np.ndarray]
 
 
-def prepare(config: ConfigDict, workdir: Path, progress: JobProgress) -> Setup:
+def prepare(config: ConfigDict, corpora: Mapping[str, Corpus], workdir: Path, progress: JobProgress) -> Setup:
     """Load or make every ingredient; stages that the workdir already holds are skipped."""
     mesh = sharding.make_mesh(config.mesh)
-    corpora = load_corpora(config.data, workdir / "data")
     tokenizer = load_tokenizer(config.tokenizer.vocab_size, corpora, workdir / "tokenizer.json")
     tokens = {name: _encode(tokenizer, split.texts) for name, split in corpora.items()}
     policy = Transformer(make_model_config(config.model, tokenizer.vocab_size, "language"))
     maker = Maker(config, workdir, progress, mesh, tokenizer)
+    gold_fn = maker.gold(tokens, corpora)
     sft_params = maker.sft(policy, tokens)
     learned = maker.reward_model(tokens, corpora, sft_params) if needs_reward_model(config) else None
     names = {"prompt_tokens": config.sampling.prompt_tokens, "bos_id": tokenizer.bos_id, "pad_id": tokenizer.pad_id}
@@ -80,15 +83,18 @@ def prepare(config: ConfigDict, workdir: Path, progress: JobProgress) -> Setup:
         eval_prompts=prompts.make_prompts(tokens["eval"][: config.evaluation.num_prompts], **names),
         train_reward_fn=reward_fns["prompts"],
         eval_reward_fn=reward_fns["eval"],
-        gold_fn=rewards.make_from_text(maker.gold(tokens, corpora), tokenizer, corpora["eval"].rows),
+        gold_fn=rewards.make_from_text(gold_fn, tokenizer, corpora["eval"].rows),
     )
 
 
-def load_corpora(config: ConfigDict, data_dir: Path) -> dict[str, Corpus]:
-    """The four splits of the source."""
-    rows = corpus.load_rows(config.source, config.split, data_dir)
-    fractions = {"reward": config.reward_fraction, "gold": config.gold_fraction, "prompts": config.prompts_fraction}
-    return corpus.split_rows(rows, config.text_field, config.label_field, fractions)
+def load_corpora(config: ConfigDict) -> dict[str, Corpus]:
+    """The four splits of the source. Raises ValueError if they cannot serve this config."""
+    data = config.data
+    rows = corpus.load_rows(data.source, data.split)
+    fractions = {"reward": data.reward_fraction, "gold": data.gold_fraction, "prompts": data.prompts_fraction}
+    splits = corpus.split_rows(rows, data.text_field, data.label_field, fractions)
+    corpus.check_splits(splits, num_eval=config.evaluation.num_prompts, labelled=needs_labels(config))
+    return splits
 
 
 def load_tokenizer(vocab_size: int, corpora: Mapping[str, Corpus], path: Path) -> Tokenizer:
@@ -109,6 +115,21 @@ def make_model_config(config: ConfigDict, vocab_size: int, head: str) -> Transfo
     return TransformerConfig(vocab_size=vocab_size, head=head, rope_scaling=scaling, local_pattern=pattern, **settings)
 
 
+def init_and_layout(model: Transformer, mesh: Mesh) -> tuple[Callable[[jax.Array], Params], Any]:
+    """The function key -> random parameters, and where each of them lies. Raises ValueError if the mesh cannot."""
+
+    def init(key: jax.Array) -> Params:
+        return model.init(key, token_ids=jnp.zeros((1, 2), jnp.int32), mask=jnp.ones((1, 2), bool))["params"]
+
+    return init, sharding.param_shardings(mesh, jax.eval_shape(init, jax.random.key(0)))
+
+
+def make_optimizer(stage: ConfigDict, adam: ConfigDict) -> optax.GradientTransformation:
+    """The optimizer of one stage: its learning_rate, warmup_steps and clip_norm, and what all stages share."""
+    names = {name: stage[name] for name in ("learning_rate", "warmup_steps", "clip_norm")}
+    return optimizers.make_optimizer(**names, b1=adam.b1, b2=adam.b2, eps=adam.eps)
+
+
 def make_apply_fn(model: Transformer) -> ApplyFn:
     """`model.apply` on the bare parameter tree."""
     return lambda params, *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
@@ -116,7 +137,12 @@ def make_apply_fn(model: Transformer) -> ApplyFn:
 
 def needs_reward_model(config: ConfigDict) -> bool:
     """True if a part of the reward is the learned model."""
-    return any(part.source == "reward_model" for part in config.rewards.values())
+    return any(part.source == "reward_model" and part.weight for part in config.rewards.values())
+
+
+def needs_labels(config: ConfigDict) -> bool:
+    """True if the reward model or the gold reward learns from the labels of the source."""
+    return needs_reward_model(config) or config.gold.source == "tfidf"
 
 
 def make_reward_fn(
@@ -135,7 +161,7 @@ def make_reward_fn(
             assert learned is not None  # needs_reward_model saw this part
             parts[name] = learned
         else:
-            parts[name] = rewards.make_from_text(rewards.load_function(part.source), tokenizer, rows)
+            parts[name] = rewards.make_from_text(rewards.load_function(part.source, "another source"), tokenizer, rows)
     return rewards.weighted_sum({name: part.weight for name, part in used.items()}, parts)
 
 
@@ -158,7 +184,7 @@ class Maker:
             return self._text_batch(rows, chosen, config.sequence_tokens, step, "sft window")
 
         def held_out_batch(step: int) -> supervised.Batch:
-            chosen = np.arange(config.batch_size) + step * config.batch_size
+            chosen = (np.arange(config.batch_size) + step * config.batch_size) % len(tokens["eval"])
             return self._text_batch(tokens["eval"], chosen, config.sequence_tokens, step, "sft held out")
 
         loss_fn = functools.partial(supervised.language_loss, make_apply_fn(model))
@@ -202,7 +228,7 @@ class Maker:
         """The gold reward, fitted on fragments of the gold split."""
         config = self.config.gold
         if config.source != "tfidf":
-            return rewards.load_function(config.source)
+            return rewards.load_function(config.source, "'tfidf'")
         path = self.workdir / "gold" / "gold.json"
         if not path.exists():
             texts, labels = self._fragments(tokens["gold"], corpora["gold"].labels, config.fragments_per_text)
@@ -232,14 +258,14 @@ class Maker:
             loss_fn,
             start,
             batch_fn,
-            optimizer=optimizers.from_config(config, self.config.adam),
+            optimizer=make_optimizer(config, self.config.adam),
             mesh=self.mesh,
             num_steps=config.num_steps,
             checkpoint_every=self.config.checkpoint_every,
             directory=directory,
             on_step=self.progress.on_step,
         )
-        batches = [held_out_batch(i) for i in range(min(held_out_rows // config.batch_size, 16))]
+        batches = [held_out_batch(i) for i in range(np.clip(held_out_rows // config.batch_size, 1, HELD_OUT_BATCHES))]
         summary = supervised.held_out(loss_fn, params, batches, self.mesh)
         self.progress.note(f"{name}: held-out " + ", ".join(f"{key} {value:.3f}" for key, value in summary.items()))
         files.write_json(directory / "summary.json", summary)
@@ -249,11 +275,8 @@ class Maker:
         return params
 
     def _init_params(self, model: Transformer) -> Params:
-        token_ids = jnp.zeros((1, 2), jnp.int32)
-        init = functools.partial(model.init, token_ids=token_ids, mask=jnp.ones((1, 2), bool))
-        key = jax.random.key(self.config.seed)
-        layout = sharding.param_shardings(self.mesh, jax.eval_shape(init, key)["params"])
-        return jax.jit(lambda key: init(key)["params"], out_shardings=layout)(key)
+        init, layout = init_and_layout(model, self.mesh)
+        return jax.jit(init, out_shardings=layout)(jax.random.key(self.config.seed))
 
     def _text_batch(self, rows: Tokens, chosen: np.ndarray, length: int, step: int, stream: str) -> supervised.Batch:
         names = {"bos_id": self.tokenizer.bos_id, "pad_id": self.tokenizer.pad_id}

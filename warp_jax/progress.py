@@ -20,7 +20,7 @@ class JobProgress:
         self._done_at_start = 0
         self._stage = ""
         self._started = time.monotonic()
-        self._last_line = 0.0
+        self._last_line = self._started
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

@@ -28,7 +28,7 @@ def take(prompts: PromptBatch, rows: np.ndarray) -> PromptBatch:
 def epoch_rows(count: int, batch: int, step: int, *, seed: int, stream: str) -> np.ndarray:
     """Rows of batch number `step`: int [batch]. A new permutation of `count` rows for each pass over them.
 
-    stream names who draws ('sft', 'iteration 1 run 2'): runs differ in the order of their prompts and in nothing else.
+    stream names who draws ('sft', 'iteration 1 run 2'): runs differ in the order of their prompts.
     """
     places = np.arange(step * batch, (step + 1) * batch)
     epochs, offsets = places // count, places % count

@@ -29,7 +29,7 @@ def write_report(config: ConfigDict, setup: Setup, points: Sequence[Point], work
     summary = summarise(config, points)
     files.write_json(workdir / "summary.json", summary)
     front = plots.draw_fronts(rows)
-    (workdir / "front.png").write_bytes(front)
+    files.write_bytes(workdir / "front.png", front)
     geometries = [
         files.read_json(workdir / f"iteration_{i}" / "geometry.json") for i in range(1, config.warp.num_iterations + 1)
     ]
@@ -94,7 +94,7 @@ def summary_line(summary: dict[str, Any]) -> str:
     """One line for people."""
     line = (
         f"reward {summary['sft_reward']:.3f} (SFT) -> {summary['final_reward']:.3f} "
-        f"(+{summary['gain_in_standard_errors']:.1f} standard errors, gold {summary['final_gold_reward']:.3f}) "
+        f"({summary['gain_in_standard_errors']:+.1f} standard errors, gold {summary['final_gold_reward']:.3f}) "
         f"at {summary['final_sft_kl']:.2f} nats from SFT"
     )
     if summary["kl_budget"]:
@@ -112,7 +112,7 @@ def _compare(config: ConfigDict, points: Sequence[Point], iteration: int) -> lis
         kls, rewards = zip(*map(_kl_and_reward, members), strict=True)
         fronts.append((np.stack(kls), np.stack(rewards)))
     (kl_a, reward_a), (kl_b, reward_b) = fronts
-    at = pareto.common_kls(kl_a.mean(1), kl_b.mean(1), COMPARED_KLS)
+    at = pareto.common_kls(kl_a.mean(1), reward_a.mean(1), kl_b.mean(1), reward_b.mean(1), COMPARED_KLS)
     found = pareto.compare_fronts(
         kl_a, reward_a, kl_b, reward_b, at=at.tolist(), resamples=config.report.bootstrap_resamples, seed=config.seed
     )

@@ -90,6 +90,7 @@ def fit(
         params, opt_state = state
         grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
+        metrics = {**metrics, "grad_norm": optax.global_norm(grads)}
         return (optax.apply_updates(params, updates), opt_state), metrics
 
     state = loop.run_steps(

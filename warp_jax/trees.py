@@ -98,13 +98,3 @@ def check_same_structure(reference: Any, other: Any, what: str) -> None:
     structures: list[Any] = [jax.tree.structure(reference), jax.tree.structure(other)]
     if structures[0] != structures[1]:
         raise ValueError(f"{what}: same leaves, but containers differ from the reference tree's")
-
-
-def cast(tree: Any, dtype: Any) -> Any:
-    """Every leaf in `dtype`."""
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
-
-
-def num_params(tree: Any) -> int:
-    """Count of scalars in all leaves."""
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from warp_jax import corpus, files, objective, prepare, rewards, sharding, supervised
+from warp_jax.models.transformer import Transformer
 
 Check = tuple[str, Callable[[Any], bool], str]
 
@@ -33,6 +34,7 @@ CHECKS: tuple[Check, ...] = tuple(
         (("sampling.max_new_tokens", "gold.max_terms", "gold.fragments_per_text", "report.num_samples"), _POSITIVE),
         (("report.bootstrap_resamples",), _POSITIVE),
         (("model.width", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.mlp_dim"), _POSITIVE),
+        (("model.head_dim",), _POSITIVE),
         (
             ("sampling.prompt_tokens", "sft.sequence_tokens", "reward_model.sequence_tokens"),
             (lambda v: v >= 2, "at least 2"),
@@ -42,7 +44,8 @@ CHECKS: tuple[Check, ...] = tuple(
             ("reward_model.batch_size",),
             (lambda v: v >= 2 and v % 2 == 0, "an even number: half of a batch has label 1"),
         ),
-        (("warp.ema_rate", "warp.liti_rate", "adam.b1", "adam.b2"), _RATE),
+        (("warp.ema_rate", "warp.liti_rate"), _RATE),
+        (("adam.b1", "adam.b2"), (lambda v: 0 <= v < 1, "at least 0 and less than 1")),
         (("front.etas",), (lambda v: len(v) > 0 and min(v) >= 0, "at least one eta, none below 0")),
         (("rl.kl_coef", "front.kl_budget", "seed"), _NOT_NEGATIVE),
         (("sft.clip_norm", "rl.clip_norm", "reward_model.clip_norm"), _NOT_NEGATIVE),
@@ -71,21 +74,25 @@ def check_config(config: ConfigDict) -> None:
             raise ValueError(f"config.{path}: got {value!r}, want {want}")
     _check_together(config)
     corpus.check_source(config.data.source)
-    used = [part.source for part in config.rewards.values() if part.weight]
-    if not used:
-        raise ValueError("config.rewards: no part has a weight other than 0, want at least one")
-    functions = {source for source in [*used, config.gold.source] if source not in ("reward_model", "length", "tfidf")}
-    for source in functions:
-        rewards.load_function(source)
-    if not config.data.label_field and ("reward_model" in used or config.gold.source == "tfidf"):
+    _check_rewards(config)
+    if not config.data.label_field and prepare.needs_labels(config):
         raise ValueError(
             "config.data.label_field: got '', want the field of the 0/1 labels that the rewards learn from"
         )
-    prepare.make_model_config(config.model, config.tokenizer.vocab_size, "language")
+    for head in ("language", "scalar"):
+        model = Transformer(prepare.make_model_config(config.model, config.tokenizer.vocab_size, head))
+        prepare.init_and_layout(model, sharding.make_mesh(config.mesh))
 
 
 def claim_workdir(config: ConfigDict, workdir: Path) -> None:
     """Write config.json, or check that the one there is the same but for `report` and `front`."""
+    try:
+        _claim_workdir(config, workdir)
+    except OSError as error:
+        raise ValueError(f"workdir: cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
+
+
+def _claim_workdir(config: ConfigDict, workdir: Path) -> None:
     path = workdir / "config.json"
     mine = json.loads(config.to_json())
     if path.exists():
@@ -99,10 +106,21 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
         raise ValueError(f"workdir: {workdir} is a file, want a folder")
     elif workdir.is_dir() and any(workdir.iterdir()):
         raise ValueError(f"workdir: {workdir} holds other files and no config.json, want a new or empty folder")
-    try:
-        files.write_json(path, mine)
-    except OSError as error:
-        raise ValueError(f"workdir: cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
+    files.write_json(path, mine)
+
+
+def _check_rewards(config: ConfigDict) -> None:
+    for name, part in config.rewards.items():
+        if set(part) != {"source", "weight"}:
+            raise ValueError(f"config.rewards.{name}: got {sorted(part)}, want source and weight")
+    used = [part.source for part in config.rewards.values() if part.weight]
+    if not used:
+        raise ValueError("config.rewards: no part has a weight other than 0, want at least one")
+    for source in used:
+        if source not in ("reward_model", "length"):
+            rewards.load_function(source, "'reward_model', 'length'")
+    if config.gold.source != "tfidf":
+        rewards.load_function(config.gold.source, "'tfidf'")
 
 
 def _check_together(config: ConfigDict) -> None:

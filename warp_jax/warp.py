@@ -1,12 +1,13 @@
 """Algorithm 1 of WARP: I iterations of M runs, a spherical merge, and a step towards it; then the front."""
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from warp_jax import checkpoint, evaluate, files, merging, optimizers, train
+from warp_jax import checkpoint, evaluate, files, merging, prepare, train
 from warp_jax.evaluate import Evaluation, EvaluationStore
 from warp_jax.prepare import Setup
 from warp_jax.progress import JobProgress
@@ -27,7 +28,7 @@ class Point(NamedTuple):
 def run_warp(config: ConfigDict, setup: Setup, workdir: Path, progress: JobProgress) -> list[Point]:
     """Train, merge and evaluate everything the workdir does not hold yet; return all points in order."""
     evaluations = EvaluationStore(workdir / "evaluations", _make_evaluate(config, setup))
-    optimizer = optimizers.from_config(config.rl, config.adam)
+    optimizer = prepare.make_optimizer(config.rl, config.adam)
     programs = _make_programs(config, setup, optimizer)
     sft = setup.sft_params
     points = [Point("sft", 0, 0, 0.0, 0, evaluations.get("sft", lambda: sft))]
@@ -105,8 +106,15 @@ def run_policy(
         checkpoint.forget_state(directory)
         progress.end_stage(num_steps)
     steps = _trajectory_steps(num_steps, config.evaluation.every)
+
+    def params_at(step: int) -> Params:
+        if step != num_steps:
+            raise FileNotFoundError(f"evaluation {name(step)} is gone, and so is its policy; delete {directory}")
+        return params
+
     nan = float("nan")
-    return params, [Point("policy", iteration, run, nan, s, evaluations.get(name(s), lambda: params)) for s in steps]
+    found = {s: evaluations.get(name(s), functools.partial(params_at, s)) for s in steps}
+    return params, [Point("policy", iteration, run, nan, s, evaluation) for s, evaluation in found.items()]
 
 
 def merge(config: ConfigDict, init_params: Params, policies: list[Params], directory: Path) -> Params:

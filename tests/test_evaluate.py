@@ -1,0 +1,66 @@
+"""The horizontal axis of every front: the KL of whole completions to SFT."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from warp_jax import evaluate
+from warp_jax.types import Rollout
+
+# a model of order 1: a table gives the logits of the next token from the last one
+VOCABULARY, STOP, LENGTH = 3, 2, 3
+TEMPERATURE = 0.7
+
+
+def _apply_fn(params, token_ids, mask, cache, num_outputs):
+    return params[token_ids][:, -num_outputs:], None
+
+
+def _completions():
+    """All completions: up to and including the stop token, else LENGTH tokens."""
+    for length in range(1, LENGTH + 1):
+        for ids in itertools.product(range(VOCABULARY), repeat=length):
+            if STOP not in ids[:-1] and (ids[-1] == STOP or length == LENGTH):
+                yield ids
+
+
+def _log_prob(table, prompt, ids):
+    scaled = np.asarray(table, np.float64) / TEMPERATURE
+    logps = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+    return sum(logps[a, b] for a, b in zip((prompt, *ids[:-1]), ids, strict=True))
+
+
+def test_expected_sequence_kl_is_that_of_the_two_distributions():
+    """Fails when the KL is reversed, the temperature is dropped, or tokens after the stop are counted."""
+    generator = np.random.default_rng(0)
+    policy, reference = (generator.normal(size=(VOCABULARY, VOCABULARY)).astype(np.float32) for _ in range(2))
+    completions = list(_completions())
+    ids = np.array([c + (0,) * (LENGTH - len(c)) for c in completions], np.int32)
+    mask = np.arange(LENGTH) < np.array([len(c) for c in completions])[:, None]
+    count = len(completions)
+    prompt = np.ones((count, 1), np.int32)
+    rollout = Rollout(prompt, prompt == 1, np.arange(count), ids, mask, np.zeros(ids.shape, np.float32))
+    found = evaluate.sequence_kl(_apply_fn, jnp.asarray(policy), jnp.asarray(reference), rollout, TEMPERATURE)
+    p, q = (np.array([_log_prob(table, 1, c) for c in completions]) for table in (policy, reference))
+    assert np.exp(p).sum() == pytest.approx(1)
+    assert np.exp(p) @ np.asarray(found) == pytest.approx(np.exp(p) @ (p - q), rel=1e-5)
+    assert (np.asarray(found) >= 0).all()
+    assert evaluate.sequence_kl(_apply_fn, policy, policy, rollout, TEMPERATURE).tolist() == [0.0] * count
+
+
+def test_stored_evaluations_are_not_made_again(tmp_path):
+    """Fails when a stored evaluation is ignored, or stored under another name."""
+    made = []
+
+    def measure(params):
+        made.append(params)
+        values = np.array([params, params], np.float32)
+        return evaluate.Evaluation(values, values, values, values, np.array(0.5), values[:, None], values[:, None] > 0)
+
+    store = evaluate.EvaluationStore(tmp_path, measure)
+    assert store.get("a", lambda: 2.0).reward.tolist() == [2.0, 2.0]
+    assert store.get("a", lambda: 3.0).reward.tolist() == [2.0, 2.0]
+    assert store.get("b", lambda: 3.0).reward.tolist() == [3.0, 3.0]
+    assert made == [2.0, 3.0]
