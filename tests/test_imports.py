@@ -8,7 +8,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "warp_jax"
 LEVELS = {
     0: {"types", "files", "pareto", "tokenizer", "progress", "optimizers", "corpus"},
-    1: {"trees", "objective", "metrics", "models", "models.rope", "models.transformer", "plots"},
+    1: {
+        "trees",
+        "coefficients",
+        "kernels",
+        "objective",
+        "metrics",
+        "models",
+        "models.rope",
+        "models.transformer",
+        "plots",
+    },
     2: {"merging", "sharding", "gold"},
     3: {"prompts", "sampling", "rewards", "checkpoint"},
     4: {"loop", "evaluate"},

@@ -166,7 +166,7 @@ def test_recursion_over_orthogonal_policies(count, table):
     np.testing.assert_allclose(merging.slerp_coefficients(np.eye(count)[None])[0], table, rtol=0, atol=5.1e-5)
 
 
-ENDS = {"one": (1, {}, 0), "first": (2, {"slerp_weights": [0.0]}, 0), "second": (2, {"slerp_weights": [1.0]}, 1)}
+ENDS = {"one": (1, {}, 0), "first": (2, {"weights": [0.0]}, 0), "second": (2, {"weights": [1.0]}, 1)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -190,14 +190,14 @@ def test_ends_are_the_policies(dtype, end):
 def test_slerp_weight_by_hand(second, weight, want):
     """Mutation: task vectors scaled to unit length, or w swapped with 1 - w."""
     init, policies = vectors((2, 0), second)
-    got = displacement(merging.slerp(init, policies, slerp_weights=[weight]), init)
+    got = displacement(merging.slerp(init, policies, weights=[weight]), init)
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_weights_of_the_recursion_in_order():
     """Mutation: slerp weights taken in reverse order."""
     init, policies = vectors((2, 0, 0), (0, 2, 0), (0, 0, 2), init=(0.5, -1, 4))
-    got = displacement(merging.slerp(init, policies, slerp_weights=[0.2, 0.6]), init)
+    got = displacement(merging.slerp(init, policies, weights=[0.2, 0.6]), init)
     cosines = np.cos(np.radians([18, 72, 54, 36]))  # sin 72, sin 18; sin 36, sin 54
     want = (2 * cosines[0] * cosines[2], 2 * cosines[1] * cosines[2], 2 * cosines[3])
     np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -209,7 +209,7 @@ def test_equal_lengths_are_kept(degrees):
     radians = math.radians(degrees)
     init, policies = vectors((3, 0), (3 * math.cos(radians), 3 * math.sin(radians)), init=(0, 0))
     for weight in (0.2, 0.5, 0.7):
-        merged = merging.slerp(init, policies, slerp_weights=[weight])
+        merged = merging.slerp(init, policies, weights=[weight])
         np.testing.assert_allclose(np.linalg.norm(displacement(merged, init)), 3, rtol=3e-7)
 
 
@@ -258,7 +258,7 @@ def test_a_unit_shares_one_angle(kind):
     """Mutation: another grouping of the leaves; the first layer's angle for all layers of a stacked leaf."""
     init, *policies = two_policies_with_an_angle_for_each_piece()
     unit = (lambda name: "attn" in name) if kind == "function" else kind
-    merged = pieces_of(merging.slerp(init, policies, slerp_weights=[0.3], unit=unit))
+    merged = pieces_of(merging.slerp(init, policies, weights=[0.3], unit=unit))
     distance = {
         other: size_of(minus(merged, exact_merge(init, policies, groups, [0.3]))) for other, groups in GROUPS.items()
     }
@@ -285,7 +285,7 @@ def unstacked(tree):
 def test_stacked_layers_merge_as_unstacked(unit):
     """Mutation: a stacked leaf taken as one unit."""
     init, *policies = two_policies_with_an_angle_for_each_piece()
-    options = {"unit": unit, "slerp_weights": [0.3]}
+    options = {"unit": unit, "weights": [0.3]}
     stacked = merging.slerp_liti(init, policies, 0.7, **options)
     apart = merging.slerp_liti(unstacked(init), [unstacked(p) for p in policies], 0.7, **options)
     assert_trees_close(unstacked(stacked), apart, atol=5e-7)  # 1e-7 of weights that reach 6
@@ -317,7 +317,7 @@ def test_task_vector_in_float32():
 def test_symmetric_at_two_equal_lengths_is_slerp():
     """Mutation: LERP's coefficients 1 / M."""
     init, policies = make_policies(2, [50] * 6, drift=0.01)
-    got = merging.slerp(init, policies, symmetric=True)
+    got = merging.symmetric_slerp(init, policies)
     assert_trees_close(got, merging.slerp(init, policies), atol=1e-8)
 
 
@@ -325,7 +325,7 @@ def test_symmetric_at_two_equal_lengths_is_slerp():
 def test_symmetric_has_no_order(order):
     """Mutation: `symmetric` ignored; the length of the first policy for the mean length."""
     init, policies = vectors((3, 0), (0, 1), (-1, 1))
-    got = displacement(merging.slerp(init, [policies[m] for m in order], symmetric=True), init)
+    got = displacement(merging.symmetric_slerp(init, [policies[m] for m in order]), init)
     np.testing.assert_allclose(np.linalg.norm(got), (3 + 1 + math.sqrt(2)) / 3, rtol=1e-6)
     np.testing.assert_allclose(got[0], got[1], rtol=1e-6)  # along the sum, (2, 2)
     recursion = displacement(merging.slerp(init, policies), init)
@@ -359,8 +359,9 @@ def test_ends_of_liti_and_lerp_are_the_trees(dtype):
 def test_slerp_liti_is_liti_after_slerp(rate, symmetric):
     """Mutation: the rate applied to the first policy only, or twice."""
     init, policies = make_policies(3, [80] * 6, lengths=UNEQUAL)
-    merged = merging.slerp(init, policies, symmetric=symmetric)
-    got = merging.slerp_liti(init, policies, rate, symmetric=symmetric)
+    method = "slerp_symmetric" if symmetric else "slerp"
+    merged = merging.merge(init, policies, method)
+    got = merging.merge(init, policies, method, liti_rate=rate)
     assert_trees_close(got, merging.liti(init, merged, rate), atol=1.5e-8)  # 2 ulp of the largest weight
 
 
@@ -433,7 +434,7 @@ def test_float32_anchor_follows_bfloat16_params():
 def test_zero_and_parallel_task_vectors_are_lerped(first, second, want, jit):
     """Mutation: no guard on a zero sine or on a zero length."""
     init, policies = vectors(first, second)
-    merge = lambda a, b: merging.slerp(a, b, slerp_weights=[0.2])  # noqa: E731
+    merge = lambda a, b: merging.slerp(a, b, weights=[0.2])  # noqa: E731
     merged = jax.jit(merge)(init, policies) if jit else merge(init, policies)
     np.testing.assert_allclose(displacement(merged, init), want, rtol=1e-6, atol=1e-7)
 
@@ -442,7 +443,7 @@ def test_zero_and_parallel_task_vectors_are_lerped(first, second, want, jit):
 def test_zero_and_parallel_task_vectors_are_averaged_when_symmetric(rows):
     """Mutation: no guard on a zero length."""
     init, policies = vectors(*rows)
-    got = displacement(merging.slerp(init, policies, symmetric=True), init)
+    got = displacement(merging.symmetric_slerp(init, policies), init)
     np.testing.assert_allclose(got, np.mean(rows, axis=0), rtol=1e-6, atol=1e-7)
 
 
@@ -466,14 +467,14 @@ def test_opposite_task_vectors_raise_with_the_unit(kind):
     """Mutation: the check left out; all units named."""
     init, policies, symmetric = opposite_in_one_unit(kind)
     with pytest.raises(ValueError, match=r"opposite .* in w;"):
-        merging.slerp(init, policies, symmetric=symmetric)
+        (merging.symmetric_slerp if symmetric else merging.slerp)(init, policies)
 
 
 @pytest.mark.parametrize("kind", OPPOSITE)
 def test_opposite_task_vectors_give_nan_inside_jit(kind):
     """Mutation: opposite task vectors merged by LERP; NaN for all units."""
     init, policies, symmetric = opposite_in_one_unit(kind)
-    merged = jax.jit(lambda a, b: merging.slerp(a, b, symmetric=symmetric))(init, policies)
+    merged = jax.jit(merging.symmetric_slerp if symmetric else merging.slerp)(init, policies)
     assert np.isnan(merged["w"]).all()
     assert np.isfinite(merged["v"]).all()
 
@@ -525,9 +526,8 @@ def test_the_wrong_policy_is_named():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"slerp_weights": [0.2]}, "slerp_weights: got 1 for 3 policies, want 2"),
-        ({"slerp_weights": [0.2, 0.3, 0.5]}, "slerp_weights: got 3 for 3 policies, want 2"),
-        ({"slerp_weights": [0.2, 0.3], "symmetric": True}, "want one or the other"),
+        ({"weights": [0.2]}, "weights: got 1 for 3 policies, want 2"),
+        ({"weights": [0.2, 0.3, 0.5]}, "weights: got 3 for 3 policies, want 2"),
         ({"unit": "head"}, "unit: got 'head'"),
     ],
 )
@@ -556,8 +556,8 @@ def test_no_policy_raises(merge):
 # ---------------------------------------------------------------- structure, dtype, sharding, purity
 
 FUNCTIONS = {
-    "slerp": lambda init, a, b: merging.slerp(init, [a, b], slerp_weights=[0.3]),
-    "symmetric": lambda init, a, b: merging.slerp(init, [a, b], symmetric=True),
+    "slerp": lambda init, a, b: merging.slerp(init, [a, b], weights=[0.3]),
+    "symmetric": lambda init, a, b: merging.symmetric_slerp(init, [a, b]),
     "slerp_liti": lambda init, a, b: merging.slerp_liti(init, [a, b], 0.3),
     "lerp": lambda init, a, b: merging.lerp(init, [a, b], [0.2, 0.7]),
     "liti": lambda init, a, b: merging.liti(init, b, 0.3),

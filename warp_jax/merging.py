@@ -1,26 +1,66 @@
-"""The weight averaging of WARP (arXiv 2406.16768) on any pytree of arrays: EMA, SLERP and LITI.
+"""The weight averaging of WARP (arXiv 2406.16768) on any pytree of arrays: EMA, SLERP and LITI; and its relatives.
 
-Every function is pure and jittable, keeps structure, dtype and sharding. The EMA, which runs every step, is
-float32 whatever the dtype of the weights. A merge, which runs once an iteration, is float64 inside and rounds
-once, at the end: near 180 degrees the terms are 57 times longer than their sum, and a float32 cosine gives an
-angle that is off by 1e-4 of itself. It reads the weights twice whatever M is, once for the Gram matrices and
-once for one weighted sum.
+Every function is pure and jittable, keeps structure, dtype and sharding, and takes arrays in float32, bfloat16 or
+float16. The EMA, which runs every step, is float32 inside. A merge, which runs once an iteration, is float64 inside
+and rounds once, at the end; it reads the weights twice whatever M is:
 
-    merged = init + liti_rate * sum_m c_m * (policy_m - init)        one c_m per unit, from `slerp_coefficients`
+    merged = init + liti_rate * sum_m c_m * (policy_m - init)        one c_m per unit, from `warp_jax.coefficients`
+
+Options of the merges, all M >= 1 policies being trees shaped like init_params:
+  liti_rate: 0 gives init_params, 1 (the default) the merge.
+  weights: M - 1 for slerp, one for every policy after the first; M for lerp and task_arithmetic.
+  unit: what shares one angle: "layer" (the paper), "tensor", "model", or a function leaf name -> unit name.
+  stacked: the key below which leaves have the layers as their first axis, as `flax.linen.scan` lays them out
+    ('layers/attn/q/kernel' of shape [L, ...]; 'layers/0/...' is not stacked); None if there are no such leaves.
+  donate: the arrays of the first policy are given up and hold the result, which saves the memory and time of new ones.
+
+Errors of the merges: ValueError for no policy, trees that differ (the first leaf is named), leaves that are not
+floating-point arrays, wrong weights, and, outside jit, units whose task vectors are opposite or not finite.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from warp_jax import trees
+from warp_jax import kernels, trees
+from warp_jax.coefficients import (
+    METHODS,
+    angles,
+    lerp_coefficients,
+    model_stock_coefficients,
+    norms,
+    slerp_coefficients,
+    symmetric_slerp_coefficients,
+    task_arithmetic_coefficients,
+)
 from warp_jax.types import Array, Params
 
-PARALLEL_SIN = 1e-6  # below this sine two task vectors count as parallel (merged by LERP) or opposite (an error)
+__all__ = [
+    "METHODS",
+    "Gram",
+    "angles",
+    "ema_update",
+    "gram",
+    "lerp",
+    "lerp_coefficients",
+    "liti",
+    "merge",
+    "model_stock",
+    "model_stock_coefficients",
+    "norms",
+    "slerp",
+    "slerp_coefficients",
+    "slerp_full_weights",
+    "slerp_liti",
+    "symmetric_slerp",
+    "symmetric_slerp_coefficients",
+    "task_arithmetic",
+    "task_arithmetic_coefficients",
+    "task_vector",
+]
 
 
 class Gram(NamedTuple):
@@ -33,7 +73,7 @@ class Gram(NamedTuple):
 def task_vector(params: Params, init_params: Params) -> Params:
     """Params - init_params in float32, leaf by leaf (the paper's delta)."""
     trees.check_same_structure(init_params, params, "params")
-    return jax.tree.map(_delta, params, init_params)
+    return jax.tree.map(lambda new, init: _f32(new) - _f32(init), params, init_params)
 
 
 def ema_update(anchor_params: Params, params: Params, ema_rate: float | Array) -> Params:
@@ -49,184 +89,142 @@ def ema_update(anchor_params: Params, params: Params, ema_rate: float | Array) -
     return jax.tree.map(update, anchor_params, params)
 
 
-def lerp(init_params: Params, policies: Sequence[Params], weights: Sequence[float] | None = None) -> Params:
-    """Init + sum_m weights[m] * (policy_m - init); the default weights are 1 / M (paper, Appendix B)."""
-    _check_policies(init_params, policies)
-    count = len(policies)
-    chosen = [1.0 / count] * count if weights is None else list(weights)
-    if len(chosen) != count:
-        raise ValueError(f"weights: got {len(chosen)} for {count} policies, want one each")
-    with jax.enable_x64(True):
-        coefficients = jnp.array([chosen], jnp.float64)
-    return _weighted_sum(init_params, policies, coefficients, trees.units_of(init_params, "model"))
+def liti(init_params: Params, merged_params: Params, liti_rate: float | Array) -> Params:
+    """(1 - liti_rate) * init + liti_rate * merged (Algorithm 1, line 13): 0 gives init, 1 merged, 2 extrapolates."""
+    return merge(init_params, [merged_params], "lerp", liti_rate=liti_rate)
 
 
 def slerp(init_params: Params, policies: Sequence[Params], **options: Any) -> Params:
     """Spherical interpolation of the policies' task vectors, each unit by its own angle.
 
-    For two policies (paper, section 3.2, Eq. 2):
+    For two policies (paper, section 3.2, Eq. 2), with w the one number in `weights`:
         init + sin((1 - w) angle) / sin(angle) * delta_1 + sin(w angle) / sin(angle) * delta_2
-    so slerp_weight w = 0 gives the first policy, 1 the second. For M policies: the recursion of Eq. 26.
-    Options and errors as in `slerp_liti`, of which this is the case liti_rate = 1.
+    so w = 0 gives the first policy, 1 the second. For M policies: the recursion of Eq. 26, by default with weights
+    1/2, 1/3, ..., 1/M; the result then depends on their order.
     """
-    return slerp_liti(init_params, policies, 1.0, **options)
+    return merge(init_params, policies, "slerp", **options)
 
 
-def liti(init_params: Params, merged_params: Params, liti_rate: float | Array) -> Params:
-    """(1 - liti_rate) * init + liti_rate * merged (Algorithm 1, line 13): 0 gives init, 1 merged, 2 extrapolates."""
-    trees.check_same_structure(init_params, merged_params, "merged_params")
-
-    def interpolate(init: Array, merged: Array) -> Array:
-        return (_f64(init) + rate * (_f64(merged) - _f64(init))).astype(merged.dtype)
-
-    with jax.enable_x64(True):
-        rate = jnp.asarray(liti_rate, jnp.float64)
-        return jax.tree.map(interpolate, init_params, merged_params)
+def slerp_liti(init_params: Params, policies: Sequence[Params], liti_rate: float | Array, **options: Any) -> Params:
+    """liti(init, slerp(init, policies), liti_rate) in one weighted sum, rounded once."""
+    return merge(init_params, policies, "slerp", liti_rate=liti_rate, **options)
 
 
-def slerp_liti(
+def symmetric_slerp(init_params: Params, policies: Sequence[Params], **options: Any) -> Params:
+    """The mean task vector, each unit stretched to the mean length of its task vectors: no order among policies."""
+    return merge(init_params, policies, "slerp_symmetric", **options)
+
+
+def lerp(
+    init_params: Params, policies: Sequence[Params], weights: Sequence[float] | None = None, **options: Any
+) -> Params:
+    """Init + sum_m weights[m] * (policy_m - init); the default weights are 1 / M, a uniform soup (paper, App. B)."""
+    return merge(init_params, policies, "lerp", weights=weights, **options)
+
+
+def task_arithmetic(
+    init_params: Params, policies: Sequence[Params], weights: Sequence[float] | None = None, **options: Any
+) -> Params:
+    """Init + sum_m weights[m] * (policy_m - init); the default weights are 1 (arXiv 2212.04089)."""
+    return merge(init_params, policies, "task_arithmetic", weights=weights, **options)
+
+
+def model_stock(init_params: Params, policies: Sequence[Params], unit: trees.Unit = "tensor", **options: Any) -> Params:
+    """The mean of the policies, drawn back to init by their angle: ratio M cos / (1 + (M - 1) cos) (arXiv 2403.19522).
+
+    At 90 degrees, where policies trained by RL are, it returns init (the paper's Appendix C.2).
+    """
+    return merge(init_params, policies, "model_stock", unit=unit, **options)
+
+
+def slerp_full_weights(init_params: Params, policies: Sequence[Params], **options: Any) -> Params:
+    """SLERP of the weights themselves: nearly collinear, so that it is nearly LERP (the paper's Appendix C.2).
+
+    A negative result to compare with. Without liti_rate, init_params gives structure and errors only.
+    """
+    return merge(init_params, policies, "slerp_full_weights", **options)
+
+
+def merge(
     init_params: Params,
     policies: Sequence[Params],
-    liti_rate: float | Array,
+    method: str = "slerp",
     *,
-    slerp_weights: Sequence[float] | None = None,
+    liti_rate: float | Array = 1.0,
+    weights: Sequence[float] | None = None,
     unit: trees.Unit = "layer",
-    symmetric: bool = False,
+    stacked: str | None = "layers",
+    donate: bool = False,
 ) -> Params:
-    """liti(init, slerp(init, policies), liti_rate) in one weighted sum, rounded once.
+    """(1 - liti_rate) * init + liti_rate * merged, where merged is the policies' merge by one of METHODS.
 
-    Args:
-      init_params: where all policies started.
-      policies: M >= 1 trees shaped like init_params.
-      liti_rate: 0 gives init_params, 1 the spherical merge.
-      slerp_weights: the M - 1 weights of the recursion, the m-th for policy m + 1; default 1/2, 1/3, ..., 1/M.
-      unit: what shares one angle: "layer" (the paper), "tensor", "model", or a function leaf name -> unit name.
-      symmetric: give all policies one coefficient, independent of their order (see `slerp_coefficients`).
+    All functions above end here; their options and errors are those of this one, told at the top of the module.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, want one of {', '.join(METHODS)}")
+    solve, from_zero = METHODS[method]
+    _check_policies(init_params, policies)
+    if method in ("lerp", "task_arithmetic"):  # the same in every unit: no angle is needed
+        unit, inner = "model", Gram(jnp.zeros((1, len(policies), len(policies))), ("model",))
+    else:
+        inner = gram(init_params, policies, unit, stacked=stacked, from_zero=from_zero)
+    units = trees.units_of(init_params, unit, stacked)
+    coefficients = solve(inner.matrix, weights)
+    check_defined(inner, coefficients)
+    init_weights, coefficients = with_liti(coefficients, liti_rate, from_zero)
+    leaves, treedef = jax.tree.flatten(init_params)
+    columns = [jax.tree.leaves(policy) for policy in policies]
+    with jax.enable_x64(True):
+        merged = [
+            kernels.weighted_sum(init, parts, init_weights[unit_ids], coefficients[unit_ids], donate=donate)
+            for init, unit_ids, *parts in zip(leaves, units.of_leaf, *columns, strict=True)
+        ]
+    return jax.tree.unflatten(treedef, merged)
 
-    Raises:
-      ValueError: no policy, trees that differ, a bad unit or weights, or (outside jit) opposite task vectors.
+
+def gram(
+    init_params: Params,
+    policies: Sequence[Params],
+    unit: trees.Unit = "layer",
+    *,
+    stacked: str | None = "layers",
+    from_zero: bool = False,
+) -> Gram:
+    """<delta_a, delta_b> for every pair of task vectors and every unit, summed in float64.
+
+    from_zero: of the weights themselves, <policy_a, policy_b>.
     """
     _check_policies(init_params, policies)
-    units = trees.units_of(init_params, unit)
-    inner = gram(init_params, policies, unit)
-    _check_not_opposite(inner, slerp_weights, symmetric)
-    coefficients = slerp_coefficients(inner.matrix, slerp_weights, symmetric=symmetric)
-    with jax.enable_x64(True):
-        coefficients = jnp.asarray(liti_rate, jnp.float64) * coefficients
-    return _weighted_sum(init_params, policies, coefficients, units)
-
-
-def gram(init_params: Params, policies: Sequence[Params], unit: trees.Unit = "layer") -> Gram:
-    """<delta_a, delta_b> for every pair of task vectors and every unit, summed in float64."""
-    _check_policies(init_params, policies)
-    units = trees.units_of(init_params, unit)
-    leaves = [jax.tree.leaves(p) for p in policies]
+    units = trees.units_of(init_params, unit, stacked)
+    columns = [jax.tree.leaves(p) for p in policies]
     count = len(policies)
     with jax.enable_x64(True):
         total = jnp.zeros((len(units.names), count, count), jnp.float64)
-        for i, init in enumerate(jax.tree.leaves(init_params)):
-            deltas = [_f64(policy[i]) - _f64(init) for policy in leaves]
-            total = total.at[units.of_leaf[i]].add(_inner_products(deltas, keep_axes=units.of_leaf[i].ndim))
+        for init, unit_ids, *parts in zip(jax.tree.leaves(init_params), units.of_leaf, *columns, strict=True):
+            inner = kernels.gram(init, parts, stacked=unit_ids.ndim > 0, from_zero=from_zero)
+            total = total.at[unit_ids].add(inner)
     return Gram(total, units.names)
 
 
-def norms(matrix: Array) -> Array:
-    """Length of each task vector: float32 [U, M] from a Gram matrix [U, M, M]."""
-    with jax.enable_x64(True):
-        return jnp.sqrt(jnp.diagonal(matrix, axis1=-2, axis2=-1)).astype(jnp.float32)
-
-
-def angles(matrix: Array) -> Array:
-    """Angle between each pair of task vectors, radians: float32 [U, M, M]. 0 where either is zero."""
-    with jax.enable_x64(True):
-        squares = jnp.diagonal(matrix, axis1=-2, axis2=-1)
-        angle, _ = _angle(squares[..., :, None], squares[..., None, :], matrix)
-        return angle.astype(jnp.float32)
-
-
-def slerp_coefficients(
-    matrix: Array, slerp_weights: Sequence[float] | None = None, *, symmetric: bool = False
-) -> Array:
-    """Weights c of the merge init + sum_m c_m delta_m, from Gram matrices [U, M, M]: float64 [U, M].
-
-    Default: the paper's recursion (Eq. 26), in which merge m has slerp weight 1/m; its result depends on
-    the order of the policies for M > 2. `symmetric`: every policy gets 1/M times the factor that makes the
-    length of the merge the mean length of the task vectors; for M = 2 with equal lengths it is slerp at 1/2.
-    Zero and parallel task vectors fall back to LERP, which is the limit; opposite ones give NaN.
+def with_liti(coefficients: Array, liti_rate: float | Array, from_zero: bool = False) -> tuple[Array, Array]:
+    """What `kernels.weighted_sum` takes, for a step of liti_rate from init to the merge: init_weights float64 [U]
+    and coefficients float64 [U, M]. A merge of the weights themselves is sum_m c_m policy_m, without init.
     """
-    count = matrix.shape[-1]
-    weights = [1.0 / m for m in range(2, count + 1)] if slerp_weights is None else list(slerp_weights)
-    if len(weights) != count - 1:
-        raise ValueError(f"slerp_weights: got {len(weights)} for {count} policies, want {count - 1}")
-    if symmetric and slerp_weights is not None:
-        raise ValueError("slerp_weights: got weights with symmetric=True, want one or the other")
     with jax.enable_x64(True):
-        matrix = jnp.asarray(matrix, jnp.float64)
-        solve = _symmetric_coefficients if symmetric else _recursive_coefficients
-        return solve(matrix, weights)
+        rate = jnp.asarray(liti_rate, jnp.float64)
+        missing = coefficients.sum(-1) - 1 if from_zero else jnp.zeros(coefficients.shape[:-1], jnp.float64)
+        return 1 + rate * missing, rate * coefficients
 
 
-def _recursive_coefficients(matrix: Array, weights: Sequence[float]) -> Array:
-    units, count = matrix.shape[0], matrix.shape[-1]
-    coefficients = jnp.zeros((units, count), jnp.float64).at[:, 0].set(1.0)
-    for m, weight in enumerate(weights, start=1):
-        so_far = jnp.einsum("um,umn->un", coefficients, matrix)
-        first, second = slerp_pair(jnp.einsum("un,un->u", so_far, coefficients), matrix[:, m, m], so_far[:, m], weight)
-        coefficients = (coefficients * first[:, None]).at[:, m].set(second)
-    return coefficients
-
-
-def _symmetric_coefficients(matrix: Array, weights: Sequence[float]) -> Array:
-    units, count = matrix.shape[0], matrix.shape[-1]
-    mean_length = jnp.sqrt(jnp.diagonal(matrix, axis1=-2, axis2=-1)).mean(-1)
-    lerp_length = jnp.sqrt(jnp.clip(matrix.sum((-2, -1)), 0)) / count
-    opposite = (lerp_length <= PARALLEL_SIN * mean_length) & (mean_length > 0)
-    scale = jnp.where(mean_length > 0, mean_length / jnp.where(lerp_length > 0, lerp_length, 1), 1.0)
-    scale = jnp.where(opposite, jnp.nan, scale)
-    return jnp.broadcast_to(scale[:, None] / count, (units, count))
-
-
-def slerp_pair(square_1: Array, square_2: Array, inner: Array, weight: float) -> tuple[Array, Array]:
-    """The two factors of SLERP (Eq. 2) from |delta_1|^2, |delta_2|^2 and <delta_1, delta_2>."""
-    angle, sine = _angle(square_1, square_2, inner)
-    straight = (sine < PARALLEL_SIN) & (angle < 1)
-    safe_sine = jnp.where(straight, 1, sine)
-    first = jnp.where(straight, 1 - weight, jnp.sin((1 - weight) * angle) / safe_sine)
-    second = jnp.where(straight, weight, jnp.sin(weight * angle) / safe_sine)
-    opposite = (sine < PARALLEL_SIN) & (angle > 1)
-    return jnp.where(opposite, jnp.nan, first), jnp.where(opposite, jnp.nan, second)
-
-
-def _angle(square_1: Array, square_2: Array, inner: Array) -> tuple[Array, Array]:
-    product = jnp.sqrt(square_1 * square_2)
-    cosine = jnp.clip(jnp.where(product > 0, inner / jnp.where(product > 0, product, 1), 1.0), -1, 1)
-    return jnp.arccos(cosine), jnp.sqrt((1 - cosine) * (1 + cosine))
-
-
-def _inner_products(deltas: Sequence[Array], keep_axes: int) -> Array:
-    """[M, M], or [L, M, M] with keep_axes = 1."""
-    axes = tuple(range(keep_axes, deltas[0].ndim))
-    rows = [[jnp.sum(a * b, axis=axes) for b in deltas[: i + 1]] for i, a in enumerate(deltas)]
-    count = len(deltas)
-    full = [[rows[max(a, b)][min(a, b)] for b in range(count)] for a in range(count)]
-    return jnp.stack([jnp.stack(row, -1) for row in full], -2)
-
-
-def _weighted_sum(init_params: Params, policies: Sequence[Params], coefficients: Array, units: trees.Units) -> Params:
-    """Init + sum_m coefficients[unit, m] * (policy_m - init), in the dtype of the policies."""
-    chex.assert_shape(coefficients, (len(units.names), len(policies)))
-    leaves, treedef = jax.tree.flatten(init_params)
-    columns = [jax.tree.leaves(p) for p in policies]
-    merged = []
-    with jax.enable_x64(True):
-        for i, init in enumerate(leaves):
-            mixed = _f64(init)
-            for m, column in enumerate(columns):
-                factor = coefficients[units.of_leaf[i], m]
-                factor = factor.reshape(factor.shape + (1,) * (init.ndim - factor.ndim))
-                mixed = mixed + factor * (_f64(column[i]) - _f64(init))
-            merged.append(mixed.astype(columns[0][i].dtype))
-    return jax.tree.unflatten(treedef, merged)
+def check_defined(inner: Gram, coefficients: Array) -> None:
+    """Raise ValueError naming the units where a merge is undefined; inside jit they give NaN instead."""
+    if isinstance(coefficients, jax.core.Tracer):
+        return
+    bad = ~np.isfinite(np.asarray(coefficients)).all(-1)
+    bad |= ~np.isfinite(np.asarray(inner.matrix)).all((-2, -1))
+    if bad.any():
+        names = ", ".join(name for name, is_bad in zip(inner.names, bad, strict=True) if is_bad)
+        raise ValueError(f"policies: opposite or non-finite task vectors in {names}; their merge is undefined")
 
 
 def _check_policies(init_params: Params, policies: Sequence[Params]) -> None:
@@ -236,23 +234,5 @@ def _check_policies(init_params: Params, policies: Sequence[Params]) -> None:
         trees.check_same_structure(init_params, policy, f"policy {m}")
 
 
-def _check_not_opposite(inner: Gram, slerp_weights: Sequence[float] | None, symmetric: bool) -> None:
-    if isinstance(inner.matrix, jax.core.Tracer):
-        return
-    bad = np.isnan(np.asarray(slerp_coefficients(inner.matrix, slerp_weights, symmetric=symmetric))).any(-1)
-    bad |= ~np.isfinite(np.asarray(inner.matrix)).all((-2, -1))
-    if bad.any():
-        names = ", ".join(name for name, is_bad in zip(inner.names, bad, strict=True) if is_bad)
-        raise ValueError(f"policies: opposite or non-finite task vectors in {names}; their SLERP is undefined")
-
-
 def _f32(x: Array) -> Array:
     return x.astype(jnp.float32)
-
-
-def _f64(x: Array) -> Array:
-    return x.astype(jnp.float64)
-
-
-def _delta(params: Array, init: Array) -> Array:
-    return _f32(params) - _f32(init)

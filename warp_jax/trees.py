@@ -1,8 +1,8 @@
 """Names of pytree leaves, and which leaves make up one merging unit.
 
-A leaf whose path holds the key `layers` is taken as STACKED when the next key is not a number: its
-first axis runs over the layers, as `flax.linen.scan` lays parameters out. Each slice of a stacked leaf
-has a name of its own, so that a stacked and an unstacked tree give the same units.
+A leaf whose path holds the key `layers` (or another that the caller names) is taken as STACKED when the next key
+is not a number: its first axis runs over the layers, as `flax.linen.scan` lays parameters out. Each slice of a
+stacked leaf has a name of its own, so that a stacked and an unstacked tree give the same units.
 """
 
 import re
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Unit = str | Callable[[str], str]
@@ -30,19 +31,19 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def is_stacked(name: str) -> bool:
-    """True if the leaf's first axis runs over the layers."""
+def is_stacked(name: str, under: str | None = "layers") -> bool:
+    """True if the leaf's first axis runs over the layers: the key after `under` is not a number. None: never."""
     parts = name.split("/")
-    if "layers" not in parts:
+    if under not in parts:
         return False
-    following = parts[parts.index("layers") + 1 :]
+    following = parts[parts.index(under) + 1 :]
     return bool(following) and not following[0].isdigit()
 
 
-def layer_names(name: str, num_layers: int) -> list[str]:
+def layer_names(name: str, num_layers: int, under: str | None = "layers") -> list[str]:
     """Names of the slices of a stacked leaf: 'layers/0/attn/q/kernel', ..."""
     parts = name.split("/")
-    after = parts.index("layers") + 1
+    after = parts.index(under) + 1 if under in parts else 0
     return ["/".join([*parts[:after], str(i), *parts[after:]]) for i in range(num_layers)]
 
 
@@ -68,18 +69,28 @@ def _unit_fn(unit: Unit) -> Callable[[str], str]:
     return named[unit]
 
 
-def units_of(tree: Any, unit: Unit = "layer") -> Units:
-    """Assign every leaf, or every layer of a stacked leaf, to its unit; units are in order of first use."""
+def units_of(tree: Any, unit: Unit = "layer", stacked: str | None = "layers") -> Units:
+    """Assign every leaf, or every layer of a leaf stacked under the key `stacked`, to its unit; in order of first use.
+    Raises ValueError for a leaf that is not a floating-point array.
+    """
     unit_fn = _unit_fn(unit)
     numbers: dict[str, int] = {}
     index = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = path_name(path)
-        stacked = is_stacked(name)
-        names = layer_names(name, leaf.shape[0]) if stacked else [name]
+        if not jnp.issubdtype(getattr(leaf, "dtype", np.dtype(object)), jnp.floating):
+            raise ValueError(
+                f"leaf {name!r}: got {_describe(leaf)}, want a floating-point array; pass the weights only"
+            )
+        in_layers = leaf.ndim > 0 and is_stacked(name, stacked)
+        names = layer_names(name, leaf.shape[0], stacked) if in_layers else [name]
         ids = np.array([numbers.setdefault(unit_fn(n), len(numbers)) for n in names], np.int32)
-        index.append(ids if stacked else ids[0])
+        index.append(ids if in_layers else ids[0])
     return Units(tuple(numbers), tuple(index))
+
+
+def _describe(leaf: Any) -> str:
+    return str(getattr(leaf, "dtype", type(leaf).__name__))
 
 
 def check_same_structure(reference: Any, other: Any, what: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from warp_jax import corpus, files, objective, prepare, rewards, sharding, supervised
+from warp_jax import corpus, files, merging, objective, prepare, rewards, sharding, supervised
 from warp_jax.models.transformer import Transformer
 
 Check = tuple[str, Callable[[Any], bool], str]
@@ -56,7 +56,7 @@ CHECKS: tuple[Check, ...] = tuple(
             ("data.reward_fraction", "data.gold_fraction", "data.prompts_fraction"),
             (lambda v: 0 < v < 1, "between 0 and 1"),
         ),
-        (("warp.merge",), _one_of("slerp", "lerp")),
+        (("warp.merge",), _one_of(*merging.METHODS)),
         (("warp.unit",), _one_of("layer", "tensor", "model")),
         (("rl.advantage",), _one_of(*objective.ADVANTAGES)),
         (("reward_model.loss",), _one_of(*supervised.REWARD_LOSSES)),

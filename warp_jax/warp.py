@@ -122,10 +122,7 @@ def merge(config: ConfigDict, init_params: Params, policies: list[Params], direc
     path = directory / "merged"
     if checkpoint.has_params(path):
         return checkpoint.restore_params(path, init_params)
-    if config.merge == "slerp":
-        merged = merging.slerp(init_params, policies, unit=config.unit, symmetric=config.symmetric)
-    else:
-        merged = merging.lerp(init_params, policies)
+    merged = merging.merge(init_params, policies, config.merge, unit=config.unit)
     gram = merging.gram(init_params, policies, config.unit)
     geometry = {
         "units": gram.names,
