@@ -76,10 +76,10 @@ def get_config() -> ConfigDict:
 
     config.reward_model = ConfigDict()  # r(x, y): trunk from SFT, scalar head; trained on the reward split [ours]
     config.reward_model.loss = "label"  # log-odds of label 1; or "bradley_terry": label 1 preferred to label 0
-    config.reward_model.num_steps = 700  # more steps overfit: the held-out loss rises again
+    config.reward_model.num_steps = 1500
     config.reward_model.batch_size = 64  # sequences, half of them with label 1
     config.reward_model.sequence_tokens = 32  # fragments of prompt + completion length, which is what it will score
-    config.reward_model.learning_rate = 1e-3
+    config.reward_model.learning_rate = 3e-4
     config.reward_model.warmup_steps = 50
     config.reward_model.clip_norm = 1.0
 

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.model.mlp_dim = 384
     config.sft.num_steps = 900
     config.sft.sequence_tokens = 32
+    config.reward_model.num_steps = 400
     config.rl.batch_size = 16
     config.rl.warmup_steps = 20
     config.warp.steps_per_iteration = (300, 300)
