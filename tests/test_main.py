@@ -15,7 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default, lerp, no_kl, quickstart, sft_anchor, tiny
-from warp_jax import main, validation
+from warp_jax import cli, main, validation
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = "stage iteration run eta step reward reward_se gold_reward gold_reward_se sft_kl sft_kl_se length distinct_2"
@@ -233,7 +233,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     """Fails when any of these ends in a traceback, another code, or leaves a folder."""
     (tmp_path / "file").write_text("")
     result = _run(*(argument.format(dir=tmp_path) for argument in arguments))
-    assert result.returncode == main.BAD_INPUT, result.stderr
+    assert result.returncode == cli.BAD_INPUT, result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert message in result.stderr

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from warp_jax.types import Array
+from warp_jax.types import Array, HostOrDevice
 
 PARALLEL_SIN = 1e-6  # below this sine two task vectors count as parallel (merged by LERP) or opposite (an error)
 
@@ -25,25 +25,23 @@ class Method(NamedTuple):
     from_zero: the vectors are the weights themselves, not their differences from init.
     """
 
-    solve: Callable[[Array, Weights], Array]
+    solve: Callable[[HostOrDevice, Weights], Array]
     from_zero: bool = False
 
 
-def norms(matrix: Array) -> Array:
+def norms(matrix: HostOrDevice) -> Array:
     """Length of each task vector: float32 [U, M] from a Gram matrix [U, M, M]."""
     with jax.enable_x64(True):
         return jnp.sqrt(jnp.diagonal(matrix, axis1=-2, axis2=-1)).astype(jnp.float32)
 
 
-def angles(matrix: Array) -> Array:
+def angles(matrix: HostOrDevice) -> Array:
     """Angle between each pair of task vectors, radians: float32 [U, M, M]. 0 where either is zero."""
     with jax.enable_x64(True):
-        squares = jnp.diagonal(matrix, axis1=-2, axis2=-1)
-        angle, _ = _angle(squares[..., :, None], squares[..., None, :], matrix)
-        return angle.astype(jnp.float32)
+        return _pair_angles(matrix).astype(jnp.float32)
 
 
-def slerp_coefficients(matrix: Array, weights: Weights = None) -> Array:
+def slerp_coefficients(matrix: HostOrDevice, weights: Weights = None) -> Array:
     """Spherical interpolation by the paper's recursion (Eq. 2 and 26): float64 [U, M].
 
     weights: the M - 1 weights of the recursion, the m-th for policy m + 1; by default 1/2, 1/3, ..., 1/M.
@@ -60,7 +58,7 @@ def slerp_coefficients(matrix: Array, weights: Weights = None) -> Array:
         return _recursive_coefficients(jnp.asarray(matrix, jnp.float64), chosen)
 
 
-def symmetric_slerp_coefficients(matrix: Array, weights: Weights = None) -> Array:
+def symmetric_slerp_coefficients(matrix: HostOrDevice, weights: Weights = None) -> Array:
     """One coefficient for all policies, whatever their order: 1/M times the factor that makes the length of the merge
     the mean length of the task vectors; for M = 2 with equal lengths it is slerp at 1/2. Takes no weights.
     """
@@ -76,18 +74,18 @@ def symmetric_slerp_coefficients(matrix: Array, weights: Weights = None) -> Arra
         return jnp.broadcast_to(scale[:, None] / count, (units, count))
 
 
-def lerp_coefficients(matrix: Array, weights: Weights = None) -> Array:
+def lerp_coefficients(matrix: HostOrDevice, weights: Weights = None) -> Array:
     """Linear interpolation (paper, Appendix B): weights, by default 1 / M (a uniform soup), for every unit."""
     count = matrix.shape[-1]
     return _same_in_every_unit(matrix, [1.0 / count] * count if weights is None else weights)
 
 
-def task_arithmetic_coefficients(matrix: Array, weights: Weights = None) -> Array:
+def task_arithmetic_coefficients(matrix: HostOrDevice, weights: Weights = None) -> Array:
     """The sum of all task vectors (Ilharco et al. 2023, arXiv 2212.04089), each times its weight, by default 1."""
     return _same_in_every_unit(matrix, [1.0] * matrix.shape[-1] if weights is None else weights)
 
 
-def model_stock_coefficients(matrix: Array, weights: Weights = None) -> Array:
+def model_stock_coefficients(matrix: HostOrDevice, weights: Weights = None) -> Array:
     """1 / M times t = M cos / (1 + (M - 1) cos), with the mean cosine between two task vectors of the unit
     (Jang et al. 2024, arXiv 2403.19522, Eq. 3 and 5); 1 / M where a unit did not move. Takes no weights.
     """
@@ -96,7 +94,7 @@ def model_stock_coefficients(matrix: Array, weights: Weights = None) -> Array:
     if count < 2:
         raise ValueError(f"policies: got {count}, want at least two for model stock")
     with jax.enable_x64(True):
-        cosines = jnp.cos(jnp.asarray(angles(matrix), jnp.float64))
+        cosines = jnp.cos(_pair_angles(matrix))
         mean = (cosines.sum((-2, -1)) - count) / (count * (count - 1))
         ratio = count * mean / (1 + (count - 1) * mean)
         return jnp.broadcast_to(ratio[:, None] / count, matrix.shape[:-1])
@@ -112,7 +110,7 @@ METHODS = {
 }
 
 
-def _same_in_every_unit(matrix: Array, weights: Sequence[float]) -> Array:
+def _same_in_every_unit(matrix: HostOrDevice, weights: Sequence[float]) -> Array:
     if len(weights) != matrix.shape[-1]:
         raise ValueError(f"weights: got {len(weights)} for {matrix.shape[-1]} policies, want one each")
     with jax.enable_x64(True):
@@ -143,6 +141,12 @@ def slerp_pair(square_1: Array, square_2: Array, inner: Array, weight: float) ->
     second = jnp.where(straight, weight, jnp.sin(weight * angle) / safe_sine)
     opposite = (sine < PARALLEL_SIN) & (angle > 1)
     return jnp.where(opposite, jnp.nan, first), jnp.where(opposite, jnp.nan, second)
+
+
+def _pair_angles(matrix: HostOrDevice) -> Array:
+    matrix = jnp.asarray(matrix)
+    squares = jnp.diagonal(matrix, axis1=-2, axis2=-1)
+    return _angle(squares[..., :, None], squares[..., None, :], matrix)[0]
 
 
 def _angle(square_1: Array, square_2: Array, inner: Array) -> tuple[Array, Array]:

@@ -6,12 +6,13 @@ than the sum, and a float32 cosine gives an angle that is off by 1e-4 of itself.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from warp_jax.types import Array
+from warp_jax.types import Array, HostOrDevice
 
 # On a CPU, products are added up elementwise in blocks that stay in the cache: XLA would write the float64
 # differences of a whole leaf to memory before it sums them, which takes ten times as long.
@@ -19,7 +20,7 @@ BLOCK = 1 << 16  # elements
 BLOCKS_AT_ONCE = 2  # of one step of the loop
 
 
-def gram(init: Array, policies: Sequence[Array], *, stacked: bool, from_zero: bool = False) -> Array:
+def gram(init: HostOrDevice, policies: Sequence[HostOrDevice], *, stacked: bool, from_zero: bool = False) -> Array:
     """<policy_a - init, policy_b - init>: float64 [M, M], or [L, M, M] of a leaf whose first axis is that of layers.
 
     from_zero: the inner products of the policies themselves.
@@ -34,9 +35,15 @@ def gram(init: Array, policies: Sequence[Array], *, stacked: bool, from_zero: bo
 
 
 def weighted_sum(
-    init: Array, policies: Sequence[Array], init_weight: Array, coefficients: Array, *, donate: bool = False
+    init: HostOrDevice,
+    policies: Sequence[HostOrDevice],
+    init_weight: Array,
+    coefficients: Array,
+    *,
+    dtype: Any = None,
+    donate: bool = False,
 ) -> Array:
-    """Init_weight * init + sum_m coefficients[..., m] * (policy_m - init), in the dtype of the policies.
+    """Init_weight * init + sum_m coefficients[..., m] * (policy_m - init), in `dtype`, by default the policies'.
 
     init_weight: float64 [] or [L]; coefficients: float64 [M] or [L, M]. donate: the result takes the place of the
     first policy, whose array is given up.
@@ -44,7 +51,7 @@ def weighted_sum(
     with jax.enable_x64(True):
         first, *rest = (jnp.asarray(x) for x in policies)
         mix = _mix_in_place if donate else _mix
-        return mix(first, tuple(rest), jnp.asarray(init), init_weight, coefficients)
+        return mix(first, tuple(rest), jnp.asarray(init), init_weight, coefficients, dtype=dtype or first.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "from_zero"))
@@ -82,7 +89,9 @@ def _blocked_gram(init: Array, policies: tuple[Array, ...], *, rows: int, from_z
     return _symmetric(list(lax.map(row_sums, jnp.arange(rows)).T), len(policies))
 
 
-def _mix_leaf(first: Array, rest: tuple[Array, ...], init: Array, init_weight: Array, coefficients: Array) -> Array:
+def _mix_leaf(
+    first: Array, rest: tuple[Array, ...], init: Array, init_weight: Array, coefficients: Array, *, dtype: Any
+) -> Array:
     def along_layers(x: Array) -> Array:
         return x.reshape(x.shape + (1,) * (init.ndim - x.ndim))
 
@@ -90,11 +99,11 @@ def _mix_leaf(first: Array, rest: tuple[Array, ...], init: Array, init_weight: A
     mixed = along_layers(init_weight) * start
     for m, policy in enumerate((first, *rest)):
         mixed = mixed + along_layers(coefficients[..., m]) * (_wide(policy) - start)
-    return mixed.astype(first.dtype)
+    return mixed.astype(dtype)
 
 
-_mix = jax.jit(_mix_leaf)
-_mix_in_place = jax.jit(_mix_leaf, donate_argnums=0)
+_mix = jax.jit(_mix_leaf, static_argnames="dtype")
+_mix_in_place = jax.jit(_mix_leaf, static_argnames="dtype", donate_argnums=0)
 
 
 def _products(deltas: Sequence[Array]) -> list[Array]:

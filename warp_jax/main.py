@@ -4,21 +4,19 @@ Any value of the config can be set on the command line: --config.warp.ema_rate=0
 and workdir, it goes on where it stopped.
 """
 
-import sys
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from warp_jax import prepare, report, validation, warp
+from warp_jax import cli, prepare, report, validation, warp
 from warp_jax.corpus import Corpus
 from warp_jax.progress import JobProgress
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is made; reused when it exists.")
-BAD_INPUT = 2  # exit code
 
 
 def check(config: ConfigDict, workdir: Path) -> Mapping[str, Corpus]:
@@ -45,39 +43,31 @@ def total_steps(config: ConfigDict) -> int:
 
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
-    if len(argv) > 1:
-        fail(f"unexpected argument {argv[1]!r}; options start with --, see --help")
+    del argv
     logging.set_verbosity(logging.ERROR)  # of libraries; warnings of JAX and Orbax about one process are noise here
     config, workdir = CONFIG.value, Path(str(WORKDIR.value))
     try:
         corpora = check(config, workdir)
     except ValueError as error:
-        fail(str(error))
+        cli.fail(str(error))
     try:
         print(run(config, corpora, workdir))
     except FloatingPointError as error:
-        fail(str(error))
+        cli.fail(str(error))
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Absl's parser, with one line instead of a traceback for whatever the user can mistype."""
-    try:
-        rest = flags.FLAGS(list(argv))
-        missing = [name for name in ("config", "workdir") if flags.FLAGS[name].value is None]
-        if CONFIG.value is not None:
-            _ = CONFIG.value.seed  # a config file that failed to load raises only when it is read
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
-        fail(str(error))
-    if missing and not any(arg in ("--help", "-h", "--helpfull") for arg in argv):
-        fail(f"--{missing[0]} is missing; try --config=configs/quickstart.py --workdir=runs/quickstart")
-    return rest
+def _load_config() -> None:
+    """A config file that failed to load raises only when it is read."""
+    if CONFIG.value is not None:
+        _ = CONFIG.value.seed
 
 
-def fail(message: str) -> NoReturn:
-    """One line on stderr, exit code 2."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(BAD_INPUT)
-
+parse_flags = functools.partial(
+    cli.parse_flags,
+    required=("config", "workdir"),
+    example="--config=configs/quickstart.py --workdir=runs/quickstart",
+    load=_load_config,
+)
 
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)

@@ -36,7 +36,7 @@ from warp_jax.coefficients import (
     symmetric_slerp_coefficients,
     task_arithmetic_coefficients,
 )
-from warp_jax.types import Array, Params
+from warp_jax.types import Array, HostOrDevice, Params
 
 __all__ = [
     "METHODS",
@@ -66,7 +66,7 @@ __all__ = [
 class Gram(NamedTuple):
     """Inner products of M task vectors per unit. matrix: float64 [U, M, M]; names: U unit names."""
 
-    matrix: Array
+    matrix: HostOrDevice
     names: tuple[str, ...]
 
 
@@ -206,17 +206,17 @@ def gram(
     return Gram(total, units.names)
 
 
-def with_liti(coefficients: Array, liti_rate: float | Array, from_zero: bool = False) -> tuple[Array, Array]:
+def with_liti(coefficients: HostOrDevice, liti_rate: float | Array, from_zero: bool = False) -> tuple[Array, Array]:
     """What `kernels.weighted_sum` takes, for a step of liti_rate from init to the merge: init_weights float64 [U]
     and coefficients float64 [U, M]. A merge of the weights themselves is sum_m c_m policy_m, without init.
     """
     with jax.enable_x64(True):
-        rate = jnp.asarray(liti_rate, jnp.float64)
+        rate, coefficients = jnp.asarray(liti_rate, jnp.float64), jnp.asarray(coefficients)
         missing = coefficients.sum(-1) - 1 if from_zero else jnp.zeros(coefficients.shape[:-1], jnp.float64)
         return 1 + rate * missing, rate * coefficients
 
 
-def check_defined(inner: Gram, coefficients: Array) -> None:
+def check_defined(inner: Gram, coefficients: HostOrDevice) -> None:
     """Raise ValueError naming the units where a merge is undefined; inside jit they give NaN instead."""
     if isinstance(coefficients, jax.core.Tracer):
         return
@@ -230,7 +230,9 @@ def check_defined(inner: Gram, coefficients: Array) -> None:
 def _check_policies(init_params: Params, policies: Sequence[Params]) -> None:
     if not policies:
         raise ValueError("policies: got none, want at least one")
+    trees.check_floating(init_params, "init_params")
     for m, policy in enumerate(policies):
+        trees.check_floating(policy, f"policy {m}")
         trees.check_same_structure(init_params, policy, f"policy {m}")
 
 

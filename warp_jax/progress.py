@@ -50,9 +50,8 @@ class JobProgress:
         now = time.monotonic()
         if values and not self._console.is_terminal and now - self._last_line > PLAIN_LINE_SECONDS:
             self._last_line = now
-            self._console.print(
-                f"{self._stage}: step {done}, {latest}, {self._left(done)}", highlight=False, soft_wrap=True
-            )
+            parts = filter(None, (f"{self._stage}: step {done}", latest, self._left(done)))
+            self._console.print(", ".join(parts), highlight=False, soft_wrap=True)
 
     def end_stage(self, num_steps: int) -> None:
         """Count the stage's steps as done."""

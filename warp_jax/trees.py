@@ -56,6 +56,16 @@ def layer_of(name: str) -> str:
     return module or name
 
 
+def in_layer(name: str) -> bool:
+    """True if `layer_of` finds a transformer layer in the name."""
+    return bool(_LAYER.match(name))
+
+
+def unit_of(name: str, unit: Unit = "layer") -> str:
+    """The unit of a leaf or tensor."""
+    return _unit_fn(unit)(name)
+
+
 def _unit_fn(unit: Unit) -> Callable[[str], str]:
     if callable(unit):
         return unit
@@ -70,18 +80,12 @@ def _unit_fn(unit: Unit) -> Callable[[str], str]:
 
 
 def units_of(tree: Any, unit: Unit = "layer", stacked: str | None = "layers") -> Units:
-    """Assign every leaf, or every layer of a leaf stacked under the key `stacked`, to its unit; in order of first use.
-    Raises ValueError for a leaf that is not a floating-point array.
-    """
+    """Assign every leaf, or every layer of a leaf stacked under `stacked`, to its unit; in order of first use."""
     unit_fn = _unit_fn(unit)
     numbers: dict[str, int] = {}
     index = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = path_name(path)
-        if not jnp.issubdtype(getattr(leaf, "dtype", np.dtype(object)), jnp.floating):
-            raise ValueError(
-                f"leaf {name!r}: got {_describe(leaf)}, want a floating-point array; pass the weights only"
-            )
         in_layers = leaf.ndim > 0 and is_stacked(name, stacked)
         names = layer_names(name, leaf.shape[0], stacked) if in_layers else [name]
         ids = np.array([numbers.setdefault(unit_fn(n), len(numbers)) for n in names], np.int32)
@@ -89,8 +93,15 @@ def units_of(tree: Any, unit: Unit = "layer", stacked: str | None = "layers") ->
     return Units(tuple(numbers), tuple(index))
 
 
-def _describe(leaf: Any) -> str:
-    return str(getattr(leaf, "dtype", type(leaf).__name__))
+def check_floating(tree: Any, what: str) -> None:
+    """Raise ValueError naming the first leaf that is not a floating-point array."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"{what}: leaf {path_name(path)!r} is of {dtype or type(leaf)}, want a floating-point array; "
+                "pass the weights only"
+            )
 
 
 def check_same_structure(reference: Any, other: Any, what: str) -> None:

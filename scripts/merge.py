@@ -1,0 +1,64 @@
+"""Merge checkpoints on disk: policies that were trained from one init, by SLERP of their task vectors or its relatives.
+
+  python scripts/merge.py --init=sft --policies=run_1,run_2 --etas=0.1,0.3,1.0 --out=merged
+
+writes merged/eta_0.1, merged/eta_0.3 and merged/eta_1, each a safetensors folder that transformers loads, and
+merged/merge_report.json with the angles between the runs. See docs/merging.md.
+"""
+
+import functools
+import time
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from warp_jax import cli, merge_files, merging
+from warp_jax.weight_files import OUTPUT_DTYPES
+
+INIT = flags.DEFINE_string("init", None, "Folder of the weights where all policies started (SFT).")
+POLICIES = flags.DEFINE_list("policies", [], "Folders of the trained policies, separated by commas.")
+OUT = flags.DEFINE_string("out", None, "New folder for eta_X folders and merge_report.json.")
+ETAS = flags.DEFINE_list("etas", ["1.0"], "Steps from init (0) to the merge (1); every one is written.")
+METHOD = flags.DEFINE_enum("method", "slerp", list(merging.METHODS), "How to merge.")
+UNIT = flags.DEFINE_enum("unit", "layer", ["layer", "tensor", "model"], "What shares one angle.")
+WEIGHTS = flags.DEFINE_list("weights", None, "slerp: one weight for each policy after the first; lerp: one for each.")
+DTYPE = flags.DEFINE_enum("dtype", None, list(OUTPUT_DTYPES), "Of the result; default: that of the policies.")
+MEMORY_GB = flags.DEFINE_float("memory_gb", 1.0, "For weights in flight, beside 0.4 GB for the program itself.")
+
+
+def main(argv: list[str]) -> None:
+    """Entry point."""
+    del argv
+    jax.config.update("jax_platforms", "cpu")  # the disk sets the pace
+    started = time.monotonic()
+    out = Path(OUT.value)
+    try:
+        settings = merge_files.Settings(
+            method=METHOD.value,
+            unit=UNIT.value,
+            weights=_numbers("weights", WEIGHTS.value) if WEIGHTS.value else None,
+            etas=_numbers("etas", ETAS.value),
+            dtype=DTYPE.value,
+            memory_gb=MEMORY_GB.value,
+        )
+        report = merge_files.merge_folders(Path(INIT.value), [Path(p) for p in POLICIES.value], out, settings)
+    except (ValueError, OSError) as error:
+        cli.fail(str(error))
+    print(f"{merge_files.summary_line(report)} in {time.monotonic() - started:.1f} s: {out}")
+
+
+def _numbers(name: str, values: list[str]) -> tuple[float, ...]:
+    try:
+        return tuple(float(value) for value in values)
+    except ValueError:
+        raise ValueError(f"--{name}: got {','.join(values)!r}, want numbers separated by commas") from None
+
+
+if __name__ == "__main__":
+    required = functools.partial(
+        cli.parse_flags,
+        required=("init", "policies", "out"),
+        example="--init=sft --policies=run_1,run_2 --etas=0.3 --out=merged",
+    )
+    app.run(main, flags_parser=required)

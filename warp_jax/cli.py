@@ -1,0 +1,36 @@
+"""Command lines that answer bad input with one line and exit code 2."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import flags
+
+BAD_INPUT = 2  # exit code
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr, exit code 2."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+def parse_flags(
+    argv: Sequence[str], *, required: Sequence[str], example: str, load: Callable[[], object] = lambda: None
+) -> list[str]:
+    """Absl's parser for `app.run`, without its traceback.
+
+    required: flags that must be given; example: arguments that would do; load: reads what only fails when it is read.
+    """
+    try:
+        rest = flags.FLAGS(list(argv))
+        missing = [name for name in required if not flags.FLAGS[name].value]
+        load()
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+        fail(str(error))
+    asks_for_help = any(arg in ("--help", "-h", "--helpfull") for arg in argv)
+    if missing and not asks_for_help:
+        fail(f"--{missing[0]} is missing; try {example}")
+    if len(rest) > 1 and not asks_for_help:
+        fail(f"unexpected argument {rest[1]!r}; options start with --, see --help")
+    return rest

@@ -1,0 +1,205 @@
+"""Merge checkpoints on disk in two passes, holding only chunks of them in memory.
+
+Pass 1 sums the Gram matrices of the task vectors of every unit, pass 2 writes one weighted sum for each eta.
+Threads each take a chunk, read it, compute and write, so that disk and processors work at once.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from warp_jax import files, kernels, merge_inputs, merging, trees
+from warp_jax.merge_inputs import Chunk, Inputs, Piece
+from warp_jax.progress import JobProgress
+from warp_jax.weight_files import OUTPUT_DTYPES, SafetensorsWriter, Tensor, hash_file
+
+REPORT = "merge_report.json"
+
+
+class Settings(NamedTuple):
+    """What `scripts/merge.py` sets; see its flags."""
+
+    method: str = "slerp"
+    unit: str = "layer"
+    weights: tuple[float, ...] | None = None
+    etas: tuple[float, ...] = (1.0,)
+    dtype: str | None = None  # one of weight_files.OUTPUT_DTYPES; None keeps that of the policies
+    memory_gb: float = 1.0
+
+
+def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Settings) -> dict[str, Any]:
+    """Write out/eta_X for every eta, and out/merge_report.json, which is returned.
+
+    `out` appears when all of it is complete. Raises ValueError for inputs that cannot be merged.
+    """
+    if not settings.etas or min(settings.etas) < 0 or len(set(settings.etas)) < len(settings.etas):
+        raise ValueError(f"etas: got {settings.etas}, want different numbers, none below 0")
+    if out.exists():
+        raise ValueError(f"out: {out} exists, and nothing is overwritten; choose another --out")
+    inputs = merge_inputs.open_inputs(init, policies, settings.dtype)
+    workers = min(os.cpu_count() or 2, 8)
+    room = merge_inputs.chunk_room(inputs, settings.memory_gb, workers)
+    units, chunks = merge_inputs.plan_chunks(inputs, settings.unit, room)
+    staging = out.with_name(f".{out.name}.partial")
+    with JobProgress(2 * len(chunks)) as progress, ThreadPoolExecutor(workers) as pool:
+        job = _Job(inputs, settings, units, chunks, merge_inputs.Loader(inputs, room), pool, progress)
+        try:
+            hashes = pool.map(hash_file, inputs.weight_paths())
+            inner = job.sum_grams()
+            coefficients = job.solve(inner)
+            shutil.rmtree(staging, ignore_errors=True)  # of a merge that was killed
+            job.write_merges(coefficients, staging)
+            report = job.make_report(inner, coefficients, list(hashes))
+            files.write_json(staging / REPORT, report)
+            staging.rename(out)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    return report
+
+
+def summary_line(report: dict[str, Any]) -> str:
+    """What was merged, and how far apart the policies were."""
+    units, count = report["units"], len(report["policies"])
+    angles = [angle for unit in units for m, row in enumerate(unit["angles_degrees"]) for angle in row[:m]]
+    apart = f", median angle {np.median(angles):.1f} degrees" if angles else ""
+    alone = len(report["not_in_a_layer"])
+    return f"merged {count} policies over {len(units)} units ({alone} tensors outside layers){apart}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    inputs: Inputs
+    settings: Settings
+    units: tuple[str, ...]
+    chunks: Sequence[Chunk]
+    loader: merge_inputs.Loader
+    pool: ThreadPoolExecutor
+    progress: JobProgress
+
+    @property
+    def from_zero(self) -> bool:
+        """Whether the method takes the weights themselves."""
+        return merging.METHODS[self.settings.method].from_zero
+
+    def sum_grams(self) -> merging.Gram:
+        """Pass 1."""
+
+        def chunk_gram(chunk: Chunk) -> np.ndarray:
+            init, *policies = self.loader.load(chunk)
+            matrix = np.asarray(kernels.gram(init, policies, stacked=False, from_zero=self.from_zero))
+            if not np.isfinite(matrix).all():
+                merge_inputs.raise_not_finite(self.inputs, chunk)
+            return matrix
+
+        count = len(self.inputs.policies)
+        total = np.zeros((len(self.units), count, count))
+        for chunk, matrix in self.run(chunk_gram, "angles"):
+            total[chunk.unit] += matrix
+        return merging.Gram(total, self.units)
+
+    def solve(self, inner: merging.Gram) -> np.ndarray:
+        """Coefficients [U, M] at eta 1."""
+        if not self.from_zero:
+            squares = np.einsum("umm->m", np.asarray(inner.matrix))
+            for policy, square in zip(self.inputs.policies, squares, strict=True):
+                if not square:
+                    raise ValueError(f"{policy.path}: identical to init {self.inputs.init.path}; nothing to merge")
+        coefficients = merging.METHODS[self.settings.method].solve(inner.matrix, self.settings.weights)
+        merging.check_defined(inner, coefficients)
+        return np.asarray(coefficients)
+
+    def write_merges(self, coefficients: np.ndarray, staging: Path) -> None:
+        """Pass 2."""
+        etas, dtype = self.settings.etas, OUTPUT_DTYPES.get(self.settings.dtype or "")
+        tensors = [_output_tensor(self.inputs, name, dtype) for name in (*self.inputs.merged, *self.inputs.copied)]
+        _check_space(staging.parent, len(etas) * sum(t.size * t.dtype.itemsize for t in tensors))
+        weights = [merging.with_liti(coefficients, eta, self.from_zero) for eta in etas]
+        writers = [self.make_folder(staging / f"eta_{eta:g}", tensors) for eta in etas]
+
+        def write_chunk(chunk: Chunk) -> None:
+            init, *policies = self.loader.load(chunk)
+            for writer, (init_weights, scaled) in zip(writers, weights, strict=True):
+                unit_weights = init_weights[chunk.unit], scaled[chunk.unit]
+                _write_pieces(writer, chunk.pieces, kernels.weighted_sum(init, policies, *unit_weights, dtype=dtype))
+
+        for _ in self.run(write_chunk, "merges"):
+            pass
+        for writer in writers:
+            for name in self.inputs.copied:
+                writer.write(name, 0, merge_inputs.read_whole(self.inputs.init, name))
+            writer.close()
+
+    def run(self, function: Callable[[Chunk], Any], stage: str) -> Iterator[tuple[Chunk, Any]]:
+        """Results in the order of the chunks, so that sums do not depend on the threads."""
+        self.progress.start_stage(stage, len(self.chunks), finished=False)
+        results = self.pool.map(function, self.chunks)
+        for number, (chunk, result) in enumerate(zip(self.chunks, results, strict=True), start=1):
+            self.progress.on_step(number, {"chunk": number})
+            yield chunk, result
+        self.progress.end_stage(len(self.chunks))
+
+    def make_folder(self, folder: Path, tensors: Sequence[Tensor]) -> SafetensorsWriter:
+        """A model folder with init's config and tokenizer, and weight files to be filled."""
+        folder.mkdir(parents=True)
+        for path in self.inputs.init.sidecars():
+            shutil.copy(path, folder / path.name)
+        if self.settings.dtype and (folder / "config.json").is_file():
+            config = files.read_json(folder / "config.json")
+            changed = {key: self.settings.dtype for key in ("dtype", "torch_dtype") if key in config}
+            files.write_json(folder / "config.json", config | changed)
+        return SafetensorsWriter(folder, tensors)
+
+    def make_report(self, inner: merging.Gram, coefficients: np.ndarray, hashes: Sequence[str]) -> dict[str, Any]:
+        """The contents of merge_report.json."""
+        angles, norms = np.degrees(merging.angles(inner.matrix)), np.asarray(merging.norms(inner.matrix))
+        inputs = self.inputs
+        return {
+            **self.settings._asdict(),
+            "init": str(inputs.init.path),
+            "policies": [str(policy.path) for policy in inputs.policies],
+            "sha256": dict(zip(map(str, inputs.weight_paths()), hashes, strict=True)),
+            "not_in_a_layer": [name for name in inputs.merged if not _in_layer(inputs.init.tensors[name])],
+            "copied": list(inputs.copied),
+            "units": [
+                {
+                    "name": name,
+                    "angles_degrees": angles[u].tolist(),
+                    "norms": norms[u].tolist(),
+                    "coefficients": coefficients[u].tolist(),
+                }
+                for u, name in enumerate(self.units)
+            ],
+        }
+
+
+def _write_pieces(writer: SafetensorsWriter, pieces: Sequence[Piece], mixed: Any) -> None:
+    values, offset = np.asarray(mixed), 0
+    for piece in pieces:
+        count = piece.stop - piece.start
+        writer.write(piece.name, piece.start, values[offset : offset + count])
+        offset += count
+
+
+def _output_tensor(inputs: Inputs, name: str, dtype: np.dtype | None) -> Tensor:
+    tensor = inputs.policies[0].tensors[name]._replace(file=inputs.init.tensors[name].file)
+    return tensor if dtype is None or name in inputs.copied else tensor._replace(dtype=dtype)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"out: {needed / 1e9:.2f} GB are needed, {folder} has {free / 1e9:.2f} GB left")
+
+
+def _in_layer(tensor: Tensor) -> bool:
+    return tensor.num_layers > 1 or trees.in_layer(tensor.name)
