@@ -10,8 +10,9 @@ from configs import tiny
 from warp_jax import warp
 from warp_jax.evaluate import Evaluation
 
-SFT = np.array([1.0, 2.0, 3.0, 4.0])
-STEPS = {(1, 1): [2.0, 0, 0, 0], (1, 2): [0, 2.0, 0, 0], (2, 1): [0, 0, 3.0, 0], (2, 2): [0, 0, 0, 3.0]}
+SFT = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+LENGTHS = {1: 2.0, 2: 3.0, 3: 5.0}  # of the task vectors of each iteration; they point along two axes of their own
+STEPS = {(i, r): length * np.eye(6)[2 * i + r - 3] for i, length in LENGTHS.items() for r in (1, 2)}
 
 
 def _evaluation(value):
@@ -37,7 +38,7 @@ def job(monkeypatch):
 
     def run(workdir, **settings):
         config = tiny.get_config()
-        config.warp.update(settings)
+        config.warp.update({"num_iterations": 3, "steps_per_iteration": (6, 6, 6), **settings})
         config.evaluation.every = 6
         config.front.etas = (0.3, 1.0)
         starts, measured = {}, {}
@@ -68,25 +69,22 @@ def job(monkeypatch):
 
 
 def test_every_step_of_algorithm_1(job, tmp_path):
-    """Fails when iteration 2 starts from the merge, from SFT or towards SFT, when runs start apart, when the front
-    goes from the iteration's init instead of SFT, or a merge is linear.
+    """Fails when an iteration starts from the merge, from SFT, or from a step between SFT and the merge, when runs
+    start apart, when the front goes from the iteration's init instead of SFT, or a merge is linear.
     """
     points, starts, measured = job(tmp_path, liti_rate=0.3)
-    half = np.sqrt(0.5)  # at 90 degrees both slerp factors at weight 1/2
-    merged_1 = SFT + 2 * half * np.array([1, 1, 0, 0])
-    init_2 = SFT + 0.3 * (merged_1 - SFT)
-    merged_2 = init_2 + 3 * half * np.array([0, 0, 1, 1])
-    for (iteration, _), start in starts.items():
-        np.testing.assert_allclose(start, SFT if iteration == 1 else init_2, rtol=1e-6)
-    np.testing.assert_allclose(measured["merged_i1"], merged_1, rtol=1e-6)
-    np.testing.assert_allclose(measured["merged_i2"], merged_2, rtol=1e-6)
-    np.testing.assert_allclose(measured["liti_i2_e0.3"], SFT + 0.3 * (merged_2 - SFT), rtol=1e-6)
-    np.testing.assert_allclose(measured["policy_i2_r2_s6"], init_2 + STEPS[2, 2], rtol=1e-6)
-    assert [(p.stage, p.iteration, p.run) for p in points if p.stage != "liti"] == [
-        ("sft", 0, 0),
-        *(("policy", 1, 1), ("policy", 1, 2), ("merged", 1, 0)),
-        *(("policy", 2, 1), ("policy", 2, 2), ("merged", 2, 0)),
-    ]
+    init = SFT
+    for i in LENGTHS:
+        for r in (1, 2):
+            np.testing.assert_allclose(starts[i, r], init, rtol=1e-6)
+            np.testing.assert_allclose(measured[f"policy_i{i}_r{r}_s6"], init + STEPS[i, r], rtol=1e-6)
+        merged = init + np.sqrt(0.5) * (STEPS[i, 1] + STEPS[i, 2])  # slerp at 90 degrees and weight 1/2
+        np.testing.assert_allclose(measured[f"merged_i{i}"], merged, rtol=1e-6)
+        np.testing.assert_allclose(measured[f"liti_i{i}_e0.3"], SFT + 0.3 * (merged - SFT), rtol=1e-6)
+        init = init + 0.3 * (merged - init)
+    per_iteration = [(("policy", i, 1), ("policy", i, 2), ("merged", i, 0)) for i in LENGTHS]
+    found = [(p.stage, p.iteration, p.run) for p in points if p.stage != "liti"]
+    assert found == [("sft", 0, 0), *(point for points in per_iteration for point in points)]
 
 
 def test_liti_rate_0_returns_to_init(job, tmp_path):
@@ -100,10 +98,10 @@ def test_a_stored_run_is_not_trained_again(job, tmp_path):
     job(tmp_path)
     points, starts, _ = job(tmp_path)
     assert starts == {}
-    assert len(points) == 11
+    assert len(points) == 16
 
 
 def test_the_lerp_baseline_is_the_mean(job, tmp_path):
     """Fails when warp.merge is not read."""
     _, _, measured = job(tmp_path, merge="lerp")
-    np.testing.assert_allclose(measured["merged_i1"], SFT + np.array([1.0, 1.0, 0, 0]), rtol=1e-6)
+    np.testing.assert_allclose(measured["merged_i1"], SFT + 0.5 * (STEPS[1, 1] + STEPS[1, 2]), rtol=1e-6)
