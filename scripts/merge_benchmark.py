@@ -33,6 +33,9 @@ WORKDIR = flags.DEFINE_string("workdir", "/tmp/merge_benchmark", "Folder for che
 REPEATS = flags.DEFINE_integer("repeats", 5, "Paired runs.")
 ROOT = Path(__file__).parents[1]
 MERGEKIT = ("torch", "mergekit", "pydantic<2.11")
+LOAD = """import sys, transformers
+_, info = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info"""
 GIB = 2**30
 SMOLLM2_135M = {"vocab": 49152, "width": 576, "layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64, "mlp": 1536}
 BILLION = {"vocab": 32000, "width": 2048, "layers": 18, "heads": 16, "kv_heads": 4, "head_dim": 128, "mlp": 6144}
@@ -134,6 +137,8 @@ def against_mergekit(workdir: Path) -> None:
         rows["warp_jax"].append(run(ours(paths, outs[1], "--unit=tensor")))
         if repeat == 0:
             print(f"difference from mergekit, of the task vector's length: {difference(paths[0], *outs):.2e}")
+            subprocess.run([str(python), "-c", LOAD, str(outs[1] / "eta_1")], check=True, capture_output=True)
+            print("transformers loads our folder: no key is missing or unexpected")
         for out in outs:
             subprocess.run(["rm", "-r", str(out)], check=True)
     table = Table("program", "seconds", "peak GB", title="two policies of 538 MB, float32, one angle per tensor")

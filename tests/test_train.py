@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from warp_jax import loop, optimizers, prepare, prompts, rewards, sampling, sharding, train
@@ -149,6 +150,26 @@ def test_the_kl_is_that_to_the_anchor():
     _, metrics = programs.update(state, rollout, REWARD(rollout).total)
     assert abs(expected) > 1e-4
     assert float(metrics["anchor_kl"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_kl_is_in_the_advantage():
+    """Fails when advantages are of the raw reward, of the reward plus KL, or the group's own sample is in its mean."""
+    settings = {"ema_rate": 0.0, "kl_coef": 3.0}
+    _, state, _, programs, rollout = _one_update(**settings)
+    raw = np.asarray(REWARD(rollout).total, np.float64)
+    score = functools.partial(sampling.per_token_logps, _apply_fn(), temperature=SAMPLING.temperature)
+    mask = np.asarray(rollout.completion_mask)
+    ratio = np.where(mask, np.asarray(score(state.params, rollout) - score(state.anchor_params, rollout)), 0).sum(1)
+    shaped = (raw - 3.0 * ratio).reshape(-1, 2)
+    advantage = jnp.asarray((shaped - shaped[:, ::-1]).reshape(-1), jnp.float32)  # minus the other of the pair
+
+    def loss(params):
+        return -jnp.mean(advantage * jnp.where(mask, score(params, rollout), 0.0).sum(1))
+
+    expected = optax.global_norm(jax.grad(loss)(state.params))
+    assert np.ptp(3.0 * ratio) > 0.1
+    _, metrics = programs.update(state, rollout, REWARD(rollout).total)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_microbatches_change_nothing():
