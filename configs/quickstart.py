@@ -23,5 +23,6 @@ def get_config() -> ConfigDict:
     config.warp.steps_per_iteration = (300, 300)
     config.warp.ema_rate = 0.02
     config.evaluation.every = 150
-    config.front.etas = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # dense: fronts are compared between them
+    # dense, because fronts are compared between the points; beyond 1 as in [P Fig. 10b], where the second front goes on
+    config.front.etas = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0)
     return config

@@ -10,27 +10,26 @@ import functools
 import time
 from pathlib import Path
 
-import jax
 from absl import app, flags
 
-from warp_jax import cli, merge_files, merging
+from warp_jax import cli, merge_files
+from warp_jax.coefficients import METHODS
 from warp_jax.weight_files import OUTPUT_DTYPES
 
 INIT = flags.DEFINE_string("init", None, "Folder of the weights where all policies started (SFT).")
 POLICIES = flags.DEFINE_list("policies", [], "Folders of the trained policies, separated by commas.")
 OUT = flags.DEFINE_string("out", None, "New folder for eta_X folders and merge_report.json.")
 ETAS = flags.DEFINE_list("etas", ["1.0"], "Steps from init (0) to the merge (1); every one is written.")
-METHOD = flags.DEFINE_enum("method", "slerp", list(merging.METHODS), "How to merge.")
+METHOD = flags.DEFINE_enum("method", "slerp", list(METHODS), "How to merge.")
 UNIT = flags.DEFINE_enum("unit", "layer", ["layer", "tensor", "model"], "What shares one angle.")
 WEIGHTS = flags.DEFINE_list("weights", None, "slerp: one weight for each policy after the first; lerp: one for each.")
 DTYPE = flags.DEFINE_enum("dtype", None, list(OUTPUT_DTYPES), "Of the result; default: that of the policies.")
-MEMORY_GB = flags.DEFINE_float("memory_gb", 1.0, "For weights in flight, beside 0.4 GB for the program itself.")
+MEMORY_GB = flags.DEFINE_float("memory_gb", 1.0, "For weights in flight, beside 0.1 GB for the program itself.")
 
 
 def main(argv: list[str]) -> None:
     """Entry point."""
     del argv
-    jax.config.update("jax_platforms", "cpu")  # the disk sets the pace
     started = time.monotonic()
     out = Path(OUT.value)
     try:

@@ -36,6 +36,12 @@ MERGEKIT = ("torch", "mergekit", "pydantic<2.11")
 LOAD = """import sys, transformers
 _, info = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
 assert not info["missing_keys"] and not info["unexpected_keys"], info"""
+# a small parent: a child's peak memory counts that of the process it was forked from
+LAUNCH = """import resource, subprocess, sys, time
+started = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)"""
 GIB = 2**30
 SMOLLM2_135M = {"vocab": 49152, "width": 576, "layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64, "mlp": 1536}
 BILLION = {"vocab": 32000, "width": 2048, "layers": 18, "heads": 16, "kv_heads": 4, "head_dim": 128, "mlp": 6144}
@@ -100,12 +106,15 @@ def make_checkpoints(folder: Path, size: dict[str, int]) -> list[Path]:
 
 def run(command: Sequence[str], env: dict[str, str] | None = None) -> tuple[float, float]:
     """Seconds, and peak resident memory in GB, of a program."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | (env or {}), stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"failed: {' '.join(command)}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e9
+    os.sync()  # what the run before wrote must not be on its way to the disk during this one
+    launcher = [sys.executable, "-S", "-c", LAUNCH, *command]
+    result = subprocess.run(
+        launcher, cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise RuntimeError(f"failed: {' '.join(command)}\n{result.stderr}")
+    seconds, kibibytes = result.stdout.split()[-2:]
+    return float(seconds), float(kibibytes) * 1024 / 1e9
 
 
 def ours(paths: Sequence[Path], out: Path, *options: str) -> list[str]:

@@ -7,11 +7,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "warp_jax"
 LEVELS = {
-    0: {"types", "files", "cli", "pareto", "tokenizer", "progress", "optimizers", "corpus"},
+    0: {"types", "files", "cli", "units", "coefficients", "pareto", "tokenizer", "progress", "optimizers", "corpus"},
     1: {
         "trees",
-        "coefficients",
         "kernels",
+        "weight_files",
         "objective",
         "metrics",
         "models",
@@ -19,10 +19,10 @@ LEVELS = {
         "models.transformer",
         "plots",
     },
-    2: {"merging", "sharding", "gold"},
-    3: {"prompts", "weight_files", "sampling", "rewards", "checkpoint"},
-    4: {"loop", "evaluate", "merge_inputs"},
-    5: {"train", "supervised", "merge_files"},
+    2: {"merging", "merge_inputs", "sharding", "gold"},
+    3: {"prompts", "sampling", "rewards", "checkpoint", "merge_files"},
+    4: {"loop", "evaluate"},
+    5: {"train", "supervised"},
     6: {"prepare"},
     7: {"warp", "validation"},
     8: {"report"},

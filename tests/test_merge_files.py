@@ -123,8 +123,8 @@ def test_report_tells_the_geometry(tmp_path):
     found = {name.removesuffix(".weight").replace(".", "/"): unit["angles_degrees"] for name, unit in units.items()}
     for name, matrix in zip(inner.names, degrees, strict=True):
         np.testing.assert_allclose(found[name], matrix, rtol=1e-5, atol=1e-4)
-    assert len(report["sha256"]) == 3
-    assert all(len(value) == 64 for value in report["sha256"].values())
+    assert len(report["xxh3_128"]) == 3
+    assert all(len(value) == 32 for value in report["xxh3_128"].values())
     assert "merged 2 policies over 5 units (2 tensors outside layers)" in merge_files.summary_line(report)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from warp_jax import trees
+from warp_jax import trees, units
 
 Pair = collections.namedtuple("Pair", ["left", "right"])
 
@@ -39,7 +39,7 @@ def test_path_name():
 )
 def test_is_stacked(name, stacked):
     """Mutation: 'layers' sought inside a key; numbers not told from other keys."""
-    assert trees.is_stacked(name) is stacked
+    assert units.is_stacked(name) is stacked
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_is_stacked(name, stacked):
 )
 def test_layer_names(name, want):
     """Mutation: the number after the first text 'layers/' in place of the key 'layers'; counting from 1."""
-    assert trees.layer_names(name, 2) == want
+    assert units.layer_names(name, 2) == want
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_layer_names(name, want):
 )
 def test_layer_of(name, unit):
     """Mutation: the tensor, the first key, or the innermost number for the unit."""
-    assert trees.layer_of(name) == unit
+    assert units.layer_of(name) == unit
 
 
 def stacked_tree():

@@ -7,6 +7,7 @@ Threads each take a chunk, read it, compute and write, so that disk and processo
 import dataclasses
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from warp_jax import files, kernels, merge_inputs, merging, trees
+from warp_jax import files, merge_inputs, units
+from warp_jax.coefficients import METHODS, angles, check_defined, norms, with_liti
 from warp_jax.merge_inputs import Chunk, Inputs, Piece
 from warp_jax.progress import JobProgress
 from warp_jax.weight_files import OUTPUT_DTYPES, SafetensorsWriter, Tensor, hash_file
 
 REPORT = "merge_report.json"
+BLOCK = 1 << 16  # elements: small enough for the cache, large enough that Python costs nothing
 
 
 class Settings(NamedTuple):
@@ -48,7 +51,9 @@ def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Set
     units, chunks = merge_inputs.plan_chunks(inputs, settings.unit, room)
     staging = out.with_name(f".{out.name}.partial")
     with JobProgress(2 * len(chunks)) as progress, ThreadPoolExecutor(workers) as pool:
-        job = _Job(inputs, settings, units, chunks, merge_inputs.Loader(inputs, room), pool, progress)
+        job = _Job(
+            inputs, settings, units, chunks, merge_inputs.Loader(inputs, room), _Maths(len(policies)), pool, progress
+        )
         try:
             hashes = pool.map(hash_file, inputs.weight_paths())
             inner = job.sum_grams()
@@ -74,6 +79,57 @@ def summary_line(report: dict[str, Any]) -> str:
     return f"merged {count} policies over {len(units)} units ({alone} tensors outside layers){apart}"
 
 
+class _Maths(threading.local):
+    """The formulas of `warp_jax.kernels` on flat numpy arrays: a program that reads its weights twice has no time to
+    start JAX and compile. Each thread keeps its arrays, because new memory costs as much as the maths.
+    """
+
+    def __init__(self, count: int):
+        self._start = np.empty(BLOCK)
+        self._scaled = np.empty(BLOCK)
+        self._deltas = np.empty((count, BLOCK))
+
+    def gram(self, init: np.ndarray, policies: Sequence[np.ndarray], from_zero: bool) -> np.ndarray:
+        """<delta_a, delta_b>: float64 [M, M]."""
+        total = np.zeros((len(policies), len(policies)))
+        for _, _, deltas in self._blocks(init, policies, from_zero):
+            for a, first in enumerate(deltas):
+                for b, second in enumerate(deltas[: a + 1]):
+                    total[a, b] += np.einsum("n,n", first, second)
+        return np.tril(total) + np.tril(total, -1).T
+
+    def mix(
+        self,
+        init: np.ndarray,
+        policies: Sequence[np.ndarray],
+        init_weight: float,
+        coefficients: np.ndarray,
+        mixed: np.ndarray,
+    ) -> None:
+        """Into `mixed`: init_weight * init + sum_m coefficients[m] * (policy_m - init), rounded once."""
+        for part, total, deltas in self._blocks(init, policies, from_zero=False):
+            if init_weight != 1:
+                np.multiply(total, init_weight, out=total)
+            for coefficient, delta in zip(coefficients, deltas, strict=True):
+                np.add(total, np.multiply(coefficient, delta, out=self._scaled[: len(delta)]), out=total)
+            mixed[part] = total
+
+    def _blocks(
+        self, init: np.ndarray, policies: Sequence[np.ndarray], from_zero: bool
+    ) -> Iterator[tuple[slice, np.ndarray, list[np.ndarray]]]:
+        """Where a block lies, init there and the task vectors, all float64; overwritten by the next block."""
+        for first in range(0, len(init), BLOCK):
+            part = slice(first, min(first + BLOCK, len(init)))
+            start = self._start[: part.stop - first]
+            start[:] = init[part]
+            deltas = [row[: len(start)] for row in self._deltas]
+            for delta, policy in zip(deltas, policies, strict=True):
+                delta[:] = policy[part]
+                if not from_zero:
+                    np.subtract(delta, start, out=delta)
+            yield part, start, deltas
+
+
 @dataclasses.dataclass(frozen=True)
 class _Job:
     inputs: Inputs
@@ -81,20 +137,21 @@ class _Job:
     units: tuple[str, ...]
     chunks: Sequence[Chunk]
     loader: merge_inputs.Loader
+    maths: _Maths
     pool: ThreadPoolExecutor
     progress: JobProgress
 
     @property
     def from_zero(self) -> bool:
         """Whether the method takes the weights themselves."""
-        return merging.METHODS[self.settings.method].from_zero
+        return METHODS[self.settings.method].from_zero
 
-    def sum_grams(self) -> merging.Gram:
-        """Pass 1."""
+    def sum_grams(self) -> np.ndarray:
+        """Pass 1: float64 [U, M, M]."""
 
         def chunk_gram(chunk: Chunk) -> np.ndarray:
             init, *policies = self.loader.load(chunk)
-            matrix = np.asarray(kernels.gram(init, policies, stacked=False, from_zero=self.from_zero))
+            matrix = self.maths.gram(init, policies, self.from_zero)
             if not np.isfinite(matrix).all():
                 merge_inputs.raise_not_finite(self.inputs, chunk)
             return matrix
@@ -103,32 +160,33 @@ class _Job:
         total = np.zeros((len(self.units), count, count))
         for chunk, matrix in self.run(chunk_gram, "angles"):
             total[chunk.unit] += matrix
-        return merging.Gram(total, self.units)
+        return total
 
-    def solve(self, inner: merging.Gram) -> np.ndarray:
+    def solve(self, inner: np.ndarray) -> np.ndarray:
         """Coefficients [U, M] at eta 1."""
         if not self.from_zero:
-            squares = np.einsum("umm->m", np.asarray(inner.matrix))
+            squares = np.einsum("umm->m", inner)
             for policy, square in zip(self.inputs.policies, squares, strict=True):
                 if not square:
                     raise ValueError(f"{policy.path}: identical to init {self.inputs.init.path}; nothing to merge")
-        coefficients = merging.METHODS[self.settings.method].solve(inner.matrix, self.settings.weights)
-        merging.check_defined(inner, coefficients)
-        return np.asarray(coefficients)
+        coefficients = METHODS[self.settings.method].solve(inner, self.settings.weights)
+        check_defined(inner, coefficients, self.units)
+        return coefficients
 
     def write_merges(self, coefficients: np.ndarray, staging: Path) -> None:
         """Pass 2."""
         etas, dtype = self.settings.etas, OUTPUT_DTYPES.get(self.settings.dtype or "")
         tensors = [_output_tensor(self.inputs, name, dtype) for name in (*self.inputs.merged, *self.inputs.copied)]
         _check_space(staging.parent, len(etas) * sum(t.size * t.dtype.itemsize for t in tensors))
-        weights = [merging.with_liti(coefficients, eta, self.from_zero) for eta in etas]
+        weights = [with_liti(coefficients, eta, self.from_zero) for eta in etas]
         writers = [self.make_folder(staging / f"eta_{eta:g}", tensors) for eta in etas]
 
         def write_chunk(chunk: Chunk) -> None:
             init, *policies = self.loader.load(chunk)
             for writer, (init_weights, scaled) in zip(writers, weights, strict=True):
-                unit_weights = init_weights[chunk.unit], scaled[chunk.unit]
-                _write_pieces(writer, chunk.pieces, kernels.weighted_sum(init, policies, *unit_weights, dtype=dtype))
+                mixed = self.loader.array("mixed", dtype or policies[0].dtype)[: len(init)]
+                self.maths.mix(init, policies, init_weights[chunk.unit], scaled[chunk.unit], mixed)
+                _write_pieces(writer, chunk.pieces, mixed)
 
         for _ in self.run(write_chunk, "merges"):
             pass
@@ -157,22 +215,22 @@ class _Job:
             files.write_json(folder / "config.json", config | changed)
         return SafetensorsWriter(folder, tensors)
 
-    def make_report(self, inner: merging.Gram, coefficients: np.ndarray, hashes: Sequence[str]) -> dict[str, Any]:
+    def make_report(self, inner: np.ndarray, coefficients: np.ndarray, hashes: Sequence[str]) -> dict[str, Any]:
         """The contents of merge_report.json."""
-        angles, norms = np.degrees(merging.angles(inner.matrix)), np.asarray(merging.norms(inner.matrix))
+        degrees, lengths = np.degrees(angles(inner)), norms(inner)
         inputs = self.inputs
         return {
             **self.settings._asdict(),
             "init": str(inputs.init.path),
             "policies": [str(policy.path) for policy in inputs.policies],
-            "sha256": dict(zip(map(str, inputs.weight_paths()), hashes, strict=True)),
+            "xxh3_128": dict(zip(map(str, inputs.weight_paths()), hashes, strict=True)),
             "not_in_a_layer": [name for name in inputs.merged if not _in_layer(inputs.init.tensors[name])],
             "copied": list(inputs.copied),
             "units": [
                 {
                     "name": name,
-                    "angles_degrees": angles[u].tolist(),
-                    "norms": norms[u].tolist(),
+                    "angles_degrees": degrees[u].tolist(),
+                    "norms": lengths[u].tolist(),
                     "coefficients": coefficients[u].tolist(),
                 }
                 for u, name in enumerate(self.units)
@@ -180,11 +238,11 @@ class _Job:
         }
 
 
-def _write_pieces(writer: SafetensorsWriter, pieces: Sequence[Piece], mixed: Any) -> None:
-    values, offset = np.asarray(mixed), 0
+def _write_pieces(writer: SafetensorsWriter, pieces: Sequence[Piece], mixed: np.ndarray) -> None:
+    offset = 0
     for piece in pieces:
         count = piece.stop - piece.start
-        writer.write(piece.name, piece.start, values[offset : offset + count])
+        writer.write(piece.name, piece.start, mixed[offset : offset + count])
         offset += count
 
 
@@ -202,4 +260,4 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _in_layer(tensor: Tensor) -> bool:
-    return tensor.num_layers > 1 or trees.in_layer(tensor.name)
+    return tensor.num_layers > 1 or units.in_layer(tensor.name)

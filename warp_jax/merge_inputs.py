@@ -8,7 +8,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from warp_jax import trees
+from warp_jax import units
 from warp_jax.weight_files import DTYPES, WeightFolder, open_weights
 
 MAX_CHUNK = 1 << 20  # elements: larger ones are not faster
@@ -68,7 +68,7 @@ def open_inputs(init: Path, policies: Sequence[Path], dtype: str | None) -> Inpu
 
 
 def _check_same_tensors(init: WeightFolder, other: WeightFolder, dtype: str | None) -> None:
-    for name in init.tensors.keys() ^ other.tensors.keys():
+    for name in sorted(init.tensors.keys() ^ other.tensors.keys()):
         without = other if name in init.tensors else init
         raise ValueError(f"{without.path}: tensor {name!r} is missing")
     for name, want in init.tensors.items():
@@ -86,23 +86,23 @@ def _check_same_tensors(init: WeightFolder, other: WeightFolder, dtype: str | No
 def chunk_room(inputs: Inputs, memory_gb: float, workers: int) -> int:
     """How many elements a chunk may have. ValueError if too few for the maths to be worth a call."""
     bytes_each = sum(max(t.dtype.itemsize for t in folder.tensors.values()) for folder in inputs.folders)
-    room = int(memory_gb * 1e9 / workers / (2 * bytes_each + 8))  # 2: JAX may copy what was read; 8: the result
+    room = int(memory_gb * 1e9 / workers / (bytes_each + 8))  # 8: of the result
     if room < MIN_CHUNK:
         raise ValueError(f"memory_gb: got {memory_gb:g}, want more: {len(inputs.policies)} policies do not fit")
-    return min(room, MAX_CHUNK) // 64 * 64
+    return min(room, MAX_CHUNK)
 
 
-def plan_chunks(inputs: Inputs, unit: trees.Unit, room: int) -> tuple[tuple[str, ...], list[Chunk]]:
+def plan_chunks(inputs: Inputs, unit: units.Unit, room: int) -> tuple[tuple[str, ...], list[Chunk]]:
     """Names of the units, and their weights cut into chunks of at most `room` elements."""
     numbers: dict[str, int] = {}
     pieces: dict[tuple[int, tuple[np.dtype, ...]], list[Piece]] = {}
     for name in inputs.merged:
         tensor = inputs.init.tensors[name]
-        rows = trees.layer_names(name, tensor.num_layers) if tensor.num_layers > 1 else [name]
+        rows = units.layer_names(name, tensor.num_layers) if tensor.num_layers > 1 else [name]
         size = tensor.size // len(rows)
         dtypes = tuple(folder.tensors[name].dtype for folder in inputs.folders)
         for row, row_name in enumerate(rows):
-            number = numbers.setdefault(trees.unit_of(row_name, unit), len(numbers))
+            number = numbers.setdefault(units.unit_of(row_name, unit), len(numbers))
             pieces.setdefault((number, dtypes), []).append(Piece(name, row * size, (row + 1) * size))
     chunks = [
         Chunk(number, dtypes, part) for (number, dtypes), members in pieces.items() for part in _cut(members, room)
@@ -134,29 +134,27 @@ class Loader(threading.local):
     def __init__(self, inputs: Inputs, room: int):
         self._folders = inputs.folders
         self._room = room
-        self._arrays: dict[tuple[int, np.dtype], np.ndarray] = {}
+        self._arrays: dict[tuple[str, np.dtype], np.ndarray] = {}
 
     def load(self, chunk: Chunk) -> list[np.ndarray]:
-        """Init and policies, each flat, padded with zeros to a length of which there are few, to compile for."""
+        """Init and policies, each flat."""
         used = sum(piece.stop - piece.start for piece in chunk.pieces)
-        length = next(size for size in (self._room // 64, self._room // 8, self._room) if size >= used)
         arrays = []
         for number, (folder, dtype) in enumerate(zip(self._folders, chunk.dtypes, strict=True)):
-            array = self._array(number, dtype)[:length]
+            array = self.array(str(number), dtype)[:used]
             offset = 0
             for piece in chunk.pieces:
                 count = piece.stop - piece.start
                 folder.read(piece.name, piece.start, array[offset : offset + count])
                 offset += count
-            array[used:] = 0
             arrays.append(array)
         return arrays
 
-    def _array(self, number: int, dtype: np.dtype) -> np.ndarray:
-        key = (number, dtype)
-        if key not in self._arrays:
-            self._arrays[key] = _aligned(self._room, dtype)
-        return self._arrays[key]
+    def array(self, name: str, dtype: np.dtype) -> np.ndarray:
+        """Room for a chunk, kept by the thread under a name."""
+        if (name, dtype) not in self._arrays:
+            self._arrays[name, dtype] = np.empty(self._room, dtype)
+        return self._arrays[name, dtype]
 
 
 def raise_not_finite(inputs: Inputs, chunk: Chunk) -> NoReturn:
@@ -176,13 +174,6 @@ def read_whole(folder: WeightFolder, name: str) -> np.ndarray:
     values = np.empty(tensor.size, tensor.dtype)
     folder.read(name, 0, values)
     return values
-
-
-def _aligned(length: int, dtype: np.dtype) -> np.ndarray:
-    """Memory that JAX uses as it is, without a copy."""
-    memory = np.empty(length * dtype.itemsize + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + length * dtype.itemsize].view(dtype)
 
 
 @functools.cache

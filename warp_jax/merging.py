@@ -25,16 +25,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from warp_jax import kernels, trees
+from warp_jax import kernels, trees, units
 from warp_jax.coefficients import (
     METHODS,
     angles,
+    check_defined,
     lerp_coefficients,
     model_stock_coefficients,
     norms,
     slerp_coefficients,
     symmetric_slerp_coefficients,
     task_arithmetic_coefficients,
+    with_liti,
 )
 from warp_jax.types import Array, HostOrDevice, Params
 
@@ -64,7 +66,7 @@ __all__ = [
 
 
 class Gram(NamedTuple):
-    """Inner products of M task vectors per unit. matrix: float64 [U, M, M]; names: U unit names."""
+    """Inner products of M task vectors. matrix: float64 [U, M, M], numpy unless traced; names: of the U units."""
 
     matrix: HostOrDevice
     names: tuple[str, ...]
@@ -129,7 +131,7 @@ def task_arithmetic(
     return merge(init_params, policies, "task_arithmetic", weights=weights, **options)
 
 
-def model_stock(init_params: Params, policies: Sequence[Params], unit: trees.Unit = "tensor", **options: Any) -> Params:
+def model_stock(init_params: Params, policies: Sequence[Params], unit: units.Unit = "tensor", **options: Any) -> Params:
     """The mean of the policies, drawn back to init by their angle: ratio M cos / (1 + (M - 1) cos) (arXiv 2403.19522).
 
     At 90 degrees, where policies trained by RL are, it returns init (the paper's Appendix C.2).
@@ -152,7 +154,7 @@ def merge(
     *,
     liti_rate: float | Array = 1.0,
     weights: Sequence[float] | None = None,
-    unit: trees.Unit = "layer",
+    unit: units.Unit = "layer",
     stacked: str | None = "layers",
     donate: bool = False,
 ) -> Params:
@@ -164,20 +166,21 @@ def merge(
         raise ValueError(f"method: got {method!r}, want one of {', '.join(METHODS)}")
     solve, from_zero = METHODS[method]
     _check_policies(init_params, policies)
-    if method in ("lerp", "task_arithmetic"):  # the same in every unit: no angle is needed
-        unit, inner = "model", Gram(jnp.zeros((1, len(policies), len(policies))), ("model",))
-    else:
-        inner = gram(init_params, policies, unit, stacked=stacked, from_zero=from_zero)
-    units = trees.units_of(init_params, unit, stacked)
-    coefficients = solve(inner.matrix, weights)
-    check_defined(inner, coefficients)
-    init_weights, coefficients = with_liti(coefficients, liti_rate, from_zero)
-    leaves, treedef = jax.tree.flatten(init_params)
-    columns = [jax.tree.leaves(policy) for policy in policies]
     with jax.enable_x64(True):
+        if method in ("lerp", "task_arithmetic"):  # the same in every unit: no angle is needed
+            unit, inner = "model", Gram(np.zeros((1, len(policies), len(policies))), ("model",))
+        else:
+            inner = gram(init_params, policies, unit, stacked=stacked, from_zero=from_zero)
+        layout = trees.units_of(init_params, unit, stacked)
+        solved = solve(inner.matrix, weights)
+        if isinstance(solved, np.ndarray):
+            check_defined(np.asarray(inner.matrix), solved, inner.names)
+        init_weights, coefficients = with_liti(solved, _as_float64(liti_rate), from_zero)
+        leaves, treedef = jax.tree.flatten(init_params)
+        columns = [jax.tree.leaves(policy) for policy in policies]
         merged = [
             kernels.weighted_sum(init, parts, init_weights[unit_ids], coefficients[unit_ids], donate=donate)
-            for init, unit_ids, *parts in zip(leaves, units.of_leaf, *columns, strict=True)
+            for init, unit_ids, *parts in zip(leaves, layout.of_leaf, *columns, strict=True)
         ]
     return jax.tree.unflatten(treedef, merged)
 
@@ -185,7 +188,7 @@ def merge(
 def gram(
     init_params: Params,
     policies: Sequence[Params],
-    unit: trees.Unit = "layer",
+    unit: units.Unit = "layer",
     *,
     stacked: str | None = "layers",
     from_zero: bool = False,
@@ -195,36 +198,27 @@ def gram(
     from_zero: of the weights themselves, <policy_a, policy_b>.
     """
     _check_policies(init_params, policies)
-    units = trees.units_of(init_params, unit, stacked)
+    layout = trees.units_of(init_params, unit, stacked)
     columns = [jax.tree.leaves(p) for p in policies]
-    count = len(policies)
     with jax.enable_x64(True):
-        total = jnp.zeros((len(units.names), count, count), jnp.float64)
-        for init, unit_ids, *parts in zip(jax.tree.leaves(init_params), units.of_leaf, *columns, strict=True):
-            inner = kernels.gram(init, parts, stacked=unit_ids.ndim > 0, from_zero=from_zero)
-            total = total.at[unit_ids].add(inner)
-    return Gram(total, units.names)
+        inner = [
+            kernels.gram(init, parts, stacked=unit_ids.ndim > 0, from_zero=from_zero)
+            for init, unit_ids, *parts in zip(jax.tree.leaves(init_params), layout.of_leaf, *columns, strict=True)
+        ]
+        shape = (len(layout.names), len(policies), len(policies))
+        if any(isinstance(matrix, jax.core.Tracer) for matrix in inner):
+            total = jnp.zeros(shape, jnp.float64)
+            for unit_ids, matrix in zip(layout.of_leaf, inner, strict=True):
+                total = total.at[unit_ids].add(matrix)
+            return Gram(total, layout.names)
+        summed = np.zeros(shape)
+        for unit_ids, matrix in zip(layout.of_leaf, inner, strict=True):
+            np.add.at(summed, unit_ids, np.asarray(matrix))
+        return Gram(summed, layout.names)
 
 
-def with_liti(coefficients: HostOrDevice, liti_rate: float | Array, from_zero: bool = False) -> tuple[Array, Array]:
-    """What `kernels.weighted_sum` takes, for a step of liti_rate from init to the merge: init_weights float64 [U]
-    and coefficients float64 [U, M]. A merge of the weights themselves is sum_m c_m policy_m, without init.
-    """
-    with jax.enable_x64(True):
-        rate, coefficients = jnp.asarray(liti_rate, jnp.float64), jnp.asarray(coefficients)
-        missing = coefficients.sum(-1) - 1 if from_zero else jnp.zeros(coefficients.shape[:-1], jnp.float64)
-        return 1 + rate * missing, rate * coefficients
-
-
-def check_defined(inner: Gram, coefficients: HostOrDevice) -> None:
-    """Raise ValueError naming the units where a merge is undefined; inside jit they give NaN instead."""
-    if isinstance(coefficients, jax.core.Tracer):
-        return
-    bad = ~np.isfinite(np.asarray(coefficients)).all(-1)
-    bad |= ~np.isfinite(np.asarray(inner.matrix)).all((-2, -1))
-    if bad.any():
-        names = ", ".join(name for name, is_bad in zip(inner.names, bad, strict=True) if is_bad)
-        raise ValueError(f"policies: opposite or non-finite task vectors in {names}; their merge is undefined")
+def _as_float64(rate: float | Array) -> Any:
+    return jnp.asarray(rate, jnp.float64) if isinstance(rate, jax.Array) else rate
 
 
 def _check_policies(init_params: Params, policies: Sequence[Params]) -> None:

@@ -3,7 +3,6 @@
 Nothing is read until it is asked for, so a program can hold as little of a model in memory as it likes.
 """
 
-import hashlib
 import json
 import os
 import threading
@@ -13,8 +12,9 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import ml_dtypes
 import numpy as np
+import xxhash
 
-from warp_jax import files, trees
+from warp_jax import files, units
 
 INDEX = "model.safetensors.index.json"
 SIDECARS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -82,9 +82,12 @@ def open_weights(path: Path) -> WeightFolder:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file: what the Hugging Face hub shows for it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """XXH3, 128 bits: tells files apart ten times faster than SHA-256, but not against an attacker."""
+    digest, block = xxhash.xxh3_128(), bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
 
 
 class SafetensorsFolder:
@@ -144,7 +147,7 @@ class OrbaxFolder:
             keys = [entry["key_metadata"] for entry in files.read_json(path / "_METADATA")["tree_metadata"].values()]
             for name in ("/".join(str(part["key"]) for part in key) for key in keys):
                 store = self._stores[name] = _open_tensorstore(path, name.replace("/", "."))
-                num_layers = store.shape[0] if trees.is_stacked(name) else 1
+                num_layers = store.shape[0] if units.is_stacked(name) else 1
                 self.tensors[name] = Tensor(
                     name, store.dtype.numpy_dtype, tuple(store.shape), "model.safetensors", num_layers
                 )
