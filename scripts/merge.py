@@ -7,11 +7,13 @@ merged/merge_report.json with the angles between the runs. See docs/merging.md.
 """
 
 import functools
+import os
 import time
 from pathlib import Path
 
 from absl import app, flags
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the merge has threads of its own
 from warp_jax import cli, merge_files
 from warp_jax.coefficients import METHODS
 from warp_jax.weight_files import OUTPUT_DTYPES

@@ -120,10 +120,17 @@ def with_liti(coefficients: Any, liti_rate: Any, from_zero: bool) -> tuple[Any, 
     return 1 + liti_rate * missing, liti_rate * coefficients
 
 
-def check_defined(matrix: np.ndarray, coefficients: np.ndarray, names: Sequence[str]) -> None:
-    """Raise ValueError naming the units where a merge is undefined."""
-    bad = ~np.isfinite(coefficients).all(-1) | ~np.isfinite(matrix).all((-2, -1))
-    if bad.any():
+def solve(method: str, matrix: Matrix, weights: Weights, names: Sequence[str]) -> Any:
+    """Coefficients [U, M] of a method. ValueError naming the units where the merge is undefined; NaN inside jit."""
+    _check_finite(matrix, names)
+    coefficients = METHODS[method].solve(matrix, weights)
+    _check_finite(coefficients[..., None], names)
+    return coefficients
+
+
+def _check_finite(values: Any, names: Sequence[str]) -> None:
+    if isinstance(values, np.ndarray) and not np.isfinite(values).all():
+        bad = ~np.isfinite(values).all((-2, -1))
         units = ", ".join(name for name, is_bad in zip(names, bad, strict=True) if is_bad)
         raise ValueError(f"policies: opposite or non-finite task vectors in {units}; their merge is undefined")
 

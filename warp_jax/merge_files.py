@@ -1,9 +1,10 @@
 """Merge checkpoints on disk in two passes, holding only chunks of them in memory.
 
 Pass 1 sums the Gram matrices of the task vectors of every unit, pass 2 writes one weighted sum for each eta.
-Threads each take a chunk, read it, compute and write, so that disk and processors work at once.
+Threads each take a chunk, map it, compute and write, so that disk and processors work at once.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -16,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from warp_jax import files, merge_inputs, units
-from warp_jax.coefficients import METHODS, angles, check_defined, norms, with_liti
+from warp_jax.coefficients import METHODS, angles, norms, solve, with_liti
 from warp_jax.merge_inputs import Chunk, Inputs, Piece
 from warp_jax.progress import JobProgress
 from warp_jax.weight_files import OUTPUT_DTYPES, SafetensorsWriter, Tensor, hash_file
 
 REPORT = "merge_report.json"
-BLOCK = 1 << 16  # elements: small enough for the cache, large enough that Python costs nothing
+BLOCK = 1 << 17  # elements: small enough for the cache, large enough that Python costs nothing
 
 
 class Settings(NamedTuple):
@@ -51,9 +52,7 @@ def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Set
     units, chunks = merge_inputs.plan_chunks(inputs, settings.unit, room)
     staging = out.with_name(f".{out.name}.partial")
     with JobProgress(2 * len(chunks)) as progress, ThreadPoolExecutor(workers) as pool:
-        job = _Job(
-            inputs, settings, units, chunks, merge_inputs.Loader(inputs, room), _Maths(len(policies)), pool, progress
-        )
+        job = _Job(inputs, settings, units, chunks, _Maths(len(policies)), pool, progress)
         try:
             hashes = pool.map(hash_file, inputs.weight_paths())
             inner = job.sum_grams()
@@ -85,49 +84,38 @@ class _Maths(threading.local):
     """
 
     def __init__(self, count: int):
-        self._start = np.empty(BLOCK)
-        self._scaled = np.empty(BLOCK)
-        self._deltas = np.empty((count, BLOCK))
+        self._rows = np.empty((1 + count, BLOCK))
+        self._mixed = np.empty(BLOCK)
 
     def gram(self, init: np.ndarray, policies: Sequence[np.ndarray], from_zero: bool) -> np.ndarray:
         """<delta_a, delta_b>: float64 [M, M]."""
         total = np.zeros((len(policies), len(policies)))
-        for _, _, deltas in self._blocks(init, policies, from_zero):
+        for _, (_, *deltas) in self._blocks(init, policies, from_zero):
             for a, first in enumerate(deltas):
                 for b, second in enumerate(deltas[: a + 1]):
-                    total[a, b] += np.einsum("n,n", first, second)
+                    total[a, b] += np.dot(first, second)
         return np.tril(total) + np.tril(total, -1).T
 
     def mix(
-        self,
-        init: np.ndarray,
-        policies: Sequence[np.ndarray],
-        init_weight: float,
-        coefficients: np.ndarray,
-        mixed: np.ndarray,
-    ) -> None:
-        """Into `mixed`: init_weight * init + sum_m coefficients[m] * (policy_m - init), rounded once."""
-        for part, total, deltas in self._blocks(init, policies, from_zero=False):
-            if init_weight != 1:
-                np.multiply(total, init_weight, out=total)
-            for coefficient, delta in zip(coefficients, deltas, strict=True):
-                np.add(total, np.multiply(coefficient, delta, out=self._scaled[: len(delta)]), out=total)
-            mixed[part] = total
+        self, init: np.ndarray, policies: Sequence[np.ndarray], weights: np.ndarray, dtype: np.dtype
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Weights[0] * init + sum_m weights[m] * (policy_m - init), rounded once, in blocks: where each starts."""
+        for first, rows in self._blocks(init, policies, from_zero=False):
+            mixed = np.dot(weights, rows, out=self._mixed[: rows.shape[1]])
+            yield first, mixed.astype(dtype)
 
     def _blocks(
         self, init: np.ndarray, policies: Sequence[np.ndarray], from_zero: bool
-    ) -> Iterator[tuple[slice, np.ndarray, list[np.ndarray]]]:
-        """Where a block lies, init there and the task vectors, all float64; overwritten by the next block."""
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Where a block starts, and its float64 rows: init, then the task vectors; overwritten by the next block."""
         for first in range(0, len(init), BLOCK):
             part = slice(first, min(first + BLOCK, len(init)))
-            start = self._start[: part.stop - first]
-            start[:] = init[part]
-            deltas = [row[: len(start)] for row in self._deltas]
-            for delta, policy in zip(deltas, policies, strict=True):
-                delta[:] = policy[part]
-                if not from_zero:
-                    np.subtract(delta, start, out=delta)
-            yield part, start, deltas
+            rows = self._rows[:, : part.stop - first]
+            for row, values in zip(rows, (init, *policies), strict=True):
+                row[:] = values[part]
+            if not from_zero:
+                rows[1:] -= rows[0]
+            yield first, rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +124,6 @@ class _Job:
     settings: Settings
     units: tuple[str, ...]
     chunks: Sequence[Chunk]
-    loader: merge_inputs.Loader
     maths: _Maths
     pool: ThreadPoolExecutor
     progress: JobProgress
@@ -148,15 +135,17 @@ class _Job:
 
     def sum_grams(self) -> np.ndarray:
         """Pass 1: float64 [U, M, M]."""
+        count = len(self.inputs.policies)
 
         def chunk_gram(chunk: Chunk) -> np.ndarray:
-            init, *policies = self.loader.load(chunk)
-            matrix = self.maths.gram(init, policies, self.from_zero)
+            matrix = np.zeros((count, count))
+            for piece in chunk.pieces:
+                with self.views(piece) as (init, *policies):
+                    matrix += self.maths.gram(init, policies, self.from_zero)
             if not np.isfinite(matrix).all():
                 merge_inputs.raise_not_finite(self.inputs, chunk)
             return matrix
 
-        count = len(self.inputs.policies)
         total = np.zeros((len(self.units), count, count))
         for chunk, matrix in self.run(chunk_gram, "angles"):
             total[chunk.unit] += matrix
@@ -169,31 +158,37 @@ class _Job:
             for policy, square in zip(self.inputs.policies, squares, strict=True):
                 if not square:
                     raise ValueError(f"{policy.path}: identical to init {self.inputs.init.path}; nothing to merge")
-        coefficients = METHODS[self.settings.method].solve(inner, self.settings.weights)
-        check_defined(inner, coefficients, self.units)
-        return coefficients
+        return solve(self.settings.method, inner, self.settings.weights, self.units)
 
     def write_merges(self, coefficients: np.ndarray, staging: Path) -> None:
         """Pass 2."""
         etas, dtype = self.settings.etas, OUTPUT_DTYPES.get(self.settings.dtype or "")
         tensors = [_output_tensor(self.inputs, name, dtype) for name in (*self.inputs.merged, *self.inputs.copied)]
         _check_space(staging.parent, len(etas) * sum(t.size * t.dtype.itemsize for t in tensors))
-        weights = [with_liti(coefficients, eta, self.from_zero) for eta in etas]
+        weights = [np.column_stack(with_liti(coefficients, eta, self.from_zero)) for eta in etas]
         writers = [self.make_folder(staging / f"eta_{eta:g}", tensors) for eta in etas]
 
         def write_chunk(chunk: Chunk) -> None:
-            init, *policies = self.loader.load(chunk)
-            for writer, (init_weights, scaled) in zip(writers, weights, strict=True):
-                mixed = self.loader.array("mixed", dtype or policies[0].dtype)[: len(init)]
-                self.maths.mix(init, policies, init_weights[chunk.unit], scaled[chunk.unit], mixed)
-                _write_pieces(writer, chunk.pieces, mixed)
+            for piece in chunk.pieces:
+                with self.views(piece) as (init, *policies):
+                    out_dtype = dtype or policies[0].dtype
+                    for writer, of_unit in zip(writers, weights, strict=True):
+                        for first, mixed in self.maths.mix(init, policies, of_unit[chunk.unit], out_dtype):
+                            writer.write(piece.name, piece.start + first, mixed)
 
         for _ in self.run(write_chunk, "merges"):
             pass
         for writer in writers:
             for name in self.inputs.copied:
-                writer.write(name, 0, merge_inputs.read_whole(self.inputs.init, name))
+                writer.write(name, 0, self.inputs.init.view(name, 0, self.inputs.init.tensors[name].size))
             writer.close()
+
+    @contextlib.contextmanager
+    def views(self, piece: Piece) -> Iterator[list[np.ndarray]]:
+        """Init and policies, each flat; their memory is given back at the end."""
+        yield [folder.view(*piece) for folder in self.inputs.folders]
+        for folder in self.inputs.folders:
+            folder.release(*piece)
 
     def run(self, function: Callable[[Chunk], Any], stage: str) -> Iterator[tuple[Chunk, Any]]:
         """Results in the order of the chunks, so that sums do not depend on the threads."""
@@ -236,14 +231,6 @@ class _Job:
                 for u, name in enumerate(self.units)
             ],
         }
-
-
-def _write_pieces(writer: SafetensorsWriter, pieces: Sequence[Piece], mixed: np.ndarray) -> None:
-    offset = 0
-    for piece in pieces:
-        count = piece.stop - piece.start
-        writer.write(piece.name, piece.start, mixed[offset : offset + count])
-        offset += count
 
 
 def _output_tensor(inputs: Inputs, name: str, dtype: np.dtype | None) -> Tensor:

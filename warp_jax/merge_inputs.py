@@ -1,7 +1,6 @@
 """What a merge of checkpoints reads: folders that fit together, cut into chunks of one unit that fit the memory."""
 
 import functools
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -24,10 +23,9 @@ class Piece(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Pieces of one unit that are processed together. dtypes: of init and of every policy."""
+    """Pieces of one unit that one thread processes."""
 
     unit: int
-    dtypes: tuple[np.dtype, ...]
     pieces: tuple[Piece, ...]
 
 
@@ -59,7 +57,7 @@ def open_inputs(init: Path, policies: Sequence[Path], dtype: str | None) -> Inpu
     floating = {name for name, tensor in first.tensors.items() if _is_floating(tensor.dtype)}
     copied = tuple(name for name in first.tensors if name not in floating)
     for name in copied:
-        values = [read_whole(folder, name) for folder in (first, *others)]
+        values = [folder.view(name, 0, first.tensors[name].size) for folder in (first, *others)]
         if any(not np.array_equal(values[0], other) for other in values[1:]):
             raise ValueError(
                 f"tensor {name!r}: holds {first.tensors[name].dtype} that differ, want equal ones or floats"
@@ -86,7 +84,7 @@ def _check_same_tensors(init: WeightFolder, other: WeightFolder, dtype: str | No
 def chunk_room(inputs: Inputs, memory_gb: float, workers: int) -> int:
     """How many elements a chunk may have. ValueError if too few for the maths to be worth a call."""
     bytes_each = sum(max(t.dtype.itemsize for t in folder.tensors.values()) for folder in inputs.folders)
-    room = int(memory_gb * 1e9 / workers / (bytes_each + 8))  # 8: of the result
+    room = int(memory_gb * 1e9 / workers / bytes_each)
     if room < MIN_CHUNK:
         raise ValueError(f"memory_gb: got {memory_gb:g}, want more: {len(inputs.policies)} policies do not fit")
     return min(room, MAX_CHUNK)
@@ -95,18 +93,15 @@ def chunk_room(inputs: Inputs, memory_gb: float, workers: int) -> int:
 def plan_chunks(inputs: Inputs, unit: units.Unit, room: int) -> tuple[tuple[str, ...], list[Chunk]]:
     """Names of the units, and their weights cut into chunks of at most `room` elements."""
     numbers: dict[str, int] = {}
-    pieces: dict[tuple[int, tuple[np.dtype, ...]], list[Piece]] = {}
+    pieces: dict[int, list[Piece]] = {}
     for name in inputs.merged:
         tensor = inputs.init.tensors[name]
         rows = units.layer_names(name, tensor.num_layers) if tensor.num_layers > 1 else [name]
         size = tensor.size // len(rows)
-        dtypes = tuple(folder.tensors[name].dtype for folder in inputs.folders)
         for row, row_name in enumerate(rows):
             number = numbers.setdefault(units.unit_of(row_name, unit), len(numbers))
-            pieces.setdefault((number, dtypes), []).append(Piece(name, row * size, (row + 1) * size))
-    chunks = [
-        Chunk(number, dtypes, part) for (number, dtypes), members in pieces.items() for part in _cut(members, room)
-    ]
+            pieces.setdefault(number, []).append(Piece(name, row * size, (row + 1) * size))
+    chunks = [Chunk(number, part) for number, members in pieces.items() for part in _cut(members, room)]
     return tuple(numbers), chunks
 
 
@@ -128,52 +123,13 @@ def _cut(pieces: Sequence[Piece], room: int) -> Iterator[tuple[Piece, ...]]:
         yield tuple(group)
 
 
-class Loader(threading.local):
-    """Reads chunks into arrays that each thread keeps: new memory for every chunk would cost as much as the maths."""
-
-    def __init__(self, inputs: Inputs, room: int):
-        self._folders = inputs.folders
-        self._room = room
-        self._arrays: dict[tuple[str, np.dtype], np.ndarray] = {}
-
-    def load(self, chunk: Chunk) -> list[np.ndarray]:
-        """Init and policies, each flat."""
-        used = sum(piece.stop - piece.start for piece in chunk.pieces)
-        arrays = []
-        for number, (folder, dtype) in enumerate(zip(self._folders, chunk.dtypes, strict=True)):
-            array = self.array(str(number), dtype)[:used]
-            offset = 0
-            for piece in chunk.pieces:
-                count = piece.stop - piece.start
-                folder.read(piece.name, piece.start, array[offset : offset + count])
-                offset += count
-            arrays.append(array)
-        return arrays
-
-    def array(self, name: str, dtype: np.dtype) -> np.ndarray:
-        """Room for a chunk, kept by the thread under a name."""
-        if (name, dtype) not in self._arrays:
-            self._arrays[name, dtype] = np.empty(self._room, dtype)
-        return self._arrays[name, dtype]
-
-
 def raise_not_finite(inputs: Inputs, chunk: Chunk) -> NoReturn:
     """ValueError naming the first tensor of the chunk that holds NaN or Inf."""
     for folder in inputs.folders:
         for piece in chunk.pieces:
-            values = np.empty(piece.stop - piece.start, folder.tensors[piece.name].dtype)
-            folder.read(piece.name, piece.start, values)
-            if not np.isfinite(values.astype(np.float64)).all():
+            if not np.isfinite(folder.view(*piece).astype(np.float64)).all():
                 raise ValueError(f"{folder.path}: tensor {piece.name!r} holds NaN or Inf")
     raise AssertionError("the Gram matrix is not finite, but all weights are")
-
-
-def read_whole(folder: WeightFolder, name: str) -> np.ndarray:
-    """All elements of a tensor, flat."""
-    tensor = folder.tensors[name]
-    values = np.empty(tensor.size, tensor.dtype)
-    folder.read(name, 0, values)
-    return values
 
 
 @functools.cache

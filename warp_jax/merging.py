@@ -29,11 +29,11 @@ from warp_jax import kernels, trees, units
 from warp_jax.coefficients import (
     METHODS,
     angles,
-    check_defined,
     lerp_coefficients,
     model_stock_coefficients,
     norms,
     slerp_coefficients,
+    solve,
     symmetric_slerp_coefficients,
     task_arithmetic_coefficients,
     with_liti,
@@ -164,7 +164,7 @@ def merge(
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, want one of {', '.join(METHODS)}")
-    solve, from_zero = METHODS[method]
+    from_zero = METHODS[method].from_zero
     _check_policies(init_params, policies)
     with jax.enable_x64(True):
         if method in ("lerp", "task_arithmetic"):  # the same in every unit: no angle is needed
@@ -172,9 +172,7 @@ def merge(
         else:
             inner = gram(init_params, policies, unit, stacked=stacked, from_zero=from_zero)
         layout = trees.units_of(init_params, unit, stacked)
-        solved = solve(inner.matrix, weights)
-        if isinstance(solved, np.ndarray):
-            check_defined(np.asarray(inner.matrix), solved, inner.names)
+        solved = solve(method, inner.matrix, weights, inner.names)
         init_weights, coefficients = with_liti(solved, _as_float64(liti_rate), from_zero)
         leaves, treedef = jax.tree.flatten(init_params)
         columns = [jax.tree.leaves(policy) for policy in policies]

@@ -4,6 +4,7 @@ Nothing is read until it is asked for, so a program can hold as little of a mode
 """
 
 import json
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -56,8 +57,11 @@ class WeightFolder(Protocol):
     path: Path
     tensors: dict[str, Tensor]
 
-    def read(self, name: str, start: int, out: np.ndarray) -> None:
-        """Fill the flat array `out` with the elements of a tensor from number `start` on."""
+    def view(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements start .. stop - 1 of a tensor, flat, not to be written to."""
+
+    def release(self, name: str, start: int, stop: int) -> None:
+        """Give back the memory of a view, which still can be used."""
 
     def weight_paths(self) -> Sequence[Path]:
         """The files that hold the weights."""
@@ -83,7 +87,7 @@ def open_weights(path: Path) -> WeightFolder:
 
 def hash_file(path: Path) -> str:
     """XXH3, 128 bits: tells files apart ten times faster than SHA-256, but not against an attacker."""
-    digest, block = xxhash.xxh3_128(), bytearray(1 << 20)
+    digest, block = xxhash.xxh3_128(), bytearray(1 << 18)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
             digest.update(memoryview(block)[:count])
@@ -98,7 +102,7 @@ class SafetensorsFolder:
         self.tensors: dict[str, Tensor] = {}
         self._offsets: dict[str, int] = {}
         self._names = names
-        self._descriptors = {name: os.open(path / name, os.O_RDONLY) for name in names}
+        self._maps: dict[str, mmap.mmap] = {}
         for name in names:
             for tensor, offset in _read_header(path / name):
                 if tensor.name in self.tensors:
@@ -107,17 +111,24 @@ class SafetensorsFolder:
                     )
                 self.tensors[tensor.name] = tensor
                 self._offsets[tensor.name] = offset
+            with (path / name).open("rb") as file:
+                self._maps[name] = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
 
-    def read(self, name: str, start: int, out: np.ndarray) -> None:
+    def view(self, name: str, start: int, stop: int) -> np.ndarray:
         """As in WeightFolder."""
         tensor = self.tensors[name]
-        view = _bytes_of(out)
+        if start == stop:
+            return np.empty(0, tensor.dtype)
         offset = self._offsets[name] + start * tensor.dtype.itemsize
-        while view:
-            count = os.preadv(self._descriptors[tensor.file], [view], offset)
-            if not count:
-                raise ValueError(f"{self.path / tensor.file}: ended while it was read")
-            view, offset = view[count:], offset + count
+        return np.frombuffer(self._maps[tensor.file], tensor.dtype, stop - start, offset)
+
+    def release(self, name: str, start: int, stop: int) -> None:
+        """As in WeightFolder: pages of a mapped file count as ours until they are given back."""
+        tensor = self.tensors[name]
+        first, last = (self._offsets[name] + number * tensor.dtype.itemsize for number in (start, stop))
+        first -= first % mmap.PAGESIZE
+        if last > first:
+            self._maps[tensor.file].madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def weight_paths(self) -> Sequence[Path]:
         """As in WeightFolder."""
@@ -126,10 +137,6 @@ class SafetensorsFolder:
     def sidecars(self) -> Sequence[Path]:
         """As in WeightFolder."""
         return [p for p in sorted(self.path.iterdir()) if p.is_file() and p.suffix in SIDECARS and p.name != INDEX]
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_descriptors", {}).values():
-            os.close(descriptor)
 
 
 class OrbaxFolder:
@@ -154,13 +161,16 @@ class OrbaxFolder:
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise ValueError(f"{path}: not an Orbax checkpoint of parameters: {error}") from error
 
-    def read(self, name: str, start: int, out: np.ndarray) -> None:
+    def view(self, name: str, start: int, stop: int) -> np.ndarray:
         """As in WeightFolder."""
         with self._lock:
             if self._held[0] != name:
                 self._held = ("", np.zeros(0))
                 self._held = (name, self._stores[name].read().result().reshape(-1))
-            out[:] = self._held[1][start : start + len(out)]
+            return self._held[1][start:stop]
+
+    def release(self, name: str, start: int, stop: int) -> None:
+        """As in WeightFolder; the leaf is kept until another is read."""
 
     def weight_paths(self) -> Sequence[Path]:
         """As in WeightFolder."""
