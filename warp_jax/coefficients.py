@@ -130,7 +130,7 @@ def solve(method: str, matrix: Matrix, weights: Weights, names: Sequence[str]) -
 
 def _check_finite(values: Any, names: Sequence[str]) -> None:
     if isinstance(values, np.ndarray) and not np.isfinite(values).all():
-        bad = ~np.isfinite(values).all((-2, -1))
+        bad = np.atleast_1d(~np.isfinite(values).all((-2, -1)))
         units = ", ".join(name for name, is_bad in zip(names, bad, strict=True) if is_bad)
         raise ValueError(f"policies: opposite or non-finite task vectors in {units}; their merge is undefined")
 
