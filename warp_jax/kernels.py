@@ -15,9 +15,10 @@ from jax import lax
 from warp_jax.types import Array, HostOrDevice
 
 # On a CPU, products are added up elementwise in blocks that stay in the cache: XLA would write the float64
-# differences of a whole leaf to memory before it sums them, which takes ten times as long.
-BLOCK = 1 << 16  # elements
-BLOCKS_AT_ONCE = 2  # of one step of the loop
+# differences of a whole leaf to memory before it sums them, which takes ten times as long. Two products at a time
+# travel as one complex number, because XLA makes a loop for every array that it adds to.
+BLOCK = 1 << 15  # elements
+BLOCKS_AT_ONCE = 4  # of one step of the loop
 
 
 def gram(init: HostOrDevice, policies: Sequence[HostOrDevice], *, stacked: bool, from_zero: bool = False) -> Array:
@@ -71,7 +72,7 @@ def _blocked_gram(init: Array, policies: tuple[Array, ...], *, rows: int, from_z
 
     def products(start: Array, length: int) -> list[Array]:
         first, *parts = (_wide(lax.dynamic_slice(x, (start,), (length,))) for x in flat)
-        return _products(parts if from_zero else [part - first for part in parts])
+        return _pack(_products(parts if from_zero else [part - first for part in parts]))
 
     def row_sums(row: Array) -> Array:
         def add_step(k: Array, totals: list[Array]) -> list[Array]:
@@ -82,9 +83,9 @@ def _blocked_gram(init: Array, policies: tuple[Array, ...], *, rows: int, from_z
 
         sums = [p.sum() for p in products(row * size + num_steps * step, tail)]
         if num_steps:
-            totals = lax.fori_loop(0, num_steps, add_step, [jnp.zeros(BLOCK, jnp.float64) for _ in sums])
+            totals = lax.fori_loop(0, num_steps, add_step, [jnp.zeros(BLOCK, s.dtype) for s in sums])
             sums = [s + total.sum() for s, total in zip(sums, totals, strict=True)]
-        return jnp.stack(sums)
+        return jnp.stack(_unpack(sums))
 
     return _symmetric(list(lax.map(row_sums, jnp.arange(rows)).T), len(policies))
 
@@ -109,6 +110,16 @@ _mix_in_place = jax.jit(_mix_leaf, static_argnames="dtype", donate_argnums=0)
 def _products(deltas: Sequence[Array]) -> list[Array]:
     """The M (M + 1) / 2 products of pairs, lower triangle by rows."""
     return [a * b for i, a in enumerate(deltas) for b in deltas[: i + 1]]
+
+
+def _pack(products: Sequence[Array]) -> list[Array]:
+    """Each two real arrays as one complex array; one that is left over stays real."""
+    pairs = [lax.complex(a, b) for a, b in zip(products[::2], products[1::2], strict=False)]
+    return pairs + list(products[2 * len(pairs) :])
+
+
+def _unpack(packed: Sequence[Array]) -> list[Array]:
+    return [part for x in packed for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
 
 
 def _symmetric(sums: Sequence[Array], count: int) -> Array:
