@@ -61,7 +61,7 @@ def _start(command):
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("tiny") / "run"
-    program = [sys.executable, "tests/recorded_main.py", str(workdir.parent / "reads.json")]
+    program = [sys.executable, "-m", "tests.recorded_main", str(workdir.parent / "reads.json")]
     result = _start([*program, TINY, f"--workdir={workdir}"])
     assert result.returncode == 0, result.stderr
     return tiny.get_config(), workdir, result.stdout.splitlines()[-1]
