@@ -45,7 +45,7 @@ sys.exit(code)"""
 SMOLLM2_135M = {"vocab": 49152, "width": 576, "layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64, "mlp": 1536}
 SLICE_OF_7B = {"vocab": 8192, "width": 4096, "layers": 1, "heads": 32, "kv_heads": 32, "head_dim": 128, "mlp": 11008}
 HALF_BILLION = {"vocab": 16384, "width": 1024, "layers": 18, "heads": 16, "kv_heads": 8, "head_dim": 64, "mlp": 4096}
-BILLION = {"vocab": 32000, "width": 2048, "layers": 18, "heads": 16, "kv_heads": 4, "head_dim": 128, "mlp": 6144}
+BILLION = {"vocab": 32000, "width": 2048, "layers": 20, "heads": 16, "kv_heads": 4, "head_dim": 128, "mlp": 6144}
 
 
 def shapes_of(size: dict[str, int]) -> dict[str, tuple[int, ...]]:
