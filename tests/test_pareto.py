@@ -14,6 +14,11 @@ def test_non_dominated():
     assert pareto.non_dominated(KL, REWARD).tolist() == [True, True, True, False, False]
 
 
+def test_more_kl_for_the_same_reward_is_dominated():
+    """Fails when only a higher reward counts as better."""
+    assert pareto.non_dominated(np.array([1.0, 2.0]), np.array([3.0, 3.0])).tolist() == [True, False]
+
+
 def test_equal_points_are_both_kept():
     """Fails when `better` allows equality: twins would remove each other."""
     assert pareto.non_dominated(np.array([1.0, 1.0]), np.array([2.0, 2.0])).all()
