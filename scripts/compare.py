@@ -4,13 +4,12 @@ python scripts/compare.py runs/seed0 runs/seed1 runs/seed2
 """
 
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 from absl import app
 
-from warp_jax import files
+from warp_jax import cli, files
 
 COLUMNS = (
     "workdir | seed | SFT reward | final reward | gain (SE) | final gold | final KL | median angle of each iteration | "
@@ -55,11 +54,7 @@ def main(argv: list[str]) -> None:
     workdirs = [Path(name) for name in argv[1:]]
     unfinished = [str(path) for path in workdirs if not (path / "summary.json").is_file()]
     if unfinished or not workdirs:
-        print(
-            f"error: want finished workdirs; no summary.json in: {', '.join(unfinished) or 'none given'}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        cli.fail(f"want finished workdirs; no summary.json in: {', '.join(unfinished) or 'none given'}")
     print(f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}")
     for workdir in workdirs:
         print(f"| {' | '.join(read_row(workdir))} |")

@@ -57,9 +57,9 @@ def _numbers(name: str, values: list[str]) -> tuple[float, ...]:
 
 
 if __name__ == "__main__":
-    required = functools.partial(
+    parse_flags = functools.partial(
         cli.parse_flags,
         required=("init", "policies", "out"),
         example="--init=sft --policies=run_1,run_2 --etas=0.3 --out=merged",
     )
-    app.run(main, flags_parser=required)
+    app.run(main, flags_parser=parse_flags)

@@ -10,6 +10,7 @@ Prints a table. Times are medians of paired runs: the two programs take turns.
 import functools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def against_mergekit(workdir: Path) -> None:
             subprocess.run([str(python), "-c", LOAD, str(outs[1] / "eta_1")], check=True, capture_output=True)
             print("transformers loads our folder: no key is missing or unexpected")
         for out in outs:
-            subprocess.run(["rm", "-r", str(out)], check=True)
+            shutil.rmtree(out)
     table = Table("program", "seconds", "peak GB", title="two policies of 538 MB, float32, one angle per tensor")
     medians = {name: [statistics.median(column) for column in zip(*runs, strict=True)] for name, runs in rows.items()}
     for name, (seconds, memory) in medians.items():
@@ -177,7 +178,7 @@ def large(workdir: Path) -> None:
     size = (paths[0] / "model.safetensors").stat().st_size / 1e9
     out = workdir / f"large_{os.getpid()}"
     seconds, memory = run(ours(paths, out, "--memory_gb=1"))
-    subprocess.run(["rm", "-r", str(out)], check=True)
+    shutil.rmtree(out)
     print(f"two policies of {size:.2f} GB each, --memory_gb=1: {seconds:.1f} s, peak {memory:.2f} GB resident")
 
 

@@ -176,7 +176,7 @@ def test_orbax_checkpoints_merge_by_layer(tmp_path):
 # ---------------------------------------------------------------- bad input
 
 
-def _change(paths, kind, tmp_path):
+def _change(paths, kind):
     """Damage the second policy; returns settings and what the error must say."""
     _, first, second = (_load(path) for path in paths)
     name = "model.layers.1.mlp.up_proj.weight"
@@ -226,7 +226,7 @@ TENSORS = ["missing", "surplus", "shape", "dtype", "nan", "inf", "opposite", "id
 def test_bad_input_leaves_nothing(tmp_path, kind):
     """Fails when this input is merged, its tensor is not named, or a folder is left."""
     _, _, paths = _folders(tmp_path)
-    settings, message = _change(paths, kind, tmp_path)
+    settings, message = _change(paths, kind)
     before = set(tmp_path.iterdir())
     with pytest.raises(ValueError, match=message):
         merge_folders(paths[0], paths[1:], tmp_path / "out", settings)

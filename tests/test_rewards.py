@@ -74,7 +74,7 @@ def test_score_is_read_at_the_last_real_token():
 def test_unknown_functions_are_refused(source):
     """Fails when a typo in the config surfaces only after SFT."""
     with pytest.raises(ValueError, match="rewards"):
-        rewards.load_function(source, "'length'")
+        rewards.load_function(source)
 
 
 def test_gold_reward_ranks_and_survives_disk(tmp_path):

@@ -21,11 +21,13 @@ Weights = Sequence[float] | None
 class Method(NamedTuple):
     """solve: (Gram matrices [U, M, M], weights or None) -> coefficients [U, M].
 
-    from_zero: the vectors are the weights themselves, not their differences from init.
+    from_zero: the vectors are the weights themselves, not their differences from init. by_angle: the matrices matter;
+    if not, only their shape does.
     """
 
     solve: Callable[[Matrix, Weights], Any]
     from_zero: bool = False
+    by_angle: bool = True
 
 
 def norms(matrix: Matrix) -> Any:
@@ -104,8 +106,8 @@ def model_stock_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
 METHODS = {
     "slerp": Method(slerp_coefficients),
     "slerp_symmetric": Method(symmetric_slerp_coefficients),
-    "lerp": Method(lerp_coefficients),
-    "task_arithmetic": Method(task_arithmetic_coefficients),
+    "lerp": Method(lerp_coefficients, by_angle=False),
+    "task_arithmetic": Method(task_arithmetic_coefficients, by_angle=False),
     "model_stock": Method(model_stock_coefficients),
     "slerp_full_weights": Method(slerp_coefficients, from_zero=True),
 }

@@ -164,7 +164,7 @@ class _Job:
         """Pass 2."""
         etas, dtype = self.settings.etas, OUTPUT_DTYPES.get(self.settings.dtype or "")
         tensors = [_output_tensor(self.inputs, name, dtype) for name in (*self.inputs.merged, *self.inputs.copied)]
-        _check_space(staging.parent, len(etas) * sum(t.size * t.dtype.itemsize for t in tensors))
+        _check_space(staging.parent, len(etas) * sum(tensor.nbytes for tensor in tensors))
         weights = [np.column_stack(with_liti(coefficients, eta, self.from_zero)) for eta in etas]
         writers = [self.make_folder(staging / f"eta_{eta:g}", tensors) for eta in etas]
 

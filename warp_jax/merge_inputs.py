@@ -1,6 +1,5 @@
 """What a merge of checkpoints reads: folders that fit together, cut into chunks of one unit that fit the memory."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -8,7 +7,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from warp_jax import units
-from warp_jax.weight_files import DTYPES, WeightFolder, open_weights
+from warp_jax.weight_files import FLOATING, WeightFolder, open_weights
 
 MAX_CHUNK = 1 << 20  # elements: larger ones are not faster
 MIN_CHUNK = 1 << 12
@@ -54,7 +53,7 @@ def open_inputs(init: Path, policies: Sequence[Path], dtype: str | None) -> Inpu
     first, *others = (open_weights(path) for path in (init, *policies))
     for other in others:
         _check_same_tensors(first, other, dtype)
-    floating = {name for name, tensor in first.tensors.items() if _is_floating(tensor.dtype)}
+    floating = {name for name, tensor in first.tensors.items() if tensor.dtype in FLOATING}
     copied = tuple(name for name in first.tensors if name not in floating)
     for name in copied:
         values = [folder.view(name, 0, first.tensors[name].size) for folder in (first, *others)]
@@ -75,7 +74,7 @@ def _check_same_tensors(init: WeightFolder, other: WeightFolder, dtype: str | No
             raise ValueError(
                 f"{other.path}: tensor {name!r} has shape {got.shape}, want {want.shape} as in {init.path}"
             )
-        if got.dtype != want.dtype and (dtype is None or not _is_floating(got.dtype) or not _is_floating(want.dtype)):
+        if got.dtype != want.dtype and (dtype is None or not {got.dtype, want.dtype} <= FLOATING):
             raise ValueError(
                 f"{other.path}: tensor {name!r} is {got.dtype}, in {init.path} {want.dtype}; choose one with --dtype"
             )
@@ -130,8 +129,3 @@ def raise_not_finite(inputs: Inputs, chunk: Chunk) -> NoReturn:
             if not np.isfinite(folder.view(*piece).astype(np.float64)).all():
                 raise ValueError(f"{folder.path}: tensor {piece.name!r} holds NaN or Inf")
     raise AssertionError("the Gram matrix is not finite, but all weights are")
-
-
-@functools.cache
-def _is_floating(dtype: np.dtype) -> bool:
-    return dtype in [DTYPES[name] for name in DTYPES if name.startswith(("F", "BF"))]

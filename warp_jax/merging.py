@@ -26,18 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from warp_jax import kernels, trees, units
-from warp_jax.coefficients import (
-    METHODS,
-    angles,
-    lerp_coefficients,
-    model_stock_coefficients,
-    norms,
-    slerp_coefficients,
-    solve,
-    symmetric_slerp_coefficients,
-    task_arithmetic_coefficients,
-    with_liti,
-)
+from warp_jax.coefficients import METHODS, angles, norms, slerp_coefficients, solve, with_liti
 from warp_jax.types import Array, HostOrDevice, Params
 
 __all__ = [
@@ -47,20 +36,16 @@ __all__ = [
     "ema_update",
     "gram",
     "lerp",
-    "lerp_coefficients",
     "liti",
     "merge",
     "model_stock",
-    "model_stock_coefficients",
     "norms",
     "slerp",
     "slerp_coefficients",
     "slerp_full_weights",
     "slerp_liti",
     "symmetric_slerp",
-    "symmetric_slerp_coefficients",
     "task_arithmetic",
-    "task_arithmetic_coefficients",
     "task_vector",
 ]
 
@@ -167,10 +152,10 @@ def merge(
     from_zero = METHODS[method].from_zero
     _check_policies(init_params, policies)
     with jax.enable_x64(True):
-        if method in ("lerp", "task_arithmetic"):  # the same in every unit: no angle is needed
-            unit, inner = "model", Gram(np.zeros((1, len(policies), len(policies))), ("model",))
-        else:
+        if METHODS[method].by_angle:
             inner = gram(init_params, policies, unit, stacked=stacked, from_zero=from_zero)
+        else:  # the same in every unit
+            unit, inner = "model", Gram(np.zeros((1, len(policies), len(policies))), ("model",))
         layout = trees.units_of(init_params, unit, stacked)
         solved = solve(method, inner.matrix, weights, inner.names)
         init_weights, coefficients = with_liti(solved, _as_float64(liti_rate), from_zero)

@@ -161,7 +161,7 @@ def make_reward_fn(
             assert learned is not None  # needs_reward_model saw this part
             parts[name] = learned
         else:
-            parts[name] = rewards.make_from_text(rewards.load_function(part.source, "another source"), tokenizer, rows)
+            parts[name] = rewards.make_from_text(rewards.load_function(part.source), tokenizer, rows)
     return rewards.weighted_sum({name: part.weight for name, part in used.items()}, parts)
 
 
@@ -228,7 +228,7 @@ class Maker:
         """The gold reward, fitted on fragments of the gold split."""
         config = self.config.gold
         if config.source != "tfidf":
-            return rewards.load_function(config.source, "'tfidf'")
+            return rewards.load_function(config.source)
         path = self.workdir / "gold" / "gold.json"
         if not path.exists():
             texts, labels = self._fragments(tokens["gold"], corpora["gold"].labels, config.fragments_per_text)

@@ -79,15 +79,13 @@ def weighted_sum(weights: Mapping[str, float], parts: Mapping[str, Callable[[Rol
     return reward
 
 
-def load_function(source: str, others: str) -> TextFn:
-    """The Python function at 'package.module:name'; `others`: what else the config could have said here."""
+def load_function(source: str) -> TextFn:
+    """The Python function at 'package.module:name'."""
     module_name, _, name = source.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"rewards: got source {source!r}, want {others} or 'package.module:function': {error}"
-        ) from error
+        raise ValueError(f"rewards: cannot load {source!r}: {error}") from error
     if not callable(function):
         raise ValueError(f"rewards: {source!r} is not a function")
     return function

@@ -72,7 +72,8 @@ def check_config(config: ConfigDict) -> None:
         value = _leaf(config, path)
         if not is_good(value):
             raise ValueError(f"config.{path}: got {value!r}, want {want}")
-    _check_together(config)
+    mesh = sharding.make_mesh(config.mesh)
+    _check_together(config, sharding.batch_devices(mesh))
     corpus.check_source(config.data.source)
     _check_rewards(config)
     if not config.data.label_field and prepare.needs_labels(config):
@@ -81,7 +82,7 @@ def check_config(config: ConfigDict) -> None:
         )
     for head in ("language", "scalar"):
         model = Transformer(prepare.make_model_config(config.model, config.tokenizer.vocab_size, head))
-        prepare.init_and_layout(model, sharding.make_mesh(config.mesh))
+        prepare.init_and_layout(model, mesh)
 
 
 def claim_workdir(config: ConfigDict, workdir: Path) -> None:
@@ -113,18 +114,27 @@ def _check_rewards(config: ConfigDict) -> None:
     for name, part in config.rewards.items():
         if set(part) != {"source", "weight"}:
             raise ValueError(f"config.rewards.{name}: got {sorted(part)}, want source and weight")
-    used = [part.source for part in config.rewards.values() if part.weight]
+    used = {name: part.source for name, part in config.rewards.items() if part.weight}
     if not used:
         raise ValueError("config.rewards: no part has a weight other than 0, want at least one")
-    for source in used:
-        if source not in ("reward_model", "length"):
-            rewards.load_function(source, "'reward_model', 'length'")
-    if config.gold.source != "tfidf":
-        rewards.load_function(config.gold.source, "'tfidf'")
+    for name, source in used.items():
+        _check_source(f"rewards.{name}.source", source, ("reward_model", "length"))
+    _check_source("gold.source", config.gold.source, ("tfidf",))
 
 
-def _check_together(config: ConfigDict) -> None:
-    devices = sharding.batch_devices(sharding.make_mesh(config.mesh))
+def _check_source(path: str, source: str, names: tuple[str, ...]) -> None:
+    """A reward's source is one of the names, or a function that can be loaded."""
+    if source in names:
+        return
+    try:
+        rewards.load_function(source)
+    except ValueError as error:
+        want = ", ".join(map(repr, names))
+        raise ValueError(f"config.{path}: got {source!r}, want {want} or 'package.module:function': {error}") from error
+
+
+def _check_together(config: ConfigDict, devices: int) -> None:
+    """Values that must fit each other; devices: how many a batch is split over."""
     for path in ("sft.batch_size", "reward_model.batch_size", "evaluation.batch_size"):
         _check_multiple(config, path, devices, "the devices that split a batch (mesh data x fsdp)")
     _check_multiple(

@@ -3,6 +3,7 @@
 Nothing is read until it is asked for, so a program can hold as little of a model in memory as it likes.
 """
 
+import itertools
 import json
 import mmap
 import os
@@ -32,6 +33,7 @@ DTYPES: dict[str, np.dtype] = {
     **{f"U{8 * size}": np.dtype(f"u{size}") for size in (1, 2, 4, 8)},
     "BOOL": np.dtype(bool),
 }
+FLOATING = frozenset(dtype for name, dtype in DTYPES.items() if name.startswith(("F", "BF")))
 OUTPUT_DTYPES = {DTYPES[name].name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -49,6 +51,11 @@ class Tensor(NamedTuple):
     def size(self) -> int:
         """Count of elements."""
         return int(np.prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Count of bytes."""
+        return self.size * self.dtype.itemsize
 
 
 class WeightFolder(Protocol):
@@ -194,17 +201,16 @@ class SafetensorsWriter:
         for file, members in by_file.items():
             descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             self._descriptors[file] = descriptor
-            header, total = _make_header(members)
-            os.posix_fallocate(descriptor, 0, len(header) + total)
+            starts = [0, *itertools.accumulate(tensor.nbytes for tensor in members)]
+            header = _make_header(members, starts)
+            os.posix_fallocate(descriptor, 0, len(header) + starts[-1])
             os.pwrite(descriptor, header, 0)
-            offset = len(header)
-            for tensor in members:
-                self._places[tensor.name] = (descriptor, offset, tensor.dtype)
-                offset += tensor.size * tensor.dtype.itemsize
+            for tensor, start in zip(members, starts[:-1], strict=True):
+                self._places[tensor.name] = (descriptor, len(header) + start, tensor.dtype)
         if len(by_file) > 1:
-            sizes = [tensor.size * tensor.dtype.itemsize for tensor in tensors]
+            total_size = sum(tensor.nbytes for tensor in tensors)
             weight_map = {tensor.name: tensor.file for tensor in tensors}
-            files.write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+            files.write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
         """Store flat values as the elements of a tensor from number `start` on."""
@@ -255,7 +261,7 @@ def _read_header(path: Path) -> Iterator[tuple[Tensor, int]]:
         end = 0
         for name, entry in entries:
             tensor = Tensor(name, DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), path.name)
-            if entry["data_offsets"] != [end, end + tensor.size * tensor.dtype.itemsize]:
+            if entry["data_offsets"] != [end, end + tensor.nbytes]:
                 raise ValueError(f"tensor {name!r} has data_offsets {entry['data_offsets']}")
             yield tensor, 8 + length + end
             end = entry["data_offsets"][1]
@@ -265,20 +271,18 @@ def _read_header(path: Path) -> Iterator[tuple[Tensor, int]]:
         raise ValueError(f"{path}: truncated or corrupted: has {size} bytes, its header wants {8 + length + end}")
 
 
-def _make_header(tensors: Sequence[Tensor]) -> tuple[bytes, int]:
-    """The first bytes of a safetensors file, and the count of bytes that follow."""
+def _make_header(tensors: Sequence[Tensor], starts: Sequence[int]) -> bytes:
+    """The first bytes of a safetensors file, whose data has tensor i at byte starts[i] and ends at starts[-1]."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers loads no file without a format
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + tensor.size * tensor.dtype.itemsize
+    for tensor, *data_offsets in zip(tensors, starts[:-1], starts[1:], strict=True):
         entries[tensor.name] = {
             "dtype": NAME_OF_DTYPE[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [start, end],
+            "data_offsets": data_offsets,
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, end
+    return len(text).to_bytes(8, "little") + text
 
 
 def _open_tensorstore(path: Path, name: str) -> Any:
