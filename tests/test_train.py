@@ -1,5 +1,6 @@
 """One run of RL on a toy model."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from warp_jax import loop, optimizers, prepare, prompts, rewards, sampling, sharding, train
-from warp_jax.models.transformer import Transformer, TransformerConfig, init_cache
+from warp_jax import freezing, loop, optimizers, prompts, rewards, sampling, sharding, train, trees
+from warp_jax.models import functions
+from warp_jax.models.transformer import TransformerConfig, init_cache
 
 CONFIG = TransformerConfig(
     vocab_size=16, width=32, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4, mlp_dim=64, qk_norm=True
@@ -25,12 +27,11 @@ def _strict_promotion():
 
 
 def _apply_fn():
-    return prepare.make_apply_fn(Transformer(CONFIG))
+    return functions.make_apply_fn(CONFIG)
 
 
 def _params(mesh):
-    init = functools.partial(Transformer(CONFIG).init, token_ids=jnp.ones((1, 2), int), mask=jnp.ones((1, 2), bool))
-    params = jax.jit(init)(jax.random.key(0))["params"]
+    params = jax.jit(functools.partial(functions.init_params, CONFIG))(jax.random.key(0))
     return jax.device_put(params, sharding.param_shardings(mesh, params))
 
 
@@ -83,6 +84,7 @@ def _run(directory, mesh=None, num_steps=4, *, stop_after=None, checkpoint_every
 
     final = train.run_policy(
         params,
+        {},
         programs=_programs(mesh, **settings),
         reward_fn=REWARD,
         train_prompts=_prompt_batch(),
@@ -108,7 +110,7 @@ def _one_update(**settings):
     state = programs.init(params)
     batch = prompts.take(_prompt_batch(), np.repeat(np.arange(BATCH // 2), 2))
     rollout = programs.rollout(state.params, sharding.put_batch(mesh, batch), jax.random.key(3))
-    state, metrics = programs.update(state, rollout, REWARD(rollout).total)
+    state, metrics = programs.update(state, {}, rollout, REWARD(rollout).total)
     return params, state, metrics, programs, rollout
 
 
@@ -136,7 +138,7 @@ def test_frozen_anchor_stays_at_init():
 def test_donation_leaves_init_alive_and_traces_once():
     """Fails when state and init share buffers, or a second step compiles again."""
     init, state, _, programs, rollout = _one_update()
-    state, _ = programs.update(state, rollout, REWARD(rollout).total)
+    state, _ = programs.update(state, {}, rollout, REWARD(rollout).total)
     assert np.isfinite(_distance(init, init))
     assert programs.update._cache_size() == 1
 
@@ -147,7 +149,7 @@ def test_the_kl_is_that_to_the_anchor():
     score = functools.partial(sampling.per_token_logps, _apply_fn(), temperature=SAMPLING.temperature)
     ratio = score(state.params, rollout) - score(state.anchor_params, rollout)
     expected = float(jnp.where(rollout.completion_mask, ratio, 0.0).sum(1).mean())
-    _, metrics = programs.update(state, rollout, REWARD(rollout).total)
+    _, metrics = programs.update(state, {}, rollout, REWARD(rollout).total)
     assert abs(expected) > 1e-4
     assert float(metrics["anchor_kl"]) == pytest.approx(expected, rel=1e-4)
 
@@ -168,7 +170,7 @@ def test_the_kl_is_in_the_advantage():
 
     expected = optax.global_norm(jax.grad(loss)(state.params))
     assert np.ptp(3.0 * ratio) > 0.1
-    _, metrics = programs.update(state, rollout, REWARD(rollout).total)
+    _, metrics = programs.update(state, {}, rollout, REWARD(rollout).total)
     assert float(metrics["grad_norm"]) == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -230,3 +232,58 @@ def test_eight_devices_equal_one(tmp_path, sizes):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
     init = _params(ONE_DEVICE)
     assert _distance(one, many) < 1e-3 * _distance(one, init)
+
+
+def _partly_frozen(pattern):
+    """One step of a model of which only `pattern` is trained; the trained leaves before and after, and the rollout."""
+    groups = freezing.layer_groups(pattern, functions.param_shapes(CONFIG))
+    config = dataclasses.replace(CONFIG, layer_groups=groups)
+    params = freezing.restacked(
+        _params(ONE_DEVICE), jax.jit(functools.partial(functions.init_params, config))(jax.random.key(1))
+    )
+    trained, frozen = freezing.split(params, pattern)
+    apply_fn = functions.make_apply_fn(config)
+    programs = train.make_programs(
+        ONE_DEVICE,
+        trained,
+        apply_fn=apply_fn,
+        make_cache=functools.partial(init_cache, config),
+        optimizer=optax.sgd(0.1),
+        sampling_config=SAMPLING,
+        kl_coef=0.1,
+        ema_rate=0.01,
+        advantage="leave_one_out",
+        group_size=2,
+        whiten=False,
+        num_microbatches=1,
+    )
+    batch = prompts.take(_prompt_batch(), np.repeat(np.arange(BATCH // 2), 2))
+    batch = sharding.put_batch(ONE_DEVICE, batch)
+    rollout = programs.rollout(params, batch, jax.random.key(3))
+    state, _ = programs.update(programs.init(trained), frozen, rollout, REWARD(rollout).total)
+    return trained, state, rollout
+
+
+def test_frozen_weights_stay_and_cost_nothing():
+    """Fails when a frozen leaf is updated or has an anchor, or a trained one does not move by its own gradient."""
+    pattern = "layers/1/mlp/"
+    trained, state, rollout = _partly_frozen(pattern)
+    assert set(_names(trained)) == {f"layers_from_1/mlp/{x}/kernel" for x in ("gate", "up", "down")}
+    assert set(_names(state.params)) == set(_names(state.anchor_params)) == set(_names(trained))
+
+    def loss(params, apply_fn):
+        logps = sampling.per_token_logps(apply_fn, params, rollout, SAMPLING.temperature)
+        rewards_ = np.asarray(REWARD(rollout).total).reshape(-1, 2)
+        advantage = jnp.asarray((rewards_ - rewards_[:, ::-1]).reshape(-1), jnp.float32)
+        return -jnp.mean(advantage * jnp.where(rollout.completion_mask, logps, 0.0).sum(1))
+
+    whole = jax.grad(loss)(_params(ONE_DEVICE), _apply_fn())
+    for name, leaf in _names(state.params).items():
+        expected = -0.1 * np.asarray(_names(whole)[name.replace("layers_from_1", "layers")])[1:]
+        moved = np.asarray(leaf) - np.asarray(_names(trained)[name])
+        assert np.abs(expected).max() > 1e-5
+        np.testing.assert_allclose(moved, expected, atol=2e-3 * np.abs(expected).max())
+
+
+def _names(tree):
+    return {trees.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

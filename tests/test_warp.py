@@ -43,7 +43,7 @@ def job(monkeypatch):
         config.front.etas = (0.3, 1.0)
         starts, measured = {}, {}
 
-        def train_policy(init_params, *, iteration, run, num_steps, after_step, **_):
+        def train_policy(init_params, frozen_params, *, iteration, run, num_steps, after_step, **_):
             starts[iteration, run] = _vector(init_params)
             policy = _tree(_vector(init_params) + STEPS[iteration, run])
             after_step(num_steps, types.SimpleNamespace(params=policy))
@@ -61,7 +61,8 @@ def job(monkeypatch):
         monkeypatch.setattr(warp, "EvaluationStore", Store)
         monkeypatch.setattr(warp, "_make_programs", lambda *args: None)
         monkeypatch.setattr(warp, "_make_evaluate", lambda *args: None)
-        setup = types.SimpleNamespace(sft_params=_tree(SFT), train_reward_fn=None, train_prompts=None, mesh=None)
+        names = ("frozen_params", "train_reward_fn", "train_prompts", "mesh")
+        setup = types.SimpleNamespace(sft_params=_tree(SFT), **dict.fromkeys(names))
         points = warp.run_warp(config, setup, workdir, _Progress())
         return points, starts, measured
 

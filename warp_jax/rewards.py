@@ -18,13 +18,17 @@ from warp_jax.types import ApplyFn, Array, Params, RewardFn, Rewards, Rollout
 TextFn = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Any]
 
 
-def sequence_scores(apply_fn: ApplyFn, params: Params, token_ids: Array, mask: Array) -> Array:
+def sequence_scores(
+    apply_fn: ApplyFn, params: Params, token_ids: Array, mask: Array, *, pad_id: int | None = None
+) -> Array:
     """A reward model's score of each sequence, read at its last real token: float32 [B], log-odds.
 
-    token_ids int32 [B, S] and mask bool [B, S] may have padding on both sides.
+    token_ids int32 [B, S] and mask bool [B, S] may have padding on both sides. pad_id: a token that is not counted as
+    the last one, as in transformers, where a model may be trained with its end-of-sequence token as padding.
     """
     scores, _ = apply_fn(params, token_ids, mask)
-    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    counted = mask if pad_id is None else mask & (token_ids != pad_id)
+    last = mask.shape[1] - 1 - jnp.argmax(counted[:, ::-1], axis=1)
     return jnp.take_along_axis(scores, last[:, None], axis=1)[:, 0]
 
 

@@ -17,16 +17,16 @@ from warp_jax import trees
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 
-# (end of the leaf's path, how its axes are split). Leaves of `layers` have the layer axis first.
+# (end of the leaf's path, how its axes are split). Leaves of a stack of layers have the layer axis first.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
-    (r"layers/attention/[qkv]/kernel", PartitionSpec(None, "fsdp", "tensor", None)),
-    (r"layers/attention/[qkv]/bias", PartitionSpec(None, "tensor", None)),
-    (r"layers/attention/o/kernel", PartitionSpec(None, "tensor", None, "fsdp")),
-    (r"layers/attention/[qk]_norm/scale", PartitionSpec()),
-    (r"layers/mlp/(gate|up)/kernel", PartitionSpec(None, "fsdp", "tensor")),
-    (r"layers/mlp/down/kernel", PartitionSpec(None, "tensor", "fsdp")),
-    (r"layers/(attention|mlp)(_post)?_norm/scale", PartitionSpec()),
+    (r"layers(_from_\d+)?/attention/[qkv]/kernel", PartitionSpec(None, "fsdp", "tensor", None)),
+    (r"layers(_from_\d+)?/attention/[qkv]/bias", PartitionSpec(None, "tensor", None)),
+    (r"layers(_from_\d+)?/attention/o/kernel", PartitionSpec(None, "tensor", None, "fsdp")),
+    (r"layers(_from_\d+)?/attention/[qk]_norm/scale", PartitionSpec()),
+    (r"layers(_from_\d+)?/mlp/(gate|up)/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"layers(_from_\d+)?/mlp/down/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r"layers(_from_\d+)?/(attention|mlp)(_post)?_norm/scale", PartitionSpec()),
     (r"final_norm/scale", PartitionSpec()),
     (r"lm_head/kernel", PartitionSpec("fsdp", "tensor")),
     (r"score/kernel", PartitionSpec("fsdp", None)),
@@ -66,6 +66,13 @@ def param_shardings(mesh: Mesh, tree: Any) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+
+
+def with_shardings(mesh: Mesh, shapes: Any) -> Any:
+    """The same jax.ShapeDtypeStruct tree with the sharding of every leaf."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(mesh, shapes)
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from warp_jax import loop, prompts, rewards, sharding
+from warp_jax import loop, prompts, rewards, sharding, trees
 from warp_jax.types import ApplyFn, Array, Params
 
 Batch = Mapping[str, Any]
@@ -68,6 +68,7 @@ def paired_rows(labels: np.ndarray, batch_size: int, step: int, *, seed: int, st
 def fit(
     loss_fn: LossFn,
     params: Params,
+    frozen_params: Params,
     batch_fn: Callable[[int], Batch],
     *,
     optimizer: optax.GradientTransformation,
@@ -77,7 +78,9 @@ def fit(
     directory: Path,
     on_step: loop.OnStep,
 ) -> Params:
-    """Minimise loss_fn(params, batch_fn(step)) from params, resuming from `directory`."""
+    """Minimise loss_fn over `params`, the trained part of a model with frozen_params, on batch_fn(step); resumes from
+    `directory`.
+    """
 
     def init(params: Params) -> tuple[Params, Any]:
         own = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
@@ -86,15 +89,17 @@ def fit(
     layout = sharding.param_shardings(mesh, jax.eval_shape(init, params))
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
-    def update(state: tuple[Params, Any], batch: Batch) -> tuple[tuple[Params, Any], Mapping[str, Array]]:
+    def update(
+        state: tuple[Params, Any], frozen: Params, batch: Batch
+    ) -> tuple[tuple[Params, Any], Mapping[str, Array]]:
         params, opt_state = state
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch)
+        grads, metrics = jax.grad(lambda p: loss_fn(trees.join(p, frozen), batch), has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         metrics = {**metrics, "grad_norm": optax.global_norm(grads)}
         return (optax.apply_updates(params, updates), opt_state), metrics
 
     state = loop.run_steps(
-        lambda state, step: update(state, sharding.put_batch(mesh, batch_fn(step))),
+        lambda state, step: update(state, frozen_params, sharding.put_batch(mesh, batch_fn(step))),
         jax.jit(init, out_shardings=layout)(params),
         num_steps=num_steps,
         directory=directory,

@@ -11,20 +11,20 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from warp_jax import loop, merging, objective, prompts, sampling, sharding
+from warp_jax import loop, merging, objective, prompts, sampling, sharding, trees
 from warp_jax.types import ApplyFn, Array, Params, PromptBatch, RewardFn, Rollout, TrainState
 
 
 class Programs(NamedTuple):
     """The compiled parts of a training step, shared by all runs.
 
-    init: params -> TrainState. rollout: params, prompts, key -> Rollout.
-    update: TrainState (donated), Rollout, rewards [B] -> TrainState, metrics.
+    init: trained params -> TrainState. rollout: all params, prompts, key -> Rollout.
+    update: TrainState (donated), frozen params, Rollout, rewards [B] -> TrainState, metrics.
     """
 
     init: Callable[[Params], TrainState]
     rollout: Callable[[Params, PromptBatch, Array], Rollout]
-    update: Callable[[TrainState, Rollout, Array], tuple[TrainState, Mapping[str, Array]]]
+    update: Callable[[TrainState, Params, Rollout, Array], tuple[TrainState, Mapping[str, Array]]]
 
 
 def make_programs(
@@ -37,7 +37,7 @@ def make_programs(
     sampling_config: sampling.SamplingConfig,
     **settings: Any,
 ) -> Programs:
-    """Jit the parts for parameters shaped like `params`; `settings` are those of `policy_update`."""
+    """Jit the parts for trained parameters shaped like `params`; `settings` are those of `policy_update`."""
     init_fn = functools.partial(init_state, optimizer)
     layout = sharding.param_shardings(mesh, jax.eval_shape(init_fn, params))
     update = functools.partial(
@@ -60,6 +60,7 @@ def init_state(optimizer: optax.GradientTransformation, params: Params) -> Train
 
 def policy_update(
     state: TrainState,
+    frozen_params: Params,
     rollout: Rollout,
     rewards: Array,
     *,
@@ -73,12 +74,16 @@ def policy_update(
     whiten: bool,
     num_microbatches: int,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step on a rollout and its raw rewards [B]: lines 7 to 9.
+    """One step on a rollout and its raw rewards [B]: lines 7 to 9. The state holds what is trained; frozen_params, the
+    other leaves of the same model, are part of policy and anchor alike.
 
     The batch is cut into num_microbatches, whose gradients are averaged; advantages are of the whole batch.
     Policy and anchor are scored by the same program, so that the KL of the first step is exactly 0.
     """
-    score = functools.partial(sampling.per_token_logps, apply_fn, temperature=temperature)
+
+    def score(params: Params, rollout: Rollout) -> Array:
+        return sampling.per_token_logps(apply_fn, trees.join(params, frozen_params), rollout, temperature)
+
     chunks = _split(rollout, num_microbatches)
     policy_logps = _join(jax.lax.map(lambda chunk: score(state.params, chunk), chunks))
     anchor_logps = _join(jax.lax.map(lambda chunk: score(state.anchor_params, chunk), chunks))
@@ -113,6 +118,7 @@ def policy_update(
 
 def run_policy(
     init_params: Params,
+    frozen_params: Params,
     *,
     programs: Programs,
     reward_fn: RewardFn,
@@ -137,10 +143,11 @@ def run_policy(
         count = len(train_prompts.example_ids)
         rows = prompts.epoch_rows(count, batch_size // group_size, step, seed=seed, stream=stream)
         batch = prompts.take(train_prompts, np.repeat(rows, group_size))
-        rollout = programs.rollout(state.params, sharding.put_batch(mesh, batch), jax.random.fold_in(run_key, step))
+        params = trees.join(state.params, frozen_params)
+        rollout = programs.rollout(params, sharding.put_batch(mesh, batch), jax.random.fold_in(run_key, step))
         rewards = reward_fn(rollout)
         total = jax.device_put(rewards.total, sharding.batch_sharding(mesh))
-        state, metrics = programs.update(state, rollout, total)
+        state, metrics = programs.update(state, frozen_params, rollout, total)
         parts = {f"reward/{name}": jnp.mean(values) for name, values in rewards.parts.items()}
         return state, {**metrics, **parts}
 

@@ -1,5 +1,6 @@
 """Pytrees of weights: names of leaves, and the unit of each."""
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -64,3 +65,23 @@ def check_same_structure(reference: Any, other: Any, what: str) -> None:
     structures: list[Any] = [jax.tree.structure(reference), jax.tree.structure(other)]
     if structures[0] != structures[1]:
         raise ValueError(f"{what}: same leaves, but containers differ from the reference tree's")
+
+
+def split(tree: Mapping[str, Any], is_chosen: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A tree of nested dicts as two: the leaves whose name `is_chosen`, and the rest. `join` undoes it."""
+    chosen: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        keys = name.split("/")
+        branch = chosen if is_chosen(name) else rest
+        for key in keys[:-1]:
+            branch = branch.setdefault(key, {})
+        branch[keys[-1]] = leaf
+    return chosen, rest
+
+
+def join(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of two trees of nested dicts that share none, in one; no array is copied."""
+    both = {key: join(tree[key], other[key]) for key in tree.keys() & other.keys()}
+    return {**tree, **other, **both}

@@ -1,12 +1,14 @@
 """Names of merging units: which weights share one angle. Strings only.
 
 A leaf whose path holds the key `layers` (or another that the caller names) is taken as STACKED when the next key
-is not a number: its first axis runs over the layers, as `flax.linen.scan` lays parameters out. Each slice of a
-stacked leaf has a name of its own, so that stacked and unstacked weights give the same units.
+is not a number: its first axis runs over the layers, as `flax.linen.scan` lays parameters out. A stack below
+`layers_from_20` begins at layer 20. Each slice of a stacked leaf has a name of its own, so that weights in one stack,
+in several and in none give the same units.
 """
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 Unit = str | Callable[[str], str]
 _LAYER = re.compile(r"^(?:.*?[/.])??(?:layers|h|blocks?|layer)[/._](\d+)(?=[/._]|$)")
@@ -14,18 +16,29 @@ _LAYER = re.compile(r"^(?:.*?[/.])??(?:layers|h|blocks?|layer)[/._](\d+)(?=[/._]
 
 def is_stacked(name: str, under: str | None = "layers") -> bool:
     """True if the leaf's first axis runs over the layers: the key after `under` is not a number. None: never."""
-    parts = name.split("/")
-    if under not in parts:
-        return False
-    following = parts[parts.index(under) + 1 :]
-    return bool(following) and not following[0].isdigit()
+    stack = _stack_of(name, under)
+    return stack is not None and bool(stack.rest) and not stack.rest[0].isdigit()
 
 
 def layer_names(name: str, num_layers: int, under: str | None = "layers") -> list[str]:
     """Names of the slices of a stacked leaf: 'layers/0/attn/q/kernel', ..."""
+    stack = _stack_of(name, under) or _Stack([], 0, name.split("/"))
+    return ["/".join([*stack.before, str(i), *stack.rest]) for i in range(stack.first, stack.first + num_layers)]
+
+
+class _Stack(NamedTuple):
+    before: list[str]  # keys up to that of the stack, without the number of its first layer
+    first: int  # number of the stack's first layer
+    rest: list[str]
+
+
+def _stack_of(name: str, under: str | None) -> _Stack | None:
     parts = name.split("/")
-    after = parts.index(under) + 1 if under in parts else 0
-    return ["/".join([*parts[:after], str(i), *parts[after:]]) for i in range(num_layers)]
+    for place, part in enumerate(parts):
+        head, _, first = part.partition("_from_")
+        if under is not None and head == under and (part == under or first.isdigit()):
+            return _Stack([*parts[:place], under], int(first or 0), parts[place + 1 :])
+    return None
 
 
 def layer_of(name: str) -> str:

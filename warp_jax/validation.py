@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from warp_jax import corpus, files, merging, objective, prepare, rewards, sharding, supervised
-from warp_jax.models.transformer import Transformer
+from warp_jax import architecture, corpus, files, merging, objective, prepare, pretrained, rewards, sharding, supervised
+from warp_jax.models import functions
 
 Check = tuple[str, Callable[[Any], bool], str]
 
@@ -27,19 +28,17 @@ CHECKS: tuple[Check, ...] = tuple(
     for paths, check in (
         (("warp.num_iterations", "warp.num_runs", "checkpoint_every", "evaluation.every"), _POSITIVE),
         (
-            ("sft.num_steps", "sft.batch_size", "rl.batch_size", "rl.samples_per_prompt", "rl.num_microbatches"),
+            ("sft.batch_size", "rl.batch_size", "rl.samples_per_prompt", "rl.num_microbatches"),
             _POSITIVE,
         ),
+        (("sft.num_steps", "reward_model.num_layers"), _NOT_NEGATIVE),
         (("reward_model.num_steps", "evaluation.num_prompts", "evaluation.batch_size"), _POSITIVE),
         (("sampling.max_new_tokens", "gold.max_terms", "gold.fragments_per_text", "report.num_samples"), _POSITIVE),
         (("report.bootstrap_resamples",), _POSITIVE),
-        (("model.width", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.mlp_dim"), _POSITIVE),
-        (("model.head_dim",), _POSITIVE),
         (
             ("sampling.prompt_tokens", "sft.sequence_tokens", "reward_model.sequence_tokens"),
             (lambda v: v >= 2, "at least 2"),
         ),
-        (("tokenizer.vocab_size",), (lambda v: v >= 259, "at least 259: 256 bytes and 3 special tokens")),
         (
             ("reward_model.batch_size",),
             (lambda v: v >= 2 and v % 2 == 0, "an even number: half of a batch has label 1"),
@@ -66,9 +65,18 @@ CHECKS: tuple[Check, ...] = tuple(
 )
 
 
+SIZES = ("width", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "head_dim")
+FROM_SCRATCH: tuple[Check, ...] = (  # with an empty model.source
+    *((f"model.architecture.{name}", *_POSITIVE) for name in SIZES),
+    ("tokenizer.vocab_size", lambda v: v >= 259, "at least 259: 256 bytes and 3 special tokens"),
+    ("sft.num_steps", *_POSITIVE),
+)
+
+
 def check_config(config: ConfigDict) -> None:
     """Raise ValueError at the first value that cannot work."""
-    for path, is_good, want in CHECKS:
+    _check_source_or_architecture(config)
+    for path, is_good, want in (*CHECKS, *(() if config.model.source else FROM_SCRATCH)):
         value = _leaf(config, path)
         if not is_good(value):
             raise ValueError(f"config.{path}: got {value!r}, want {want}")
@@ -80,9 +88,31 @@ def check_config(config: ConfigDict) -> None:
         raise ValueError(
             "config.data.label_field: got '', want the field of the 0/1 labels that the rewards learn from"
         )
-    for head in ("language", "scalar"):
-        model = Transformer(prepare.make_model_config(config.model, config.tokenizer.vocab_size, head))
-        prepare.init_and_layout(model, mesh)
+    _check_models(config, mesh)
+
+
+def _check_source_or_architecture(config: ConfigDict) -> None:
+    unused = [f"config.{name}" for name in ("model.architecture", "tokenizer") if _has(config, name)]
+    if config.model.source and unused:
+        raise ValueError(
+            f"config.model.source: got {config.model.source!r}, but {' and '.join(unused)} would be ignored; "
+            "start from configs/pretrained.py, which has neither"
+        )
+    if not config.model.source and len(unused) < 2:
+        raise ValueError("config.model.source: got '', want a model folder, a .gguf file or package:NAME")
+
+
+def _check_models(config: ConfigDict, mesh: Mesh) -> None:
+    """Read the files of all models, and lay their parameters out, without their weights."""
+    if config.model.source:
+        pretrained.find(config.model.source)
+    vocab_size = 0 if config.model.source else config.tokenizer.vocab_size
+    policy = architecture.policy_config(config.model, vocab_size)
+    models = [policy]
+    if prepare.needs_reward_model(config):
+        models.append(architecture.reward_model_config(config.reward_model, policy))
+    for model in models:
+        sharding.param_shardings(mesh, functions.param_shapes(model))
 
 
 def claim_workdir(config: ConfigDict, workdir: Path) -> None:
@@ -118,19 +148,24 @@ def _check_rewards(config: ConfigDict) -> None:
     if not used:
         raise ValueError("config.rewards: no part has a weight other than 0, want at least one")
     for name, source in used.items():
-        _check_source(f"rewards.{name}.source", source, ("reward_model", "length"))
-    _check_source("gold.source", config.gold.source, ("tfidf",))
+        _check_reward_source(f"rewards.{name}.source", source, ("reward_model", "length"))
+    _check_reward_source("gold.source", config.gold.source, ("", "tfidf"))
 
 
-def _check_source(path: str, source: str, names: tuple[str, ...]) -> None:
-    """A reward's source is one of the names, or a function that can be loaded."""
+def _check_reward_source(path: str, source: str, names: tuple[str, ...]) -> None:
+    """A reward's source is one of the names, the folder of a reward model, or a function that can be loaded."""
     if source in names:
         return
     try:
-        rewards.load_function(source)
+        if Path(source).is_dir():
+            pretrained.read_settings(Path(source), "scalar", "float32")
+        else:
+            rewards.load_function(source)
     except ValueError as error:
         want = ", ".join(map(repr, names))
-        raise ValueError(f"config.{path}: got {source!r}, want {want} or 'package.module:function': {error}") from error
+        raise ValueError(
+            f"config.{path}: got {source!r}, want {want}, a reward model's folder or 'package.module:function': {error}"
+        ) from error
 
 
 def _check_together(config: ConfigDict, devices: int) -> None:
@@ -159,6 +194,11 @@ def _check_together(config: ConfigDict, devices: int) -> None:
 def _check_multiple(config: ConfigDict, path: str, factor: int, of: str) -> None:
     if _leaf(config, path) % factor:
         raise ValueError(f"config.{path}: got {_leaf(config, path)}, want a multiple of {factor}, {of}")
+
+
+def _has(config: ConfigDict, path: str) -> bool:
+    group, _, name = path.rpartition(".")
+    return name in (config[group] if group else config)
 
 
 def _leaf(config: ConfigDict, path: str) -> Any:

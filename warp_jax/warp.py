@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from warp_jax import checkpoint, evaluate, files, merging, prepare, train
+from warp_jax import checkpoint, evaluate, files, merging, stages, train
 from warp_jax.evaluate import Evaluation, EvaluationStore
 from warp_jax.prepare import Setup
 from warp_jax.progress import JobProgress
@@ -28,7 +28,7 @@ class Point(NamedTuple):
 def run_warp(config: ConfigDict, setup: Setup, workdir: Path, progress: JobProgress) -> list[Point]:
     """Train, merge and evaluate everything the workdir does not hold yet; return all points in order."""
     evaluations = EvaluationStore(workdir / "evaluations", _make_evaluate(config, setup))
-    optimizer = prepare.make_optimizer(config.rl, config.adam)
+    optimizer = stages.make_optimizer(config.rl, config.adam)
     programs = _make_programs(config, setup, optimizer)
     sft = setup.sft_params
     points = [Point("sft", 0, 0, 0.0, 0, evaluations.get("sft", lambda: sft))]
@@ -87,6 +87,7 @@ def run_policy(
     else:
         params = train.run_policy(
             init_params,
+            setup.frozen_params,
             programs=programs,
             reward_fn=setup.train_reward_fn,
             train_prompts=setup.train_prompts,
@@ -159,6 +160,7 @@ def _make_evaluate(config: ConfigDict, setup: Setup) -> evaluate.EvaluateFn:
         make_cache=setup.make_cache,
         sampling_config=setup.sampling_config,
         sft_params=setup.sft_params,
+        frozen_params=setup.frozen_params,
         reward_fn=setup.eval_reward_fn,
         gold_fn=setup.gold_fn,
         eval_prompts=setup.eval_prompts,

@@ -1,10 +1,12 @@
 """One decoder-only transformer, wide enough in its settings for Gemma 1-3, Llama, SmolLM2, Qwen 2.5/3 and Mistral.
 
 Axis letters: B batch, S query tokens, T cached keys, V vocabulary, D width, H heads, G key-value heads, K head size,
-F mlp width, L layers. Layers are stacked: each parameter of `layers` has a leading axis L and is scanned over.
+F mlp width, L layers. Layers are stacked: each parameter of `layers` has a leading axis L and is scanned over. With
+several `layer_groups`, each group is a stack of its own, `layers_from_I`, I being its first layer.
 """
 
 import dataclasses
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -24,10 +26,11 @@ class TransformerConfig:
     """Settings of the architecture.
 
     norm_offset: added to every norm's scale (Gemma: 1). post_norms: a norm after attention and mlp too (Gemma 2, 3).
-    local_pattern: repeated over the layers, True = sees `sliding_window` tokens only and rotates by `rope_theta_local`
-    without scaling. query_scale: factor on the queries, 0 = head_dim ** -0.5. *_softcap: 0 = none.
-    head: "language" (logits over the vocabulary) or "scalar" (one number per token, a reward model).
-    dtype: of activations; parameters are float32.
+    local_pattern: repeated over the layers, True = sees `sliding_window` tokens only. rope_theta_local: local layers
+    rotate by it, without scaling; 0 = they rotate as the others do. query_scale: factor on the queries, 0 = head_dim **
+    -0.5. *_softcap: 0 = none. head: "language" (logits over the vocabulary) or "scalar" (one number per token, a reward
+    model). layer_groups: sizes of the stacks of layers, () = all in one; the maths is the same, but leaves of one stack
+    can be frozen apart from those of another. dtype: of activations; parameters are float32.
     """
 
     vocab_size: int
@@ -49,11 +52,12 @@ class TransformerConfig:
     scale_embedding: bool = False
     tied_head: bool = True
     rope_theta: float = 10_000.0
-    rope_theta_local: float = 10_000.0
+    rope_theta_local: float = 0.0
     rope_scaling: rope.RopeScaling = NO_SCALING
     local_pattern: tuple[bool, ...] = (False,)
     sliding_window: int = 0
     head: str = "language"
+    layer_groups: tuple[int, ...] = ()
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -67,11 +71,25 @@ class TransformerConfig:
             raise ValueError(f"activation: got {self.activation!r}, want one of {', '.join(_ACTIVATIONS)}")
         if self.head not in ("language", "scalar"):
             raise ValueError(f"head: got {self.head!r}, want 'language' or 'scalar'")
+        if self.layer_groups and sum(self.layer_groups) != self.num_layers:
+            raise ValueError(
+                f"layer_groups: {self.layer_groups} add to {sum(self.layer_groups)}, want {self.num_layers}"
+            )
 
     @property
     def is_local(self) -> tuple[bool, ...]:
         """For each layer, whether it sees the sliding window only."""
         return tuple(self.local_pattern[i % len(self.local_pattern)] for i in range(self.num_layers))
+
+    @property
+    def stacks(self) -> tuple[tuple[str, int, int], ...]:
+        """Name, first layer and end of each stack of layers."""
+        if len(self.layer_groups) < 2:
+            return (("layers", 0, self.num_layers),)
+        ends = tuple(itertools.accumulate(self.layer_groups))
+        return tuple(
+            (f"layers_from_{end - size}", end - size, end) for size, end in zip(self.layer_groups, ends, strict=True)
+        )
 
 
 class Cache(NamedTuple):
@@ -248,15 +266,16 @@ class Transformer(nn.Module):
         if cfg.scale_embedding:
             x = x * jnp.asarray(cfg.width**0.5, cfg.dtype)
         seen, cache = _place(mask, cache)
-        stack = nn.scan(
-            Layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=cfg.num_layers,
-        )
-        numbers = (jnp.arange(cfg.num_layers), jnp.array(cfg.is_local))
-        (x, cache), _ = stack(cfg, name="layers")((x, cache), numbers, seen)
+        for name, first, end in cfg.stacks:
+            stack = nn.scan(
+                Layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=end - first,
+            )
+            numbers = (jnp.arange(first, end), jnp.array(cfg.is_local[first:end]))
+            (x, cache), _ = stack(cfg, name=name)((x, cache), numbers, seen)
         x = RMSNorm(cfg, name="final_norm")(x[:, -num_outputs:])
         return self._head(x, embed), cache
 
@@ -312,7 +331,7 @@ def _visible(cfg: TransformerConfig, local: Array, seen: Seen) -> Array:
 
 def _frequencies(cfg: TransformerConfig, local: Array) -> Array:
     everywhere = jnp.asarray(rope.inverse_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling))
-    if not any(cfg.local_pattern):
+    if not (any(cfg.local_pattern) and cfg.rope_theta_local):
         return everywhere
     nearby = jnp.asarray(rope.inverse_frequencies(cfg.head_dim, cfg.rope_theta_local, NO_SCALING))
     return jnp.where(local, nearby, everywhere)
@@ -320,4 +339,4 @@ def _frequencies(cfg: TransformerConfig, local: Array) -> Array:
 
 def _rope_scale(cfg: TransformerConfig, local: Array) -> Any:
     scale = rope.attention_scale(cfg.rope_scaling)
-    return jnp.where(local, 1.0, scale) if any(cfg.local_pattern) else scale
+    return jnp.where(local, 1.0, scale) if any(cfg.local_pattern) and cfg.rope_theta_local else scale

@@ -1,0 +1,61 @@
+"""The paper's setting: Gemma 7B, conversations, a large reward model (arXiv 2406.16768, section 4).
+
+  python -m warp_jax.main --config=configs/gemma_7b.py --workdir=runs/gemma_7b
+
+Needs, as Hugging Face folders, an SFT policy and a reward model with one label, and conversations as JSONL. The paper
+reports neither its data nor its reward model. [P ...] cites the paper, [ours] marks what it does not report.
+Expected: 66,000 optimiser steps in all for I = 5 and M = 2 [derived]; never run here for want of a TPU.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import pretrained
+
+
+def get_config() -> ConfigDict:
+    config = pretrained.get_config()
+    config.mesh = (1, -1, 1)  # weights and batch split over all chips [ours]
+    config.checkpoint_every = 100  # [ours]
+
+    config.model.source = "models/gemma-7b-sft"  # Gemma "7B", 28 layers, fine-tuned [P s4 Setup]
+    config.model.dtype = "bfloat16"  # of activations; weights, anchor and merges are float32 [ours]
+
+    config.data.source = "data/conversations.jsonl"  # conversation prompts; the paper's are not public [P s4 Setup]
+    config.data.text_field = "messages"  # [ours]
+    config.data.label_field = ""
+    config.data.chat = True  # Gemma's template [ours]
+    config.data.reward_fraction = 0.001  # nothing is learned from these two splits
+    config.data.gold_fraction = 0.001
+    config.data.prompts_fraction = 0.95  # the rest is held out [P s4.5: held-out prompts, number not reported]
+
+    with config.unlocked():
+        del config.rewards.sentiment
+        config.rewards.preference = {"source": "models/reward", "weight": 1.0}  # "high capacity" [P s4 Setup]
+    config.gold.source = ""  # no better model than the largest was left to judge it [P s4]
+
+    config.sampling.prompt_tokens = 512  # [ours]
+    config.sampling.max_new_tokens = 512  # [ours; mean outputs have 270 to 315 tokens, P Fig. 18a]
+    config.sampling.temperature = 0.9  # [P s4 Setup]
+
+    config.rl.batch_size = 128  # [P s4 Setup]
+    config.rl.samples_per_prompt = 4  # [ours]
+    config.rl.num_microbatches = 4  # [ours]
+    config.rl.advantage = "leave_one_out"  # [ours; the paper says "a variant of REINFORCE" and no baseline]
+    config.rl.kl_coef = 0.1  # beta [P s4 Setup]
+    config.rl.learning_rate = 1e-6  # Adam [P s4 Setup]
+    config.rl.warmup_steps = 100  # [P s4 Setup]
+    config.rl.clip_norm = 1.0  # [ours]
+
+    config.warp.num_iterations = 5  # I [P s4.3]
+    config.warp.num_runs = 2  # M [P s4.3]
+    config.warp.steps_per_iteration = (9000, 7000, 7000, 5000, 5000)  # T [P s4.3]
+    config.warp.ema_rate = 0.01  # mu [P Fig. 15; section 4.1 once says 0.1, most likely a slip]
+    config.warp.merge = "slerp"  # lambda = 1/2, by layer [P s3.2, s4 Setup]
+    config.warp.liti_rate = 0.3  # eta [P s4.3]
+
+    config.front.etas = (0.1, 0.3, 0.5, 0.8, 1.0)  # [P s3.3]
+    config.front.kl_budget = 0.0
+    config.evaluation.num_prompts = 1024  # [ours]
+    config.evaluation.batch_size = 128  # [ours]
+    config.evaluation.every = 100  # [P s4 Setup]
+    return config

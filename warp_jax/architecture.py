@@ -1,0 +1,43 @@
+"""From the config to the settings of the policy and of the reward model."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from warp_jax import freezing, pretrained
+from warp_jax.models import rope
+from warp_jax.models.functions import param_shapes
+from warp_jax.models.transformer import TransformerConfig
+
+
+def policy_config(config: ConfigDict, tokenizer_size: int) -> TransformerConfig:
+    """Settings of the model at `source`, or those of `architecture`; its stacks are cut for `trainable`.
+
+    ValueError if a setting is wrong, or no weight is trainable.
+    """
+    if config.source:
+        settings = pretrained.read_settings(pretrained.find(config.source), "language", config.dtype)
+    else:
+        values = config.architecture.to_dict()
+        scaling = rope.RopeScaling(**values.pop("rope_scaling"))
+        pattern = tuple(values.pop("local_pattern"))
+        settings = TransformerConfig(
+            vocab_size=tokenizer_size, rope_scaling=scaling, local_pattern=pattern, dtype=config.dtype, **values
+        )
+    return _cut_stacks(settings, config.trainable)
+
+
+def reward_model_config(config: ConfigDict, policy: TransformerConfig) -> TransformerConfig:
+    """Settings of the reward model: the policy's first num_layers layers (0 = all), with a scalar head."""
+    if config.num_layers > policy.num_layers:
+        raise ValueError(
+            f"config.reward_model.num_layers: got {config.num_layers}, want at most the policy's {policy.num_layers}"
+        )
+    layers = config.num_layers or policy.num_layers
+    settings = dataclasses.replace(policy, num_layers=layers, head="scalar", layer_groups=(), tied_head=False)
+    return _cut_stacks(settings, config.trainable)
+
+
+def _cut_stacks(settings: TransformerConfig, trainable: str) -> TransformerConfig:
+    """The same model with a stack of layers for each group that is trained or frozen together."""
+    return dataclasses.replace(settings, layer_groups=freezing.layer_groups(trainable, param_shapes(settings)))

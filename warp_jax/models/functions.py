@@ -1,0 +1,23 @@
+"""The transformer as functions of a bare parameter tree."""
+
+import jax
+import jax.numpy as jnp
+
+from warp_jax.models.transformer import Transformer, TransformerConfig
+from warp_jax.types import ApplyFn, Array, Params
+
+
+def make_apply_fn(config: TransformerConfig) -> ApplyFn:
+    """`Transformer.apply` with the parameters as its first argument."""
+    model = Transformer(config)
+    return lambda params, *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
+
+
+def init_params(config: TransformerConfig, key: Array) -> Params:
+    """Random initial parameters."""
+    return Transformer(config).init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
+
+
+def param_shapes(config: TransformerConfig) -> Params:
+    """Shape and dtype of every parameter, as jax.ShapeDtypeStruct."""
+    return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))

@@ -1,0 +1,87 @@
+"""Models from outside: a Hugging Face folder or a packaged GGUF becomes settings, or a reward."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from warp_jax import chat, prompts, rewards, sharding
+from warp_jax.models import gguf_import, huggingface, huggingface_config
+from warp_jax.models.functions import make_apply_fn, param_shapes
+from warp_jax.models.transformer import TransformerConfig
+from warp_jax.tokenizer import Tokenizer
+from warp_jax.types import PromptBatch
+
+KINDS = {"language": "a language model (...ForCausalLM)", "scalar": "a reward model (...ForSequenceClassification)"}
+LENGTH_STEP = 64  # tokens: texts for a reward model are padded to a multiple, so that few programs are compiled
+
+
+def find(source: str) -> Path:
+    """The folder of a model: a Hugging Face folder, or what a .gguf file or package:NAME was converted to."""
+    return gguf_import.resolve(source)
+
+
+def read_settings(folder: Path, head: str, dtype: str) -> TransformerConfig:
+    """Settings of the model in a folder. ValueError if it has another head, or more tokens than embeddings."""
+    config = huggingface_config.read_config(folder)
+    if config.head != head:
+        raise ValueError(f"{folder}: is {KINDS[config.head]}, want {KINDS[head]}")
+    tokens = Tokenizer.from_folder(folder).text_vocab_size
+    if tokens > config.vocab_size:
+        raise ValueError(
+            f"{folder / 'tokenizer.json'}: has {tokens} tokens, but model.embed_tokens.weight only {config.vocab_size} "
+            "rows; want the tokenizer of this model"
+        )
+    return dataclasses.replace(config, dtype=dtype)
+
+
+def load_reward(folder: Path, mesh: Mesh, dtype: str, conversation_field: str = "") -> rewards.TextFn:
+    """A *ForSequenceClassification checkpoint with one label as a text reward, by its own tokenizer.
+
+    It reads prompt + completion, or, if conversation_field is given, the conversation in that field of each row with
+    the completion as its answer, in the reward model's own chat template.
+    """
+    tokenizer = Tokenizer.from_folder(folder)
+    config = read_settings(folder, "scalar", dtype)
+    params = huggingface.load_params(folder, config, sharding.with_shardings(mesh, param_shapes(config)))
+    score = jax.jit(functools.partial(rewards.sequence_scores, make_apply_fn(config), pad_id=tokenizer.pad_id))
+    devices = sharding.batch_devices(mesh)
+
+    def reward(prompts_: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        if conversation_field:
+            asked = [row[conversation_field] for row in rows]
+            texts = [_answered(tokenizer, *pair) for pair in zip(asked, completions, strict=True)]
+        else:
+            texts = [prompt + completion for prompt, completion in zip(prompts_, completions, strict=True)]
+        batch = _pad_texts(tokenizer, texts, devices, plain=not conversation_field)
+        batch = sharding.put_batch(mesh, batch)
+        return np.asarray(jax.device_get(score(params, batch.prompt_ids, batch.prompt_mask)))[: len(texts)]
+
+    return reward
+
+
+def _answered(tokenizer: Tokenizer, conversation: Any, completion: str) -> str:
+    """A conversation with the completion as its last turn, in the model's chat template."""
+    if tokenizer.chat_template is None:
+        raise ValueError("rewards: this reward model has no chat template, want one to score conversations")
+    messages = [*chat.as_messages(conversation), {"role": "assistant", "content": completion}]
+    special = {"bos_token": None, "eos_token": None, **tokenizer.special_tokens}
+    return chat.render(tokenizer.chat_template, messages, add_generation_prompt=False, **special)
+
+
+def _pad_texts(tokenizer: Tokenizer, texts: Sequence[str], devices: int, *, plain: bool) -> PromptBatch:
+    """Left-padded to a multiple of LENGTH_STEP tokens; copies of the first row fill up the devices.
+
+    plain: texts that no chat template wrote; bos goes before them.
+    """
+    rows = tokenizer.encode(texts) if plain else tokenizer.encode_with_special(texts)
+    if plain and tokenizer.bos_id is not None:
+        rows = [np.append(np.int32(tokenizer.bos_id), row) for row in rows]
+    longest = max(len(row) for row in rows)
+    rows += [rows[0]] * (-len(rows) % devices)
+    return prompts.left_pad(rows, longest + -longest % LENGTH_STEP, tokenizer.pad_id)
