@@ -1,0 +1,475 @@
+"""Hugging Face checkpoints in and out, against transformers itself on small random models of every family."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hf_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+from hf_models import ALL, FAMILIES, IDS, LENGTH, MASK, REWARD_MODELS
+from huggingface_hub.errors import StrictDataclassError
+from numpy.testing import assert_allclose, assert_array_equal
+from safetensors.torch import load_file, save_file
+
+from warp_jax import rewards, sampling, sharding
+from warp_jax.models import huggingface
+from warp_jax.models.huggingface_config import read_config
+from warp_jax.models.rope import RopeScaling
+from warp_jax.models.transformer import Transformer, TransformerConfig, init_cache
+from warp_jax.types import PromptBatch
+
+NUM_TOKENS = 64
+TOLERANCE = 1e-4  # of the largest logit
+FEW = ("gemma3_linear", "llama2", "qwen2_tied")
+
+
+class Case(NamedTuple):
+    folder: Path
+    config: TransformerConfig
+    params: Any
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """The checkpoint of a family, read once."""
+
+    @functools.cache
+    def make(name):
+        folder = hf_models.make_folder(name, tmp_path_factory.mktemp(name))
+        config = read_config(folder)
+        return Case(folder, config, load(folder, config))
+
+    return make
+
+
+@functools.cache
+def shapes_of(config):
+    return jax.eval_shape(Transformer(config).init, jax.random.key(0), IDS, MASK)["params"]
+
+
+def like(config, sizes):
+    """Shapes and shardings of the parameters on a mesh of the first devices."""
+    mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
+    shapes = shapes_of(config)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        sharding.param_shardings(mesh, shapes),
+    )
+
+
+def load(folder, config, sizes=(1, 1, 1)):
+    return huggingface.load_params(folder, config, like(config, sizes))
+
+
+@functools.cache
+def forward(config):
+    return jax.jit(lambda params, ids, mask: Transformer(config).apply({"params": params}, ids, mask)[0])
+
+
+def run(config, params, ids=IDS, mask=MASK):
+    """Outputs of one forward pass, as numpy."""
+    return np.asarray(forward(config)(params, jnp.asarray(ids), jnp.asarray(mask)))
+
+
+def assert_close(got, want, mask=MASK):
+    """Equal at real tokens, up to TOLERANCE times the largest output."""
+    assert_allclose(got[mask], want[mask], rtol=0, atol=TOLERANCE * np.abs(want[mask]).max())
+
+
+def assert_trees_equal(got, want):
+    jax.tree.map(assert_array_equal, got, want)
+
+
+def tensors(folder):
+    """Every tensor of a folder as (dtype, shape, bytes), by the name that a text-only model gives it."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            if "vision_tower" not in name and "multi_modal_projector" not in name:
+                raw = tensor.contiguous().view(dtype=hf_models.torch.uint8).numpy().tobytes()
+                found[name.replace("language_model.", "")] = (str(tensor.dtype), tuple(tensor.shape), raw)
+    return found
+
+
+def edited(folder, tmp_path, **changes):
+    """A folder with the config.json of another one, changed."""
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    return hf_models.edit_config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_those_of_transformers(case, name):
+    """Fails if a norm, bias, scale, cap, window, rotary setting or transpose of any family is wrong."""
+    _, config, params = case(name)
+    assert_close(run(config, params), hf_models.outputs(hf_models.make_model(name)))
+
+
+@functools.cache
+def greedy(name):
+    """transformers' greedy completions of IDS, and its logits of each whole sequence."""
+    model = hf_models.make_model(name)
+    tokens = hf_models.generate(model, NUM_TOKENS)
+    ids, mask = np.concatenate([IDS, tokens], axis=1), np.concatenate([MASK, np.ones_like(tokens, bool)], axis=1)
+    return tokens, mask, hf_models.outputs(model, ids, mask)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cached_greedy_decoding_equals_transformers(case, name):
+    """Fails if the cache forgets a key, its position or its validity, or a window slides by one: 64 greedy tokens
+    after left padding, one at a time, and the logits of every step, against a forward pass without a cache too.
+    """
+    _, config, params = case(name)
+    model, want, mask, logits = Transformer(config), *greedy(name)
+
+    @jax.jit
+    def decode(params, prompt_ids, mask):
+        def step(carry, column):
+            cache, guess = carry
+            token = jnp.where(column < LENGTH, prompt_ids[:, jnp.minimum(column, LENGTH - 1)], guess)
+            logits, cache = model.apply({"params": params}, token[:, None], mask[:, column][:, None], cache)
+            return (cache, logits[:, 0].argmax(axis=-1).astype(jnp.int32)), (token, logits[:, 0])
+
+        start = init_cache(config, len(IDS), mask.shape[1]), jnp.zeros(len(IDS), jnp.int32)
+        return jax.lax.scan(step, start, jnp.arange(mask.shape[1]))[1]
+
+    tokens, got = (np.moveaxis(np.asarray(x), 0, 1) for x in decode(params, jnp.asarray(IDS), jnp.asarray(mask)))
+    assert_array_equal(tokens[:, LENGTH:], want)
+    assert_close(got, logits, mask)
+    assert_close(got[:, :LENGTH], run(config, params))
+
+
+@pytest.mark.parametrize("name", ["gemma3_linear", "qwen2_sliding"])
+def test_sample_completes_like_transformers(case, name):
+    """Fails if the prefill of several tokens and the steps after it disagree: `sampling.sample` with top_k = 1."""
+    _, config, params = case(name)
+    settings = sampling.SamplingConfig(NUM_TOKENS, temperature=1.0, stop_ids=(), pad_id=0, top_k=1)
+
+    def apply(params, *args, **kwargs):
+        return Transformer(config).apply({"params": params}, *args, **kwargs)
+
+    make_cache = functools.partial(init_cache, config)
+    prompts = PromptBatch(jnp.asarray(IDS), jnp.asarray(MASK), jnp.arange(3))
+    sample = jax.jit(functools.partial(sampling.sample, apply, make_cache, config=settings))
+    assert_array_equal(sample(params, prompts, jax.random.key(0)).completion_ids, greedy(name)[0])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_are_well_decided(name):
+    """Fails if a seed in hf_models no longer decides every greedy token by ten times the tolerance."""
+    tokens, _, logits = greedy(name)
+    logits = logits[:, LENGTH - 1 : -1]
+    second, first = np.sort(logits, axis=-1)[..., -2:].transpose(2, 0, 1)
+    assert (first - second).min() > 10 * TOLERANCE * np.abs(logits).max()
+    assert min(len(set(row)) for row in tokens.tolist()) >= 8
+
+
+@pytest.mark.parametrize("name", REWARD_MODELS)
+def test_scores_equal_those_of_transformers(case, name):
+    """Fails if the score is read at another token than the last real one, with padding on both sides."""
+    _, config, params = case(name)
+    mask = MASK & (np.arange(LENGTH)[None] < np.array([LENGTH - 3, LENGTH, LENGTH - 1])[:, None])
+    ids = np.where(mask, IDS, 0)
+
+    def apply(params, ids, mask):
+        return jnp.asarray(run(config, params, ids, mask)), None
+
+    got = rewards.sequence_scores(apply, params, jnp.asarray(ids), jnp.asarray(mask))
+    want = hf_models.outputs(hf_models.make_model(name), ids, mask)
+    assert_allclose(got, want, rtol=0, atol=TOLERANCE * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_eight_devices_equal_one(case, name):
+    """Fails if a device reads another part of a tensor than its own."""
+    folder, config, params = case(name)
+    sharded = load(folder, config, ALL[name].mesh)
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(sharded))
+    assert not sharded["layers"]["attention"]["q"]["kernel"].sharding.is_fully_replicated
+    assert_trees_equal(sharded, params)
+
+
+def test_eight_devices_compute_the_same(case):
+    """Fails if a forward pass on a mesh mixes up what lies on which device."""
+    folder, config, params = case("gemma3_linear")
+    sharded = load(folder, config, (2, 2, 2))
+    ids, mask = np.concatenate([IDS, IDS[:1]]), np.concatenate([MASK, MASK[:1]])
+    assert_close(run(config, sharded, ids, mask)[:3], run(config, params))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ALL)
+def test_round_trip_keeps_every_byte(tmp_path, name, dtype):
+    """Fails if a tensor is renamed, transposed, rounded or lost on the way in and out."""
+    folder = hf_models.make_folder(name, tmp_path / "in", dtype=dtype)
+    config = read_config(folder)
+    huggingface.export_params(load(folder, config), config, tmp_path / "out", dtype=dtype)
+    got, want = tensors(tmp_path / "out"), tensors(folder)
+    assert got.keys() == want.keys()
+    assert [name for name in want if got[name] != want[name]] == []
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_transformers_loads_an_export(case, tmp_path, name):
+    """Fails if transformers misses a weight, finds one too many, or reads another setting from config.json."""
+    _, config, params = case(name)
+    huggingface.export_params(params, config, tmp_path / "out", dtype="float32")
+    assert read_config(tmp_path / "out") == config
+    model, report = hf_models.load_model(tmp_path / "out")
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model.config.pad_token_id = 0
+    want = hf_models.outputs(hf_models.make_model(name))
+    assert_allclose(hf_models.outputs(model), want, rtol=0, atol=1e-6 * np.abs(want).max())
+
+
+def test_export_keeps_the_given_config_and_sidecars(case, tmp_path):
+    """Fails if config_json or a sidecar is dropped, or the config tells another dtype than the weights have."""
+    folder, config, params = case("qwen2")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    content = {**json.loads((folder / "config.json").read_text()), "eos_token_id": 17}
+    sidecars = [tmp_path / "tokenizer.json"]
+    huggingface.export_params(
+        params, config, tmp_path / "out", dtype="bfloat16", config_json=content, sidecars=sidecars
+    )
+    got = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert got == {**content, "dtype": "bfloat16"}
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_shards_load_like_one_file(case, tmp_path, name):
+    """Fails if a tensor is looked for in another shard than its own."""
+    _, config, params = case(name)
+    folder = hf_models.make_folder(name, tmp_path, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    assert_trees_equal(load(folder, config), params)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_export_in_shards_loads_the_same(case, tmp_path, monkeypatch, name):
+    """Fails if the index or the split of an export in several files is wrong: transformers reads it too."""
+    _, config, params = case(name)
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 20_000)
+    huggingface.export_params(params, config, tmp_path / "out", dtype="float32")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert_trees_equal(load(tmp_path / "out", config), params)
+    assert not hf_models.load_model(tmp_path / "out")[1]["missing_keys"]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_groups_of_layers_hold_the_same_weights(case, tmp_path, name):
+    """Fails if a stack that does not begin at layer 0 takes or gives another layer's weights."""
+    folder, config, _ = case(name)
+    grouped = dataclasses.replace(config, layer_groups=(1, config.num_layers - 1))
+    params = load(folder, grouped)
+    assert {"layers_from_0", "layers_from_1"} < params.keys()
+    huggingface.export_params(params, grouped, tmp_path / "out", dtype="float32")
+    assert tensors(tmp_path / "out") == tensors(folder)
+
+
+def rename(folder, out, change):
+    """A copy of a folder whose weights are changed by a function of {name: tensor}."""
+    out.mkdir()
+    save_file(change(load_file(folder / "model.safetensors")), out / "model.safetensors", {"format": "pt"})
+    (out / "config.json").write_text((folder / "config.json").read_text())
+    return out
+
+
+def test_older_names_of_a_text_tower(case, tmp_path):
+    """Fails if files with 'language_model.model.' before every name are not read as those with it inside."""
+    folder, config, params = case("gemma3_multimodal")
+
+    def older(weights):
+        new = {name.replace("model.language_model.", "language_model.model."): x for name, x in weights.items()}
+        assert "language_model.model.norm.weight" in new
+        return {name.removeprefix("model.") if "vision" in name else name: x for name, x in new.items()}
+
+    assert_trees_equal(load(rename(folder, tmp_path / "old", older), config), params)
+
+
+def test_what_old_files_store_beside_the_weights(case, tmp_path):
+    """Fails if inverse frequencies, which follow from the config, are refused as surplus tensors."""
+    folder, config, params = case("llama2")
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": hf_models.torch.ones(4)}
+    assert_trees_equal(load(rename(folder, tmp_path / "old", lambda weights: {**weights, **extra}), config), params)
+
+
+def test_a_tied_head_stored_twice(case, tmp_path):
+    """Fails if a copy of the embedding is refused, or a head that differs from it is dropped in silence."""
+    folder, config, params = case("smollm2")
+
+    def twice(weights, change=0.0):
+        return {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + change}
+
+    assert_trees_equal(load(rename(folder, tmp_path / "same", twice), config), params)
+    other = rename(folder, tmp_path / "other", functools.partial(twice, change=0.5))
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'lm_head\.weight' differs"):
+        load(other, config)
+
+
+def older_form(content):
+    """config.json as transformers 4 wrote it: rope_theta and rope_scaling, a pattern instead of layer types."""
+    content = dict(content)
+    content["torch_dtype"] = content.pop("dtype", None)
+    layers = content.pop("layer_types", None)
+    parameters = content.pop("rope_parameters")
+    full = dict(parameters.get("full_attention", parameters))
+    content["rope_theta"] = full.pop("rope_theta")
+    content["rope_scaling"] = None
+    if full.pop("rope_type") != "default":
+        kind = parameters.get("full_attention", parameters)["rope_type"]
+        content["rope_scaling"] = {**full, "rope_type" if kind == "llama3" else "type": kind}
+    if "sliding_attention" in parameters:
+        content["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+        content["sliding_window_pattern"] = layers.index("full_attention") + 1
+    return content
+
+
+@pytest.mark.parametrize("name", sorted(ALL.keys() - {"gemma3_multimodal"}))
+def test_older_configs_say_the_same(case, tmp_path, name):
+    """Fails if a field of transformers 4's config.json is misread; transformers 5 reads it as its own."""
+    folder, config, _ = case(name)
+    content = older_form(json.loads((folder / "config.json").read_text()))
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    both = [transformers.AutoConfig.from_pretrained(path).to_dict() for path in (tmp_path, folder)]
+    for key in ("layer_types", "sliding_window", "head_dim"):
+        assert both[0].get(key) == both[1].get(key)
+    assert {**both[1]["rope_parameters"], **both[0]["rope_parameters"]} == both[0]["rope_parameters"]
+    assert read_config(tmp_path) == config
+
+
+def read_or_none(folder):
+    try:
+        return read_config(folder)
+    except ValueError:
+        return None
+
+
+SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3", "llama3_tied", "qwen2_sliding", "qwen3", "mistral"])
+def test_missing_fields_take_the_defaults_of_transformers(case, tmp_path, name):
+    """Fails if a field that config.json leaves out is read as another value than transformers' default.
+
+    With 64 heads no default of num_key_value_heads is the number of heads.
+    """
+    content = {**json.loads((case(name).folder / "config.json").read_text()), "num_attention_heads": 64}
+    content["hidden_size"] = 128
+    wrong = {}
+    for field in sorted(content.keys() - {"architectures", "model_type"}):
+        (tmp_path / field / "full").mkdir(parents=True)
+        edit = {key: value for key, value in content.items() if key != field}
+        (tmp_path / field / "config.json").write_text(json.dumps(edit))
+        try:
+            transformers.AutoConfig.from_pretrained(tmp_path / field).save_pretrained(tmp_path / field / "full")
+        except (StrictDataclassError, ValueError):
+            continue
+        got, want = read_or_none(tmp_path / field), read_or_none(tmp_path / field / "full")
+        if got != want and not (got is None and field in SIZES):
+            wrong[field] = got, want
+    assert wrong == {}
+
+
+# what the papers and cards of these models say
+GEMMA_SHARED = {"norm_offset": 1.0, "scale_embedding": True, "activation": "gelu", "tied_head": True, "head_dim": 256}
+SETTINGS = {
+    "gemma-2-2b": {
+        **GEMMA_SHARED,
+        "local_pattern": (True, False),
+        "sliding_window": 4096,
+        "attention_softcap": 50.0,
+        "final_softcap": 30.0,
+        "query_scale": 1 / 16,
+        "rope_theta_local": 0.0,
+    },
+    "gemma-2b": {**GEMMA_SHARED, "num_kv_heads": 1, "post_norms": False, "final_softcap": 0.0},
+    "gemma-3-4b": {
+        **GEMMA_SHARED,
+        "vocab_size": 262208,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "qk_norm": True,
+        "local_pattern": (True,) * 5 + (False,),
+        "rope_theta": 1e6,
+        "rope_theta_local": 1e4,
+        "rope_scaling": RopeScaling("linear", 8.0),
+    },
+    "Llama-3.2-1B": {
+        "tied_head": True,
+        "head_dim": 64,
+        "norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "rope_scaling": RopeScaling("llama3", 32.0, 8192, 1.0, 4.0),
+    },
+    "SmolLM2-135M": {"head_dim": 64, "num_kv_heads": 3, "tied_head": True, "rope_theta": 1e5, "activation": "silu"},
+    "Qwen2.5-7B": {
+        "head_dim": 128,
+        "qkv_bias": True,
+        "tied_head": False,
+        "sliding_window": 0,
+        "local_pattern": (False,),
+    },
+    "Mistral-7B-v0.1": {"head_dim": 128, "sliding_window": 4096, "local_pattern": (True,), "qkv_bias": False},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_released_configs(tmp_path, name):
+    """Fails if a field of a published config.json is refused or misread; transformers' own default fills the gaps."""
+    config = read_config(hf_models.released_config(name, tmp_path))
+    assert {key: getattr(config, key) for key in SETTINGS[name]} == SETTINGS[name]
+    transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "full")
+    assert read_config(tmp_path / "full") == config
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 30.0}
+REFUSED = [
+    ("llama2", {"architectures": ["FancyForCausalLM"]}, "FancyForCausalLM"),
+    ("llama2", {"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification"),
+    ("llama2", {"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+    ("llama2", {"architectures": ...}, "architectures"),
+    ("llama2", {"hidden_size": ...}, "hidden_size"),
+    ("llama2", {"clever_new_norm": 3}, "clever_new_norm"),
+    ("llama2", {"attention_bias": True}, "attention_bias"),
+    ("qwen3", {"attention_bias": True}, "attention_bias"),
+    ("llama2", {"mlp_bias": True}, "mlp_bias"),
+    ("llama2", {"hidden_act": "relu"}, "relu"),
+    ("llama2", {"hidden_act": "gelu"}, "gelu"),
+    ("gemma2", {"hidden_activation": "relu"}, "relu"),
+    ("llama2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma3", {"layer_types": ["chunked_attention"] * 7}, "layer_types"),
+    ("gemma3", {"layer_types": ["full_attention"] * 6}, "layer_types"),
+    ("gemma3", {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LINEAR}}, "factor"),
+    ("llama2", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ("llama_reward", {"id2label": {"0": "bad", "1": "good"}}, "2 labels"),
+    ("llama_reward", {"id2label": ...}, "2 labels"),
+    *(
+        ("llama2", {"rope_parameters": {"rope_theta": 300.0, "factor": 2.0, **parameters}}, named)
+        for parameters, named in (
+            ({"rope_type": "dynamic"}, "dynamic"),
+            ({"rope_type": "longrope", "long_factor": [1.0] * 4, "short_factor": [1.0] * 4}, "longrope"),
+            ({"rope_type": "linear", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+            ({"rope_type": "linear", "clever_factor": 3.0}, "clever_factor"),
+            ({"rope_type": "yarn", "original_max_position_embeddings": 24, "truncate": False}, "truncate"),
+        )
+    ),
+    ("llama2", {"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "named"), REFUSED, ids=lambda x: x if isinstance(x, str) else "-")
+def test_what_is_not_computed_is_refused_by_name(case, tmp_path, name, changes, named):
+    """Fails if a setting that changes the maths is read as if it were not there."""
+    edited(case(name).folder, tmp_path, **changes)
+    with pytest.raises(ValueError, match=named) as caught:
+        read_config(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
