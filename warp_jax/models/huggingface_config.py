@@ -30,20 +30,27 @@ class Family:
 GEMMA = {"norm_offset": 1.0, "scale_embedding": True}
 GEMMA_DEFAULTS = {"head_dim": 256, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"}
 SOFTCAPS = {"query_pre_attn_scalar": 256, "attn_logit_softcapping": None, "final_logit_softcapping": None}
-QWEN_DEFAULTS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+QWEN_DEFAULTS = {
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama"),
     "mistral": Family("Mistral", defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
     "qwen2": Family("Qwen2", {"qkv_bias": True}, QWEN_DEFAULTS),
     "qwen3": Family("Qwen3", {"qk_norm": True}, {**QWEN_DEFAULTS, "head_dim": 128}),
-    "gemma": Family("Gemma", GEMMA, {**GEMMA_DEFAULTS, "hidden_act": None}),
+    "gemma": Family("Gemma", GEMMA, {**GEMMA_DEFAULTS, "num_key_value_heads": 16, "hidden_act": None}),
     "gemma2": Family(
         "Gemma2",
         {**GEMMA, "post_norms": True},
         {
             **GEMMA_DEFAULTS,
             **SOFTCAPS,
+            "num_key_value_heads": 4,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
             "sliding_window": 4096,
@@ -140,6 +147,7 @@ def from_json(content: Json) -> TransformerConfig:
     missing = [name for name in REQUIRED if name not in fields]
     if missing:
         raise ValueError(f"field {missing[0]!r} is missing")
+    _check_numbers(fields)
     heads = fields["num_attention_heads"]
     window, pattern = _windows(fields)
     scalar = fields.get("query_pre_attn_scalar")
@@ -231,6 +239,16 @@ def _check_fields(content: Json, known: set[str]) -> None:
             raise ValueError(f"field {name!r} is {value!r}, want {FIXED[name][-1]!r}: no other is implemented")
         if name not in known and name not in FIXED and name not in IGNORED:
             raise ValueError(f"field {name!r} ({value!r}) is unknown and might change the maths, so it is refused")
+
+
+def _check_numbers(fields: Json) -> None:
+    for name in (*REQUIRED, "num_key_value_heads", "head_dim"):
+        value = fields[name]
+        if not (type(value) is int and value > 0) and (value is not None or name in REQUIRED):
+            raise ValueError(f"field {name!r} is {value!r}, want a whole number of at least 1")
+    for name in ("rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+        if name in fields and fields[name] is not None and not isinstance(fields[name], int | float):
+            raise ValueError(f"field {name!r} is {fields[name]!r}, want a number")
 
 
 def _activation(fields: Json) -> str:
