@@ -17,12 +17,12 @@ MARGINS = (0.5, 1.0, 2.0)
 # score of ours minus theirs -> grade at MARGINS: every edge, and both signs at different places
 GRADED = {
     "a": (3.0, 1.5),
+    "g": (0.75, 0.5),
     "b": (0.5, 0.0),
     "c": (-0.75, -0.5),
     "d": (1.0, 0.5),
     "e": (2.0, 1.0),
     "f": (-2.5, -1.5),
-    "g": (0.75, 0.5),
 }
 
 
@@ -48,8 +48,8 @@ def _compare(ours, theirs, *, margins=MARGINS, length_unit="characters", seed=0,
 def test_comparison_by_hand():
     """Fails when ours and theirs are swapped, a tie counts as a loss or 1, or rows are not matched by prompt."""
     found = _compare(*_answers())
-    assert found.score.value == pytest.approx((1.5 + 0 - 0.5 + 0.5 + 1 - 1.5 + 0.5) / 7)
-    assert found.win_rate.value == pytest.approx((1 + 0.5 + 0 + 1 + 1 + 0 + 1) / 7)
+    assert found.score.value == pytest.approx((1.5 + 0.5 + 0 - 0.5 + 0.5 + 1 - 1.5) / 7)
+    assert found.win_rate.value == pytest.approx((1 + 1 + 0.5 + 0 + 1 + 1 + 0) / 7)
     assert list(found.grades.values()) == [1, 1, 2, 1, 1, 0, 1]
     assert found.mean_judge_score == pytest.approx((4 + 4 / 7, 4))
     assert (found.mean_length, found.longer) == ((5.0, 4.0), (4, 2))

@@ -128,7 +128,13 @@ def make_prompts(config: ConfigDict, tokenizer: Tokenizer, split: Corpus, name: 
 
 def prompt_text(tokenizer: Tokenizer, config: ConfigDict, row: Mapping[str, Any]) -> str:
     """The prompt of a row: its text or conversation, in the config's template, then in the model's chat template."""
-    value = config.prompt_template.format(**row) if config.prompt_template else row[config.text_field]
+    try:
+        value = config.prompt_template.format(**row) if config.prompt_template else row[config.text_field]
+    except (LookupError, ValueError) as error:
+        raise ValueError(
+            f"config.data.prompt_template: got {config.prompt_template!r}, want names of fields in braces, of "
+            f"{', '.join(sorted(row))}: {type(error).__name__} {error}"
+        ) from error
     return chat.prompt_text(tokenizer, value) if config.chat else value
 
 

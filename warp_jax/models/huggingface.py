@@ -118,6 +118,8 @@ def export_params(
     """Write a folder that transformers and vLLM load: weights in `dtype` ('float32', 'bfloat16', 'float16'),
     config.json (by default made from `config`) and copies of `sidecars`. One tensor at a time leaves the devices.
     """
+    if dtype not in OUTPUT_DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, want one of {', '.join(OUTPUT_DTYPES)}")
     content = dict(config_json or huggingface_config.to_json(config, dtype))
     content.update({key: dtype for key in ("dtype", "torch_dtype") if key in content})
     slices = slices_of(params, config)

@@ -148,6 +148,10 @@ def from_json(content: Json) -> TransformerConfig:
     if missing:
         raise ValueError(f"field {missing[0]!r} is missing")
     _check_numbers(fields)
+    if content["model_type"] == "gemma3_text" and fields["attn_logit_softcapping"]:
+        raise ValueError(
+            "field 'attn_logit_softcapping' is set, want null: transformers reads it for Gemma 3, but drops it"
+        )
     heads = fields["num_attention_heads"]
     window, pattern = _windows(fields)
     scalar = fields.get("query_pre_attn_scalar")
@@ -213,8 +217,11 @@ def _text_model(content: Json) -> tuple[Json, str]:
         raise ValueError("no field 'architectures', want that of a Hugging Face model")
     architecture = content["architectures"][0]
     if architecture == "Gemma3ForConditionalGeneration":  # its text tower
-        text = content["text_config"]
-        return {"tie_word_embeddings": True, **text, "model_type": "gemma3_text"}, "language"
+        text = content.get("text_config")
+        if not isinstance(text, Mapping):
+            raise ValueError("field 'text_config' is missing, want the settings of the text tower")
+        tied = content.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
+        return {**text, "model_type": "gemma3_text", "tie_word_embeddings": tied}, "language"
     for model_type, family in FAMILIES.items():
         for suffix, head in HEADS.items():
             names = {f"{family.class_name}{suffix}", f"{family.class_name}Text{suffix}"}

