@@ -448,6 +448,8 @@ REFUSED = [
     ("gemma3", {"layer_types": ["chunked_attention"] * 7}, "layer_types"),
     ("gemma3", {"layer_types": ["full_attention"] * 6}, "layer_types"),
     ("gemma3", {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LINEAR}}, "factor"),
+    ("gemma3", {"attn_logit_softcapping": 3.0}, "attn_logit_softcapping"),
+    ("gemma3_multimodal", {"text_config": ...}, "text_config"),
     ("llama2", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
     ("llama_reward", {"id2label": {"0": "bad", "1": "good"}}, "2 labels"),
     ("llama_reward", {"id2label": ...}, "2 labels"),

