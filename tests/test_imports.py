@@ -13,7 +13,7 @@ LEVELS = {
     },
     1: {
         *("trees", "kernels", "weight_files", "objective", "metrics", "plots", "chat", "corpus", "harness"),
-        *("models", "models.rope", "models.transformer"),
+        *("models", "models.rope", "models.transformer", "models.gguf_tokenizer"),
     },
     2: {
         *("merging", "merge_inputs", "sharding", "gold", "freezing"),

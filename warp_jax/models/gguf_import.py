@@ -8,18 +8,16 @@ What would change the mathematics and is not known here is refused by name.
 import importlib
 import importlib.util
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tokenizers
 import xxhash
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from warp_jax import files
+from warp_jax.models import gguf_tokenizer
 from warp_jax.weight_files import SafetensorsWriter, Tensor, hash_file
 
 FORMAT = 1  # of a cached folder; another number never finds the folders of this one
@@ -67,23 +65,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # llama.cpp's
     "llama": ROPE_DEFAULTS,
     "gemma3": ROPE_DEFAULTS | {"rope.freq_base_swa": 10_000.0, "attention.sliding_window_pattern": 6},
 }
-TOKENIZER_KEYS = re.compile(
-    r"(ggml\.(model|pre|tokens|token_type|merges|scores|add_(bos|eos|sep)_token|add_space_prefix|\w+_token_id)"
-    r"|chat_template.*)"
-)
-TOKENIZER_DEFAULTS: dict[str, dict[str, Any]] = {  # llama.cpp's; "gpt2": byte-level BPE, "llama": SentencePiece's
-    "gpt2": {"ggml.add_bos_token": False, "ggml.add_space_prefix": False, "ggml.pre": None},
-    "llama": {"ggml.add_bos_token": True, "ggml.add_space_prefix": True},
-}
-BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
-PRE_TOKENIZERS = {
-    "gpt-2": BYTE_LEVEL,
-    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL]),
-}
-RANKING = {"gpt2": "ggml.merges", "llama": "ggml.scores"}  # what orders the merges
-ROLES = ("bos", "eos", "eot", "padding", "unknown")
-NORMAL, SPECIAL, USER_DEFINED = 1, (2, 3), 4  # of ggml.token_type; special: unknown and control
-SPACE = "\u2581"  # SentencePiece's sign
 
 
 class _Source(NamedTuple):
@@ -121,8 +102,8 @@ def convert(gguf_path: Path, folder: Path) -> None:
         raise ValueError(f"{folder}: exists; want a new folder")
     try:
         metadata, tensors = _read(gguf_path)
-        vocabulary = _tokenizer_metadata(metadata)
-        backend = _make_tokenizer(vocabulary)
+        vocabulary = gguf_tokenizer.read_vocabulary(metadata)
+        backend = gguf_tokenizer.make_tokenizer(vocabulary)
         names, documents = _translate(metadata, vocabulary, {tensor.name for tensor in tensors})
         folder.mkdir(parents=True)
         _write_weights(folder, tensors, names, documents["config.json"])
@@ -207,8 +188,8 @@ def _translate(
     names = _tensor_names(architecture, hyperparameters["block_count"], present)
     documents = {
         "config.json": _make_config(hyperparameters, vocabulary, architecture, tied="output.weight" not in names),
-        "generation_config.json": _make_generation_config(vocabulary),
-        "tokenizer_config.json": _make_tokenizer_config(vocabulary, hyperparameters["context_length"]),
+        "generation_config.json": gguf_tokenizer.make_generation_config(vocabulary),
+        "tokenizer_config.json": gguf_tokenizer.make_tokenizer_config(vocabulary, hyperparameters["context_length"]),
     }
     return names, documents
 
@@ -349,108 +330,3 @@ def _rope_scaling(hyperparameters: Mapping[str, Any]) -> dict[str, Any] | None:
     if kind not in ("none", "linear"):
         raise ValueError(f"rope.scaling.type {kind!r} is not supported; want 'none' or 'linear'")
     return None if kind == "none" or factor in (0, 1) else {"rope_type": "linear", "factor": _shortest(factor)}
-
-
-def _tokenizer_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata below "tokenizer.", with llama.cpp's defaults. ValueError for what is not known."""
-    given = _below(metadata, "tokenizer.")
-    if unknown := [key for key in given if not TOKENIZER_KEYS.fullmatch(key)]:
-        raise ValueError(f"metadata 'tokenizer.{unknown[0]}' is not supported")
-    kind = given.get("ggml.model")
-    if kind not in RANKING:
-        raise ValueError(f"tokenizer.ggml.model {kind!r} is not supported; want one of {', '.join(RANKING)}")
-    if missing := [
-        key for key in ("ggml.tokens", "ggml.token_type", "ggml.eos_token_id", RANKING[kind]) if key not in given
-    ]:
-        raise ValueError(f"metadata 'tokenizer.{missing[0]}' is missing")
-    values = TOKENIZER_DEFAULTS[kind] | {f"ggml.{name}_token_id": None for name in ROLES} | given
-    for key in ("ggml.add_eos_token", "ggml.add_sep_token", "ggml.add_space_prefix"):
-        if values.get(key):
-            raise ValueError(f"metadata 'tokenizer.{key}' = True is not supported")
-    if values["ggml.add_bos_token"] and values["ggml.bos_token_id"] is None:
-        raise ValueError("metadata 'tokenizer.ggml.bos_token_id' is missing, which add_bos_token asks for")
-    if len(set(values["ggml.tokens"])) < len(values["ggml.tokens"]):
-        raise ValueError("metadata 'tokenizer.ggml.tokens' holds a token twice")
-    return values
-
-
-def _token(vocabulary: Mapping[str, Any], role: str) -> str | None:
-    token_id = vocabulary[f"ggml.{role}_token_id"]
-    return None if token_id is None else vocabulary["ggml.tokens"][token_id]
-
-
-def _make_tokenizer(vocabulary: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    rows = list(zip(vocabulary["ggml.tokens"], vocabulary["ggml.token_type"], strict=True))
-    if vocabulary["ggml.model"] == "gpt2":
-        backend = _byte_level_bpe(vocabulary["ggml.tokens"], vocabulary["ggml.merges"], vocabulary["ggml.pre"])
-    else:  # llama.cpp writes the sign of a space as a space, where users define tokens of them
-        rows = [(token.replace(" ", SPACE) if kind == USER_DEFINED else token, kind) for token, kind in rows]
-        backend = _sentencepiece_bpe(rows, vocabulary["ggml.scores"], _token(vocabulary, "unknown"))
-    # normalized: looked for after spaces have become signs, as in SentencePiece
-    backend.add_tokens([AddedToken(token, normalized=True) for token, kind in rows if kind == USER_DEFINED])
-    backend.add_special_tokens([AddedToken(token, normalized=False) for token, kind in rows if kind in SPECIAL])
-    if vocabulary["ggml.add_bos_token"]:
-        bos = _token(vocabulary, "bos")
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocabulary["ggml.bos_token_id"])]
-        )
-    return backend
-
-
-def _byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], pre: str | None) -> tokenizers.Tokenizer:
-    """GPT-2's BPE over bytes. pre: how text is cut up first."""
-    if pre not in PRE_TOKENIZERS:
-        raise ValueError(f"tokenizer.ggml.pre {pre!r} is not supported; want one of {', '.join(PRE_TOKENIZERS)}")
-    ids = {token: number for number, token in enumerate(tokens)}
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    if wrong := [pair for pair in pairs if not {*pair, "".join(pair)} <= ids.keys()]:
-        raise ValueError(f"metadata 'tokenizer.ggml.merges' has {' '.join(wrong[0])!r}, whose parts are not all tokens")
-    backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs))
-    backend.pre_tokenizer = PRE_TOKENIZERS[pre]
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _sentencepiece_bpe(
-    rows: Sequence[tuple[str, int]], scores: Sequence[float], unknown: str | None
-) -> tokenizers.Tokenizer:
-    """SentencePiece's BPE of (token, type): spaces become signs, and what is in no token becomes its bytes."""
-    ids = {token: number for number, (token, _) in enumerate(rows)}
-    merges = _merges({token: score for (token, kind), score in zip(rows, scores, strict=True) if kind == NORMAL})
-    bpe = models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    backend = tokenizers.Tokenizer(bpe)
-    backend.normalizer = normalizers.Replace(" ", SPACE)
-    backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    return backend
-
-
-def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """All pairs of tokens that make a token, the highest score first, then the longer left half."""
-    cuts = ((token, cut) for token in scores for cut in range(1, len(token)))
-    pairs = [(token[:cut], token[cut:]) for token, cut in cuts if token[:cut] in scores and token[cut:] in scores]
-    return sorted(pairs, key=lambda pair: (-scores[pair[0] + pair[1]], -len(pair[0])))
-
-
-def _make_generation_config(vocabulary: Mapping[str, Any]) -> dict[str, Any]:
-    """Ends of a text and of a turn both end a completion."""
-    ends = [vocabulary[f"ggml.{role}_token_id"] for role in ("eos", "eot")]
-    return {
-        "bos_token_id": vocabulary["ggml.bos_token_id"],
-        "eos_token_id": list(dict.fromkeys(end for end in ends if end is not None)),
-        "pad_token_id": vocabulary["ggml.padding_token_id"],
-    }
-
-
-def _make_tokenizer_config(vocabulary: Mapping[str, Any], max_length: int) -> dict[str, Any]:
-    roles = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    config = {f"{name}_token": _token(vocabulary, role) for name, role in roles.items()}
-    config = {key: token for key, token in config.items() if token is not None}
-    if "chat_template" in vocabulary:
-        config["chat_template"] = vocabulary["chat_template"]
-    return {
-        **config,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": vocabulary["ggml.add_bos_token"],
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": max_length,
-    }
