@@ -149,7 +149,7 @@ def _check_rewards(config: ConfigDict) -> None:
         raise ValueError("config.rewards: no part has a weight other than 0, want at least one")
     for name, source in used.items():
         _check_reward_source(f"rewards.{name}.source", source, ("reward_model", "length"))
-    _check_reward_source("gold.source", config.gold.source, ("", "tfidf"))
+    _check_reward_source("gold.source", config.gold.source, ("tfidf", ""))
 
 
 def _check_reward_source(path: str, source: str, names: tuple[str, ...]) -> None:
