@@ -9,7 +9,11 @@ from configs import quickstart
 
 
 def get_config() -> ConfigDict:
-    config = quickstart.get_config()
+    return with_sft_anchor(quickstart.get_config())
+
+
+def with_sft_anchor(config: ConfigDict) -> ConfigDict:
+    """The baseline of a config: as many steps as one run of it has in all its iterations."""
     config.warp.ema_rate = 0.0
     config.warp.num_iterations = 1
     config.warp.num_runs = 1

@@ -5,13 +5,8 @@ python -m warp_jax.main --config=configs/smollm2_135m_sft_anchor.py --workdir=ru
 
 from ml_collections import ConfigDict
 
-from configs import smollm2_135m
+from configs import sft_anchor, smollm2_135m
 
 
 def get_config() -> ConfigDict:
-    config = smollm2_135m.get_config()
-    config.warp.ema_rate = 0.0
-    config.warp.num_iterations = 1
-    config.warp.num_runs = 1
-    config.warp.steps_per_iteration = (sum(config.warp.steps_per_iteration),)
-    return config
+    return sft_anchor.with_sft_anchor(smollm2_135m.get_config())

@@ -18,7 +18,6 @@ import gc
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -112,11 +111,7 @@ def _export(out: Path, folders: dict[str, Path]) -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX would take the accelerator's memory from torch
         from warp_jax import export  # noqa: PLC0415
 
-        partial = out / "models" / f".{folder.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        export.export_stage(Path(WORKDIR.value), stage, partial)
-        partial.rename(folder)
+        export.export_stage(Path(WORKDIR.value), stage, folder)
 
 
 def _settings() -> harness.Settings:

@@ -75,10 +75,15 @@ def write(out: Path, asked: list[object], columns: dict[str, list[str]]) -> None
     with files.staged(out) as folder:
         for stage, texts in columns.items():
             lines = (
-                json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False)
+                json.dumps({"prompt": _as_text(prompt), "completion": text}, ensure_ascii=False)
                 for prompt, text in zip(asked, texts, strict=True)
             )
             files.write_text(folder / f"{stage.replace('/', '_').replace(':', '_')}.jsonl", "\n".join(lines) + "\n")
+
+
+def _as_text(prompt: object) -> str:
+    """A conversation as its JSON, so that files of answers match by one text."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
 if __name__ == "__main__":
