@@ -1,5 +1,6 @@
 """Any stage of a workdir as a Hugging Face folder that transformers, vLLM and lm-evaluation-harness load."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,23 +120,26 @@ class Workdir:
         if not self.config.sft.num_steps:
             assert self.source is not None  # the checks of the config saw to it
             return huggingface.load_params(self.source, self.policy, like)
-        trained, frozen = freezing.split(like, self.config.model.trainable)
-        restored = self._restore("sft", trained)
-        if not jax.tree.leaves(frozen):
-            return restored
-        assert self.source is not None
-        whole = huggingface.load_params(self.source, self.policy, like)
-        return trees.join(restored, freezing.split(whole, self.config.model.trainable)[1])
+
+        def source_params() -> Params:
+            assert self.source is not None  # only a pretrained model has frozen weights before SFT
+            return huggingface.load_params(self.source, self.policy, like)
+
+        return self._restore_part("sft", like, self.config.model.trainable, source_params)
 
     def _reward_model(self) -> tuple[Params, TransformerConfig]:
         model = architecture.reward_model_config(self.config.reward_model, self.policy)
         like = sharding.with_shardings(self.mesh, functions.param_shapes(model))
-        trained, frozen = freezing.split(like, self.config.reward_model.trainable)
-        restored = self._restore("reward_model", trained)
+        pattern = self.config.reward_model.trainable
+        return self._restore_part("reward_model", like, pattern, lambda: freezing.restacked(self._sft(), like)), model
+
+    def _restore_part(self, stage: str, like: Params, trainable: str, start: Callable[[], Params]) -> Params:
+        """What a stage trained, and its other leaves from start(), where it began."""
+        trained, frozen = freezing.split(like, trainable)
+        restored = self._restore(stage, trained)
         if not jax.tree.leaves(frozen):
-            return restored, model
-        whole = freezing.restacked(self._sft(), like)
-        return trees.join(restored, freezing.split(whole, self.config.reward_model.trainable)[1]), model
+            return restored
+        return trees.join(restored, freezing.split(start(), trainable)[1])
 
     def _restore(self, stage: str, like: Params) -> Params:
         folder = self.path / stage

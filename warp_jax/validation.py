@@ -104,8 +104,6 @@ def _check_source_or_architecture(config: ConfigDict) -> None:
 
 def _check_models(config: ConfigDict, mesh: Mesh) -> None:
     """Read the files of all models, and lay their parameters out, without their weights."""
-    if config.model.source:
-        pretrained.find(config.model.source)
     vocab_size = 0 if config.model.source else config.tokenizer.vocab_size
     policy = architecture.policy_config(config.model, vocab_size)
     models = [policy]
