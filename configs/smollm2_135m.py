@@ -19,11 +19,11 @@ def get_config() -> ConfigDict:
     config.reward_model.num_layers = 6
     config.reward_model.trainable = "layers/|final_norm|score"
     config.reward_model.num_steps = 250
-    config.reward_model.sequence_tokens = 22
+    config.reward_model.sequence_tokens = 18
     config.reward_model.learning_rate = 1e-4
     config.reward_model.warmup_steps = 20
     config.sampling.prompt_tokens = 6
-    config.sampling.max_new_tokens = 16
+    config.sampling.max_new_tokens = 12
     config.rl.batch_size = 16
     config.rl.kl_coef = 0.1
     config.rl.learning_rate = 1e-4
@@ -33,5 +33,5 @@ def get_config() -> ConfigDict:
     config.warp.liti_rate = 0.5
     config.evaluation.every = 30
     config.evaluation.batch_size = 128
-    config.front.etas = (0.3, 0.6, 0.8, 1.0, 1.41)
+    config.front.etas = (0.3, 0.6, 1.0, 1.41)
     return config

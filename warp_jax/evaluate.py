@@ -70,17 +70,21 @@ def make_evaluate(
     Every policy gets the same prompts and random keys, so that differences between two policies are paired.
     """
     sample = jax.jit(functools.partial(sampling.sample, apply_fn, make_cache, config=sampling_config))
-    kl = jax.jit(functools.partial(sequence_kl, apply_fn, temperature=sampling_config.temperature))
     key = jax.random.fold_in(jax.random.key(seed), EVALUATION_STREAM)
-    reference = trees.join(sft_params, frozen_params)
+
+    @jax.jit
+    def kl_to_sft(params: Params, sft_params: Params, frozen_params: Params, rollout: Rollout) -> Array:
+        """Joined inside, so that XLA sees that frozen layers below the first trained one are the same in both."""
+        policy, reference = (trees.join(trained, frozen_params) for trained in (params, sft_params))
+        return sequence_kl(apply_fn, policy, reference, rollout, sampling_config.temperature)
 
     def evaluate_batch(params: Params, number: int) -> dict[str, np.ndarray]:
         rows = np.arange(number * batch_size, (number + 1) * batch_size)
         batch = sharding.put_batch(mesh, prompts.take(eval_prompts, rows))
-        rollout = sample(params, batch, jax.random.fold_in(key, number))
+        rollout = sample(trees.join(params, frozen_params), batch, jax.random.fold_in(key, number))
         measured = {
             "reward": reward_fn(rollout).total,
-            "sft_kl": kl(params, reference, rollout),
+            "sft_kl": kl_to_sft(params, sft_params, frozen_params, rollout),
             "completion_ids": rollout.completion_ids,
             "completion_mask": rollout.completion_mask,
         }
@@ -88,8 +92,7 @@ def make_evaluate(
 
     def evaluate(params: Params) -> Evaluation:
         count = len(eval_prompts.example_ids) // batch_size
-        whole = trees.join(params, frozen_params)
-        batches = [evaluate_batch(whole, number) for number in range(count)]
+        batches = [evaluate_batch(params, number) for number in range(count)]
         columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         mask = columns["completion_mask"]
         rows = [ids[keep].tolist() for ids, keep in zip(columns["completion_ids"], mask, strict=True)]
