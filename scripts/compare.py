@@ -1,15 +1,23 @@
 """Print one table over finished workdirs, for example of several seeds or of WARP and its baselines.
 
-python scripts/compare.py runs/seed0 runs/seed1 runs/seed2
+  python scripts/compare.py runs/seed0 runs/seed1 runs/seed2
+  python scripts/compare.py --baseline=runs/sft_anchor runs/warp
+
+With a baseline of the same SFT policy, prompts and seed, a second table sets the last front of each workdir against the
+trajectory of the baseline: at the KL of each of its points, and at its reward (95 % bootstrap intervals over prompts).
 """
 
 import statistics
 from pathlib import Path
 from typing import Any
 
-from absl import app
+import numpy as np
+from absl import app, flags
 
-from warp_jax import cli, files
+from warp_jax import cli, files, report, summary
+
+_BASELINE = flags.DEFINE_string("baseline", "", "Finished workdir whose trajectory the other fronts are set against.")
+RESAMPLES = 1000
 
 COLUMNS = (
     "workdir | seed | SFT reward | final reward | gain (SE) | final gold | final KL | median angle of each iteration | "
@@ -49,15 +57,59 @@ def _difference(difference: dict[str, float]) -> str:
     return "{value:+.3f} at {sft_kl:.1f} ({low:+.3f} .. {high:+.3f})".format(**difference)
 
 
+BASELINE_COLUMNS = (
+    "workdir | baseline | step | KL | reward | front's reward at this KL, minus this reward | KL saved at this reward"
+)
+
+
+def baseline_rows(workdir: Path, baseline: Path) -> list[list[str]]:
+    """Cells of the second table: one row for each point of the baseline's trajectory."""
+    points, others = report.read_points(workdir), report.read_points(baseline)
+    if not np.array_equal(points[0].evaluation.completion_ids, others[0].evaluation.completion_ids):
+        cli.fail(
+            f"want one SFT policy, prompts and seed, for paired differences; {workdir} and {baseline} differ in these"
+        )
+    front = summary.front_members(points, max(p.iteration for p in points))
+    policies = [p for p in others if p.stage == "policy"]
+    return [
+        [
+            workdir.name,
+            baseline.name,
+            str(row["step"]),
+            f"{row['sft_kl']:.2f}",
+            f"{row['reward']:.3f}",
+            _interval(row, "reward_above", "{:+.3f}"),
+            _interval(row, "kl_saved", "{:+.0%}"),
+        ]
+        for row in summary.front_against_policies(front, policies, resamples=RESAMPLES)
+    ]
+
+
+def _interval(row: dict[str, Any], name: str, style: str) -> str:
+    if row[name] is None:
+        return "not reached"
+    value, low, high = (style.format(row[name + end]) for end in ("", "_low", "_high"))
+    return f"{value} ({low} .. {high})"
+
+
+def print_table(columns: str, rows: list[list[str]]) -> None:
+    """Markdown."""
+    print(f"| {columns} |\n|{'---|' * (columns.count('|') + 1)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
 def main(argv: list[str]) -> None:
     """Entry point."""
     workdirs = [Path(name) for name in argv[1:]]
-    unfinished = [str(path) for path in workdirs if not (path / "summary.json").is_file()]
+    baselines = [Path(_BASELINE.value)] if _BASELINE.value else []
+    unfinished = [str(path) for path in [*workdirs, *baselines] if not (path / "summary.json").is_file()]
     if unfinished or not workdirs:
         cli.fail(f"want finished workdirs; no summary.json in: {', '.join(unfinished) or 'none given'}")
-    print(f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}")
-    for workdir in workdirs:
-        print(f"| {' | '.join(read_row(workdir))} |")
+    print_table(COLUMNS, [read_row(workdir) for workdir in [*workdirs, *baselines]])
+    for baseline in baselines:
+        print()
+        print_table(BASELINE_COLUMNS, [row for workdir in workdirs for row in baseline_rows(workdir, baseline)])
 
 
 if __name__ == "__main__":

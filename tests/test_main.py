@@ -15,7 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default, lerp, no_kl, quickstart, sft_anchor, tiny
-from warp_jax import cli, main, validation
+from warp_jax import cli, main, report, summary, validation
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = "stage iteration run eta step reward reward_se gold_reward gold_reward_se sft_kl sft_kl_se length distinct_2"
@@ -247,3 +247,15 @@ def test_geometry_is_per_layer(tiny_run):
     angles = np.array(geometry["angles_degrees"])
     assert geometry["units"] == ["embed", "final_norm", "layers/0", "layers/1"]
     assert ((angles[:, 0, 1] > 1) & (angles[:, 0, 1] < 179)).all()
+
+
+def test_compare_sets_the_front_against_a_baseline(tiny_run):
+    """Fails when the points of a workdir are read under a wrong name, or the baseline's trajectory is not all there."""
+    config, workdir, _ = tiny_run
+    assert [summary.as_row(p) for p in report.read_points(workdir)][1]["reward"] == float(_rows(workdir)[1]["reward"])
+    script = [sys.executable, "scripts/compare.py", f"--baseline={workdir}", str(workdir)]
+    result = _start(script)
+    assert result.returncode == 0, result.stderr
+    table = [line for line in result.stdout.splitlines() if line.startswith("| run | run |")]
+    assert len(table) == 2 * config.warp.num_iterations * config.warp.num_runs
+    assert all(f"| {float(row['reward']):.3f} |" in result.stdout for row in _rows(workdir) if row["stage"] == "policy")

@@ -30,6 +30,12 @@ def test_reward_at_kl_is_linear_along_the_front(kl, reward):
     assert pareto.reward_at_kl(KL, REWARD, kl) == pytest.approx(reward)
 
 
+@pytest.mark.parametrize(("reward", "kl"), [(0.5, 0.25), (2.0, 1.0), (2.9, 1.9), (5.5, np.nan)])
+def test_kl_at_reward_is_the_inverse(reward, kl):
+    """Fails when dominated points are left in, points are sorted by KL alone, or the ends are extrapolated."""
+    assert pareto.kl_at_reward(KL, REWARD, reward) == pytest.approx(kl, nan_ok=True)
+
+
 def test_reward_outside_the_front_is_nan():
     """Fails when np.interp extrapolates the ends."""
     assert np.isnan(pareto.reward_at_kl(KL, REWARD, 4.2))

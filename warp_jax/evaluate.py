@@ -125,5 +125,10 @@ class EvaluationStore:
             with partial.open("wb") as file:
                 np.savez_compressed(file, **self._evaluate(make_params())._asdict())
             partial.replace(path)
-        with np.load(path) as arrays:
-            return Evaluation(**arrays)
+        return load_evaluation(path)
+
+
+def load_evaluation(path: Path) -> Evaluation:
+    """A stored evaluation."""
+    with np.load(path) as arrays:
+        return Evaluation(**arrays)

@@ -13,21 +13,19 @@ import matplotlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from warp_jax import evaluate, files, pareto, plots, prompts
-from warp_jax.evaluate import Evaluation
+from warp_jax import files, plots, prompts, summary, warp
+from warp_jax.evaluate import Evaluation, load_evaluation
 from warp_jax.prepare import Setup
 from warp_jax.warp import Point
-
-COMPARED_KLS = 5  # number of KLs at which two fronts are compared
 
 
 def write_report(config: ConfigDict, setup: Setup, points: Sequence[Point], workdir: Path) -> str:
     """Write all files and return the summary line."""
     matplotlib.use("Agg")
-    rows = [as_row(point) for point in points]
+    rows = [summary.as_row(point) for point in points]
     files.write_text(workdir / "front.csv", to_csv(rows))
-    summary = summarise(config, points)
-    files.write_json(workdir / "summary.json", summary)
+    numbers = summary.summarise(config, points)
+    files.write_json(workdir / "summary.json", numbers)
     front = plots.draw_fronts(rows)
     files.write_bytes(workdir / "front.png", front)
     geometries = [
@@ -37,21 +35,24 @@ def write_report(config: ConfigDict, setup: Setup, points: Sequence[Point], work
         ("Fronts of reward against KL", _image(front)),
         ("Trajectory of each run", _image(plots.draw_trajectories(rows))),
         ("Angles between the runs", _image(plots.draw_angles(geometries)) if config.warp.num_runs > 1 else "one run"),
-        ("Summary", f"<p>{html.escape(summary_line(summary))}</p>" + _comparison_table(summary)),
+        ("Summary", f"<p>{html.escape(summary.one_line(numbers))}</p>" + _comparison_tables(numbers)),
         ("Samples before and after", _samples_table(config, setup, points)),
         ("All points", _table(rows)),
         ("Config", f"<pre>{html.escape(json.dumps(json.loads(config.to_json()), indent=2))}</pre>"),
     ]
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections)
     files.write_text(workdir / "report.html", _PAGE.format(body=body))
-    return f"{summary_line(summary)}; report: {workdir / 'report.html'}"
+    return f"{summary.one_line(numbers)}; report: {workdir / 'report.html'}"
 
 
-def as_row(point: Point) -> dict[str, Any]:
-    """A point as a row of front.csv."""
-    fields = point._asdict()
-    evaluation = fields.pop("evaluation")
-    return {**fields, **evaluate.summary(evaluation)}
+def read_points(workdir: Path) -> list[Point]:
+    """The points of a finished workdir, from its front.csv and evaluations."""
+    points = []
+    for row in csv.DictReader((workdir / "front.csv").read_text().splitlines()):
+        numbers = int(row["iteration"]), int(row["run"]), float(row["eta"]), int(row["step"])
+        path = workdir / "evaluations" / f"{warp.evaluation_name(row['stage'], *numbers)}.npz"
+        points.append(Point(row["stage"], *numbers, load_evaluation(path)))
+    return points
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -63,76 +64,6 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def summarise(config: ConfigDict, points: Sequence[Point]) -> dict[str, Any]:
-    """The numbers of the summary line, and each iteration's front against the one before, at common KLs."""
-    sft, final = points[0], _merged(points, config.warp.num_iterations)
-    gain = np.asarray(final.evaluation.reward, np.float64) - sft.evaluation.reward
-    front = [p for p in points if p.stage == "liti" and p.iteration == config.warp.num_iterations]
-    chosen = None
-    if config.front.kl_budget:
-        kls, rewards = (
-            np.array([m.mean() for m in column]) for column in zip(*map(_kl_and_reward, front), strict=True)
-        )
-        index = pareto.best_under_budget(kls, rewards, config.front.kl_budget)
-        chosen = None if index is None else as_row(front[index])
-    return {
-        "sft_reward": float(sft.evaluation.reward.mean()),
-        "final_reward": float(final.evaluation.reward.mean()),
-        "final_gold_reward": _number(final.evaluation.gold_reward.mean()),
-        "final_sft_kl": float(final.evaluation.sft_kl.mean()),
-        "gain_in_standard_errors": float(gain.mean() / (gain.std(ddof=1) / np.sqrt(len(gain)))),
-        "kl_budget": config.front.kl_budget,
-        "best_eta_under_budget": chosen,
-        "iterations_compared": [
-            {"iterations": [i - 1, i], "reward_difference": _compare(config, points, i)}
-            for i in range(2, config.warp.num_iterations + 1)
-        ],
-    }
-
-
-def summary_line(summary: dict[str, Any]) -> str:
-    """One line for people."""
-    gold = f", gold {summary['final_gold_reward']:.3f}" if summary["final_gold_reward"] is not None else ""
-    line = (
-        f"reward {summary['sft_reward']:.3f} (SFT) -> {summary['final_reward']:.3f} "
-        f"({summary['gain_in_standard_errors']:+.1f} standard errors{gold}) "
-        f"at {summary['final_sft_kl']:.2f} nats from SFT"
-    )
-    if summary["kl_budget"]:
-        best = summary["best_eta_under_budget"]
-        chosen = f"eta {best['eta']:g} with reward {best['reward']:.3f}" if best else "no eta"
-        line += f"; best under {summary['kl_budget']:g} nats: {chosen}"
-    return line
-
-
-def _compare(config: ConfigDict, points: Sequence[Point], iteration: int) -> list[dict[str, float]]:
-    """Front of `iteration` minus the front before it, with 95 % bootstrap intervals over prompts."""
-    fronts = []
-    for number in (iteration - 1, iteration):
-        members = [points[0], *(p for p in points if p.stage == "liti" and p.iteration == number)]
-        kls, rewards = zip(*map(_kl_and_reward, members), strict=True)
-        fronts.append((np.stack(kls), np.stack(rewards)))
-    (kl_a, reward_a), (kl_b, reward_b) = fronts
-    at = pareto.common_kls(kl_a.mean(1), reward_a.mean(1), kl_b.mean(1), reward_b.mean(1), COMPARED_KLS)
-    found = pareto.compare_fronts(
-        kl_a, reward_a, kl_b, reward_b, at=at.tolist(), resamples=config.report.bootstrap_resamples, seed=config.seed
-    )
-    return [{"sft_kl": c.kl, **c.difference._asdict()} for c in found]
-
-
-def _number(value: Any) -> float | None:
-    """JSON has no nan, which stands for no gold reward."""
-    return None if np.isnan(value) else float(value)
-
-
-def _kl_and_reward(point: Point) -> tuple[np.ndarray, np.ndarray]:
-    return point.evaluation.sft_kl, point.evaluation.reward
-
-
-def _merged(points: Sequence[Point], iteration: int) -> Point:
-    return next(p for p in points if p.stage == "merged" and p.iteration == iteration)
-
-
 def _samples_table(config: ConfigDict, setup: Setup, points: Sequence[Point]) -> str:
     """The same prompts under SFT and under the final merge."""
     chosen = np.linspace(0, config.evaluation.num_prompts - 1, config.report.num_samples).astype(int)
@@ -141,7 +72,7 @@ def _samples_table(config: ConfigDict, setup: Setup, points: Sequence[Point]) ->
     rows: list[dict[str, Any]] = [{"prompt": text} for text in texts]
     ends: dict[str, Evaluation] = {
         "SFT": points[0].evaluation,
-        "final merge": _merged(points, config.warp.num_iterations).evaluation,
+        "final merge": summary.merged_point(points, config.warp.num_iterations).evaluation,
     }
     for name, evaluation in ends.items():
         texts = setup.tokenizer.decode(evaluation.completion_ids[chosen], evaluation.completion_mask[chosen])
@@ -150,15 +81,19 @@ def _samples_table(config: ConfigDict, setup: Setup, points: Sequence[Point]) ->
     return _table(rows)
 
 
-def _comparison_table(summary: dict[str, Any]) -> str:
+def _comparison_tables(numbers: dict[str, Any]) -> str:
     tables = []
-    for entry in summary["iterations_compared"]:
+    for entry in numbers["iterations_compared"]:
         before, after = entry["iterations"]
         title = (
             f"Reward of the front of iteration {after} minus that of iteration {before}, at common KLs (95 % interval)"
         )
         tables.append(f"<p>{title}</p>" + (_table(entry["reward_difference"]) or "<p>no common KL</p>"))
-    return "".join(tables)
+    title = (
+        "Each iteration's front against its own runs: its reward at the run's KL minus the run's reward, and the share "
+        "of KL it saves at the run's reward (95 % intervals); empty where the front does not reach"
+    )
+    return "".join([*tables, f"<p>{title}</p>", _table(numbers["front_against_runs"])])
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
@@ -170,6 +105,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, float):
         return "" if np.isnan(value) else f"{value:.4g}"
     return html.escape(str(value))

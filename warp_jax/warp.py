@@ -25,6 +25,15 @@ class Point(NamedTuple):
     evaluation: Evaluation
 
 
+def evaluation_name(stage: str, iteration: int, run: int, eta: float, step: int) -> str:
+    """Under which the evaluation of a point is stored; the same policy has one name, as SFT and eta = 0 of a front."""
+    if stage == "policy":
+        return f"policy_i{iteration}_r{run}_s{step}"
+    if stage == "merged" or eta == 1.0:
+        return f"merged_i{iteration}"
+    return f"liti_i{iteration}_e{eta:g}" if eta else "sft"
+
+
 def run_warp(config: ConfigDict, setup: Setup, workdir: Path, progress: JobProgress) -> list[Point]:
     """Train, merge and evaluate everything the workdir does not hold yet; return all points in order."""
     evaluations = EvaluationStore(workdir / "evaluations", _make_evaluate(config, setup))
@@ -75,8 +84,10 @@ def run_policy(
     finished = checkpoint.has_params(path)
     progress.start_stage(f"iteration {iteration} run {run}", num_steps, finished=finished)
 
+    nan = float("nan")
+
     def name(step: int) -> str:
-        return f"policy_i{iteration}_r{run}_s{step}"
+        return evaluation_name("policy", iteration, run, nan, step)
 
     def after_step(step: int, state: TrainState) -> None:
         if step in _trajectory_steps(num_steps, config.evaluation.every):
@@ -113,7 +124,6 @@ def run_policy(
             raise FileNotFoundError(f"evaluation {name(step)} is gone, and so is its policy; delete {directory}")
         return params
 
-    nan = float("nan")
     found = {s: evaluations.get(name(s), functools.partial(params_at, s)) for s in steps}
     return params, [Point("policy", iteration, run, nan, s, evaluation) for s, evaluation in found.items()]
 
@@ -141,8 +151,9 @@ def front_points(
     """The merge, and the output family (1 - eta) sft + eta merged for every eta; the ends are not measured twice."""
 
     def measure(eta: float) -> Evaluation:
-        name = {0.0: "sft", 1.0: f"merged_i{iteration}"}.get(eta, f"liti_i{iteration}_e{eta:g}")
-        return evaluations.get(name, lambda: merging.liti(sft_params, merged, eta))
+        return evaluations.get(
+            evaluation_name("liti", iteration, 0, eta, 0), lambda: merging.liti(sft_params, merged, eta)
+        )
 
     nan = float("nan")
     liti = [Point("liti", iteration, 0, eta, 0, measure(eta)) for eta in etas]
