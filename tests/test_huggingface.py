@@ -187,20 +187,13 @@ def test_scores_equal_those_of_transformers(case, name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_eight_devices_equal_one(case, name):
-    """Fails if a device reads another part of a tensor than its own."""
+    """Fails if a device reads another part of a tensor than its own, or a forward pass mixes up what lies where."""
     folder, config, params = case(name)
     sharded = load(folder, config, ALL[name].mesh)
     assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(sharded))
     assert not sharded["layers"]["attention"]["q"]["kernel"].sharding.is_fully_replicated
     assert_trees_equal(sharded, params)
-
-
-def test_eight_devices_compute_the_same(case):
-    """Fails if a forward pass on a mesh mixes up what lies on which device."""
-    folder, config, params = case("gemma3_linear")
-    sharded = load(folder, config, (2, 2, 2))
-    ids, mask = np.concatenate([IDS, IDS[:1]]), np.concatenate([MASK, MASK[:1]])
-    assert_close(run(config, sharded, ids, mask)[:3], run(config, params))
+    assert_close(run(config, sharded), run(config, params))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
