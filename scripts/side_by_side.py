@@ -3,28 +3,31 @@
   python scripts/side_by_side.py --ours=warp.jsonl --theirs=sft.jsonl --judge=my_judges:helpful --out=result.json
 
 Each line of a file is one answer, {"prompt": "...", "completion": "..."}, with any further fields the judge may want.
-Lines are matched by prompt, in any order. The judge is a Python function of (prompts, completions, rows) that returns
-one number a text, higher is better; it may live in a file of the current folder. See docs/evaluation.md.
+Lines are matched by prompt, in any order. The judge is the folder of a reward model (...ForSequenceClassification with
+one label), or a Python function of (prompts, completions, rows) that returns one number a text, higher is better; it
+may live in a file of the current folder. See docs/evaluation.md.
 """
 
 import functools
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from warp_jax import cli, files, rewards, side_by_side
+from warp_jax import cli, files, pretrained, rewards, sharding, side_by_side
 from warp_jax.pareto import Interval
 from warp_jax.side_by_side import Comparison
 
 OURS = flags.DEFINE_string("ours", "", "JSONL file of the answers that positive figures speak for.")
 THEIRS = flags.DEFINE_string("theirs", "", "JSONL file of the answers to compare with.")
-JUDGE = flags.DEFINE_string("judge", "", "Text reward that scores both, as package.module:function.")
+JUDGE = flags.DEFINE_string("judge", "", "What scores both: a reward model's folder or package.module:function.")
 OUT = flags.DEFINE_string("out", None, "JSON file for all figures and settings; default: only the table is printed.")
 MARGINS = flags.DEFINE_list(
     "margins",
@@ -35,6 +38,7 @@ MARGINS = flags.DEFINE_list(
 LENGTH_UNIT = flags.DEFINE_enum("length_unit", "characters", list(side_by_side.LENGTHS), "What lengths count.")
 RESAMPLES = flags.DEFINE_integer("resamples", 1000, "Bootstrap resamples of the prompts.", lower_bound=100)
 SEED = flags.DEFINE_integer("seed", 0, "Of the bootstrap.", lower_bound=0)
+JUDGED_AT_ONCE = 64
 
 
 def main(argv: list[str]) -> None:
@@ -46,7 +50,7 @@ def main(argv: list[str]) -> None:
         out = _checked_out(OUT.value) if OUT.value is not None else None
         ours, theirs = (side_by_side.parse_answers(_read(path), path) for path in (OURS.value, THEIRS.value))
         comparison = side_by_side.compare(
-            rewards.load_function(JUDGE.value),
+            load_judge(JUDGE.value),
             ours,
             theirs,
             margins=margins,
@@ -59,6 +63,20 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError, SyntaxError) as error:
         cli.fail(str(error))
     Console(highlight=False).print(as_table(comparison))
+
+
+def load_judge(source: str) -> rewards.TextFn:
+    """The text reward that a folder or the name of a function stands for; a model reads JUDGED_AT_ONCE texts a time."""
+    if not Path(source).is_dir():
+        return rewards.load_function(source)
+    reward = pretrained.load_reward(Path(source), sharding.make_mesh((-1, 1, 1)), "float32")
+
+    def judge(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        starts = range(0, len(prompts), JUDGED_AT_ONCE)
+        parts = [slice(start, start + JUDGED_AT_ONCE) for start in starts]
+        return np.concatenate([reward(prompts[part], completions[part], rows[part]) for part in parts])
+
+    return judge
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from configs import (
     default,
@@ -24,8 +25,8 @@ from configs import (
 )
 from tests.test_main import ENV, ROOT, _leaves
 from warp_jax import export, main, sharding, trees, validation
-from warp_jax import pretrained as outside
 from warp_jax.models.functions import make_apply_fn
+from warp_jax.pretrained import load_reward
 from warp_jax.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -158,7 +159,7 @@ def test_liti_lies_between_sft_and_the_last_merge(job):
 
 def test_the_reward_is_that_of_transformers(models):
     """Fails when the completion is not the assistant's turn, or the score is read at another token."""
-    reward = outside.load_reward(models / "reward", sharding.make_mesh((-1, 1, 1)), "float32", "messages")
+    reward = load_reward(models / "reward", sharding.make_mesh((-1, 1, 1)), "float32", "messages")
     asked = [[{"role": "user", "content": text}] for text in QUESTIONS[:3]]
     answers = ["four", "", "what is 3"]
     got = reward(["ignored"] * 3, answers, [{"messages": messages} for messages in asked])
@@ -174,6 +175,22 @@ def test_the_reward_is_that_of_transformers(models):
 def _run(script, *arguments):
     command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
+
+
+def test_a_reward_model_judges_answers(models, tmp_path):
+    """Fails when a folder is no judge, or texts beyond the first batch are scored with other rows."""
+    rows = [{"prompt": text, "completion": text[-5:]} for text in QUESTIONS[:70]]
+    other = [{**row, "completion": "four"} for row in rows]
+    for name, content in (("ours", rows), ("theirs", other)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    files = [f"--{name}={tmp_path / name}.jsonl" for name in ("ours", "theirs")]
+    result = _run("side_by_side.py", *files, f"--judge={models / 'reward'}", f"--out={tmp_path / 'result.json'}")
+    assert result.returncode == 0, result.stderr
+    reward = load_reward(models / "reward", sharding.make_mesh((-1, 1, 1)), "float32")
+    prompts = [row["prompt"] for row in rows]
+    want = [np.mean(reward(prompts, [row["completion"] for row in side], side)) for side in (rows, other)]
+    found = json.loads((tmp_path / "result.json").read_text())["mean_judge_score"]
+    assert [found["ours"], found["theirs"]] == pytest.approx(want, rel=1e-5)
 
 
 def test_stages_are_asked_side_by_side(job, tmp_path):
@@ -246,14 +263,80 @@ def test_bad_values_leave_nothing(models, tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused(models, tmp_path):
-    """Fails when ids beyond the embedding are clipped silently."""
+def _damage_weights(change):
+    def damage(folder):
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def _truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def _lose_a_shard(folder):
+    names = load_file(folder / "model.safetensors").keys()
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _rename_architecture(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config.update(architectures=["MambaForCausalLM"], model_type="mamba")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _outgrow_the_embedding(folder):
+    Tokenizer.train([*QUESTIONS, "many other words that make it larger"], 320).save(folder / "tokenizer.json")
+
+
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+DAMAGES = {
+    "missing shard": (_lose_a_shard, "model-00001-of-00001.safetensors"),
+    "missing tensor": (_damage_weights(lambda w: w.pop(QUERY)), QUERY),
+    "wrong shape": (
+        _damage_weights(lambda w: w.update({QUERY: w[QUERY][:, :8].clone()})),
+        f"model.safetensors.*{QUERY}",
+    ),
+    "extra tensor": (_damage_weights(lambda w: w.update(extra=torch.ones(2))), "model.safetensors.*'extra'"),
+    "unknown architecture": (_rename_architecture, "MambaForCausalLM"),
+    "truncated file": (_truncate, "model.safetensors"),
+    "tokenizer too large": (_outgrow_the_embedding, "tokenizer.json.*model.embed_tokens.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_malformed_checkpoint_leaves_nothing(models, tmp_path, damage, kind):
+    """Fails when weights are first looked at in the run, after the workdir was claimed."""
+    change, message = DAMAGES[damage]
+    shutil.copytree(models / kind, tmp_path / kind)
+    change(tmp_path / kind)
+    config = _config(models)
+    path = {"policy": "model.source", "reward": "rewards.preference.source"}[kind]
+    config.update_from_flattened_dict({path: str(tmp_path / kind)})
+    with pytest.raises(ValueError, match=message) as caught:
+        main.check(config, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / kind) in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_malformed_checkpoint_is_one_line(models, tmp_path):
+    """Fails when this ends in a traceback or another exit code."""
     shutil.copytree(models / "policy", tmp_path / "policy")
-    Tokenizer.train([*QUESTIONS, "many other words that make it larger"], 320).save(
-        tmp_path / "policy" / "tokenizer.json"
-    )
-    with pytest.raises(ValueError, match=r"tokenizer\.json: has \d+ tokens, but model\.embed_tokens\.weight only"):
-        outside.read_settings(tmp_path / "policy", "language", "float32")
+    _truncate(tmp_path / "policy")
+    command = [f"--config.model.source={tmp_path / 'policy'}", f"--workdir={tmp_path / 'run'}"]
+    module = [sys.executable, "-m", "warp_jax.main", "--config=configs/pretrained.py", *command]
+    result = subprocess.run(module, cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "model.safetensors" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_that_would_be_ignored_are_refused(models):

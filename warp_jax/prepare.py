@@ -43,6 +43,10 @@ def prepare(config: ConfigDict, corpora: Mapping[str, Corpus], workdir: Path, pr
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = load_tokenizer(config, corpora, workdir / "tokenizer.json")
     prompt_batches = {name: make_prompts(config, tokenizer, corpora[name], name) for name in ("prompts", "eval")}
+    for name, batch in prompt_batches.items():
+        if dropped := len(corpora[name].texts) - len(batch.example_ids):
+            limit = config.sampling.prompt_tokens
+            progress.note(f"split {name!r}: {dropped} prompts of more than sampling.prompt_tokens = {limit} left out")
     policy = architecture.policy_config(config.model, tokenizer.vocab_size)
     tokens = {name: _encode(tokenizer, corpora[name].texts) for name in learned_splits(config)}
     maker = Maker(config, workdir, progress, mesh, tokenizer)

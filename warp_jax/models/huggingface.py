@@ -84,13 +84,9 @@ class Slice(NamedTuple):
 def load_params(folder: Path, config: TransformerConfig, like: Params) -> Params:
     """Parameters of the model in a folder, in the shapes, dtypes and shardings of `like` (jax.ShapeDtypeStruct).
 
-    Every device reads only its own part of each tensor, from a mapped file. ValueError names the file and the tensor
-    that is missing, surplus or of another shape.
+    Every device reads only its own part of each tensor, from a mapped file. ValueError as in `check_weights`.
     """
-    weights = open_weights(folder)
-    slices = slices_of(like, config)
-    stored = _stored_names(weights)
-    _check_tensors(weights, slices, stored, config)
+    weights, slices, stored = check_weights(folder, config, like)
 
     def load_leaf(path: tuple[Any, ...], leaf: Any) -> jax.Array:
         parts = {s.place: (stored[name], s) for name, s in slices.items() if s.leaf == trees.path_name(path)}
@@ -104,6 +100,20 @@ def load_params(folder: Path, config: TransformerConfig, like: Params) -> Params
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
 
     return jax.tree_util.tree_map_with_path(load_leaf, like)
+
+
+def check_weights(
+    folder: Path, config: TransformerConfig, like: Params
+) -> tuple[WeightFolder, dict[str, Slice], dict[str, str]]:
+    """The files of a folder, opened; our slices by the name of their tensor; and the stored name of each tensor.
+
+    ValueError names the file, and the tensor that is missing, surplus, of another shape or no floating-point numbers.
+    """
+    weights = open_weights(folder)
+    slices = slices_of(like, config)
+    stored = _stored_names(weights)
+    _check_tensors(weights, slices, stored, config)
+    return weights, slices, stored
 
 
 def export_params(
