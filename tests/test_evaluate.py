@@ -59,8 +59,12 @@ def test_stored_evaluations_are_not_made_again(tmp_path):
         values = np.array([params, params], np.float32)
         return evaluate.Evaluation(values, values, values, values, np.array(0.5), values[:, None], values[:, None] > 0)
 
-    store = evaluate.EvaluationStore(tmp_path, measure)
+    told = []
+    store = evaluate.EvaluationStore(tmp_path, measure, lambda name, found, _: told.append((name, found.reward[0])))
+    assert store.missing(["a", "b"]) == ["a", "b"]
     assert store.get("a", lambda: 2.0).reward.tolist() == [2.0, 2.0]
     assert store.get("a", lambda: 3.0).reward.tolist() == [2.0, 2.0]
     assert store.get("b", lambda: 3.0).reward.tolist() == [3.0, 3.0]
     assert made == [2.0, 3.0]
+    assert told == [("a", 2.0), ("b", 3.0)]
+    assert store.missing(["a", "c"]) == ["c"]

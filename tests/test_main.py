@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from ml_collections import ConfigDict
 
 from configs import default, lerp, no_kl, quickstart, sft_anchor, tiny
-from warp_jax import cli, main, report, summary, validation
+from warp_jax import cli, export, main, pretrained, report, summary, validation
+from warp_jax.models.functions import make_apply_fn
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = "stage iteration run eta step reward reward_se gold_reward gold_reward_se sft_kl sft_kl_se length distinct_2"
@@ -259,3 +262,24 @@ def test_compare_sets_the_front_against_a_baseline(tiny_run):
     table = [line for line in result.stdout.splitlines() if line.startswith("| run | run |")]
     assert len(table) == 2 * config.warp.num_iterations * config.warp.num_runs
     assert all(f"| {float(row['reward']):.3f} |" in result.stdout for row in _rows(workdir) if row["stage"] == "policy")
+
+
+def test_the_reward_model_loads_in_transformers(tiny_run, tmp_path):
+    """Fails when the export of a reward model loses its head or its trunk, or is no judge of text."""
+    _, workdir, _ = tiny_run
+    export.export_stage(workdir, "reward_model", tmp_path / "out")
+    kind = transformers.AutoModelForSequenceClassification
+    model, found = kind.from_pretrained(tmp_path / "out", output_loading_info=True, dtype=torch.float32)
+    assert not any(found[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = np.random.default_rng(5).integers(3, 250, (3, 7)).astype(np.int32)
+    with torch.no_grad():
+        got = model(torch.from_numpy(ids)).logits.numpy()[:, 0]
+    opened = export.Workdir(workdir)
+    params, settings = opened.load("reward_model")
+    want, _ = make_apply_fn(settings)(params, ids, np.ones_like(ids, bool))
+    np.testing.assert_allclose(got, want[:, -1], rtol=1e-3, atol=1e-7)
+    assert np.ptp(got) > 1e-4
+    reward = pretrained.load_reward(tmp_path / "out", opened.mesh, "float32")
+    row = np.append(opened.tokenizer.bos_id, opened.tokenizer.encode(["a fine film"])[0]).astype(np.int32)[None]
+    alone, _ = make_apply_fn(settings)(params, row, np.ones_like(row, bool))
+    np.testing.assert_allclose(reward(["a fine"], [" film"], [{}]), alone[:, -1], rtol=1e-3, atol=1e-7)

@@ -21,7 +21,7 @@ def _evaluation(value):
 
 
 class _Progress:
-    start_stage = end_stage = note = on_step = lambda *args, **kwargs: None
+    start_stage = end_stage = note = on_step = expect_evaluations = lambda *args, **kwargs: None
 
 
 def _tree(vector):
@@ -41,7 +41,7 @@ def job(monkeypatch):
         config.warp.update({"num_iterations": 3, "steps_per_iteration": (6, 6, 6), **settings})
         config.evaluation.every = 6
         config.front.etas = (0.3, 1.0)
-        starts, measured = {}, {}
+        starts, measured, planned = {}, {}, set()
 
         def train_policy(init_params, frozen_params, *, iteration, run, num_steps, after_step, **_):
             starts[iteration, run] = _vector(init_params)
@@ -52,6 +52,10 @@ def job(monkeypatch):
         class Store:
             def __init__(self, *args):
                 pass
+
+            def missing(self, names):
+                planned.update(names)
+                return []
 
             def get(self, name, make_params):
                 measured.setdefault(name, _vector(make_params()))
@@ -64,6 +68,7 @@ def job(monkeypatch):
         names = ("frozen_params", "train_reward_fn", "train_prompts", "mesh")
         setup = types.SimpleNamespace(sft_params=_tree(SFT), **dict.fromkeys(names))
         points = warp.run_warp(config, setup, workdir, _Progress())
+        assert planned == measured.keys()
         return points, starts, measured
 
     return run

@@ -1,7 +1,8 @@
 """Measuring a policy on held-out prompts: reward, gold reward, KL to SFT, length, diversity."""
 
 import functools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class Evaluation(NamedTuple):
 
 EVALUATION_STREAM = 2**31 - 1  # apart from those of the iterations of training
 EvaluateFn = Callable[[Params], Evaluation]
+OnEvaluation = Callable[[str, Evaluation, float], None]
 
 
 def sequence_kl(
@@ -110,22 +112,33 @@ def summary(evaluation: Evaluation) -> dict[str, float]:
 
 
 class EvaluationStore:
-    """Evaluations on disk by name, so that none is made twice."""
+    """Evaluations on disk by name, so that none is made twice. on_new hears name, result and seconds of a new one."""
 
-    def __init__(self, directory: Path, evaluate: EvaluateFn):
+    def __init__(self, directory: Path, evaluate: EvaluateFn, on_new: OnEvaluation):
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._evaluate = evaluate
+        self._on_new = on_new
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """The names that have no evaluation yet."""
+        return [name for name in names if not self._path(name).exists()]
 
     def get(self, name: str, make_params: Callable[[], Params]) -> Evaluation:
         """The stored evaluation called `name`; if there is none, that of make_params()."""
-        path = self._directory / f"{name}.npz"
+        path = self._path(name)
         if not path.exists():
+            started = time.monotonic()
+            evaluation = self._evaluate(make_params())
             partial = path.with_suffix(".partial")
             with partial.open("wb") as file:
-                np.savez_compressed(file, **self._evaluate(make_params())._asdict())
+                np.savez_compressed(file, **evaluation._asdict())
             partial.replace(path)
+            self._on_new(name, evaluation, time.monotonic() - started)
         return load_evaluation(path)
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}.npz"
 
 
 def load_evaluation(path: Path) -> Evaluation:

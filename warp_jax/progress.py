@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 PLAIN_LINE_SECONDS = 15.0
 
@@ -21,17 +21,18 @@ class JobProgress:
         self._stage = ""
         self._started = time.monotonic()
         self._last_line = self._started
+        self._evaluations_left = 0
+        self._evaluation_seconds: list[float] = []
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[left]}"),
             TextColumn("{task.fields[latest]}"),
         )
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._task = self._progress.add_task("starting", total=total_steps, latest="")
+        self._task = self._progress.add_task("starting", total=total_steps, left="", latest="")
 
     def start_stage(self, name: str, num_steps: int, *, finished: bool) -> None:
         """Name the stage that comes; `finished` if the workdir already holds its result."""
@@ -46,16 +47,30 @@ class JobProgress:
         if not values:
             self._done_at_start += done
         latest = " ".join(f"{name} {values[name]:.3f}" for name in ("loss", "reward", "anchor_kl") if name in values)
-        self._progress.update(self._task, completed=self._before + done, description=self._stage, latest=latest)
+        left = self._left(done)
+        self._progress.update(
+            self._task, completed=self._before + done, description=self._stage, left=left, latest=latest
+        )
         now = time.monotonic()
         if values and not self._console.is_terminal and now - self._last_line > PLAIN_LINE_SECONDS:
             self._last_line = now
-            parts = filter(None, (f"{self._stage}: step {done}", latest, self._left(done)))
+            count = f"{self._before + done}/{self._total} of all steps"
+            parts = filter(None, (f"{self._stage}: step {done}", latest, count, left))
             self._console.print(", ".join(parts), highlight=False, soft_wrap=True)
 
     def end_stage(self, num_steps: int) -> None:
         """Count the stage's steps as done."""
         self._before += num_steps
+
+    def expect_evaluations(self, count: int) -> None:
+        """How many evaluations are still to be made; their time counts in the time left, once one has been timed."""
+        self._evaluations_left = count
+
+    def on_evaluation(self, text: str, seconds: float) -> None:
+        """Print the result of an evaluation, and count it."""
+        self._evaluations_left -= 1
+        self._evaluation_seconds.append(seconds)
+        self.note(f"{text} ({seconds:.0f} s)")
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
@@ -72,6 +87,8 @@ class JobProgress:
 
     def _left(self, done: int) -> str:
         finished = self._before + done
-        worked = finished - self._done_at_start
-        seconds = (time.monotonic() - self._started) / max(worked, 1) * (self._total - finished)
-        return f"{finished}/{self._total} of all steps, about {seconds / 60:.1f} min left"
+        timed = self._evaluation_seconds
+        stepping = time.monotonic() - self._started - sum(timed)
+        seconds = stepping / max(finished - self._done_at_start, 1) * (self._total - finished)
+        seconds += sum(timed) / max(len(timed), 1) * self._evaluations_left
+        return f"about {seconds / 60:.1f} min left"

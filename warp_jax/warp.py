@@ -34,9 +34,25 @@ def evaluation_name(stage: str, iteration: int, run: int, eta: float, step: int)
     return f"liti_i{iteration}_e{eta:g}" if eta else "sft"
 
 
+def evaluation_names(config: ConfigDict) -> set[str]:
+    """Of all evaluations that a job makes."""
+    nan, names = float("nan"), {"sft"}
+    for iteration, num_steps in enumerate(config.warp.steps_per_iteration, start=1):
+        for run in range(1, config.warp.num_runs + 1):
+            steps = _trajectory_steps(num_steps, config.evaluation.every)
+            names.update(evaluation_name("policy", iteration, run, nan, step) for step in steps)
+        names.update(evaluation_name("liti", iteration, 0, eta, 0) for eta in (1.0, *config.front.etas))
+    return names
+
+
 def run_warp(config: ConfigDict, setup: Setup, workdir: Path, progress: JobProgress) -> list[Point]:
     """Train, merge and evaluate everything the workdir does not hold yet; return all points in order."""
-    evaluations = EvaluationStore(workdir / "evaluations", _make_evaluate(config, setup))
+
+    def on_new(name: str, evaluation: Evaluation, seconds: float) -> None:
+        progress.on_evaluation(f"{name}: {_in_words(evaluation)}", seconds)
+
+    evaluations = EvaluationStore(workdir / "evaluations", _make_evaluate(config, setup), on_new)
+    progress.expect_evaluations(len(evaluations.missing(evaluation_names(config))))
     optimizer = stages.make_optimizer(config.rl, config.adam)
     programs = _make_programs(config, setup, optimizer)
     sft = setup.sft_params
@@ -62,7 +78,6 @@ def run_warp(config: ConfigDict, setup: Setup, workdir: Path, progress: JobProgr
         merged = merge(config.warp, init_params, policies, directory)
         points += front_points(config.front.etas, sft, merged, iteration, evaluations)
         init_params = merging.liti(init_params, merged, config.warp.liti_rate)
-        _note_merge(points, iteration, progress)
     return points
 
 
@@ -197,10 +212,6 @@ def _make_programs(config: ConfigDict, setup: Setup, optimizer: Any) -> train.Pr
     )
 
 
-def _note_merge(points: list[Point], iteration: int, progress: JobProgress) -> None:
-    merged = next(p for p in points if p.stage == "merged" and p.iteration == iteration)
-    row = evaluate.summary(merged.evaluation)
-    progress.note(
-        f"iteration {iteration} merged: reward {row['reward']:.3f} (gold {row['gold_reward']:.3f}) "
-        f"at {row['sft_kl']:.2f} nats from SFT"
-    )
+def _in_words(evaluation: Evaluation) -> str:
+    row = evaluate.summary(evaluation)
+    return f"reward {row['reward']:.3f} (gold {row['gold_reward']:.3f}) at {row['sft_kl']:.2f} nats from SFT"
