@@ -35,9 +35,9 @@ def read_row(workdir: Path) -> list[str]:
         str(seed),
         *(f"{summary[name]:.3f}" for name in ("sft_reward", "final_reward")),
         f"{summary['gain_in_standard_errors']:.1f}",
-        f"{summary['final_gold_reward']:.3f}",
+        _or_dash(summary["final_gold_reward"], "{:.3f}"),
         f"{summary['final_sft_kl']:.2f}",
-        " / ".join(f"{_median_angle(geometry):.0f}" for geometry in geometries),
+        " / ".join(_or_dash(_median_angle(geometry), "{:.0f}") for geometry in geometries),
         "; ".join(_difference(d) for entry in summary["iterations_compared"][-1:] for d in entry["reward_difference"]),
     ]
 
@@ -46,11 +46,14 @@ def _iterations(workdir: Path) -> list[Path]:
     return sorted(workdir.glob("iteration_*/geometry.json"), key=lambda path: int(path.parent.name.split("_")[1]))
 
 
-def _median_angle(geometry: dict[str, Any]) -> float:
-    """Degrees, median over the units and the pairs of runs."""
-    return statistics.median(
-        angle for unit in geometry["angles_degrees"] for m, row in enumerate(unit) for angle in row[:m]
-    )
+def _median_angle(geometry: dict[str, Any]) -> float | None:
+    """Degrees, median over the units and the pairs of runs; None with one run."""
+    angles = [angle for unit in geometry["angles_degrees"] for m, row in enumerate(unit) for angle in row[:m]]
+    return statistics.median(angles) if angles else None
+
+
+def _or_dash(value: float | None, style: str) -> str:
+    return "-" if value is None else style.format(value)
 
 
 def _difference(difference: dict[str, float]) -> str:

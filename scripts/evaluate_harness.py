@@ -102,7 +102,20 @@ def _folders(out: Path) -> dict[str, Path]:
     return folders | {name: out / "models" / name for name in names}
 
 
+def _check_origin(out: Path) -> None:
+    """Exports of another workdir, or of one made anew with another config, are not taken for this one's."""
+    config = Path(WORKDIR.value) / "config.json"
+    if not config.is_file():
+        raise ValueError(f"--workdir: {WORKDIR.value} has no config.json, want a folder that warp_jax.main made")
+    origin, path = {"workdir": str(config.parent.resolve()), "config": files.read_json(config)}, out / "origin.json"
+    if path.exists() and files.read_json(path) != origin:
+        raise ValueError(f"--out: {out} holds exports of another workdir or config; choose another folder")
+    files.write_json(path, origin)
+
+
 def _export(out: Path, folders: dict[str, Path]) -> None:
+    if STAGES.value:
+        _check_origin(out)
     for stage in STAGES.value:
         folder = folders[harness.stage_name(stage)]
         if (folder / "config.json").is_file():
@@ -124,7 +137,7 @@ def _path(out: Path, name: str, task: str) -> Path:
 
 
 def _model(out: Path, name: str, folder: Path) -> Model:
-    fingerprint = harness.fingerprint(folder)
+    fingerprint = files.fingerprint(folder)
     found = ((task, harness.load_record(_path(out, name, task), _settings(), fingerprint)) for task in TASKS.value)
     return Model(name, folder, fingerprint, {task: record for task, record in found if record})
 

@@ -37,12 +37,12 @@ def main(argv: list[str]) -> None:
         folder = pretrained.find(SOURCE.value)
         config = pretrained.read_settings(folder, "language", "float32")
         texts = [row["text"] for row in corpus.load_rows("movie_reviews", "train")]
-    except ValueError as error:
+        mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+        params = huggingface.load_params(folder, config, sharding.with_shardings(mesh, functions.param_shapes(config)))
+        tokenizer = Tokenizer.from_folder(folder)
+    except (ValueError, OSError) as error:
         cli.fail(str(error))
-    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-    params = huggingface.load_params(folder, config, sharding.with_shardings(mesh, functions.param_shapes(config)))
     apply_fn = functions.make_apply_fn(config)
-    tokenizer = Tokenizer.from_folder(folder)
     chosen = [texts[i] for i in np.linspace(0, len(texts) - 1, NUM_TEXTS.value).astype(int)]
     bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
     rows = [np.append(bos, ids)[: MAX_TOKENS.value] for ids in tokenizer.encode(chosen)]

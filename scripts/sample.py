@@ -8,11 +8,13 @@ The second writes answers/sft.jsonl and answers/liti_1.0.jsonl, which scripts/si
 
 import functools
 import json
+import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from warp_jax import answers, cli, export, files
 
@@ -41,19 +43,23 @@ def main(argv: list[str]) -> None:
         if OUT.value and Path(OUT.value).exists():
             raise ValueError(f"--out: {OUT.value} exists, and nothing is overwritten; choose another folder")
         columns = ask(export.Workdir(Path(WORKDIR.value)), asked)
+        if OUT.value:
+            write(Path(OUT.value), asked, columns)
     except (ValueError, OSError) as error:
         cli.fail(str(error))
-    table = Table("prompt", *columns, show_lines=True)
-    for prompt, *texts in zip(map(str, asked), *columns.values(), strict=True):
-        table.add_row(prompt, *texts)
+    table = Table(show_lines=True)
+    for name in ("prompt", *columns):
+        table.add_column(Text(name))
+    for texts in zip(map(str, asked), *columns.values(), strict=True):
+        table.add_row(*map(Text, texts))  # plain: answers may look like markup
     Console().print(table)
-    if OUT.value:
-        write(Path(OUT.value), asked, columns)
 
 
 def ask(job: export.Workdir, asked: list[object]) -> dict[str, list[str]]:
     """The answers of every stage."""
     use_chat = job.config.data.chat if CHAT.value is None else CHAT.value
+    if job.config.data.prompt_template:
+        print("note: prompts are asked as they are, without the workdir's data.prompt_template", file=sys.stderr)
     rows = answers.encode(job.tokenizer, asked, use_chat=use_chat)
     settings = {
         "max_new_tokens": MAX_NEW_TOKENS.value,
@@ -64,6 +70,8 @@ def ask(job: export.Workdir, asked: list[object]) -> dict[str, list[str]]:
     found = {}
     for stage in STAGES.value:
         params, model = job.load(stage)
+        if model.head != "language":
+            raise ValueError(f"--stages: {stage} answers nothing, want policies: sft, iteration_I/merged, liti:ETA")
         found[stage] = answers.sample_answers(
             params, model, job.tokenizer, rows, mesh=job.mesh, seed=SEED.value, settings=settings
         )
@@ -75,15 +83,17 @@ def write(out: Path, asked: list[object], columns: dict[str, list[str]]) -> None
     with files.staged(out) as folder:
         for stage, texts in columns.items():
             lines = (
-                json.dumps({"prompt": _as_text(prompt), "completion": text}, ensure_ascii=False)
+                json.dumps({**_asked(prompt), "completion": text}, ensure_ascii=False)
                 for prompt, text in zip(asked, texts, strict=True)
             )
             files.write_text(folder / f"{stage.replace('/', '_').replace(':', '_')}.jsonl", "\n".join(lines) + "\n")
 
 
-def _as_text(prompt: object) -> str:
-    """A conversation as its JSON, so that files of answers match by one text."""
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+def _asked(prompt: object) -> dict[str, object]:
+    """A text, or a conversation and its JSON, so that files of answers match by one text."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    return {"prompt": json.dumps(prompt, ensure_ascii=False), "messages": prompt}
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ LENGTH_UNIT = flags.DEFINE_enum("length_unit", "characters", list(side_by_side.L
 RESAMPLES = flags.DEFINE_integer("resamples", 1000, "Bootstrap resamples of the prompts.", lower_bound=100)
 SEED = flags.DEFINE_integer("seed", 0, "Of the bootstrap.", lower_bound=0)
 JUDGED_AT_ONCE = 64
+MESSAGES = "messages"  # the field with a conversation, which a reward model reads in its chat template
 
 
 def main(argv: list[str]) -> None:
@@ -69,9 +70,13 @@ def load_judge(source: str) -> rewards.TextFn:
     """The text reward that a folder or the name of a function stands for; a model reads JUDGED_AT_ONCE texts a time."""
     if not Path(source).is_dir():
         return rewards.load_function(source)
-    reward = pretrained.load_reward(Path(source), sharding.make_mesh((-1, 1, 1)), "float32")
 
     def judge(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        is_chat = [MESSAGES in row for row in rows]
+        if any(is_chat) != all(is_chat):
+            raise ValueError(f"some answers have a conversation in {MESSAGES!r} and some have not, want all or none")
+        conversation_of = (lambda row: row[MESSAGES]) if all(is_chat) else None
+        reward = pretrained.load_reward(Path(source), sharding.make_mesh((-1, 1, 1)), "float32", conversation_of)
         starts = range(0, len(prompts), JUDGED_AT_ONCE)
         parts = [slice(start, start + JUDGED_AT_ONCE) for start in starts]
         return np.concatenate([reward(prompts[part], completions[part], rows[part]) for part in parts])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -149,12 +150,19 @@ def test_a_bos_that_the_template_writes_stands_alone(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_whole_conversations_equal_transformers(tmp_path, family):
+def test_whole_conversations_equal_transformers(tmp_path, family, monkeypatch):
     """Fails when add_generation_prompt is always true."""
+    monkeypatch.setattr(chat, "TODAY", datetime.now())
     tokenizer, messages = _make_folder(tmp_path, *FAMILIES[family]), LATER[:2]
     names = {"bos_token": None, **tokenizer.special_tokens}
     text = chat.render(tokenizer.chat_template, messages, add_generation_prompt=False, **names)
     assert text == _transformers(tmp_path).apply_chat_template(messages, tokenize=False)
+
+
+def test_a_prompt_is_the_same_on_any_day(tmp_path):
+    """Fails when a template reads the machine's clock: a job that is resumed tomorrow would ask other prompts."""
+    tokenizer = _make_folder(tmp_path, "{{ strftime_now('%d %b %Y') }}", None, "</s>", ())
+    assert chat.prompt_text(tokenizer, "x") == "26 Jul 2024"
 
 
 def test_variables_reach_the_template(tmp_path):
@@ -184,8 +192,9 @@ def test_variables_reach_the_template(tmp_path):
         "  {% if true %}\n  a\n{%- endif %}\n\n",
     ],
 )
-def test_templates_have_what_transformers_gives_them(tmp_path, source):
+def test_templates_have_what_transformers_gives_them(tmp_path, source, monkeypatch):
     """Fails when a name, filter, tag or loop variable of transformers' environment is missing or differs."""
+    monkeypatch.setattr(chat, "TODAY", datetime.now())
     tokenizer = _make_folder(tmp_path, source, None, "</s>", ())
     expected = _transformers(tmp_path).apply_chat_template(LATER, tokenize=False, add_generation_prompt=True)
     assert chat.prompt_text(tokenizer, LATER) == expected

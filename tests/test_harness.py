@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from warp_jax import cli, harness
+from warp_jax import cli, files, harness
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "evaluate_harness.py"
@@ -104,15 +104,15 @@ def test_fingerprint_changes_with_the_weights(tmp_path, size):
     hashes = set()
     for position in (0, size // 2, size - 1):
         file.write_bytes(content[:position] + b"x" + content[position + 1 :])
-        hashes.add(harness.fingerprint(tmp_path))
+        hashes.add(files.fingerprint(tmp_path))
     file.write_bytes(content)
-    original = harness.fingerprint(tmp_path)
+    original = files.fingerprint(tmp_path)
     (tmp_path / "README.md").write_text("a note")
-    assert harness.fingerprint(tmp_path) == original
+    assert files.fingerprint(tmp_path) == original
     file.write_bytes(content + b"\0")
-    hashes.add(harness.fingerprint(tmp_path))
+    hashes.add(files.fingerprint(tmp_path))
     file.rename(tmp_path / "other.safetensors")
-    hashes.add(harness.fingerprint(tmp_path))
+    hashes.add(files.fingerprint(tmp_path))
     assert len(hashes | {original}) == 6
 
 
@@ -265,6 +265,7 @@ def test_models_are_evaluated_once_and_compared(tmp_path):
     export = f"lambda workdir, stage, out: shutil.copytree(f'{tmp_path}/{{workdir}}_{{stage[5:]}}', out)"
     fake = f"import shutil, types; sys.modules['warp_jax.export'] = types.SimpleNamespace(export_stage={export})"
     stages = ["--workdir=model_of", "--stages=liti:stage"]
+    files.write_json(tmp_path / "model_of" / "config.json", {"seed": 1})
     third = _run(*flags, f"{folders},broken={broken}", *stages, before=fake, home=tmp_path / "home")
     assert third.returncode == 1, third.stderr
     assert "2 evaluations failed" in third.stderr
@@ -273,7 +274,12 @@ def test_models_are_evaluated_once_and_compared(tmp_path):
     assert [path.stat().st_mtime_ns for path in results] == times
     models = {model for _, _, model in _table(out)}
     assert models == {"sft", "other", "liti_stage"}
-    assert harness.fingerprint(out / "models" / "liti_stage") == harness.fingerprint(tmp_path / "model_of_stage")
+    assert files.fingerprint(out / "models" / "liti_stage") == files.fingerprint(tmp_path / "model_of_stage")
+
+    files.write_json(tmp_path / "model_of" / "config.json", {"seed": 2})
+    stale = _run(*flags, folders, *stages, before=fake, home=tmp_path / "home")
+    assert (stale.returncode, stale.stderr.count("\n")) == (2, 1), stale.stderr
+    assert "holds exports of another workdir or config" in stale.stderr
 
 
 def _check_against_harness(out):
@@ -351,7 +357,7 @@ def test_results_measured_otherwise_are_not_mixed(tmp_path, what, message):
     """Fails when a result of other weights or settings counts as finished, or one of the same does not."""
     folder, settings = _folder(tmp_path / "a"), harness.Settings(limit=3.0)
     output = {"results": {"sums": {"acc,none": 0.5}}, "n-samples": {"sums": {"effective": 2}}, "samples": {}}
-    record = harness.make_record("a", "sums", settings, harness.fingerprint(folder), output)
+    record = harness.make_record("a", "sums", settings, files.fingerprint(folder), output)
     path = tmp_path / "out" / "results" / "a" / "sums.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(record))

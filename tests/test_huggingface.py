@@ -436,6 +436,7 @@ REFUSED = [
     ("llama2", {"hidden_act": "relu"}, "relu"),
     ("llama2", {"hidden_act": "gelu"}, "gelu"),
     ("gemma2", {"hidden_activation": "relu"}, "relu"),
+    ("gemma", {"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh"}, "differ"),
     ("llama2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("gemma3", {"layer_types": ["chunked_attention"] * 7}, "layer_types"),
@@ -468,3 +469,16 @@ def test_what_is_not_computed_is_refused_by_name(case, tmp_path, name, changes, 
         read_config(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [{"hidden_act": "silu"}, {"hidden_act": "silu", "hidden_activation": None}], ids=str)
+def test_the_activation_of_the_first_gemma(case, tmp_path, given):
+    """Fails if the default of hidden_activation goes before what hidden_act says."""
+    edited(case("gemma").folder, tmp_path, **{"hidden_activation": ..., **given})
+    assert read_config(tmp_path).activation == "silu"
+
+
+def test_num_labels_counts_without_names(case, tmp_path):
+    """Fails if a reward model that names no labels is taken to have two."""
+    edited(case(REWARD_MODELS[0]).folder, tmp_path, id2label=..., label2id=..., num_labels=1)
+    assert read_config(tmp_path).head == "scalar"

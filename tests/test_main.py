@@ -17,7 +17,7 @@ import transformers
 from ml_collections import ConfigDict
 
 from configs import default, lerp, no_kl, quickstart, sft_anchor, tiny
-from warp_jax import cli, export, main, pretrained, report, summary, validation
+from warp_jax import cli, export, files, main, pretrained, report, summary, validation
 from warp_jax.models.functions import make_apply_fn
 
 ROOT = Path(__file__).parents[1]
@@ -190,6 +190,9 @@ BAD = [
     ("warp.liti_rate", -0.1, "between 0 and 1"),
     ("front.etas", (0.3, -0.1), "none below 0"),
     ("warp.num_runs", 0, "at least 1"),
+    ("data.chat", True, "no chat template"),
+    ("data.prompt_template", "{txt}", "want names of fields"),
+    ("reward_model.trainable", "layers/", "matches score/kernel"),
     ("rl.kl_coef", -0.1, "at least 0"),
     ("sampling.temperature", 0.0, "more than 0"),
     ("rl.advantage", "mean", "one of none, batch_mean, leave_one_out"),
@@ -283,3 +286,14 @@ def test_the_reward_model_loads_in_transformers(tiny_run, tmp_path):
     row = np.append(opened.tokenizer.bos_id, opened.tokenizer.encode(["a fine film"])[0]).astype(np.int32)[None]
     alone, _ = make_apply_fn(settings)(params, row, np.ones_like(row, bool))
     np.testing.assert_allclose(reward(["a fine"], [" film"], [{}]), alone[:, -1], rtol=1e-3, atol=1e-7)
+
+
+def test_compare_of_one_run_without_gold(tmp_path):
+    """Fails when a baseline, which has no angles, or a job without a gold reward ends in a traceback."""
+    numbers = {"sft_reward": 0.1, "final_reward": 0.7, "gain_in_standard_errors": 5.0, "final_gold_reward": None}
+    files.write_json(tmp_path / "summary.json", {**numbers, "final_sft_kl": 2.0, "iterations_compared": []})
+    files.write_json(tmp_path / "config.json", {"seed": 3})
+    files.write_json(tmp_path / "iteration_1" / "geometry.json", {"angles_degrees": [[[0.0]]]})
+    result = _start([sys.executable, "scripts/compare.py", str(tmp_path)])
+    assert result.returncode == 0, result.stderr
+    assert "| 3 | 0.100 | 0.700 | 5.0 | - | 2.00 | - |" in result.stdout

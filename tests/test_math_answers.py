@@ -5,6 +5,8 @@ import pytest
 from warp_jax import math_answers
 
 SAME = [
+    ("7 months", "7"),
+    ("1.5e3", "1500"),
     ("18", "18.00"),
     ("18.", "+18"),
     ("-3", "\N{MINUS SIGN}3"),
@@ -59,6 +61,12 @@ DIFFERENT = [
     ("5%", "0.05"),
     ("18 km", "18 miles"),
     ("18 million", "18"),
+    ("18 millions", "18"),
+    ("7 hundreds", "7"),
+    ("3 thirds", "3"),
+    ("7 tenths", "7"),
+    ("7 thousandths", "7"),
+    ("10 base two", "10"),
     ("18 and 19", "18"),
     ("17 or 18", "18"),
     ("17, 18", "18"),
@@ -105,6 +113,7 @@ EXTRACTED = [
     ("It is 3. The answer is", None),
     ("The answer is 17 or 18", "17 or 18"),
     ("17 18 16", "16"),
+    ("about 1e5 men", "1e5"),
     ("10-3", "3"),
     ("x = -3", "-3"),
     ("(\N{MINUS SIGN}5)", "-5"),

@@ -24,7 +24,7 @@ from configs import (
     tiny,
 )
 from tests.test_main import ENV, ROOT, _leaves
-from warp_jax import export, main, sharding, trees, validation
+from warp_jax import corpus, export, main, sharding, stages, trees, validation
 from warp_jax.models.functions import make_apply_fn
 from warp_jax.pretrained import load_reward
 from warp_jax.tokenizer import Tokenizer
@@ -159,7 +159,7 @@ def test_liti_lies_between_sft_and_the_last_merge(job):
 
 def test_the_reward_is_that_of_transformers(models):
     """Fails when the completion is not the assistant's turn, or the score is read at another token."""
-    reward = load_reward(models / "reward", sharding.make_mesh((-1, 1, 1)), "float32", "messages")
+    reward = load_reward(models / "reward", sharding.make_mesh((-1, 1, 1)), "float32", lambda row: row["messages"])
     asked = [[{"role": "user", "content": text}] for text in QUESTIONS[:3]]
     answers = ["four", "", "what is 3"]
     got = reward(["ignored"] * 3, answers, [{"messages": messages} for messages in asked])
@@ -175,6 +175,49 @@ def test_the_reward_is_that_of_transformers(models):
 def _run(script, *arguments):
     command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("pad_id", [None, 2])
+def test_padding_of_a_reward_model_is_what_its_config_says(models, tmp_path, pad_id):
+    """Fails when the tokenizer's pad, here its end of text, is not counted as the last token of a conversation."""
+    shutil.copytree(models / "reward", tmp_path / "reward")
+    settings = json.loads((tmp_path / "reward" / "tokenizer_config.json").read_text())
+    settings["pad_token"] = "<eos>"
+    (tmp_path / "reward" / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((tmp_path / "reward" / "config.json").read_text())
+    (tmp_path / "reward" / "config.json").write_text(json.dumps({**config, "pad_token_id": pad_id}))
+    reward = load_reward(tmp_path / "reward", sharding.make_mesh((-1, 1, 1)), "float32", lambda row: row["asked"])
+    (got,) = reward(["-"], ["four"], [{"asked": "what is 3 and 4?"}])
+    text = "<bos><user>what is 3 and 4?<eos><assistant>four<eos>"
+    ids = Tokenizer.from_folder(tmp_path / "reward").encode_with_special([text])[0][None].astype(np.int64)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    with torch.no_grad():
+        assert got == pytest.approx(model(torch.from_numpy(ids)).logits.item(), rel=1e-4)
+
+
+def test_a_reward_model_reads_the_filled_template(models):
+    """Fails when the policy is asked by the template and the reward model sees the bare field."""
+    config = _config(models)
+    config.data.prompt_template = "Answer in one word: {messages}"
+    row = {"messages": "what is 3 and 4?"}
+    assert corpus.asked(config.data, row) == "Answer in one word: what is 3 and 4?"
+    found = stages.Maker(config, models, None, sharding.make_mesh((-1, 1, 1)), None).text_fn(str(models / "reward"))
+    plain = load_reward(models / "reward", sharding.make_mesh((-1, 1, 1)), "float32", lambda row: row["whole"])
+    want = plain(["-"], ["7"], [{"whole": "Answer in one word: what is 3 and 4?"}])
+    np.testing.assert_allclose(found(["-"], ["7"], [row]), want, rtol=1e-6)
+
+
+def test_other_files_of_the_model_are_refused(models, tmp_path):
+    """Fails when a resumed job or an export mixes task vectors with another theta_sft."""
+    shutil.copytree(models / "policy", tmp_path / "policy")
+    config = _config(models)
+    config.model.source = str(tmp_path / "policy")
+    main.check(config, tmp_path / "run")
+    main.check(config, tmp_path / "run")
+    _damage_weights(lambda w: w[QUERY].add_(1.0))(tmp_path / "policy")
+    for again in (lambda: main.check(config, tmp_path / "run"), lambda: export.Workdir(tmp_path / "run")):
+        with pytest.raises(ValueError, match=r"other files of .*policy"):
+            again()
 
 
 def test_a_reward_model_judges_answers(models, tmp_path):
@@ -197,11 +240,13 @@ def test_stages_are_asked_side_by_side(job, tmp_path):
     """Fails when a stage is left out, or its answers are not written."""
     _, workdir, _ = job
     stages = "--stages=sft,liti:1.0"
-    result = _run("sample.py", f"--workdir={workdir}", stages, "--prompt=what is 3 and 4?", f"--out={tmp_path / 'out'}")
+    result = _run(
+        "sample.py", f"--workdir={workdir}", stages, "--prompt=what is [/b] and 4?", f"--out={tmp_path / 'out'}"
+    )
     assert result.returncode == 0, result.stderr
     for name in ("sft", "liti_1.0"):
         (row,) = (json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines())
-        assert row["prompt"] == "what is 3 and 4?"
+        assert row["prompt"] == "what is [/b] and 4?"
         assert row["completion"]
 
 
@@ -211,9 +256,12 @@ def test_stages_are_asked_side_by_side(job, tmp_path):
         ("export_hf.py", ["--stage=iteration_9/merged"], "iteration_9/merged"),
         ("export_hf.py", ["--stage=liti:half"], "liti:half"),
         ("export_hf.py", ["--stage=sft", "--workdir=nowhere"], "no config.json"),
+        ("export_hf.py", ["--stage=liti:nan"], "liti:nan"),
         ("sample.py", [], "no prompt"),
+        ("sample.py", ["--prompt=x", "--no_chat_template"], "no_chat_template"),
+        ("sample.py", ["--prompts=asked.json"], "want a .jsonl file"),
     ],
-    ids=["no stage", "no number", "no workdir", "no prompt"],
+    ids=["no stage", "no number", "no workdir", "nan", "no prompt", "no flag", "no jsonl"],
 )
 def test_bad_input_is_one_line(job, tmp_path, script, arguments, message):
     """Fails when any of these ends in a traceback, or leaves a folder."""

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
-from warp_jax.tokenizer import Tokenizer
+from warp_jax.tokenizer import SpecialTokens, Tokenizer
 
 SPECIAL = ["<|unused|>", "<s>", "</s>", "<|turn_end|>", "<|blank|>"]
 
@@ -191,3 +191,34 @@ def test_trained_tokenizers_have_the_same_attributes():
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (0, 1, 2, (2,))
     assert tokenizer.chat_template is None
     assert tokenizer.special_tokens == {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+
+
+def test_an_answer_keeps_the_space_before_its_first_word():
+    """Fails when prompt and answer are decoded apart: SentencePiece drops the first space of a text."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"\u2581a": 0, "\u2581great": 1, "\u2581film": 2}, "x"))
+    backend.decoder = tokenizers.decoders.Metaspace()
+    tokenizer = Tokenizer(backend, SpecialTokens(0, None, 0, (0,), {}, None))
+    ids, mask = np.array([[9, 0, 1], [0, 1, 1]]), np.array([[False, True, True], [True, True, True]])
+    answers = np.array([[2], [2]]), np.array([[True], [False]])
+    assert tokenizer.decode_answers(ids, mask, *answers) == (["a great", "a great great"], [" film", ""])
+
+
+def test_a_character_cut_in_two_does_not_eat_the_answer():
+    """Fails when the prompt's length is cut off where the whole does not begin with the prompt."""
+    tokenizer = Tokenizer.train(["x"], 259)
+    (ids,) = tokenizer.encode(["\u00e9t\u00e9"])
+    found = tokenizer.decode_answers(ids[None, :1], ids[None, :1] >= 0, ids[None, 1:], ids[None, 1:] >= 0)
+    assert found == (["\ufffd"], ["\ufffdt\u00e9"])
+
+
+def test_a_token_without_embedding_is_refused(tmp_path):
+    """Fails when a message that spells such a token out is encoded, and its row becomes nan."""
+    _make_folder(tmp_path, tokenizer_config=EOS)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    largest = tokenizer.vocab_size - 1
+    token = tokenizer._backend.id_to_token(largest)
+    (row,) = tokenizer.encode_with_special([token])
+    assert row.tolist() == [largest]
+    tokenizer._embedding_size = largest
+    with pytest.raises(ValueError, match="no embedding"):
+        tokenizer.encode_with_special([token])

@@ -19,6 +19,8 @@ BATCH = 32  # prompts at once
 
 def read_prompts(path: Path, field: str) -> list[Any]:
     """The texts or conversations in a field of each line of a JSONL file."""
+    if path.suffix != ".jsonl":
+        raise ValueError(f"{path}: want a .jsonl file, one JSON object a line")
     rows = corpus.load_rows(str(path), "")
     for number, row in enumerate(rows, start=1):
         if field not in row:
@@ -30,6 +32,8 @@ def encode(tokenizer: Tokenizer, values: Sequence[Any], *, use_chat: bool) -> li
     """Ids of each prompt: a text after bos, or a conversation in the model's chat template."""
     if use_chat:
         return tokenizer.encode_with_special([chat.prompt_text(tokenizer, value) for value in values])
+    if others := [value for value in values if not isinstance(value, str)]:
+        raise ValueError(f"prompt: got {str(others[0])[:60]!r}, want a text; for conversations use the chat template")
     bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
     return [np.append(bos, ids) for ids in tokenizer.encode(values)]
 
@@ -56,5 +60,8 @@ def sample_answers(
         filled = part + [part[0]] * (-len(part) % sharding.batch_devices(mesh))
         batch = sharding.put_batch(mesh, prompts.left_pad(filled, length, tokenizer.pad_id))
         rollout = jax.device_get(sample(params, batch, jax.random.fold_in(jax.random.key(seed), number)))
-        answers += tokenizer.decode(rollout.completion_ids, rollout.completion_mask)[: len(part)]
+        _, texts = tokenizer.decode_answers(
+            rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, rollout.completion_mask
+        )
+        answers += texts[: len(part)]
     return answers

@@ -1,6 +1,7 @@
 """From the config to the settings of the policy and of the reward model."""
 
 import dataclasses
+import re
 
 from ml_collections import ConfigDict
 
@@ -32,6 +33,11 @@ def reward_model_config(config: ConfigDict, policy: TransformerConfig) -> Transf
     if config.num_layers > policy.num_layers:
         raise ValueError(
             f"config.reward_model.num_layers: got {config.num_layers}, want at most the policy's {policy.num_layers}"
+        )
+    if not re.search(config.trainable, "score/kernel"):
+        raise ValueError(
+            f"config.reward_model.trainable: got {config.trainable!r}, want a pattern that matches score/kernel too: "
+            "the head starts at 0, and would stay there"
         )
     layers = config.num_layers or policy.num_layers
     settings = dataclasses.replace(policy, num_layers=layers, head="scalar", layer_groups=(), tied_head=False)

@@ -23,6 +23,7 @@ from jinja2.utils import Namespace
 
 from warp_jax.tokenizer import Tokenizer
 
+TODAY = datetime(2024, 7, 26)  # for every template: a prompt must be the same on any day that a job is resumed
 LOOP_SECONDS = 10.0  # of computing, for one loop of a template
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKERS = {  # of {"from", "value"} messages -> role
@@ -60,9 +61,9 @@ def render(
 ) -> str:
     """A conversation as text, exactly as transformers' apply_chat_template writes it (Hugging Face's chat templates).
 
-    variables: whatever else the template reads, as plain JSON values: tools, enable_thinking, date_string; a template
-    that prints the date needs it here, or its prompts change from day to day. None stands for a special token that the
-    model lacks. Raises ValueError if the template is wrong, refuses the conversation, or leaves the sandbox.
+    variables: whatever else the template reads, as plain JSON values: tools, enable_thinking, date_string. The clock of
+    a template stands at TODAY. None stands for a special token that the model lacks. Raises ValueError if the template
+    is wrong, refuses the conversation, or leaves the sandbox.
     """
     tokens = {"bos_token": bos_token, "eos_token": eos_token}
     given = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **variables}
@@ -152,7 +153,7 @@ def _compile(source: str) -> Template:
     environment.filters |= {"tojson": _to_json, "stopping": _stopping}
     environment.globals |= {
         "raise_exception": _raise_exception,
-        "strftime_now": lambda pattern: datetime.now().strftime(pattern),
+        "strftime_now": _strftime_now,
         "namespace": _make_namespace,
         "dict": _Dict(),
     }
@@ -175,6 +176,10 @@ def _make_namespace(*args: Any, **items: Any) -> _Namespace:
     for name, value in dict(*args, **items).items():
         space[name] = value
     return space
+
+
+def _strftime_now(pattern: str) -> str:
+    return TODAY.strftime(pattern)
 
 
 def _raise_exception(message: str) -> NoReturn:

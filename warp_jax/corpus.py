@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 
 from warp_jax import reasoning
 
@@ -132,6 +133,17 @@ def split_rows(
         corpus.labels.append(int(rows[number][label_field]) if label_field else 0)
         corpus.rows.append(rows[number])
     return dealt
+
+
+def asked(data: ConfigDict, row: Mapping[str, Any]) -> Any:
+    """What a row asks: its text field, a text or a conversation, or the template filled with its fields."""
+    try:
+        return data.prompt_template.format(**row) if data.prompt_template else row[data.text_field]
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"config.data.prompt_template: got {data.prompt_template!r}, want names of fields in braces, of "
+            f"{', '.join(sorted(row))}: {type(error).__name__} {error}"
+        ) from error
 
 
 def check_splits(splits: Mapping[str, Corpus], *, num_eval: int, labelled: bool) -> None:

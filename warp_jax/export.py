@@ -1,5 +1,6 @@
 """Any stage of a workdir as a Hugging Face folder that transformers, vLLM and lm-evaluation-harness load."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class Workdir:
         self.config = ConfigDict(files.read_json(path / "config.json"))
         self.mesh: Mesh = sharding.make_mesh((1, -1, 1))
         self.source = pretrained.find(self.config.model.source) if self.config.model.source else None
+        pretrained.check_unchanged(self.config, path)
         self.tokenizer = self._load_tokenizer()
         self.policy = architecture.policy_config(self.config.model, self.tokenizer.vocab_size)
 
@@ -153,6 +155,9 @@ class Workdir:
 
 def _number(stage: str, text: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise ValueError(f"stage: got {stage!r}, want liti:ETA with a number, such as liti:0.3") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"stage: got {stage!r}, want liti:ETA with a number, such as liti:0.3")
+    return number

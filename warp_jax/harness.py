@@ -5,7 +5,6 @@ Nothing here imports the harness: `make_record` takes what `lm_eval.simple_evalu
 
 import csv
 import dataclasses
-import hashlib
 import io
 import math
 import re
@@ -20,8 +19,6 @@ from warp_jax import files
 # The paper's Table 2 in the harness's names. It does not say whether BBH was asked step by step; `bbh_zeroshot` is not.
 TABLE_2 = ("mbpp", "mmlu", "gsm8k", "minerva_math", "humaneval", "bbh_cot_zeroshot")
 RUN_CODE = ("mbpp", "humaneval")  # tasks whose name starts so run what the model wrote
-MODEL_FILES = (".json", ".jinja", ".model", ".safetensors", ".bin")
-PIECE = 1 << 16  # bytes
 CSV_COLUMNS = (
     *("task", "metric", "filter", "documents", "model", "value", "stderr"),
     *("difference", "difference_stderr"),  # from the first model
@@ -84,19 +81,6 @@ def check_names(flag: str, names: Sequence[str]) -> None:
 def stage_name(stage: str) -> str:
     """The column of a stage: liti:0.3 -> liti_0.3, iteration_1/run_2 -> iteration_1_run_2."""
     return re.sub(r"[:/]", "_", stage)
-
-
-def fingerprint(folder: Path) -> str:
-    """Hash of names, sizes and three pieces of every model file: seconds for any size, other after more training."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            for start in (0, size // 2, max(size - PIECE, 0)):
-                file.seek(start)
-                digest.update(file.read(PIECE))
-    return digest.hexdigest()[:32]
 
 
 def make_record(

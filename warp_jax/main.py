@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     config, workdir = CONFIG.value, Path(str(WORKDIR.value))
     try:
         corpora = check(config, workdir)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         cli.fail(str(error))
     try:
         print(run(config, corpora, workdir))

@@ -19,7 +19,7 @@ _LONGEST = 300  # characters of an answer that is looked into
 _BOX = re.compile(r"\\[{}]|\\f?box(?:ed)?\s*\{|\\boxed\s+(?P<bare>[^\s${}]+)|[{}]")
 _PHRASE = re.compile(r"answer\s*(?:is\b|:)[\s:]*", re.IGNORECASE)
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
-_DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)"
+_DECIMAL = rf"(?:(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,3}}(?![0-9a-zA-Z]))?)"
 _IN_PROSE = re.compile(  # the minus of 5-3 is no sign
     rf"(?:(?<![\w)}}\]])-)?\$?(?:(?:{_DIGITS}\s?)?\\[dt]?frac\{{-?[0-9]+\}}\{{[0-9]+\}}|"
     rf"(?:{_DIGITS} )?[0-9]+/[0-9]+|{_DECIMAL})%?"
@@ -30,8 +30,9 @@ _QUANTITY = re.compile(
 )
 _WORD = r"(?:[a-zA-Z]{3,}|am|cm|ft|hr|in|kg|km|lb|mg|mi|ml|mm|oz|pm)"
 _UNIT = re.compile(rf"\s*(?:\\text\{{\s*(?P<text>[a-zA-Z ]+)\}}|(?<=\s)(?P<words>{_WORD}(?: {_WORD})*))(?:\^[23])?\s*")
-_NO_UNIT = re.compile(
-    r"\b(?:and|or|not|sin|cos|tan|log|squared|cubed|half|halves|dozen|\w*(?:hundred|thousand|illion))\b"
+_NO_UNIT = re.compile(  # words that make another number of it
+    r"\b(?:and|or|not|plus|minus|base|sin|cos|tan|log|squared|cubed|half|halves|quarters?|thirds?|fifths?|sixths?|"
+    r"sevenths?|eighths?|ninths?|tenths?|\w+(?:teen|ie|dred|sand)ths?|dozens?|\w*(?:hundred|thousand|illion)s?)\b"
 )
 _ARGUMENT = r"\s*(?:\{([^{}]*)\}|([0-9a-zA-Z]))"
 _FRACTION = re.compile(rf"\\[dt]?frac(?![a-zA-Z]){_ARGUMENT}{_ARGUMENT}")

@@ -104,11 +104,17 @@ def load_tokenizer(config: ConfigDict, corpora: Mapping[str, Corpus], path: Path
 
 
 def check_prompts(config: ConfigDict, corpora: Mapping[str, Corpus]) -> None:
-    """Raise ValueError if the prompts of a pretrained model cannot be made, before anything is written."""
-    if config.model.source:
-        tokenizer = Tokenizer.from_folder(pretrained.find(config.model.source))
+    """Raise ValueError if the prompts cannot be made, before anything is written."""
+    if not config.model.source:  # its tokenizer is yet to be trained
+        if config.data.chat:
+            raise ValueError("config.data.chat: a tokenizer trained here has no chat template, want False")
         for name in ("prompts", "eval"):
-            make_prompts(config, tokenizer, corpora[name], name)
+            for row in corpora[name].rows:
+                corpus.asked(config.data, row)
+        return
+    tokenizer = Tokenizer.from_folder(pretrained.find(config.model.source))
+    for name in ("prompts", "eval"):
+        make_prompts(config, tokenizer, corpora[name], name)
 
 
 def make_prompts(config: ConfigDict, tokenizer: Tokenizer, split: Corpus, name: str) -> PromptBatch:
@@ -130,16 +136,10 @@ def make_prompts(config: ConfigDict, tokenizer: Tokenizer, split: Corpus, name: 
     return batch
 
 
-def prompt_text(tokenizer: Tokenizer, config: ConfigDict, row: Mapping[str, Any]) -> str:
-    """The prompt of a row: its text or conversation, in the config's template, then in the model's chat template."""
-    try:
-        value = config.prompt_template.format(**row) if config.prompt_template else row[config.text_field]
-    except (LookupError, ValueError) as error:
-        raise ValueError(
-            f"config.data.prompt_template: got {config.prompt_template!r}, want names of fields in braces, of "
-            f"{', '.join(sorted(row))}: {type(error).__name__} {error}"
-        ) from error
-    return chat.prompt_text(tokenizer, value) if config.chat else value
+def prompt_text(tokenizer: Tokenizer, data: ConfigDict, row: Mapping[str, Any]) -> str:
+    """The prompt of a row: what it asks, in the model's chat template if `data.chat`."""
+    value = corpus.asked(data, row)
+    return chat.prompt_text(tokenizer, value) if data.chat else value
 
 
 def needs_reward_model(config: ConfigDict) -> bool:

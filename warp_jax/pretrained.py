@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from warp_jax import chat, prompts, rewards, sharding
+from warp_jax import chat, files, prompts, rewards, sharding
 from warp_jax.models import gguf_import, huggingface, huggingface_config
 from warp_jax.models.functions import make_apply_fn, param_shapes
 from warp_jax.models.transformer import TransformerConfig
@@ -18,6 +19,7 @@ from warp_jax.tokenizer import Tokenizer
 from warp_jax.types import PromptBatch
 
 KINDS = {"language": "a language model (...ForCausalLM)", "scalar": "a reward model (...ForSequenceClassification)"}
+FINGERPRINTS = "models.json"  # in a workdir
 LENGTH_STEP = 64  # tokens: texts for a reward model are padded to a multiple, so that few programs are compiled
 
 
@@ -43,29 +45,59 @@ def read_settings(folder: Path, head: str, dtype: str) -> TransformerConfig:
     return dataclasses.replace(config, dtype=dtype)
 
 
-def load_reward(folder: Path, mesh: Mesh, dtype: str, conversation_field: str = "") -> rewards.TextFn:
+def fingerprints(config: ConfigDict) -> dict[str, str]:
+    """Of the folder of every model from outside that a config names, by its name there."""
+    parts = [part.source for part in config.rewards.values() if part.weight]
+    folders = {source: Path(source) for source in (*parts, config.gold.source) if source and Path(source).is_dir()}
+    if config.model.source:
+        folders[config.model.source] = find(config.model.source)
+    return {source: files.fingerprint(folder) for source, folder in folders.items()}
+
+
+def check_unchanged(config: ConfigDict, workdir: Path) -> dict[str, str]:
+    """The fingerprints of today; ValueError if a model's files are others than when the workdir was made."""
+    found, path = fingerprints(config), workdir / FINGERPRINTS
+    before = files.read_json(path) if path.exists() else {}
+    for source, fingerprint in found.items():
+        if before.get(source, fingerprint) != fingerprint:
+            raise ValueError(
+                f"workdir {workdir} was made with other files of {source}, whose task vectors it holds; "
+                "bring them back, or choose another --workdir"
+            )
+    return found
+
+
+def load_reward(
+    folder: Path, mesh: Mesh, dtype: str, conversation_of: Callable[[Mapping[str, Any]], Any] | None = None
+) -> rewards.TextFn:
     """A *ForSequenceClassification checkpoint with one label as a text reward, by its own tokenizer.
 
-    It reads prompt + completion, or, if conversation_field is given, the conversation in that field of each row with
-    the completion as its answer, in the reward model's own chat template.
+    It reads prompt + completion, or, if conversation_of is given, the conversation that it finds in each row with the
+    completion as its answer, in the reward model's own chat template. Padding is told from text as in transformers.
     """
     tokenizer = Tokenizer.from_folder(folder)
     config = read_settings(folder, "scalar", dtype)
     params = huggingface.load_params(folder, config, sharding.with_shardings(mesh, param_shapes(config)))
-    score = jax.jit(functools.partial(rewards.sequence_scores, make_apply_fn(config), pad_id=tokenizer.pad_id))
+    score = jax.jit(functools.partial(rewards.sequence_scores, make_apply_fn(config), pad_id=_pad_id(folder)))
     devices = sharding.batch_devices(mesh)
 
     def reward(prompts_: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        if conversation_field:
-            asked = [row[conversation_field] for row in rows]
+        if conversation_of is not None:
+            asked = map(conversation_of, rows)
             texts = [_answered(tokenizer, *pair) for pair in zip(asked, completions, strict=True)]
         else:
             texts = [prompt + completion for prompt, completion in zip(prompts_, completions, strict=True)]
-        batch = _pad_texts(tokenizer, texts, devices, plain=not conversation_field)
+        batch = _pad_texts(tokenizer, texts, devices, plain=conversation_of is None)
         batch = sharding.put_batch(mesh, batch)
         return np.asarray(jax.device_get(score(params, batch.prompt_ids, batch.prompt_mask)))[: len(texts)]
 
     return reward
+
+
+def _pad_id(folder: Path) -> int | None:
+    """The id that transformers does not take for the last token of a text: the one in config.json, and no other."""
+    content = files.read_json(folder / huggingface_config.CONFIG)
+    return (content.get("text_config") or content).get("pad_token_id")
 
 
 def _answered(tokenizer: Tokenizer, conversation: Any, completion: str) -> str:

@@ -68,14 +68,17 @@ def _samples_table(config: ConfigDict, setup: Setup, points: Sequence[Point]) ->
     """The same prompts under SFT and under the final merge."""
     chosen = np.linspace(0, config.evaluation.num_prompts - 1, config.report.num_samples).astype(int)
     shown = prompts.take(setup.eval_prompts, chosen)
-    texts = setup.tokenizer.decode(np.asarray(shown.prompt_ids), np.asarray(shown.prompt_mask))
+    asked = np.asarray(shown.prompt_ids), np.asarray(shown.prompt_mask)
+    texts = setup.tokenizer.decode(*asked)
     rows: list[dict[str, Any]] = [{"prompt": text} for text in texts]
     ends: dict[str, Evaluation] = {
         "SFT": points[0].evaluation,
         "final merge": summary.merged_point(points, config.warp.num_iterations).evaluation,
     }
     for name, evaluation in ends.items():
-        texts = setup.tokenizer.decode(evaluation.completion_ids[chosen], evaluation.completion_mask[chosen])
+        _, texts = setup.tokenizer.decode_answers(
+            *asked, evaluation.completion_ids[chosen], evaluation.completion_mask[chosen]
+        )
         for row, text, reward in zip(rows, texts, evaluation.reward[chosen], strict=True):
             row[name], row[f"{name} reward"] = text, float(reward)
     return _table(rows)

@@ -51,8 +51,9 @@ def make_from_text(
 
     def score(rollout: Rollout) -> np.ndarray:
         host = jax.device_get(rollout)
-        prompts = tokenizer.decode(host.prompt_ids, host.prompt_mask)
-        completions = tokenizer.decode(host.completion_ids, host.completion_mask)
+        prompts, completions = tokenizer.decode_answers(
+            host.prompt_ids, host.prompt_mask, host.completion_ids, host.completion_mask
+        )
         values = np.asarray(function(prompts, completions, [rows[i] for i in host.example_ids]), np.float32)
         if values.shape != (len(prompts),):
             raise ValueError(

@@ -26,7 +26,7 @@ from warp_jax import (
     supervised,
     trees,
 )
-from warp_jax.corpus import Corpus
+from warp_jax.corpus import Corpus, asked
 from warp_jax.models import functions, huggingface
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.progress import JobProgress
@@ -133,8 +133,8 @@ class Maker:
         """A reward on text: the reward model in a folder, or a Python function."""
         if not Path(source).is_dir():
             return rewards.load_function(source)
-        field = self.config.data.text_field if self.config.data.chat else ""
-        return pretrained.load_reward(Path(source), self.mesh, self.config.model.dtype, field)
+        conversation_of = functools.partial(asked, self.config.data) if self.config.data.chat else None
+        return pretrained.load_reward(Path(source), self.mesh, self.config.model.dtype, conversation_of)
 
     def _stage(
         self,

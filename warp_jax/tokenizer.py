@@ -17,7 +17,8 @@ class SpecialTokens(NamedTuple):
     """The ids that frame a text, and what a chat template needs.
 
     bos_id: what is put before a text, None if nothing is; eos_id: what is put after one; stop_ids: all that end a turn,
-    eos_id first; texts: how the special tokens are written, by role ("bos_token", "eos_token", ...).
+    eos_id first; texts: how the special tokens are written, by role ("bos_token", "eos_token", ...); embedding_size:
+    ids from here on have no embedding, None if not known.
     """
 
     pad_id: int
@@ -26,6 +27,7 @@ class SpecialTokens(NamedTuple):
     stop_ids: tuple[int, ...]
     texts: Mapping[str, str]
     chat_template: str | None
+    embedding_size: int | None = None
 
 
 class Tokenizer:
@@ -47,6 +49,7 @@ class Tokenizer:
         self.stop_ids = special.stop_ids
         self.special_tokens = dict(special.texts)
         self.chat_template = special.chat_template
+        self._embedding_size = special.embedding_size or self.vocab_size
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -98,14 +101,36 @@ class Tokenizer:
     def encode_with_special(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 ids of each text, where special tokens that it spells out become their ids, and none is added.
 
-        For rendered chat prompts. As in transformers, what a user's message spells out counts as well.
+        For rendered chat prompts. As in transformers, what a user's message spells out counts as well. ValueError if
+        that is a token which the model cannot read, such as one that stands for an image.
         """
-        return self._encode(texts, as_plain_text=False)
+        rows = self._encode(texts, as_plain_text=False)
+        for text, row in zip(texts, rows, strict=True):
+            if len(row) and row.max() >= self._embedding_size:
+                token = self._backend.id_to_token(int(row.max()))
+                raise ValueError(f"prompt {text[:60]!r}...: has {token!r}, which the model has no embedding for")
+        return rows
 
     def decode(self, token_ids: np.ndarray, mask: np.ndarray) -> list[str]:
         """Texts of the rows of token_ids [B, S] where mask [B, S] is True; special tokens are left out."""
         rows = [row[keep].tolist() for row, keep in zip(token_ids, mask, strict=True)]
         return self._backend.decode_batch(rows, skip_special_tokens=True)
+
+    def decode_answers(
+        self, prompt_ids: np.ndarray, prompt_mask: np.ndarray, answer_ids: np.ndarray, answer_mask: np.ndarray
+    ) -> tuple[list[str], list[str]]:
+        """Texts of prompts and of their answers, whose sum is the text of the whole.
+
+        Decoded alone, an answer of a SentencePiece model loses the space before its first word.
+        """
+        prompts = self.decode(prompt_ids, prompt_mask)
+        alone = self.decode(answer_ids, answer_mask)
+        both = np.concatenate([prompt_ids, answer_ids], 1), np.concatenate([prompt_mask, answer_mask], 1)
+        answers = [
+            whole.removeprefix(prompt) if whole.startswith(prompt) else answer  # a character cut in two is no prefix
+            for whole, prompt, answer in zip(self.decode(*both), prompts, alone, strict=True)
+        ]
+        return prompts, answers
 
     def _encode(self, texts: Sequence[str], *, as_plain_text: bool) -> list[np.ndarray]:
         with self._lock:  # the switch belongs to the backend, not to the call
@@ -148,7 +173,8 @@ class _ModelFolder:
         pad_id = self._id_of("pad_token", self._model_ids("pad_token_id"))
         pad_id = eos_id if pad_id is None else pad_id
         stop_ids = tuple(dict.fromkeys((eos_id, *ends)))
-        special = SpecialTokens(pad_id, self._bos_id(), eos_id, stop_ids, self._texts, self._chat_template())
+        size = (self._model.get("text_config") or self._model).get("vocab_size")
+        special = SpecialTokens(pad_id, self._bos_id(), eos_id, stop_ids, self._texts, self._chat_template(), size)
         self._check_embedding(special)
         return special
 
@@ -204,7 +230,7 @@ class _ModelFolder:
                 )
 
     def _check_embedding(self, special: SpecialTokens) -> None:
-        size = (self._model.get("text_config") or self._model).get("vocab_size")
+        size = special.embedding_size
         largest = max(special.pad_id, special.bos_id or 0, *special.stop_ids)
         if size is not None and largest >= size:
             raise ValueError(

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from warp_jax import architecture, corpus, files, merging, objective, prepare, pretrained, rewards, sharding, supervised
 from warp_jax.models import functions
+from warp_jax.tokenizer import Tokenizer
 
 Check = tuple[str, Callable[[Any], bool], str]
 
@@ -135,7 +136,10 @@ def _claim_workdir(config: ConfigDict, workdir: Path) -> None:
         raise ValueError(f"workdir: {workdir} is a file, want a folder")
     elif workdir.is_dir() and any(workdir.iterdir()):
         raise ValueError(f"workdir: {workdir} holds other files and no config.json, want a new or empty folder")
+    fingerprints = pretrained.check_unchanged(config, workdir)
     files.write_json(path, mine)
+    if fingerprints:
+        files.write_json(workdir / pretrained.FINGERPRINTS, fingerprints)
 
 
 def _check_rewards(config: ConfigDict) -> None:
@@ -146,17 +150,19 @@ def _check_rewards(config: ConfigDict) -> None:
     if not used:
         raise ValueError("config.rewards: no part has a weight other than 0, want at least one")
     for name, source in used.items():
-        _check_reward_source(f"rewards.{name}.source", source, ("reward_model", "length"))
-    _check_reward_source("gold.source", config.gold.source, ("tfidf", ""))
+        _check_reward_source(f"rewards.{name}.source", source, ("reward_model", "length"), config.data.chat)
+    _check_reward_source("gold.source", config.gold.source, ("tfidf", ""), config.data.chat)
 
 
-def _check_reward_source(path: str, source: str, names: tuple[str, ...]) -> None:
+def _check_reward_source(path: str, source: str, names: tuple[str, ...], use_chat: bool) -> None:
     """A reward's source is one of the names, the folder of a reward model, or a function that can be loaded."""
     if source in names:
         return
     try:
         if Path(source).is_dir():
             pretrained.read_settings(Path(source), "scalar", "float32")
+            if use_chat and Tokenizer.from_folder(Path(source)).chat_template is None:
+                raise ValueError("it has no chat template, and config.data.chat asks it to read conversations")
         else:
             rewards.load_function(source)
     except ValueError as error:

@@ -236,7 +236,7 @@ def _safetensors_names(path: Path) -> list[str]:
     if not (path / INDEX).is_file():
         return sorted(p.name for p in path.glob("*.safetensors"))
     try:
-        names = sorted(set(files.read_json(path / INDEX)["weight_map"].values()))
+        names = sorted(set(map(str, files.read_json(path / INDEX)["weight_map"].values())))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path / INDEX}: not an index of safetensors files: {error}") from error
     missing = [name for name in names if not (path / name).is_file()]

@@ -111,7 +111,8 @@ def check_weights(
     """
     weights = open_weights(folder)
     slices = slices_of(like, config)
-    stored = _stored_names(weights)
+    kind = files.read_json(folder / huggingface_config.CONFIG)["architectures"][0]
+    stored = _stored_names(weights, has_images=kind.endswith("ForConditionalGeneration"))
     _check_tensors(weights, slices, stored, config)
     return weights, slices, stored
 
@@ -173,17 +174,19 @@ def _read(weights: WeightFolder, name: str, part: Slice, index: tuple[slice, ...
     return values
 
 
-def _stored_names(weights: WeightFolder) -> dict[str, str]:
+def _stored_names(weights: WeightFolder, *, has_images: bool) -> dict[str, str]:
     """The name in the file of each text tensor, by the name that a text-only model would give it."""
-    found = {}
+    found: dict[str, str] = {}
     for stored in weights.tensors:
-        if stored.startswith(NOT_TEXT) or stored.endswith(COMPUTED):
+        if stored.endswith(COMPUTED) or (has_images and stored.startswith(NOT_TEXT)):
             continue
         name = stored
-        for prefix, plain in TEXT_TOWERS:
+        for prefix, plain in TEXT_TOWERS if has_images else ():
             if stored.startswith(prefix):
                 name = plain + stored.removeprefix(prefix)
                 break
+        if name in found:
+            raise ValueError(f"{weights.path}: tensors {found[name]!r} and {stored!r} are one and the same, want one")
         found[name] = stored
     return found
 

@@ -29,6 +29,7 @@ class Family:
 
 GEMMA = {"norm_offset": 1.0, "scale_embedding": True}
 GEMMA_DEFAULTS = {"head_dim": 256, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"}
+GEMMA_1_ACTIVATION = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": None}  # files have either or both
 SOFTCAPS = {"query_pre_attn_scalar": 256, "attn_logit_softcapping": None, "final_logit_softcapping": None}
 QWEN_DEFAULTS = {
     "num_key_value_heads": 32,
@@ -43,7 +44,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("Mistral", defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
     "qwen2": Family("Qwen2", {"qkv_bias": True}, QWEN_DEFAULTS),
     "qwen3": Family("Qwen3", {"qk_norm": True}, {**QWEN_DEFAULTS, "head_dim": 128}),
-    "gemma": Family("Gemma", GEMMA, {**GEMMA_DEFAULTS, "num_key_value_heads": 16, "hidden_act": None}),
+    "gemma": Family("Gemma", GEMMA, {**GEMMA_DEFAULTS, "num_key_value_heads": 16, **GEMMA_1_ACTIVATION}),
     "gemma2": Family(
         "Gemma2",
         {**GEMMA, "post_norms": True},
@@ -235,7 +236,7 @@ def _text_model(content: Json) -> tuple[Json, str]:
 
 
 def _check_labels(content: Json, head: str) -> None:
-    labels = len(content.get("id2label") or {0: "", 1: ""})
+    labels = len(content.get("id2label") or range(content.get("num_labels", 2)))
     if head == "scalar" and labels != 1:
         raise ValueError(f"has {labels} labels, want a reward model with num_labels = 1")
 
@@ -259,12 +260,16 @@ def _check_numbers(fields: Json) -> None:
 
 
 def _activation(fields: Json) -> str:
-    name = fields.get("hidden_activation") or fields["hidden_act"]
-    if "hidden_activation" in fields and name == "gelu":
-        name = "gelu_pytorch_tanh"  # a legacy name in Gemma's files; the tanh form was always meant
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation {name!r} is unknown, want one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    names = [fields.get("hidden_activation") or fields["hidden_act"]]
+    if fields["model_type"] == "gemma":
+        names.append(fields["hidden_act"])
+    if "hidden_activation" in fields:  # a legacy name in Gemma's files; the tanh form was always meant
+        names = ["gelu_pytorch_tanh" if name == "gelu" else name for name in names]
+    if len(set(names)) > 1:
+        raise ValueError(f"fields 'hidden_activation' and 'hidden_act' differ: {names[0]!r} and {names[1]!r}")
+    if names[0] not in ACTIVATIONS:
+        raise ValueError(f"activation {names[0]!r} is unknown, want one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[names[0]]
 
 
 def _windows(fields: Json) -> tuple[int, tuple[bool, ...]]:
