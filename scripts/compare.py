@@ -1,7 +1,7 @@
 """Print one table over finished workdirs, for example of several seeds or of WARP and its baselines.
 
   python scripts/compare.py runs/seed0 runs/seed1 runs/seed2
-  python scripts/compare.py --baseline=runs/sft_anchor runs/warp
+  python scripts/compare.py --baseline=runs/sft_anchor --picture=compared.png runs/warp
 
 With a baseline of the same SFT policy, prompts and seed, a second table sets the last front of each workdir against the
 trajectory of the baseline: at the KL of each of its points, and at its reward (95 % bootstrap intervals over prompts).
@@ -11,12 +11,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from absl import app, flags
 
-from warp_jax import cli, files, report, summary
+from warp_jax import cli, files, plots, report, summary
 
 _BASELINE = flags.DEFINE_string("baseline", "", "Finished workdir whose trajectory the other fronts are set against.")
+_PICTURE = flags.DEFINE_string("picture", "", "PNG for the fronts of one workdir and the baseline's trajectory.")
 RESAMPLES = 1000
 
 COLUMNS = (
@@ -68,9 +70,11 @@ BASELINE_COLUMNS = (
 def baseline_rows(workdir: Path, baseline: Path) -> list[list[str]]:
     """Cells of the second table: one row for each point of the baseline's trajectory."""
     points, others = report.read_points(workdir), report.read_points(baseline)
-    if not np.array_equal(points[0].evaluation.completion_ids, others[0].evaluation.completion_ids):
+    ours, theirs = points[0].evaluation, others[0].evaluation
+    same_reward = ours.reward.shape == theirs.reward.shape and np.allclose(ours.reward, theirs.reward, atol=1e-4)
+    if not (same_reward and np.array_equal(ours.completion_ids, theirs.completion_ids)):
         cli.fail(
-            f"want one SFT policy, prompts and seed, for paired differences; {workdir} and {baseline} differ in these"
+            f"want one SFT policy, reward, prompts and seed, for paired differences; {workdir} and {baseline} differ"
         )
     front = summary.front_members(points, max(p.iteration for p in points))
     policies = [p for p in others if p.stage == "policy"]
@@ -109,10 +113,16 @@ def main(argv: list[str]) -> None:
     unfinished = [str(path) for path in [*workdirs, *baselines] if not (path / "summary.json").is_file()]
     if unfinished or not workdirs:
         cli.fail(f"want finished workdirs; no summary.json in: {', '.join(unfinished) or 'none given'}")
+    if _PICTURE.value and not (baselines and len(workdirs) == 1):
+        cli.fail("--picture: want --baseline and one workdir")
     print_table(COLUMNS, [read_row(workdir) for workdir in [*workdirs, *baselines]])
     for baseline in baselines:
         print()
         print_table(BASELINE_COLUMNS, [row for workdir in workdirs for row in baseline_rows(workdir, baseline)])
+    if _PICTURE.value:
+        matplotlib.use("Agg")
+        fronts, trajectory = ([summary.as_row(p) for p in report.read_points(x)] for x in (*workdirs, *baselines))
+        files.write_bytes(Path(_PICTURE.value), plots.draw_fronts(fronts, trajectory))
 
 
 if __name__ == "__main__":

@@ -259,9 +259,11 @@ def test_compare_sets_the_front_against_a_baseline(tiny_run):
     """Fails when the points of a workdir are read under a wrong name, or the baseline's trajectory is not all there."""
     config, workdir, _ = tiny_run
     assert [summary.as_row(p) for p in report.read_points(workdir)][1]["reward"] == float(_rows(workdir)[1]["reward"])
-    script = [sys.executable, "scripts/compare.py", f"--baseline={workdir}", str(workdir)]
+    picture = workdir.parent / "compared.png"
+    script = [sys.executable, "scripts/compare.py", f"--baseline={workdir}", f"--picture={picture}", str(workdir)]
     result = _start(script)
     assert result.returncode == 0, result.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
     table = [line for line in result.stdout.splitlines() if line.startswith("| run | run |")]
     assert len(table) == 2 * config.warp.num_iterations * config.warp.num_runs
     assert all(f"| {float(row['reward']):.3f} |" in result.stdout for row in _rows(workdir) if row["stage"] == "policy")

@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 Row = dict[str, Any]
 
 
-def draw_fronts(rows: Sequence[Row]) -> bytes:
-    """Reward and gold reward against KL to SFT: the front of each iteration and the trajectories of the runs."""
+def draw_fronts(rows: Sequence[Row], baseline: Sequence[Row] = ()) -> bytes:
+    """Reward and gold reward against KL to SFT: the front of each iteration and the trajectories of the runs, and of
+    the one run of a baseline.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(12, 5))
     for axis, column in zip(axes, ("reward", "gold_reward"), strict=True):
         for iteration in _iterations(rows):
@@ -29,6 +31,11 @@ def draw_fronts(rows: Sequence[Row]) -> bytes:
             )
             for row in _select(rows, "policy", iteration):
                 axis.plot(row["sft_kl"], row[column], marker="x", color=color, alpha=0.6, linestyle="none")
+        if baseline:
+            trajectory = [baseline[0], *(row for row in baseline if row["stage"] == "policy")]
+            values = _column(trajectory, "sft_kl"), _column(trajectory, column)
+            errors = _column(trajectory, f"{column}_se")
+            axis.errorbar(*values, yerr=errors, marker="s", color="black", linestyle="--", label="baseline: one run")
         axis.plot([], [], marker="x", color="grey", linestyle="none", label="runs (one point per evaluated step)")
         axis.set(xlabel="KL to SFT (nats per sequence)", ylabel=column.replace("_", " "))
         axis.legend()
