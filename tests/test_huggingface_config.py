@@ -199,5 +199,5 @@ def test_the_activation_of_the_first_gemma(folder_of, tmp_path, given):
 
 def test_num_labels_counts_without_names(folder_of, tmp_path):
     """Fails if a reward model that names no labels is taken to have two."""
-    edited(folder_of(REWARD_MODELS[0]), tmp_path, id2label=..., label2id=..., num_labels=1)
+    edited(folder_of("llama_reward"), tmp_path, id2label=..., label2id=..., num_labels=1)
     assert read_config(tmp_path).head == "scalar"

@@ -17,10 +17,10 @@ class JobProgress:
         self._console = Console(stderr=True)
         self._total = total_steps
         self._before = 0
-        self._done_at_start = 0
         self._stage = ""
-        self._started = time.monotonic()
-        self._last_line = self._started
+        self._last_line = time.monotonic()
+        self._since: float | None = None  # when the last step or evaluation of this stage ended
+        self._stepping, self._timed_steps = 0.0, 0
         self._evaluations_left = 0
         self._evaluation_seconds: list[float] = []
         columns = (
@@ -36,7 +36,7 @@ class JobProgress:
 
     def start_stage(self, name: str, num_steps: int, *, finished: bool) -> None:
         """Name the stage that comes; `finished` if the workdir already holds its result."""
-        self._stage = name
+        self._stage, self._since = name, None
         self._console.print(f"{name}: {'found, skipped' if finished else 'started'}", highlight=False, soft_wrap=True)
         if finished:
             self.on_step(num_steps, {})
@@ -44,14 +44,15 @@ class JobProgress:
 
     def on_step(self, done: int, values: Mapping[str, float]) -> None:
         """Move the bar to `done` steps of this stage; values are its latest metrics, none for steps found done."""
-        if not values:
-            self._done_at_start += done
+        now = time.monotonic()
+        if values and self._since is not None:  # the first step of a stage, which compiles, is not timed
+            self._stepping, self._timed_steps = self._stepping + now - self._since, self._timed_steps + 1
+        self._since = now if values else None
         latest = " ".join(f"{name} {values[name]:.3f}" for name in ("loss", "reward", "anchor_kl") if name in values)
         left = self._left(done)
         self._progress.update(
             self._task, completed=self._before + done, description=self._stage, left=left, latest=latest
         )
-        now = time.monotonic()
         if values and not self._console.is_terminal and now - self._last_line > PLAIN_LINE_SECONDS:
             self._last_line = now
             count = f"{self._before + done}/{self._total} of all steps"
@@ -70,6 +71,7 @@ class JobProgress:
         """Print the result of an evaluation, and count it."""
         self._evaluations_left -= 1
         self._evaluation_seconds.append(seconds)
+        self._since = time.monotonic()
         self.note(f"{text} ({seconds:.0f} s)")
 
     def note(self, text: str) -> None:
@@ -86,9 +88,8 @@ class JobProgress:
         self._progress.stop()
 
     def _left(self, done: int) -> str:
-        finished = self._before + done
-        timed = self._evaluation_seconds
-        stepping = time.monotonic() - self._started - sum(timed)
-        seconds = stepping / max(finished - self._done_at_start, 1) * (self._total - finished)
-        seconds += sum(timed) / max(len(timed), 1) * self._evaluations_left
+        """By the mean time of a step and of an evaluation so far."""
+        per_step = self._stepping / max(self._timed_steps, 1)
+        per_evaluation = sum(self._evaluation_seconds) / max(len(self._evaluation_seconds), 1)
+        seconds = per_step * (self._total - self._before - done) + per_evaluation * self._evaluations_left
         return f"about {seconds / 60:.1f} min left"

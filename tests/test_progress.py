@@ -1,0 +1,35 @@
+"""The time left, on a clock that the test turns."""
+
+from warp_jax import progress
+
+
+def test_time_left_counts_steps_and_evaluations(monkeypatch):
+    """Fails when compiling or an evaluation counts as a step's time, or the evaluations ahead are forgotten."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    job = progress.JobProgress(10)
+    job.expect_evaluations(3)
+    job.start_stage("run", 10, finished=False)
+    job.on_step(0, {})
+    for done, now in ((1, 100.0), (2, 102.0)):
+        clock[0] = now
+        job.on_step(done, {"loss": 1.0})
+    assert job._left(2) == f"about {2 * 8 / 60:.1f} min left"
+    clock[0] = 162.0
+    job.on_evaluation("sft", 60.0)
+    clock[0] = 166.0
+    job.on_step(3, {"loss": 1.0})
+    assert job._left(3) == f"about {(3 * 7 + 60 * 2) / 60:.1f} min left"
+
+
+def test_stages_found_done_take_no_time(monkeypatch):
+    """Fails when skipped steps make those ahead look fast."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    job = progress.JobProgress(10)
+    job.start_stage("first", 6, finished=True)
+    job.start_stage("second", 4, finished=False)
+    for done, now in ((0, 0.0), (1, 50.0), (2, 80.0)):
+        clock[0] = now
+        job.on_step(done, {"loss": 1.0} if done else {})
+    assert job._left(2) == f"about {30 * 2 / 60:.1f} min left"
