@@ -6,7 +6,7 @@ import json
 import hf_models
 import pytest
 import transformers
-from hf_models import ALL, REWARD_MODELS
+from hf_models import ALL
 from huggingface_hub.errors import StrictDataclassError
 
 from warp_jax.models.huggingface_config import read_config
