@@ -96,7 +96,7 @@ def test_table_leaves_gaps_where_results_are_missing():
     ]
 
 
-@pytest.mark.parametrize("size", [10, 5 * harness.PIECE])
+@pytest.mark.parametrize("size", [10, 5 * files.PIECE])
 def test_fingerprint_changes_with_the_weights(tmp_path, size):
     """Fails when the beginning, middle or end of a file, its size or its name is not hashed, or a note is."""
     file = tmp_path / "model.safetensors"

@@ -200,7 +200,7 @@ def test_a_reward_model_reads_the_filled_template(models):
     config = _config(models)
     config.data.prompt_template = "Answer in one word: {messages}"
     row = {"messages": "what is 3 and 4?"}
-    assert corpus.asked(config.data, row) == "Answer in one word: what is 3 and 4?"
+    assert corpus.asked(row, "messages", config.data.prompt_template) == "Answer in one word: what is 3 and 4?"
     found = stages.Maker(config, models, None, sharding.make_mesh((-1, 1, 1)), None).text_fn(str(models / "reward"))
     plain = load_reward(models / "reward", sharding.make_mesh((-1, 1, 1)), "float32", lambda row: row["whole"])
     want = plain(["-"], ["7"], [{"whole": "Answer in one word: what is 3 and 4?"}])

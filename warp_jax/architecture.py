@@ -1,14 +1,17 @@
-"""From the config to the settings of the policy and of the reward model."""
+"""From the config to its models: settings of the policy and of the reward model, and the files they come from."""
 
 import dataclasses
 import re
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from warp_jax import freezing, pretrained
+from warp_jax import files, freezing, pretrained
 from warp_jax.models import rope
 from warp_jax.models.functions import param_shapes
 from warp_jax.models.transformer import TransformerConfig
+
+FINGERPRINTS = "models.json"  # in a workdir
 
 
 def policy_config(config: ConfigDict, tokenizer_size: int) -> TransformerConfig:
@@ -42,6 +45,28 @@ def reward_model_config(config: ConfigDict, policy: TransformerConfig) -> Transf
     layers = config.num_layers or policy.num_layers
     settings = dataclasses.replace(policy, num_layers=layers, head="scalar", layer_groups=(), tied_head=False)
     return _cut_stacks(settings, config.trainable)
+
+
+def fingerprints(config: ConfigDict) -> dict[str, str]:
+    """Of the folder of every model from outside that a config names, by its name there."""
+    parts = [part.source for part in config.rewards.values() if part.weight]
+    folders = {source: Path(source) for source in (*parts, config.gold.source) if source and Path(source).is_dir()}
+    if config.model.source:
+        folders[config.model.source] = pretrained.find(config.model.source)
+    return {source: files.fingerprint(folder) for source, folder in folders.items()}
+
+
+def check_unchanged(config: ConfigDict, workdir: Path) -> dict[str, str]:
+    """The fingerprints of today; ValueError if a model's files are others than when the workdir was made."""
+    found, path = fingerprints(config), workdir / FINGERPRINTS
+    before = files.read_json(path) if path.exists() else {}
+    for source, fingerprint in found.items():
+        if before.get(source, fingerprint) != fingerprint:
+            raise ValueError(
+                f"workdir {workdir} was made with other files of {source}, whose task vectors it holds; "
+                "bring them back, or choose another --workdir"
+            )
+    return found
 
 
 def _cut_stacks(settings: TransformerConfig, trainable: str) -> TransformerConfig:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 
 from warp_jax import reasoning
 
@@ -135,13 +134,13 @@ def split_rows(
     return dealt
 
 
-def asked(data: ConfigDict, row: Mapping[str, Any]) -> Any:
+def asked(row: Mapping[str, Any], text_field: str, prompt_template: str) -> Any:
     """What a row asks: its text field, a text or a conversation, or the template filled with its fields."""
     try:
-        return data.prompt_template.format(**row) if data.prompt_template else row[data.text_field]
+        return prompt_template.format(**row) if prompt_template else row[text_field]
     except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"config.data.prompt_template: got {data.prompt_template!r}, want names of fields in braces, of "
+            f"config.data.prompt_template: got {prompt_template!r}, want names of fields in braces, of "
             f"{', '.join(sorted(row))}: {type(error).__name__} {error}"
         ) from error
 

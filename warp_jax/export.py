@@ -51,7 +51,7 @@ class Workdir:
         self.config = ConfigDict(files.read_json(path / "config.json"))
         self.mesh: Mesh = sharding.make_mesh((1, -1, 1))
         self.source = pretrained.find(self.config.model.source) if self.config.model.source else None
-        pretrained.check_unchanged(self.config, path)
+        architecture.check_unchanged(self.config, path)
         self.tokenizer = self._load_tokenizer()
         self.policy = architecture.policy_config(self.config.model, self.tokenizer.vocab_size)
 

@@ -110,7 +110,7 @@ def check_prompts(config: ConfigDict, corpora: Mapping[str, Corpus]) -> None:
             raise ValueError("config.data.chat: a tokenizer trained here has no chat template, want False")
         for name in ("prompts", "eval"):
             for row in corpora[name].rows:
-                corpus.asked(config.data, row)
+                corpus.asked(row, config.data.text_field, config.data.prompt_template)
         return
     tokenizer = Tokenizer.from_folder(pretrained.find(config.model.source))
     for name in ("prompts", "eval"):
@@ -138,7 +138,7 @@ def make_prompts(config: ConfigDict, tokenizer: Tokenizer, split: Corpus, name: 
 
 def prompt_text(tokenizer: Tokenizer, data: ConfigDict, row: Mapping[str, Any]) -> str:
     """The prompt of a row: what it asks, in the model's chat template if `data.chat`."""
-    value = corpus.asked(data, row)
+    value = corpus.asked(row, data.text_field, data.prompt_template)
     return chat.prompt_text(tokenizer, value) if data.chat else value
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from warp_jax import chat, files, prompts, rewards, sharding
 from warp_jax.models import gguf_import, huggingface, huggingface_config
@@ -19,7 +18,6 @@ from warp_jax.tokenizer import Tokenizer
 from warp_jax.types import PromptBatch
 
 KINDS = {"language": "a language model (...ForCausalLM)", "scalar": "a reward model (...ForSequenceClassification)"}
-FINGERPRINTS = "models.json"  # in a workdir
 LENGTH_STEP = 64  # tokens: texts for a reward model are padded to a multiple, so that few programs are compiled
 
 
@@ -43,28 +41,6 @@ def read_settings(folder: Path, head: str, dtype: str) -> TransformerConfig:
         )
     huggingface.check_weights(folder, config, param_shapes(config))
     return dataclasses.replace(config, dtype=dtype)
-
-
-def fingerprints(config: ConfigDict) -> dict[str, str]:
-    """Of the folder of every model from outside that a config names, by its name there."""
-    parts = [part.source for part in config.rewards.values() if part.weight]
-    folders = {source: Path(source) for source in (*parts, config.gold.source) if source and Path(source).is_dir()}
-    if config.model.source:
-        folders[config.model.source] = find(config.model.source)
-    return {source: files.fingerprint(folder) for source, folder in folders.items()}
-
-
-def check_unchanged(config: ConfigDict, workdir: Path) -> dict[str, str]:
-    """The fingerprints of today; ValueError if a model's files are others than when the workdir was made."""
-    found, path = fingerprints(config), workdir / FINGERPRINTS
-    before = files.read_json(path) if path.exists() else {}
-    for source, fingerprint in found.items():
-        if before.get(source, fingerprint) != fingerprint:
-            raise ValueError(
-                f"workdir {workdir} was made with other files of {source}, whose task vectors it holds; "
-                "bring them back, or choose another --workdir"
-            )
-    return found
 
 
 def load_reward(

@@ -133,8 +133,9 @@ class Maker:
         """A reward on text: the reward model in a folder, or a Python function."""
         if not Path(source).is_dir():
             return rewards.load_function(source)
-        conversation_of = functools.partial(asked, self.config.data) if self.config.data.chat else None
-        return pretrained.load_reward(Path(source), self.mesh, self.config.model.dtype, conversation_of)
+        data = self.config.data
+        asks = functools.partial(asked, text_field=data.text_field, prompt_template=data.prompt_template)
+        return pretrained.load_reward(Path(source), self.mesh, self.config.model.dtype, asks if data.chat else None)
 
     def _stage(
         self,

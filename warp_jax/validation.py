@@ -136,10 +136,10 @@ def _claim_workdir(config: ConfigDict, workdir: Path) -> None:
         raise ValueError(f"workdir: {workdir} is a file, want a folder")
     elif workdir.is_dir() and any(workdir.iterdir()):
         raise ValueError(f"workdir: {workdir} holds other files and no config.json, want a new or empty folder")
-    fingerprints = pretrained.check_unchanged(config, workdir)
+    fingerprints = architecture.check_unchanged(config, workdir)
     files.write_json(path, mine)
     if fingerprints:
-        files.write_json(workdir / pretrained.FINGERPRINTS, fingerprints)
+        files.write_json(workdir / architecture.FINGERPRINTS, fingerprints)
 
 
 def _check_rewards(config: ConfigDict) -> None:
