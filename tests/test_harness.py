@@ -262,9 +262,9 @@ def test_models_are_evaluated_once_and_compared(tmp_path):
     _model_folder(tmp_path / "model_of_stage", 3)
     broken = shutil.copytree(other, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"no weights")
-    export = f"lambda workdir, stage, out: shutil.copytree(f'{tmp_path}/{{workdir}}_{{stage[5:]}}', out)"
+    export = "lambda workdir, stage, out: shutil.copytree(f'{workdir}_{stage[5:]}', out)"
     fake = f"import shutil, types; sys.modules['warp_jax.export'] = types.SimpleNamespace(export_stage={export})"
-    stages = ["--workdir=model_of", "--stages=liti:stage"]
+    stages = [f"--workdir={tmp_path / 'model_of'}", "--stages=liti:stage"]
     files.write_json(tmp_path / "model_of" / "config.json", {"seed": 1})
     third = _run(*flags, f"{folders},broken={broken}", *stages, before=fake, home=tmp_path / "home")
     assert third.returncode == 1, third.stderr
