@@ -29,18 +29,18 @@ COLUMNS = (
 
 def read_row(workdir: Path) -> list[str]:
     """The cells of one workdir."""
-    summary = files.read_json(workdir / "summary.json")
+    numbers = files.read_json(workdir / "summary.json")
     seed = files.read_json(workdir / "config.json")["seed"]
     geometries = [files.read_json(path) for path in _iterations(workdir)]
     return [
         workdir.name,
         str(seed),
-        *(f"{summary[name]:.3f}" for name in ("sft_reward", "final_reward")),
-        f"{summary['gain_in_standard_errors']:.1f}",
-        _or_dash(summary["final_gold_reward"], "{:.3f}"),
-        f"{summary['final_sft_kl']:.2f}",
+        *(f"{numbers[name]:.3f}" for name in ("sft_reward", "final_reward")),
+        f"{numbers['gain_in_standard_errors']:.1f}",
+        _or_dash(numbers["final_gold_reward"], "{:.3f}"),
+        f"{numbers['final_sft_kl']:.2f}",
         " / ".join(_or_dash(_median_angle(geometry), "{:.0f}") for geometry in geometries),
-        "; ".join(_difference(d) for entry in summary["iterations_compared"][-1:] for d in entry["reward_difference"]),
+        "; ".join(_difference(d) for entry in numbers["iterations_compared"][-1:] for d in entry["reward_difference"]),
     ]
 
 

@@ -119,14 +119,13 @@ class Workdir:
 
     def _sft(self) -> Params:
         like = sharding.with_shardings(self.mesh, functions.param_shapes(self.policy))
-        if not self.config.sft.num_steps:
-            assert self.source is not None  # the checks of the config saw to it
-            return huggingface.load_params(self.source, self.policy, like)
 
         def source_params() -> Params:
-            assert self.source is not None  # only a pretrained model has frozen weights before SFT
+            assert self.source is not None  # only a pretrained model goes without SFT, or has frozen weights before it
             return huggingface.load_params(self.source, self.policy, like)
 
+        if not self.config.sft.num_steps:
+            return source_params()
         return self._restore_part("sft", like, self.config.model.trainable, source_params)
 
     def _reward_model(self) -> tuple[Params, TransformerConfig]:

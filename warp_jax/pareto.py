@@ -32,15 +32,13 @@ def non_dominated(kl: np.ndarray, reward: np.ndarray) -> np.ndarray:
 def reward_at_kl(kl: np.ndarray, reward: np.ndarray, at: float) -> float:
     """Reward of the front of the points (kl [K], reward [K]) at one KL, linear between neighbours; nan outside."""
     front = non_dominated(kl, reward)
-    order = np.argsort(kl[front])
-    return float(np.interp(at, kl[front][order], reward[front][order], left=np.nan, right=np.nan))
+    return _interpolate(kl[front], reward[front], at)
 
 
 def kl_at_reward(kl: np.ndarray, reward: np.ndarray, at: float) -> float:
     """The KL at which the front of the points reaches one reward: the inverse of `reward_at_kl`; nan outside."""
     front = non_dominated(kl, reward)
-    order = np.argsort(reward[front])
-    return float(np.interp(at, reward[front][order], kl[front][order], left=np.nan, right=np.nan))
+    return _interpolate(reward[front], kl[front], at)
 
 
 def best_under_budget(kl: np.ndarray, reward: np.ndarray, budget: float) -> int | None:
@@ -118,3 +116,9 @@ def common_kls(
     kl_a, kl_b = kl_a[non_dominated(kl_a, reward_a)], kl_b[non_dominated(kl_b, reward_b)]
     low, high = max(kl_a.min(), kl_b.min()), min(kl_a.max(), kl_b.max())
     return np.linspace(low, high, count + 2)[1:-1] if high > low else np.array([])
+
+
+def _interpolate(x: np.ndarray, y: np.ndarray, at: float) -> float:
+    """Linear between the points, in order of x; nan outside."""
+    order = np.argsort(x)
+    return float(np.interp(at, x[order], y[order], left=np.nan, right=np.nan))

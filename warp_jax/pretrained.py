@@ -27,9 +27,7 @@ def find(source: str) -> Path:
 
 
 def read_settings(folder: Path, head: str, dtype: str) -> TransformerConfig:
-    """Settings of the model in a folder. ValueError if it has another head, more tokens than embeddings, or weights
-    that do not fit (their values are not read).
-    """
+    """Settings of the model in a folder. ValueError if it has another head, or more tokens than embeddings."""
     config = huggingface_config.read_config(folder)
     if config.head != head:
         raise ValueError(f"{folder}: is {KINDS[config.head]}, want {KINDS[head]}")
@@ -39,7 +37,6 @@ def read_settings(folder: Path, head: str, dtype: str) -> TransformerConfig:
             f"{folder / 'tokenizer.json'}: has {tokens} tokens, but model.embed_tokens.weight only {config.vocab_size} "
             "rows; want the tokenizer of this model"
         )
-    huggingface.check_weights(folder, config, param_shapes(config))
     return dataclasses.replace(config, dtype=dtype)
 
 

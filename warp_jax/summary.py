@@ -23,12 +23,10 @@ def summarise(config: ConfigDict, points: Sequence[Point]) -> dict[str, Any]:
     """The numbers of the summary line, and each iteration's front against the one before, at common KLs."""
     sft, final = points[0], merged_point(points, config.warp.num_iterations)
     gain = np.asarray(final.evaluation.reward, np.float64) - sft.evaluation.reward
-    front = [p for p in points if p.stage == "liti" and p.iteration == config.warp.num_iterations]
+    front = front_members(points, config.warp.num_iterations)[1:]
     chosen = None
     if config.front.kl_budget:
-        kls, rewards = (
-            np.array([m.mean() for m in column]) for column in zip(*map(_kl_and_reward, front), strict=True)
-        )
+        kls, rewards = (column.mean(1) for column in _stacked(front))
         index = pareto.best_under_budget(kls, rewards, config.front.kl_budget)
         chosen = None if index is None else as_row(front[index])
     return {
@@ -70,10 +68,7 @@ def one_line(summary: dict[str, Any]) -> str:
 
 def _compare(config: ConfigDict, points: Sequence[Point], iteration: int) -> list[dict[str, float]]:
     """Front of `iteration` minus the front before it, with 95 % bootstrap intervals over prompts."""
-    fronts = []
-    for number in (iteration - 1, iteration):
-        fronts.append(_stacked(front_members(points, number)))
-    (kl_a, reward_a), (kl_b, reward_b) = fronts
+    (kl_a, reward_a), (kl_b, reward_b) = (_stacked(front_members(points, i)) for i in (iteration - 1, iteration))
     at = pareto.common_kls(kl_a.mean(1), reward_a.mean(1), kl_b.mean(1), reward_b.mean(1), COMPARED_KLS)
     found = pareto.compare_fronts(
         kl_a, reward_a, kl_b, reward_b, at=at.tolist(), resamples=config.report.bootstrap_resamples, seed=config.seed

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from warp_jax import architecture, corpus, files, merging, objective, prepare, pretrained, rewards, sharding, supervised
-from warp_jax.models import functions
+from warp_jax.models import functions, huggingface
 from warp_jax.tokenizer import Tokenizer
 
 Check = tuple[str, Callable[[Any], bool], str]
@@ -104,14 +104,17 @@ def _check_source_or_architecture(config: ConfigDict) -> None:
 
 
 def _check_models(config: ConfigDict, mesh: Mesh) -> None:
-    """Read the files of all models, and lay their parameters out, without their weights."""
+    """Read the files of all models, and lay their parameters out, without the values of their weights."""
     vocab_size = 0 if config.model.source else config.tokenizer.vocab_size
     policy = architecture.policy_config(config.model, vocab_size)
     models = [policy]
     if prepare.needs_reward_model(config):
         models.append(architecture.reward_model_config(config.reward_model, policy))
-    for model in models:
-        sharding.param_shardings(mesh, functions.param_shapes(model))
+    shapes = [functions.param_shapes(model) for model in models]
+    for tree in shapes:
+        sharding.param_shardings(mesh, tree)
+    if config.model.source:
+        huggingface.check_weights(pretrained.find(config.model.source), policy, shapes[0])
 
 
 def claim_workdir(config: ConfigDict, workdir: Path) -> None:
@@ -160,7 +163,8 @@ def _check_reward_source(path: str, source: str, names: tuple[str, ...], use_cha
         return
     try:
         if Path(source).is_dir():
-            pretrained.read_settings(Path(source), "scalar", "float32")
+            settings = pretrained.read_settings(Path(source), "scalar", "float32")
+            huggingface.check_weights(Path(source), settings, functions.param_shapes(settings))
             if use_chat and Tokenizer.from_folder(Path(source)).chat_template is None:
                 raise ValueError("it has no chat template, and config.data.chat asks it to read conversations")
         else:
