@@ -2,12 +2,13 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from warp_jax import evaluate
-from warp_jax.types import Rollout
+from warp_jax import evaluate, rewards, sampling, sharding
+from warp_jax.types import PromptBatch, Rewards, Rollout
 
 # a model of order 1: a table gives the logits of the next token from the last one
 VOCABULARY, STOP, LENGTH = 3, 2, 3
@@ -68,3 +69,39 @@ def test_stored_evaluations_are_not_made_again(tmp_path):
     assert made == [2.0, 3.0]
     assert told == [("a", 2.0), ("b", 3.0)]
     assert store.missing(["a", "c"]) == ["c"]
+
+
+def test_a_policy_is_measured_against_sft_on_its_own_samples():
+    """Fails when policy and SFT change places, the frozen part is left out, or SFT's samples are measured."""
+    generator = np.random.default_rng(1)
+    policy, sft, frozen = (
+        {name: jnp.asarray(generator.normal(size=(VOCABULARY, VOCABULARY)), jnp.float32)}
+        for name in ("trained", "trained", "frozen")
+    )
+
+    def apply_fn(params, token_ids, mask, cache, num_outputs):
+        return _apply_fn(params["trained"] + params["frozen"], token_ids, mask, cache, num_outputs)
+
+    count = 8
+    prompt = np.ones((count, 1), np.int32)
+    measure = evaluate.make_evaluate(
+        sharding.make_mesh((1, 1, 1), jax.devices()[:1]),
+        apply_fn=apply_fn,
+        make_cache=lambda batch, capacity: None,
+        sampling_config=sampling.SamplingConfig(LENGTH, TEMPERATURE, (STOP,), 0),
+        sft_params=sft,
+        frozen_params=frozen,
+        reward_fn=lambda rollout: Rewards(rewards.length(rollout), {}),
+        gold_fn=lambda rollout: np.zeros(len(rollout.completion_ids)),
+        eval_prompts=PromptBatch(prompt, prompt == 1, np.arange(count)),
+        batch_size=4,
+        seed=0,
+    )
+    found = measure(policy)
+    tables = [np.asarray(tree["trained"], np.float64) + np.asarray(frozen["frozen"]) for tree in (policy, sft)]
+    logps = [np.array([[_log_prob(t, a, (b,)) for b in range(VOCABULARY)] for a in range(VOCABULARY)]) for t in tables]
+    per_token = (np.exp(logps[0]) * (logps[0] - logps[1])).sum(1)
+    samples = zip(found.completion_ids, found.completion_mask, strict=True)
+    expected = [per_token[[1, *ids[mask][:-1]]].sum() for ids, mask in samples]
+    np.testing.assert_allclose(found.sft_kl, expected, rtol=1e-4)
+    assert measure(sft).sft_kl.tolist() == [0.0] * count
