@@ -32,8 +32,11 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.source = ""  # "" = train one from scratch; a pretrained one: see configs/pretrained.py
+    config.model.size = ""  # of a pretrained one: a name in warp_jax.models.published, "" = any
     config.model.trainable = ""  # pattern (regular expression) on names such as layers/3/mlp/up/kernel; "" = all
     config.model.dtype = "float32"  # of activations; bfloat16 on TPU
+    config.model.remat = "none"  # kept of a layer for its gradient: "none" = all, "dots" = matrix products, "full" = 0
+    config.model.logits_chunk = 256  # positions a row whose logits are in memory at once; 0 = all
     config.model.architecture = ConfigDict()  # see warp_jax.models.transformer.TransformerConfig
     config.model.architecture.width = 192
     config.model.architecture.num_layers = 4

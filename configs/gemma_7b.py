@@ -14,11 +14,14 @@ from configs import pretrained
 
 def get_config() -> ConfigDict:
     config = pretrained.get_config()
-    config.mesh = (1, -1, 1)  # weights and batch split over all chips [ours]
+    config.mesh = (1, -1, 8)  # weights split over all chips, heads over 8, the batch over the rest [ours]
     config.checkpoint_every = 100  # [ours]
 
     config.model.source = "models/gemma-7b-sft"  # Gemma "7B", 28 layers, fine-tuned [P s4 Setup]
+    config.model.size = "gemma_7b"
     config.model.dtype = "bfloat16"  # of activations; weights, anchor and merges are float32 [ours]
+
+    config.model.remat = "full"  # [ours]
 
     config.data.source = "data/conversations.jsonl"  # conversation prompts; the paper's are not public [P s4 Setup]
     config.data.text_field = "messages"  # [ours]

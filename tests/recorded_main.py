@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import app
 from ml_collections import ConfigDict
 
-from warp_jax import main, prepare
+from warp_jax import jobs, main, prepare
 
 READS = Path(sys.argv.pop(1))
 
@@ -56,15 +56,15 @@ def recorded_load_corpora(config):
 
 
 prepare.load_corpora = recorded_load_corpora
-run = main.run
+run_part = jobs.run_part
 
 
 def recorded_run(*arguments):
     """The job, then the list of what it has read."""
-    line = run(*arguments)
+    line = run_part(*arguments)
     READS.write_text(json.dumps(sorted(recorder.reads)))
     return line
 
 
-main.run = recorded_run
+jobs.run_part = recorded_run
 app.run(main.main, flags_parser=main.parse_flags)

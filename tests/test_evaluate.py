@@ -1,5 +1,6 @@
 """The horizontal axis of every front: the KL of whole completions to SFT."""
 
+import functools
 import itertools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from warp_jax import evaluate, rewards, sampling, sharding
+from warp_jax import evaluate, rewards, sampling, scoring, sharding
 from warp_jax.types import PromptBatch, Rewards, Rollout
 
 # a model of order 1: a table gives the logits of the next token from the last one
@@ -43,12 +44,12 @@ def test_expected_sequence_kl_is_that_of_the_two_distributions():
     count = len(completions)
     prompt = np.ones((count, 1), np.int32)
     rollout = Rollout(prompt, prompt == 1, np.arange(count), ids, mask, np.zeros(ids.shape, np.float32))
-    found = evaluate.sequence_kl(_apply_fn, jnp.asarray(policy), jnp.asarray(reference), rollout, TEMPERATURE)
+    found = scoring.sequence_kl(_apply_fn, jnp.asarray(policy), jnp.asarray(reference), rollout, TEMPERATURE)
     p, q = (np.array([_log_prob(table, 1, c) for c in completions]) for table in (policy, reference))
     assert np.exp(p).sum() == pytest.approx(1)
     assert np.exp(p) @ np.asarray(found) == pytest.approx(np.exp(p) @ (p - q), rel=1e-5)
     assert (np.asarray(found) >= 0).all()
-    assert evaluate.sequence_kl(_apply_fn, policy, policy, rollout, TEMPERATURE).tolist() == [0.0] * count
+    assert scoring.sequence_kl(_apply_fn, policy, policy, rollout, TEMPERATURE).tolist() == [0.0] * count
 
 
 def test_stored_evaluations_are_not_made_again(tmp_path):
@@ -71,6 +72,12 @@ def test_stored_evaluations_are_not_made_again(tmp_path):
     assert store.missing(["a", "c"]) == ["c"]
 
 
+def _sampler(apply_fn):
+    config = sampling.SamplingConfig(LENGTH, TEMPERATURE, (STOP,), 0)
+    generate = functools.partial(sampling.sample, apply_fn, lambda batch, capacity: None, config=config)
+    return sampling.Sampler(lay_out=lambda params: params, generate=generate)
+
+
 def test_a_policy_is_measured_against_sft_on_its_own_samples():
     """Fails when policy and SFT change places, the frozen part is left out, or SFT's samples are measured."""
     generator = np.random.default_rng(1)
@@ -86,9 +93,8 @@ def test_a_policy_is_measured_against_sft_on_its_own_samples():
     prompt = np.ones((count, 1), np.int32)
     measure = evaluate.make_evaluate(
         sharding.make_mesh((1, 1, 1), jax.devices()[:1]),
-        apply_fn=apply_fn,
-        make_cache=lambda batch, capacity: None,
-        sampling_config=sampling.SamplingConfig(LENGTH, TEMPERATURE, (STOP,), 0),
+        sampler=_sampler(apply_fn),
+        kl_to_sft=evaluate.make_kl_to_sft(apply_fn, TEMPERATURE, logits_chunk=0),
         sft_params=sft,
         frozen_params=frozen,
         reward_fn=lambda rollout: Rewards(rewards.length(rollout), {}),

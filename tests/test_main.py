@@ -1,14 +1,8 @@
 """The whole program on configs/tiny.py, and what it says to bad input."""
 
 import csv
-import getpass
 import json
-import os
-import subprocess
 import sys
-import tempfile
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,21 +11,11 @@ import transformers
 from ml_collections import ConfigDict
 
 from configs import default, lerp, no_kl, quickstart, sft_anchor, tiny
+from tests.commands import TINY, kill_when, main_command, run, start
 from warp_jax import cli, export, files, main, pretrained, report, summary, validation
 from warp_jax.models.functions import make_apply_fn
 
-ROOT = Path(__file__).parents[1]
 COLUMNS = "stage iteration run eta step reward reward_se gold_reward gold_reward_se sft_kl sft_kl_se length distinct_2"
-TINY = "--config=configs/tiny.py"
-CACHE = (
-    Path(tempfile.gettempdir()) / f"warp_jax_tests_{getpass.getuser()}"
-)  # of data sets and compiled programs, shared by all runs
-ENV = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": str(CACHE / "xla"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "TFDS_DATA_DIR": str(CACHE / "tfds"),
-}
 ALL = [default, quickstart, tiny, sft_anchor, no_kl, lerp]
 
 
@@ -48,24 +32,11 @@ def _leaves(config, prefix=""):
             yield f"{prefix}{key}"
 
 
-def _command(*arguments):
-    """The program as a user starts it, on one device."""
-    return [sys.executable, "-m", "warp_jax.main", *map(str, arguments)]
-
-
-def _run(*arguments):
-    return _start(_command(*arguments))
-
-
-def _start(command):
-    return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
-
-
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("tiny") / "run"
     program = [sys.executable, "-m", "tests.recorded_main", str(workdir.parent / "reads.json")]
-    result = _start([*program, TINY, f"--workdir={workdir}"])
+    result = run([*program, TINY, f"--workdir={workdir}"])
     assert result.returncode == 0, result.stderr
     return tiny.get_config(), workdir, result.stdout.splitlines()[-1]
 
@@ -110,7 +81,7 @@ def test_started_again_it_only_redraws(tiny_run):
     """Fails when a finished stage runs again, or a changed report setting is refused."""
     _, workdir, _ = tiny_run
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file() and "iteration" in str(p)}
-    result = _run(TINY, f"--workdir={workdir}", "--config.front.kl_budget=100")
+    result = run(main_command(TINY, f"--workdir={workdir}", "--config.front.kl_budget=100"))
     assert "best under 100 nats: eta" in result.stdout
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
@@ -119,17 +90,11 @@ def test_a_killed_job_goes_on_to_the_same_result(tiny_run, tmp_path):
     """Fails when a resumed job repeats or skips a run, loses anchor or moments, or merges other policies."""
     _, workdir, _ = tiny_run
     arguments = (TINY, f"--workdir={tmp_path / 'run'}")
-    killed = subprocess.Popen(
-        _command(*arguments), cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    killed = start(main_command(*arguments))
     state = tmp_path / "run" / "iteration_1" / "run_2" / "state" / "4"  # run 2 is killed after its checkpoint
-    while not state.exists():
-        assert killed.poll() is None, "ended before it could be killed"
-        time.sleep(0.01)
-    killed.kill()
-    killed.wait()
+    kill_when(state, killed)
     assert not (tmp_path / "run" / "front.csv").exists()
-    assert _run(*arguments).returncode == 0
+    assert run(main_command(*arguments)).returncode == 0
     assert _rows(tmp_path / "run") == _rows(workdir)
 
 
@@ -238,7 +203,7 @@ def test_bad_values_are_refused_before_anything_is_written(path, value, message,
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     """Fails when any of these ends in a traceback, another code, or leaves a folder."""
     (tmp_path / "file").write_text("")
-    result = _run(*(argument.format(dir=tmp_path) for argument in arguments))
+    result = run(main_command(*(argument.format(dir=tmp_path) for argument in arguments)))
     assert result.returncode == cli.BAD_INPUT, result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
@@ -261,7 +226,7 @@ def test_compare_sets_the_front_against_a_baseline(tiny_run):
     assert [summary.as_row(p) for p in report.read_points(workdir)][1]["reward"] == float(_rows(workdir)[1]["reward"])
     picture = workdir.parent / "compared.png"
     script = [sys.executable, "scripts/compare.py", f"--baseline={workdir}", f"--picture={picture}", str(workdir)]
-    result = _start(script)
+    result = run(script)
     assert result.returncode == 0, result.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
     table = [line for line in result.stdout.splitlines() if line.startswith("| run | run |")]
@@ -296,6 +261,6 @@ def test_compare_of_one_run_without_gold(tmp_path):
     files.write_json(tmp_path / "summary.json", {**numbers, "final_sft_kl": 2.0, "iterations_compared": []})
     files.write_json(tmp_path / "config.json", {"seed": 3})
     files.write_json(tmp_path / "iteration_1" / "geometry.json", {"angles_degrees": [[[0.0]]]})
-    result = _start([sys.executable, "scripts/compare.py", str(tmp_path)])
+    result = run([sys.executable, "scripts/compare.py", str(tmp_path)])
     assert result.returncode == 0, result.stderr
     assert "| 3 | 0.100 | 0.700 | 5.0 | - | 2.00 | - |" in result.stdout

@@ -23,8 +23,9 @@ from configs import (
     smollm2_arithmetic,
     tiny,
 )
-from tests.test_main import ENV, ROOT, _leaves
-from warp_jax import corpus, export, main, sharding, stages, trees, validation
+from tests.commands import ENV, ROOT
+from tests.test_main import _leaves
+from warp_jax import corpus, export, jobs, main, sharding, stages, trees, validation
 from warp_jax.models.functions import make_apply_fn
 from warp_jax.pretrained import load_reward
 from warp_jax.tokenizer import Tokenizer
@@ -100,7 +101,7 @@ def _config(models):
 def job(models, tmp_path_factory):
     """A finished workdir."""
     config, workdir = _config(models), tmp_path_factory.mktemp("job") / "run"
-    line = main.run(config, main.check(config, workdir), workdir)
+    line = jobs.run_part(config, main.check(config, workdir), workdir)
     return config, workdir, line
 
 

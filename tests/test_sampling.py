@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 
-from warp_jax import sampling, sharding
+from warp_jax import sampling, scoring, sharding
 from warp_jax.models import rope
 from warp_jax.models.transformer import Transformer, TransformerConfig, init_cache
 from warp_jax.sampling import SamplingConfig
@@ -131,7 +131,7 @@ def test_per_token_logps_by_hand():
     table = jnp.log(jnp.array([[0.2, 0.3, 0.5], [0.5, 0.2, 0.3], [0.3, 0.5, 0.2]]))
     ids, mask = jnp.array([[1, 0], [2, 0]]), jnp.array([[True, True], [True, False]])
     rollout = Rollout(jnp.array([[0], [1]]), jnp.ones((2, 1), bool), jnp.arange(2), ids, mask, jnp.zeros((2, 2)))
-    got = sampling.per_token_logps(bigram_apply, table, rollout, 0.5)
+    got = scoring.per_token_logps(bigram_apply, table, rollout, 0.5)
     assert_allclose(got, [[np.log(0.09 / 0.38), np.log(0.25 / 0.38)], [np.log(0.09 / 0.38), 0.0]], rtol=1e-5)
 
 
@@ -143,7 +143,7 @@ def test_sampled_logps_are_those_of_a_plain_forward_pass():
     @jax.jit
     def both(params, key):
         rollout = sampling.sample(apply_fn, make_cache, params, PROMPTS, key, config=config)
-        return rollout, sampling.per_token_logps(apply_fn, params, rollout, 0.7)
+        return rollout, scoring.per_token_logps(apply_fn, params, rollout, 0.7)
 
     rollout, plain = both(params, jax.random.key(1))
     lengths = rollout.completion_mask.sum(axis=1)

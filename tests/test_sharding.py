@@ -112,7 +112,7 @@ def test_unknown_leaf_in_a_tree_is_refused():
         (
             (1, 1, 8),
             {},
-            r"'layers/attention/k/kernel' has shape \(3, 16, 2, 6\); 2 is not divisible .*'tensor' of size 8",
+            r"'layers/attention/o/kernel' has shape \(3, 4, 6, 16\); 4 is not divisible .*'tensor' of size 8",
         ),
         ((1, 8, 1), {"width": 12}, r"'embed/embedding' has shape \(24, 12\); 12 is not divisible .*'fsdp' of size 8"),
         ((2, 2, 2), {"mlp_dim": 31}, r"'layers/mlp/down/kernel' has shape \(3, 31, 16\); 31 is not divisible"),

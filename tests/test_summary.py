@@ -6,7 +6,7 @@ import pytest
 from configs import tiny
 from warp_jax import summary
 from warp_jax.evaluate import Evaluation
-from warp_jax.warp import Point
+from warp_jax.points import Point
 
 
 def _point(stage, iteration, eta, reward, kl):

@@ -7,7 +7,7 @@ import pytest
 from warp_jax import supervised
 
 
-def _scores(params, token_ids, mask, *rest):
+def _scores(params, token_ids, mask, cache=None, num_outputs=0):
     return params[token_ids], None
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from warp_jax import freezing, loop, optimizers, prompts, rewards, sampling, sharding, train, trees
+from warp_jax import freezing, loop, optimizers, prompts, rewards, sampling, scoring, sharding, train, trees
 from warp_jax.models import functions
 from warp_jax.models.transformer import TransformerConfig, init_cache
 
@@ -26,8 +26,20 @@ def _strict_promotion():
     """Overrides the strict one of conftest.py: optax raises a float to an integer power."""
 
 
-def _apply_fn():
-    return functions.make_apply_fn(CONFIG)
+def _apply_fn(mesh=None):
+    return functions.make_apply_fn(CONFIG, mesh)
+
+
+@functools.lru_cache
+def _sampler(mesh):
+    return sampling.make_sampler(
+        mesh,
+        _params(mesh),
+        apply_fn=_apply_fn(mesh),
+        make_cache=functools.partial(init_cache, CONFIG, mesh=mesh),
+        dtype=CONFIG.dtype,
+        config=SAMPLING,
+    )
 
 
 def _params(mesh):
@@ -46,15 +58,15 @@ def _programs(mesh, **settings):
         "group_size": 2,
         "whiten": False,
         "num_microbatches": 1,
+        "logits_chunk": 0,
     }
     optimizer = optimizers.make_optimizer(learning_rate=1e-2, warmup_steps=0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-5)
     return train.make_programs(
         mesh,
         params,
-        apply_fn=_apply_fn(),
-        make_cache=functools.partial(init_cache, CONFIG),
+        apply_fn=_apply_fn(mesh),
         optimizer=optimizer,
-        sampling_config=SAMPLING,
+        temperature=SAMPLING.temperature,
         **{**defaults, **settings},
     )
 
@@ -86,6 +98,7 @@ def _run(directory, mesh=None, num_steps=4, *, stop_after=None, checkpoint_every
         params,
         {},
         programs=_programs(mesh, **settings),
+        sampler=_sampler(mesh),
         reward_fn=REWARD,
         train_prompts=_prompt_batch(),
         mesh=mesh,
@@ -109,7 +122,7 @@ def _one_update(**settings):
     programs = _programs(mesh, **settings)
     state = programs.init(params)
     batch = prompts.take(_prompt_batch(), np.repeat(np.arange(BATCH // 2), 2))
-    rollout = programs.rollout(state.params, sharding.put_batch(mesh, batch), jax.random.key(3))
+    rollout = _sampler(mesh)(state.params, sharding.put_batch(mesh, batch), jax.random.key(3))
     state, metrics = programs.update(state, {}, rollout, REWARD(rollout).total)
     return params, state, metrics, programs, rollout
 
@@ -146,7 +159,7 @@ def test_donation_leaves_init_alive_and_traces_once():
 def test_the_kl_is_that_to_the_anchor():
     """Fails when the reward's KL uses the current policy twice, or the sampler's log-probs unscaled by temperature."""
     _, state, _, programs, rollout = _one_update(ema_rate=0.0)
-    score = functools.partial(sampling.per_token_logps, _apply_fn(), temperature=SAMPLING.temperature)
+    score = functools.partial(scoring.per_token_logps, _apply_fn(), temperature=SAMPLING.temperature)
     ratio = score(state.params, rollout) - score(state.anchor_params, rollout)
     expected = float(jnp.where(rollout.completion_mask, ratio, 0.0).sum(1).mean())
     _, metrics = programs.update(state, {}, rollout, REWARD(rollout).total)
@@ -159,7 +172,7 @@ def test_the_kl_is_in_the_advantage():
     settings = {"ema_rate": 0.0, "kl_coef": 3.0}
     _, state, _, programs, rollout = _one_update(**settings)
     raw = np.asarray(REWARD(rollout).total, np.float64)
-    score = functools.partial(sampling.per_token_logps, _apply_fn(), temperature=SAMPLING.temperature)
+    score = functools.partial(scoring.per_token_logps, _apply_fn(), temperature=SAMPLING.temperature)
     mask = np.asarray(rollout.completion_mask)
     ratio = np.where(mask, np.asarray(score(state.params, rollout) - score(state.anchor_params, rollout)), 0).sum(1)
     shaped = (raw - 3.0 * ratio).reshape(-1, 2)
@@ -247,19 +260,20 @@ def _partly_frozen(pattern):
         ONE_DEVICE,
         trained,
         apply_fn=apply_fn,
-        make_cache=functools.partial(init_cache, config),
         optimizer=optax.sgd(0.1),
-        sampling_config=SAMPLING,
+        temperature=SAMPLING.temperature,
         kl_coef=0.1,
         ema_rate=0.01,
         advantage="leave_one_out",
         group_size=2,
         whiten=False,
         num_microbatches=1,
+        logits_chunk=0,
     )
     batch = prompts.take(_prompt_batch(), np.repeat(np.arange(BATCH // 2), 2))
     batch = sharding.put_batch(ONE_DEVICE, batch)
-    rollout = programs.rollout(params, batch, jax.random.key(3))
+    draw = functools.partial(sampling.sample, apply_fn, functools.partial(init_cache, config), config=SAMPLING)
+    rollout = draw(params, batch, jax.random.key(3))
     state, _ = programs.update(programs.init(trained), frozen, rollout, REWARD(rollout).total)
     return trained, state, rollout
 
@@ -272,7 +286,7 @@ def test_frozen_weights_stay_and_cost_nothing():
     assert set(_names(state.params)) == set(_names(state.anchor_params)) == set(_names(trained))
 
     def loss(params, apply_fn):
-        logps = sampling.per_token_logps(apply_fn, params, rollout, SAMPLING.temperature)
+        logps = scoring.per_token_logps(apply_fn, params, rollout, SAMPLING.temperature)
         rewards_ = np.asarray(REWARD(rollout).total).reshape(-1, 2)
         advantage = jnp.asarray((rewards_ - rewards_[:, ::-1]).reshape(-1), jnp.float32)
         return -jnp.mean(advantage * jnp.where(rollout.completion_mask, logps, 0.0).sum(1))

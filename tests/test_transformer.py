@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from warp_jax.models import rope, transformer
+from warp_jax.models import attention, rope, transformer
 from warp_jax.models.transformer import Linear, RMSNorm, Transformer, TransformerConfig, init_cache
 
 PLAIN = TransformerConfig(
@@ -174,9 +174,10 @@ def test_attention_scale(scaling, want):
 def attend_one(keys, *, softcap=0.0):
     """One query of 2 with scale 0.5, values 8, 4 and an invisible 100."""
     key = jnp.asarray([*keys, 9.0], jnp.float32).reshape(1, 3, 1, 1)
-    visible = jnp.array([[[True, True, False]]])
+    seen = attention.Seen(jnp.array([[1]]), jnp.array([[0, 1, 0]]), jnp.array([[True, True, False]]))
     value = jnp.array([8.0, 4.0, 100.0]).reshape(1, 3, 1, 1)
-    return transformer.attend(jnp.full((1, 1, 1, 1), 2.0), key, value, visible, scale=0.5, softcap=softcap).item()
+    query = jnp.full((1, 1, 1, 1), 2.0)
+    return attention.attend(query, key, value, seen, None, window=0, scale=0.5, softcap=softcap, mesh=None).item()
 
 
 def test_attend_by_hand():

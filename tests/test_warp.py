@@ -63,11 +63,12 @@ def job(monkeypatch):
 
         monkeypatch.setattr(warp.train, "run_policy", train_policy)
         monkeypatch.setattr(warp, "EvaluationStore", Store)
-        monkeypatch.setattr(warp, "_make_programs", lambda *args: None)
+        programs = types.SimpleNamespace(train=None, sampler=None)
+        monkeypatch.setattr(warp, "make_programs", lambda *args, **kwargs: programs)
         monkeypatch.setattr(warp, "_make_evaluate", lambda *args: None)
-        names = ("frozen_params", "train_reward_fn", "train_prompts", "mesh")
+        names = ("frozen_params", "train_reward_fn", "train_prompts", "mesh", "model", "sampling_config")
         setup = types.SimpleNamespace(sft_params=_tree(SFT), **dict.fromkeys(names))
-        points = warp.run_warp(config, setup, workdir, _Progress())
+        points = warp.run_warp(warp.make_job(config, setup, workdir, _Progress()))
         assert planned == measured.keys()
         return points, starts, measured
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from warp_jax import files, freezing, pretrained
-from warp_jax.models import rope
+from warp_jax.models import published, rope
 from warp_jax.models.functions import param_shapes
 from warp_jax.models.transformer import TransformerConfig
 
@@ -28,7 +28,30 @@ def policy_config(config: ConfigDict, tokenizer_size: int) -> TransformerConfig:
         settings = TransformerConfig(
             vocab_size=tokenizer_size, rope_scaling=scaling, local_pattern=pattern, dtype=config.dtype, **values
         )
-    return _cut_stacks(settings, config.trainable)
+    published.check_size(settings, config.size)
+    return _cut_stacks(dataclasses.replace(settings, remat=config.remat), config.trainable)
+
+
+def planned(config: ConfigDict) -> tuple[TransformerConfig, TransformerConfig | None]:
+    """Settings of the policy and of the reward model (None without one), whether or not their files are there.
+
+    A policy whose folder is missing has the published size `model.size`; such a reward model the policy's.
+    """
+    if config.model.source and config.model.size and not Path(config.model.source).exists():
+        published.check_name(config.model.size)
+        settings = dataclasses.replace(published.MODELS[config.model.size], dtype=config.model.dtype)
+        policy = _cut_stacks(dataclasses.replace(settings, remat=config.model.remat), config.model.trainable)
+    else:
+        policy = policy_config(config.model, 0 if config.model.source else config.tokenizer.vocab_size)
+    sources = [part.source for part in config.rewards.values() if part.weight]
+    if "reward_model" in sources:
+        return policy, reward_model_config(config.reward_model, policy)
+    folders = [source for source in sources if ":" not in source and source != "length"]
+    if not folders:
+        return policy, None
+    if Path(folders[0]).is_dir():
+        return policy, pretrained.read_settings(Path(folders[0]), "scalar", config.model.dtype)
+    return policy, dataclasses.replace(policy, head="scalar", tied_head=False, layer_groups=())
 
 
 def reward_model_config(config: ConfigDict, policy: TransformerConfig) -> TransformerConfig:

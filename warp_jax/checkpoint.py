@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from warp_jax import hosts
 from warp_jax.types import Params
 
 
@@ -18,12 +19,13 @@ def save_params(path: Path, params: Params) -> None:
 
 def forget_state(directory: Path) -> None:
     """Delete the state of a loop whose result is stored elsewhere."""
-    shutil.rmtree(directory / "state", ignore_errors=True)
+    if hosts.is_first():
+        shutil.rmtree(directory / "state", ignore_errors=True)
 
 
 def has_params(path: Path) -> bool:
     """True if `save_params` has completed for this path."""
-    return path.is_dir()
+    return hosts.exists(path)
 
 
 def restore_params(path: Path, like: Params) -> Params:
@@ -41,7 +43,7 @@ class StateStore:
 
     def latest_step(self) -> int:
         """Step of the stored state, 0 if there is none."""
-        return self._manager.latest_step() or 0
+        return int(hosts.agree(self._manager.latest_step() or 0))
 
     def save(self, step: int, state: Any) -> None:
         """Store the state after `step` steps; returns before it is on disk."""

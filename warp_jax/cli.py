@@ -6,13 +6,14 @@ from typing import NoReturn
 
 from absl import flags
 
-BAD_INPUT = 2  # exit code
+BAD_INPUT = 2  # exit codes
+TRY_AGAIN = 75  # nothing is wrong with the input: the same command may work later
 
 
-def fail(message: str) -> NoReturn:
-    """One line on stderr, exit code 2."""
+def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
+    """One line on stderr, and the exit code."""
     print("error: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(BAD_INPUT)
+    sys.exit(code)
 
 
 def parse_flags(

@@ -1,17 +1,15 @@
 """Measuring a policy on held-out prompts: reward, gold reward, KL to SFT, length, diversity."""
 
-import functools
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from warp_jax import metrics, prompts, sampling, sharding, trees
+from warp_jax import hosts, metrics, prompts, sampling, scoring, sharding, trees
 from warp_jax.types import ApplyFn, Array, Params, PromptBatch, RewardFn, Rollout
 
 
@@ -33,31 +31,28 @@ class Evaluation(NamedTuple):
 
 EVALUATION_STREAM = 2**31 - 1  # apart from those of the iterations of training
 EvaluateFn = Callable[[Params], Evaluation]
+KlFn = Callable[[Params, Params, Params, Rollout], Array]  # trained of the policy, of SFT, frozen -> [B], nats
 OnEvaluation = Callable[[str, Evaluation, float], None]
 
 
-def sequence_kl(
-    apply_fn: ApplyFn, params: Params, reference_params: Params, rollout: Rollout, temperature: float
-) -> Array:
-    """KL(policy || reference) of whole completions, estimated on samples of the policy: [B], nats, never negative.
-
-    The sum over the sampled tokens of the exact KL between the two next-token distributions. It has the mean of the
-    sampled log-ratio and far less variance.
+def make_kl_to_sft(apply_fn: ApplyFn, temperature: float, logits_chunk: int) -> KlFn:
+    """Jit `scoring.sequence_kl` of a policy and SFT. They are joined with the frozen weights inside, so that XLA sees
+    that frozen layers below the first trained one are the same in both.
     """
-    logps, reference_logps = (
-        jax.nn.log_softmax(sampling.sequence_logits(apply_fn, p, rollout, temperature))
-        for p in (params, reference_params)
-    )
-    per_token = jnp.sum(jnp.exp(logps) * (logps - reference_logps), axis=-1)
-    return jnp.where(rollout.completion_mask, per_token, 0.0).sum(axis=1)
+
+    @jax.jit
+    def kl_to_sft(params: Params, sft_params: Params, frozen_params: Params, rollout: Rollout) -> Array:
+        policy, reference = (trees.join(trained, frozen_params) for trained in (params, sft_params))
+        return scoring.sequence_kl(apply_fn, policy, reference, rollout, temperature, chunk=logits_chunk)
+
+    return kl_to_sft
 
 
 def make_evaluate(
     mesh: Mesh,
     *,
-    apply_fn: ApplyFn,
-    make_cache: Callable[[int, int], Any],
-    sampling_config: sampling.SamplingConfig,
+    sampler: sampling.Sampler,
+    kl_to_sft: KlFn,
     sft_params: Params,
     frozen_params: Params,
     reward_fn: RewardFn,
@@ -71,30 +66,24 @@ def make_evaluate(
     params and sft_params are what is trained of the model, frozen_params the rest.
     Every policy gets the same prompts and random keys, so that differences between two policies are paired.
     """
-    sample = jax.jit(functools.partial(sampling.sample, apply_fn, make_cache, config=sampling_config))
     key = jax.random.fold_in(jax.random.key(seed), EVALUATION_STREAM)
 
-    @jax.jit
-    def kl_to_sft(params: Params, sft_params: Params, frozen_params: Params, rollout: Rollout) -> Array:
-        """Joined inside, so that XLA sees that frozen layers below the first trained one are the same in both."""
-        policy, reference = (trees.join(trained, frozen_params) for trained in (params, sft_params))
-        return sequence_kl(apply_fn, policy, reference, rollout, sampling_config.temperature)
-
-    def evaluate_batch(params: Params, number: int) -> dict[str, np.ndarray]:
+    def evaluate_batch(params: Params, laid_out: Params, number: int) -> dict[str, np.ndarray]:
         rows = np.arange(number * batch_size, (number + 1) * batch_size)
         batch = sharding.put_batch(mesh, prompts.take(eval_prompts, rows))
-        rollout = sample(trees.join(params, frozen_params), batch, jax.random.fold_in(key, number))
+        rollout = sampler.generate(laid_out, batch, jax.random.fold_in(key, number))
         measured = {
             "reward": reward_fn(rollout).total,
             "sft_kl": kl_to_sft(params, sft_params, frozen_params, rollout),
             "completion_ids": rollout.completion_ids,
             "completion_mask": rollout.completion_mask,
         }
-        return {**jax.device_get(measured), "gold_reward": gold_fn(rollout)}
+        return {**hosts.fetch(measured), "gold_reward": gold_fn(rollout)}
 
     def evaluate(params: Params) -> Evaluation:
         count = len(eval_prompts.example_ids) // batch_size
-        batches = [evaluate_batch(params, number) for number in range(count)]
+        laid_out = sampler.lay_out(trees.join(params, frozen_params))
+        batches = [evaluate_batch(params, laid_out, number) for number in range(count)]
         columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         mask = columns["completion_mask"]
         rows = [ids[keep].tolist() for ids, keep in zip(columns["completion_ids"], mask, strict=True)]
@@ -122,23 +111,27 @@ class EvaluationStore:
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """The names that have no evaluation yet."""
-        return [name for name in names if not self._path(name).exists()]
+        return [name for name in names if not hosts.exists(self._path(name))]
 
     def get(self, name: str, make_params: Callable[[], Params]) -> Evaluation:
         """The stored evaluation called `name`; if there is none, that of make_params()."""
         path = self._path(name)
-        if not path.exists():
+        if not hosts.exists(path):
             started = time.monotonic()
             evaluation = self._evaluate(make_params())
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as file:
-                np.savez_compressed(file, **evaluation._asdict())
-            partial.replace(path)
+            hosts.once(path, lambda: _save(path, evaluation))
             self._on_new(name, evaluation, time.monotonic() - started)
         return load_evaluation(path)
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.npz"
+
+
+def _save(path: Path, evaluation: Evaluation) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, **evaluation._asdict())
+    partial.replace(path)
 
 
 def load_evaluation(path: Path) -> Evaluation:

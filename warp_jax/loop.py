@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from warp_jax import hosts
 from warp_jax.checkpoint import StateStore
 from warp_jax.metrics import MetricWriter
 
@@ -37,27 +38,33 @@ def run_steps(
     if start:
         state = store.restore(state)
     on_step(start, {})
-    with contextlib.closing(store), MetricWriter(directory, start) as writer:
+    metrics_file = MetricWriter(directory, start) if hosts.is_first() else contextlib.nullcontext()
+    with contextlib.closing(store), metrics_file as writer:
         pending: Mapping[str, Any] = {}
-        for step in range(start, num_steps):
-            state, metrics = step_fn(state, step)
-            if pending:
-                _log(writer, step - 1, pending, on_step)
-            pending = metrics
-            done = step + 1
-            after_step(done, state)
-            if done == num_steps or done % checkpoint_every == 0:
-                _log(writer, step, pending, on_step)
-                pending = {}
-            if done % checkpoint_every == 0:
-                store.save(done, state)
+        try:
+            for step in range(start, num_steps):
+                state, metrics = step_fn(state, step)
+                if pending:
+                    _log(writer, step - 1, pending, on_step)
+                pending = metrics
+                done = step + 1
+                after_step(done, state)
+                if done == num_steps or done % checkpoint_every == 0:
+                    _log(writer, step, pending, on_step)
+                    pending = {}
+                if done % checkpoint_every == 0:
+                    store.save(done, state)
+        except jax.errors.JaxRuntimeError as error:
+            hosts.stop_after_loss(error)  # before the store is closed, which would wait for processes that are gone
+            raise
     return state
 
 
-def _log(writer: MetricWriter, step: int, metrics: Mapping[str, Any], on_step: OnStep) -> None:
+def _log(writer: MetricWriter | None, step: int, metrics: Mapping[str, Any], on_step: OnStep) -> None:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise FloatingPointError(f"step {step}: {', '.join(bad)}; lower the learning rate, or check the rewards")
-    writer.write(step, values)
+    if writer:
+        writer.write(step, values)
     on_step(step + 1, values)

@@ -8,15 +8,22 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from warp_jax import cli, prepare, report, validation, warp
+from warp_jax import cli, hosts, jobs, prepare, validation, warp
 from warp_jax.corpus import Corpus
-from warp_jax.progress import JobProgress
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is made; reused when it exists.")
+RUN = flags.DEFINE_integer("run", 0, "Make this run of one iteration only, 1 to warp.num_runs: one job for each run.")
+MERGE = flags.DEFINE_bool("merge", False, "Merge the finished runs of one iteration only; after the last, report.")
+ITERATION = flags.DEFINE_integer("iteration", 0, "Of --run or --merge; 0 = the first that is not merged.")
+MULTIHOST = flags.DEFINE_bool("multihost", False, "One of several processes, each started with the same command.")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of the first process, if JAX does not find it itself.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes, if JAX does not find it itself.")
+PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0, if JAX does not find it itself.")
 
 
 def check(config: ConfigDict, workdir: Path) -> Mapping[str, Corpus]:
@@ -28,33 +35,33 @@ def check(config: ConfigDict, workdir: Path) -> Mapping[str, Corpus]:
     return corpora
 
 
-def run(config: ConfigDict, corpora: Mapping[str, Corpus], workdir: Path) -> str:
-    """The whole job; returns the summary line."""
-    with JobProgress(total_steps(config)) as progress:
-        setup = prepare.prepare(config, corpora, workdir, progress)
-        points = warp.run_warp(config, setup, workdir, progress)
-        return report.write_report(config, setup, points, workdir)
-
-
-def total_steps(config: ConfigDict) -> int:
-    """Optimiser steps of all stages."""
-    steps = sum(config.warp.steps_per_iteration[: config.warp.num_iterations]) * config.warp.num_runs
-    return steps + config.sft.num_steps + prepare.needs_reward_model(config) * config.reward_model.num_steps
-
-
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
     logging.set_verbosity(logging.ERROR)  # of libraries; warnings of JAX and Orbax about one process are noise here
     config, workdir = CONFIG.value, Path(str(WORKDIR.value))
     try:
+        if MULTIHOST.value:
+            hosts.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    except ValueError as error:
+        cli.fail(str(error))
+    except (RuntimeError, OSError) as error:
+        cli.fail(f"multihost: the other processes were not met: {error}", cli.TRY_AGAIN)
+    try:
         corpora = check(config, workdir)
+        part = jobs.choose_part(config, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
     except (ValueError, OSError) as error:
         cli.fail(str(error))
     try:
-        print(run(config, corpora, workdir))
+        if line := jobs.run_part(config, corpora, workdir, part):
+            print(line)
     except FloatingPointError as error:
         cli.fail(str(error))
+    except warp.BusyError as error:
+        cli.fail(str(error), cli.TRY_AGAIN)
+    except jax.errors.JaxRuntimeError as error:
+        hosts.stop_after_loss(error)
+        raise
 
 
 def _load_config() -> None:

@@ -1,6 +1,5 @@
 """What Algorithm 1 starts from: data, tokenizer, prompts, SFT policy, rewards."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,14 +8,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from warp_jax import architecture, chat, corpus, freezing, pretrained, prompts, rewards, sampling, sharding
+from warp_jax import architecture, chat, corpus, freezing, hosts, pretrained, prompts, rewards, sampling, sharding
 from warp_jax.corpus import Corpus
-from warp_jax.models.functions import make_apply_fn
-from warp_jax.models.transformer import init_cache
+from warp_jax.models.transformer import TransformerConfig
 from warp_jax.progress import JobProgress
 from warp_jax.stages import Maker, Tokens
 from warp_jax.tokenizer import Tokenizer
-from warp_jax.types import ApplyFn, Params, PromptBatch, RewardFn, Rollout
+from warp_jax.types import Params, PromptBatch, RewardFn, Rollout
 
 
 class Setup(NamedTuple):
@@ -25,8 +23,7 @@ class Setup(NamedTuple):
     """
 
     mesh: Mesh
-    apply_fn: ApplyFn
-    make_cache: Callable[[int, int], Any]
+    model: TransformerConfig
     tokenizer: Tokenizer
     sampling_config: sampling.SamplingConfig
     sft_params: Params
@@ -57,8 +54,7 @@ def prepare(config: ConfigDict, corpora: Mapping[str, Corpus], workdir: Path, pr
     trained, frozen = freezing.split(sft_params, config.model.trainable)
     return Setup(
         mesh=mesh,
-        apply_fn=make_apply_fn(policy),
-        make_cache=functools.partial(init_cache, policy),
+        model=policy,
         tokenizer=tokenizer,
         sampling_config=sampling.SamplingConfig(
             max_new_tokens=config.sampling.max_new_tokens,
@@ -95,11 +91,14 @@ def load_tokenizer(config: ConfigDict, corpora: Mapping[str, Corpus], path: Path
     """The tokenizer of the model at `model.source`; without one the workdir's, trained on SFT's texts if need be."""
     if config.model.source:
         return Tokenizer.from_folder(pretrained.find(config.model.source))
-    if not path.exists():
+
+    def make() -> None:
         trained = Tokenizer.train(corpora["reward"].texts + corpora["gold"].texts, config.tokenizer.vocab_size)
         partial = path.with_suffix(".partial")
         trained.save(partial)
         partial.replace(path)
+
+    hosts.once(path, make)
     return Tokenizer.load(path)
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from warp_jax import chat, files, prompts, rewards, sharding
+from warp_jax import chat, files, hosts, prompts, rewards, sharding
 from warp_jax.models import gguf_import, huggingface, huggingface_config
 from warp_jax.models.functions import make_apply_fn, param_shapes
 from warp_jax.models.transformer import TransformerConfig
@@ -51,7 +51,7 @@ def load_reward(
     tokenizer = Tokenizer.from_folder(folder)
     config = read_settings(folder, "scalar", dtype)
     params = huggingface.load_params(folder, config, sharding.with_shardings(mesh, param_shapes(config)))
-    score = jax.jit(functools.partial(rewards.sequence_scores, make_apply_fn(config), pad_id=_pad_id(folder)))
+    score = jax.jit(functools.partial(rewards.sequence_scores, make_apply_fn(config, mesh), pad_id=_pad_id(folder)))
     devices = sharding.batch_devices(mesh)
 
     def reward(prompts_: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -62,7 +62,7 @@ def load_reward(
             texts = [prompt + completion for prompt, completion in zip(prompts_, completions, strict=True)]
         batch = _pad_texts(tokenizer, texts, devices, plain=conversation_of is None)
         batch = sharding.put_batch(mesh, batch)
-        return np.asarray(jax.device_get(score(params, batch.prompt_ids, batch.prompt_mask)))[: len(texts)]
+        return hosts.fetch(score(params, batch.prompt_ids, batch.prompt_mask))[: len(texts)]
 
     return reward
 

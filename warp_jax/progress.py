@@ -13,8 +13,8 @@ PLAIN_LINE_SECONDS = 15.0
 class JobProgress:
     """Counts the steps of all stages of a job. Stages that were skipped count as done, not as work ahead."""
 
-    def __init__(self, total_steps: int):
-        self._console = Console(stderr=True)
+    def __init__(self, total_steps: int, *, quiet: bool = False):
+        self._console = Console(stderr=True, quiet=quiet)
         self._total = total_steps
         self._before = 0
         self._stage = ""

@@ -13,10 +13,10 @@ import matplotlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from warp_jax import files, plots, prompts, summary, warp
+from warp_jax import files, plots, prompts, summary
 from warp_jax.evaluate import Evaluation, load_evaluation
+from warp_jax.points import Point, evaluation_name
 from warp_jax.prepare import Setup
-from warp_jax.warp import Point
 
 
 def write_report(config: ConfigDict, setup: Setup, points: Sequence[Point], workdir: Path) -> str:
@@ -50,7 +50,7 @@ def read_points(workdir: Path) -> list[Point]:
     points = []
     for row in csv.DictReader((workdir / "front.csv").read_text().splitlines()):
         numbers = int(row["iteration"]), int(row["run"]), float(row["eta"]), int(row["step"])
-        path = workdir / "evaluations" / f"{warp.evaluation_name(row['stage'], *numbers)}.npz"
+        path = workdir / "evaluations" / f"{evaluation_name(row['stage'], *numbers)}.npz"
         points.append(Point(row["stage"], *numbers, load_evaluation(path)))
     return points
 

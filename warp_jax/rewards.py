@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from warp_jax import hosts
 from warp_jax.tokenizer import Tokenizer
 from warp_jax.types import ApplyFn, Array, Params, RewardFn, Rewards, Rollout
 
@@ -50,7 +51,7 @@ def make_from_text(
     """Score decoded text by a Python function; rows[example_id] is the source row of each prompt."""
 
     def score(rollout: Rollout) -> np.ndarray:
-        host = jax.device_get(rollout)
+        host = hosts.fetch(rollout)
         prompts, completions = tokenizer.decode_answers(
             host.prompt_ids, host.prompt_mask, host.completion_ids, host.completion_mask
         )
@@ -85,7 +86,7 @@ def weighted_sum(weights: Mapping[str, float], parts: Mapping[str, Callable[[Rol
 
 
 def load_function(source: str) -> TextFn:
-    """The Python function at 'package.module:name'."""
+    """The Python function at 'package.module:name'; of several processes, the first calls it."""
     module_name, _, name = source.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), name)
@@ -93,4 +94,4 @@ def load_function(source: str) -> TextFn:
         raise ValueError(f"rewards: cannot load {source!r}: {error}") from error
     if not callable(function):
         raise ValueError(f"rewards: {source!r} is not a function")
-    return function
+    return hosts.computed_by_first(function)

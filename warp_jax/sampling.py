@@ -1,16 +1,19 @@
-"""Sampling completions, and scoring them again: the policy is the temperature-scaled softmax in both.
+"""Sampling completions: a prefill of the prompts, then one token a step. The policy is the temperature-scaled softmax.
 
 `apply_fn(params, token_ids, mask, cache, num_outputs=n)` is `Transformer.apply` on the bare parameter tree;
 `make_cache(batch, capacity)` gives its empty cache.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from warp_jax import sharding, trees
 from warp_jax.types import ApplyFn, Array, Params, PromptBatch, Rollout
 
 
@@ -26,6 +29,50 @@ class SamplingConfig(NamedTuple):
     pad_id: int
     top_k: int = 0
     top_p: float = 1.0
+
+
+class Sampler(NamedTuple):
+    """The compiled parts of sampling; called with (params, prompts, key) it runs both.
+
+    lay_out: params -> the copy that generation reads: in the dtype of the activations and whole but for `tensor`, so
+    that no weight moves between chips for a token. The same arrays where that is how they are.
+    generate: that copy, prompts, key -> Rollout.
+    """
+
+    lay_out: Callable[[Params], Params]
+    generate: Callable[[Params, PromptBatch, Array], Rollout]
+
+    def __call__(self, params: Params, prompts: PromptBatch, key: Array) -> Rollout:
+        return self.generate(self.lay_out(params), prompts, key)
+
+
+def make_sampler(
+    mesh: Mesh,
+    params: Params,
+    *,
+    apply_fn: ApplyFn,
+    make_cache: Callable[[int, int], Any],
+    dtype: str,
+    config: SamplingConfig,
+) -> Sampler:
+    """Jit the parts for whole models shaped like `params`, whose activations are of `dtype`."""
+
+    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+        """Norms compute in float32 and stay."""
+        return leaf if trees.path_name(path).endswith("scale") else leaf.astype(dtype)
+
+    def lay_out(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(cast, params)
+
+    shapes = jax.eval_shape(lay_out, params)
+    layout = sharding.decode_shardings(mesh, shapes)
+    same_dtypes = all(jax.tree.leaves(jax.tree.map(lambda x, y: x.dtype == y.dtype, shapes, params)))
+    as_it_is = same_dtypes and mesh.shape["fsdp"] == 1
+    generate = functools.partial(sample, apply_fn, make_cache, config=config)
+    return Sampler(
+        lay_out=(lambda params: params) if as_it_is else jax.jit(lay_out, out_shardings=layout),
+        generate=jax.jit(generate, out_shardings=sharding.batch_sharding(mesh)),
+    )
 
 
 class _Loop(NamedTuple):
@@ -100,21 +147,6 @@ def sampled_logps(logits: Array, config: SamplingConfig) -> Array:
     if config.top_p < 1:
         logits = jnp.where(_outside_nucleus(logits, config.top_p), -jnp.inf, logits)
     return jax.nn.log_softmax(logits, axis=-1)
-
-
-def sequence_logits(apply_fn: ApplyFn, params: Params, rollout: Rollout, temperature: float) -> Array:
-    """Temperature-scaled logits that predict each completion token: float32 [B, C, V], by one plain forward pass."""
-    token_ids = jnp.concatenate([rollout.prompt_ids, rollout.completion_ids], axis=1)[:, :-1]
-    mask = jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)[:, :-1]
-    logits, _ = apply_fn(params, token_ids, mask, None, num_outputs=rollout.completion_ids.shape[1])
-    return logits / temperature
-
-
-def per_token_logps(apply_fn: ApplyFn, params: Params, rollout: Rollout, temperature: float) -> Array:
-    """Log pi(y_t | x, y_<t) of the rollout's tokens, nats: float32 [B, C], 0 where masked."""
-    logits = sequence_logits(apply_fn, params, rollout, temperature)
-    chosen = jnp.take_along_axis(logits, rollout.completion_ids[..., None], axis=-1)[..., 0]
-    return jnp.where(rollout.completion_mask, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
 
 def _outside_nucleus(logits: Array, top_p: float) -> Array:

@@ -4,24 +4,31 @@ Axes: `data` (copies of the weights), `fsdp` (weights split, batch split), `tens
 The table serves policy, anchor, init, Adam moments, task vectors and the reward model: all carry the same leaf paths.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from warp_jax import trees
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))
+BATCH = ("data", "fsdp")  # what a batch is split over
+
+# Fewer key-value heads than chips along `tensor` stay whole there: every chip needs the head that its queries share.
+KEY_VALUE = r"layers(_from_\d+)?/attention/[kv]/"
 
 # (end of the leaf's path, how its axes are split). Leaves of a stack of layers have the layer axis first.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
-    (r"layers(_from_\d+)?/attention/[qkv]/kernel", PartitionSpec(None, "fsdp", "tensor", None)),
-    (r"layers(_from_\d+)?/attention/[qkv]/bias", PartitionSpec(None, "tensor", None)),
+    (r"layers(_from_\d+)?/attention/q/kernel", PartitionSpec(None, "fsdp", "tensor", None)),
+    (r"layers(_from_\d+)?/attention/q/bias", PartitionSpec(None, "tensor", None)),
+    (KEY_VALUE + "kernel", PartitionSpec(None, "fsdp", "tensor", None)),
+    (KEY_VALUE + "bias", PartitionSpec(None, "tensor", None)),
     (r"layers(_from_\d+)?/attention/o/kernel", PartitionSpec(None, "tensor", None, "fsdp")),
     (r"layers(_from_\d+)?/attention/[qk]_norm/scale", PartitionSpec()),
     (r"layers(_from_\d+)?/mlp/(gate|up)/kernel", PartitionSpec(None, "fsdp", "tensor")),
@@ -43,7 +50,24 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> Mes
         sizes[sizes.index(-1)] = max(len(devices) // -int(np.prod(sizes)), 1)
     if np.prod(sizes) != len(devices):
         raise ValueError(f"mesh: sizes {tuple(sizes)} make {np.prod(sizes)} devices, this machine has {len(devices)}")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(_placed(tuple(sizes), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _placed(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as a grid: neighbours on TPU are neighbours in the grid, and only `data`, or `fsdp` where `data` is
+    too small, goes from one slice to another over the data centre's network.
+    """
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    over_data = math.gcd(sizes[0], slices)
+    between = (over_data, slices // over_data, 1)
+    if sizes[1] % between[1]:
+        raise ValueError(f"mesh: {slices} slices do not divide data x fsdp of {sizes}; choose sizes that they divide")
+    inside = tuple(size // count for size, count in zip(sizes, between, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
 
 
 def partition_spec(name: str, shape: Sequence[int]) -> PartitionSpec:
@@ -62,10 +86,21 @@ def param_shardings(mesh: Mesh, tree: Any) -> Any:
     def leaf_sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = trees.path_name(path)
         spec = partition_spec(name, leaf.shape)
+        if re.search(KEY_VALUE, name) and mesh.shape["tensor"] % leaf.shape[spec.index("tensor")] == 0:
+            spec = divisible(mesh, leaf.shape, spec)
         _check_divisible(mesh, name, leaf.shape, spec)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+
+
+def decode_shardings(mesh: Mesh, tree: Any) -> Any:
+    """As `param_shardings`, but whole along `fsdp`: generation reads every weight for every token."""
+
+    def without_fsdp(leaf: NamedSharding) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in leaf.spec)))
+
+    return jax.tree.map(without_fsdp, param_shardings(mesh, tree))
 
 
 def with_shardings(mesh: Mesh, shapes: Any) -> Any:
@@ -75,6 +110,18 @@ def with_shardings(mesh: Mesh, shapes: Any) -> Any:
     )
 
 
+def constrain(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:
+    """The activation x laid out by `spec`; an axis whose size a mesh axis does not divide stays whole."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, divisible(mesh, x.shape, spec)))
+
+
+def divisible(mesh: Mesh, shape: Sequence[int], spec: PartitionSpec) -> PartitionSpec:
+    """The spec without the splits that `shape` does not allow."""
+    return PartitionSpec(*(a if size % _devices(mesh, a) == 0 else None for size, a in zip(shape, spec, strict=False)))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -82,7 +129,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis split over all devices that hold different data."""
-    return NamedSharding(mesh, BATCH)
+    return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def batch_devices(mesh: Mesh) -> int:
@@ -91,8 +138,21 @@ def batch_devices(mesh: Mesh) -> int:
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Host arrays [B, ...] onto the mesh, split over the batch."""
-    return jax.device_put(batch, batch_sharding(mesh))
+    """Host arrays [B, ...], the same in every process, onto the mesh, split over the batch: each keeps its rows."""
+    rows = batch_sharding(mesh)
+
+    def put(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, rows)
+        values = np.asarray(x)
+        return jax.make_array_from_callback(values.shape, rows, lambda index: values[index])
+
+    return jax.tree.map(put, batch)
+
+
+def _devices(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
+    axes = (axis,) if isinstance(axis, str) else axis or ()
+    return int(np.prod([mesh.shape[name] for name in axes]))
 
 
 def _check_divisible(mesh: Mesh, name: str, shape: Sequence[int], spec: PartitionSpec) -> None:

@@ -18,6 +18,7 @@ from warp_jax import (
     files,
     freezing,
     gold,
+    hosts,
     optimizers,
     pretrained,
     prompts,
@@ -62,6 +63,7 @@ class Maker:
         if not config.num_steps:
             return start
         rows = tokens["reward"] + tokens["gold"]
+        apply_fn = functions.make_apply_fn(model, self.mesh)
 
         def batch_fn(step: int) -> supervised.Batch:
             chosen = prompts.epoch_rows(len(rows), config.batch_size, step, seed=self.config.seed, stream="sft")
@@ -73,7 +75,7 @@ class Maker:
 
         return self._stage(
             "sft",
-            loss_fn=functools.partial(supervised.language_loss, functions.make_apply_fn(model)),
+            loss_fn=functools.partial(supervised.language_loss, apply_fn, logits_chunk=self.config.model.logits_chunk),
             start=start,
             trainable=self.config.model.trainable,
             batch_fn=batch_fn,
@@ -100,7 +102,7 @@ class Maker:
             batch = self._text_batch(tokens[split], chosen, config.sequence_tokens, step, f"fragments {split}")
             return {**batch, "labels": labels[split][chosen]}
 
-        apply_fn = functions.make_apply_fn(model)
+        apply_fn = functions.make_apply_fn(model, self.mesh)
         params = self._stage(
             "reward_model",
             loss_fn=functools.partial(supervised.REWARD_LOSSES[config.loss], apply_fn),
@@ -120,13 +122,16 @@ class Maker:
         if config.source != "tfidf":
             return self.text_fn(config.source)
         path = self.workdir / "gold" / "gold.json"
-        if not path.exists():
+
+        def make() -> None:
             texts, labels = self._fragments(tokens["gold"], corpora["gold"].labels, config.fragments_per_text)
             fitted = gold.fit(texts, labels, config.max_terms)
             held_out = gold.auc(fitted, *self._fragments(tokens["eval"], corpora["eval"].labels, 1))
             self.progress.note(f"gold reward: held-out AUC {held_out:.3f}")
             files.write_json(path.with_name("summary.json"), {"auc": held_out})
             gold.save(fitted, path)
+
+        hosts.once(path, make)
         return gold.load(path).score
 
     def text_fn(self, source: str) -> rewards.TextFn:
@@ -171,7 +176,8 @@ class Maker:
         batches = [held_out_batch(i) for i in range(np.clip(held_out_rows // config.batch_size, 1, HELD_OUT_BATCHES))]
         summary = supervised.held_out(loss_fn, params, batches, self.mesh)
         self.progress.note(f"{name}: held-out " + ", ".join(f"{key} {value:.3f}" for key, value in summary.items()))
-        files.write_json(directory / "summary.json", summary)
+        if hosts.is_first():
+            files.write_json(directory / "summary.json", summary)
         checkpoint.save_params(directory / "params", trained)
         checkpoint.forget_state(directory)
         self.progress.end_stage(config.num_steps)

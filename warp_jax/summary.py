@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from warp_jax import evaluate, pareto
-from warp_jax.warp import Point
+from warp_jax.points import Point
 
 COMPARED_KLS = 5  # number of KLs at which two fronts are compared
 

@@ -11,18 +11,19 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from warp_jax import loop, prompts, rewards, sharding, trees
+from warp_jax import loop, prompts, rewards, scoring, sharding, trees
 from warp_jax.types import ApplyFn, Array, Params
 
 Batch = Mapping[str, Any]
 LossFn = Callable[[Params, Batch], tuple[Array, Mapping[str, Array]]]
 
 
-def language_loss(apply_fn: ApplyFn, params: Params, batch: Batch) -> tuple[Array, Mapping[str, Array]]:
+def language_loss(
+    apply_fn: ApplyFn, params: Params, batch: Batch, *, logits_chunk: int = 0
+) -> tuple[Array, Mapping[str, Array]]:
     """Mean negative log-likelihood of each next token, nats per token. batch: token_ids, mask [B, S]."""
     token_ids, mask = batch["token_ids"], batch["mask"]
-    logits, _ = apply_fn(params, token_ids[:, :-1], mask[:, :-1])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, token_ids[:, 1:])
+    losses = scoring.next_token_losses(apply_fn, params, token_ids, mask, chunk=logits_chunk)
     counted = mask[:, :-1] & mask[:, 1:]
     loss = jnp.where(counted, losses, 0).sum() / counted.sum(dtype=jnp.float32)
     return loss, {"loss": loss}

@@ -11,19 +11,18 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from warp_jax import loop, merging, objective, prompts, sampling, sharding, trees
+from warp_jax import loop, merging, objective, prompts, sampling, scoring, sharding, trees
 from warp_jax.types import ApplyFn, Array, Params, PromptBatch, RewardFn, Rollout, TrainState
 
 
 class Programs(NamedTuple):
-    """The compiled parts of a training step, shared by all runs.
+    """The compiled parts of a training step but for generation, shared by all runs.
 
-    init: trained params -> TrainState. rollout: all params, prompts, key -> Rollout.
+    init: trained params -> TrainState.
     update: TrainState (donated), frozen params, Rollout, rewards [B] -> TrainState, metrics.
     """
 
     init: Callable[[Params], TrainState]
-    rollout: Callable[[Params, PromptBatch, Array], Rollout]
     update: Callable[[TrainState, Params, Rollout, Array], tuple[TrainState, Mapping[str, Array]]]
 
 
@@ -31,22 +30,15 @@ def make_programs(
     mesh: Mesh,
     params: Params,
     *,
-    apply_fn: ApplyFn,
-    make_cache: Callable[[int, int], Any],
     optimizer: optax.GradientTransformation,
-    sampling_config: sampling.SamplingConfig,
     **settings: Any,
 ) -> Programs:
     """Jit the parts for trained parameters shaped like `params`; `settings` are those of `policy_update`."""
     init_fn = functools.partial(init_state, optimizer)
     layout = sharding.param_shardings(mesh, jax.eval_shape(init_fn, params))
-    update = functools.partial(
-        policy_update, apply_fn=apply_fn, optimizer=optimizer, temperature=sampling_config.temperature, **settings
-    )
-    rollout = functools.partial(sampling.sample, apply_fn, make_cache, config=sampling_config)
+    update = functools.partial(policy_update, optimizer=optimizer, **settings)
     return Programs(
         init=jax.jit(init_fn, out_shardings=layout),
-        rollout=jax.jit(rollout, out_shardings=sharding.batch_sharding(mesh)),
         update=jax.jit(update, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh))),
     )
 
@@ -73,6 +65,7 @@ def policy_update(
     group_size: int,
     whiten: bool,
     num_microbatches: int,
+    logits_chunk: int,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step on a rollout and its raw rewards [B]: lines 7 to 9. The state holds what is trained; frozen_params, the
     other leaves of the same model, are part of policy and anchor alike.
@@ -83,7 +76,8 @@ def policy_update(
     """
 
     def score(params: Params, rollout: Rollout) -> Array:
-        return sampling.per_token_logps(apply_fn, trees.join(params, frozen_params), rollout, temperature)
+        whole = trees.join(params, frozen_params)
+        return scoring.per_token_logps(apply_fn, whole, rollout, temperature, chunk=logits_chunk)
 
     chunks = _split(rollout, num_microbatches)
     both = jax.lax.map(lambda chunk: (score(state.params, chunk), score(state.anchor_params, chunk)), chunks)
@@ -122,6 +116,7 @@ def run_policy(
     frozen_params: Params,
     *,
     programs: Programs,
+    sampler: sampling.Sampler,
     reward_fn: RewardFn,
     train_prompts: PromptBatch,
     mesh: Mesh,
@@ -145,10 +140,9 @@ def run_policy(
         rows = prompts.epoch_rows(count, batch_size // group_size, step, seed=seed, stream=stream)
         batch = prompts.take(train_prompts, np.repeat(rows, group_size))
         params = trees.join(state.params, frozen_params)
-        rollout = programs.rollout(params, sharding.put_batch(mesh, batch), jax.random.fold_in(run_key, step))
+        rollout = sampler(params, sharding.put_batch(mesh, batch), jax.random.fold_in(run_key, step))
         rewards = reward_fn(rollout)
-        total = jax.device_put(rewards.total, sharding.batch_sharding(mesh))
-        state, metrics = programs.update(state, frozen_params, rollout, total)
+        state, metrics = programs.update(state, frozen_params, rollout, sharding.put_batch(mesh, rewards.total))
         parts = {f"reward/{name}": jnp.mean(values) for name, values in rewards.parts.items()}
         return state, {**metrics, **parts}
 

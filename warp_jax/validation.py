@@ -8,9 +8,24 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from warp_jax import architecture, corpus, files, merging, objective, prepare, pretrained, rewards, sharding, supervised
+from warp_jax import (
+    architecture,
+    corpus,
+    files,
+    hosts,
+    merging,
+    objective,
+    prepare,
+    pretrained,
+    rewards,
+    sharding,
+    supervised,
+)
 from warp_jax.models import functions, huggingface
+from warp_jax.models.transformer import REMAT
 from warp_jax.tokenizer import Tokenizer
+
+LOCK = "lock"  # in a workdir: held while it is claimed, and while what all runs share is made
 
 Check = tuple[str, Callable[[Any], bool], str]
 
@@ -32,7 +47,7 @@ CHECKS: tuple[Check, ...] = tuple(
             ("sft.batch_size", "rl.batch_size", "rl.samples_per_prompt", "rl.num_microbatches"),
             _POSITIVE,
         ),
-        (("sft.num_steps", "reward_model.num_layers"), _NOT_NEGATIVE),
+        (("sft.num_steps", "reward_model.num_layers", "model.logits_chunk"), _NOT_NEGATIVE),
         (("reward_model.num_steps", "evaluation.num_prompts", "evaluation.batch_size"), _POSITIVE),
         (("sampling.max_new_tokens", "gold.max_terms", "gold.fragments_per_text", "report.num_samples"), _POSITIVE),
         (("report.bootstrap_resamples",), _POSITIVE),
@@ -61,6 +76,7 @@ CHECKS: tuple[Check, ...] = tuple(
         (("rl.advantage",), _one_of(*objective.ADVANTAGES)),
         (("reward_model.loss",), _one_of(*supervised.REWARD_LOSSES)),
         (("model.dtype",), _one_of("float32", "bfloat16")),
+        (("model.remat",), _one_of(*REMAT)),
     )
     for path in paths
 )
@@ -118,14 +134,26 @@ def _check_models(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def claim_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Write config.json, or check that the one there is the same but for `report` and `front`."""
+    """Write config.json, once the workdir is found to be free or of the same config but for `report` and `front`.
+
+    Jobs of one workdir may start together.
+    """
     try:
-        _claim_workdir(config, workdir)
+        _check_workdir(config, workdir)  # before the lock, which is a file in there
+        with hosts.locked(workdir / LOCK, lambda: None):
+            fingerprints = _check_workdir(config, workdir)
+            hosts.barrier(f"checked {workdir}")
+            if hosts.is_first():
+                files.write_json(workdir / "config.json", json.loads(config.to_json()))
+                if fingerprints:
+                    files.write_json(workdir / architecture.FINGERPRINTS, fingerprints)
+            hosts.barrier(f"claimed {workdir}")
     except OSError as error:
         raise ValueError(f"workdir: cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
 
 
-def _claim_workdir(config: ConfigDict, workdir: Path) -> None:
+def _check_workdir(config: ConfigDict, workdir: Path) -> dict[str, str]:
+    """The fingerprints of the models; ValueError if the workdir is another job's, or no folder for one."""
     path = workdir / "config.json"
     mine = json.loads(config.to_json())
     if path.exists():
@@ -137,12 +165,9 @@ def _claim_workdir(config: ConfigDict, workdir: Path) -> None:
             )
     elif workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir: {workdir} is a file, want a folder")
-    elif workdir.is_dir() and any(workdir.iterdir()):
+    elif workdir.is_dir() and any(found.name != LOCK for found in workdir.iterdir()):
         raise ValueError(f"workdir: {workdir} holds other files and no config.json, want a new or empty folder")
-    fingerprints = architecture.check_unchanged(config, workdir)
-    files.write_json(path, mine)
-    if fingerprints:
-        files.write_json(workdir / architecture.FINGERPRINTS, fingerprints)
+    return architecture.check_unchanged(config, workdir)
 
 
 def _check_rewards(config: ConfigDict) -> None:

@@ -1,120 +1,114 @@
 """Algorithm 1 of WARP: I iterations of M runs, a spherical merge, and a step towards it; then the front."""
 
+import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NoReturn
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from warp_jax import checkpoint, evaluate, files, merging, stages, train
+from warp_jax import checkpoint, evaluate, files, hosts, merging, train
 from warp_jax.evaluate import Evaluation, EvaluationStore
+from warp_jax.points import Point, evaluation_name, evaluation_names, front_points, trajectory_steps
 from warp_jax.prepare import Setup
+from warp_jax.programs import Programs, make_programs
 from warp_jax.progress import JobProgress
 from warp_jax.types import Params, TrainState
 
 
-class Point(NamedTuple):
-    """One evaluated policy: a row of front.csv. iteration and run count from 1; 0, or nan for eta, does not apply."""
-
-    stage: str  # sft, policy, merged or liti
-    iteration: int
-    run: int
-    eta: float
-    step: int
-    evaluation: Evaluation
+class BusyError(Exception):
+    """Another process is making what this one was asked for."""
 
 
-def evaluation_name(stage: str, iteration: int, run: int, eta: float, step: int) -> str:
-    """Under which the evaluation of a point is stored; the same policy has one name, as SFT and eta = 0 of a front."""
-    if stage == "policy":
-        return f"policy_i{iteration}_r{run}_s{step}"
-    if stage == "merged" or eta == 1.0:
-        return f"merged_i{iteration}"
-    return f"liti_i{iteration}_e{eta:g}" if eta else "sft"
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One workdir of Algorithm 1. Runs and merges meet through its checkpoints, so each may be made by another process.
 
+    init_params of an iteration follows from SFT and the merges before; every result is made once, then restored.
+    """
 
-def evaluation_names(config: ConfigDict) -> set[str]:
-    """Of all evaluations that a job makes."""
-    nan, names = float("nan"), {"sft"}
-    for iteration, num_steps in enumerate(config.warp.steps_per_iteration, start=1):
-        for run in range(1, config.warp.num_runs + 1):
-            steps = _trajectory_steps(num_steps, config.evaluation.every)
-            names.update(evaluation_name("policy", iteration, run, nan, step) for step in steps)
-        names.update(evaluation_name("liti", iteration, 0, eta, 0) for eta in (1.0, *config.front.etas))
-    return names
+    config: ConfigDict
+    setup: Setup
+    workdir: Path
+    progress: JobProgress
+    programs: Programs
+    evaluations: EvaluationStore
 
+    def directory(self, iteration: int) -> Path:
+        """The folder of an iteration."""
+        return self.workdir / f"iteration_{iteration}"
 
-def run_warp(config: ConfigDict, setup: Setup, workdir: Path, progress: JobProgress) -> list[Point]:
-    """Train, merge and evaluate everything the workdir does not hold yet; return all points in order."""
+    def init_params(self, iteration: int) -> Params:
+        """theta_init of an iteration, from the merges before it, which must be there (line 13)."""
+        init_params = self.setup.sft_params
+        for before in range(1, iteration):
+            merged = checkpoint.restore_params(self.directory(before) / "merged", init_params)
+            init_params = merging.liti(init_params, merged, self.config.warp.liti_rate)
+        return init_params
 
-    def on_new(name: str, evaluation: Evaluation, seconds: float) -> None:
-        progress.on_evaluation(f"{name}: {_in_words(evaluation)}", seconds)
+    def run_policy(self, init_params: Params, iteration: int, run: int) -> list[Point]:
+        """Train one run of one iteration (lines 4 to 9), and return the points of its trajectory."""
+        directory = self.directory(iteration) / f"run_{run}"
+        num_steps = self.config.warp.steps_per_iteration[iteration - 1]
+        finished = checkpoint.has_params(directory / "params")
+        self.progress.start_stage(f"iteration {iteration} run {run}", num_steps, finished=finished)
+        if not finished:
+            with hosts.locked(directory / "lock", functools.partial(_refuse, iteration, run)):
+                self._train(init_params, iteration, run, directory)
+            self.progress.end_stage(num_steps)
+        nan = float("nan")
 
-    evaluations = EvaluationStore(workdir / "evaluations", _make_evaluate(config, setup), on_new)
-    progress.expect_evaluations(len(evaluations.missing(evaluation_names(config))))
-    optimizer = stages.make_optimizer(config.rl, config.adam)
-    programs = _make_programs(config, setup, optimizer)
-    sft = setup.sft_params
-    points = [Point("sft", 0, 0, 0.0, 0, evaluations.get("sft", lambda: sft))]
-    init_params = sft
-    for iteration in range(1, config.warp.num_iterations + 1):
-        directory = workdir / f"iteration_{iteration}"
-        policies = []
-        for run in range(1, config.warp.num_runs + 1):
-            params, trajectory = run_policy(
-                config,
-                setup,
-                programs,
-                evaluations,
-                init_params,
-                iteration=iteration,
-                run=run,
-                directory=directory / f"run_{run}",
-                progress=progress,
-            )
-            policies.append(params)
-            points += trajectory
-        merged = merge(config.warp, init_params, policies, directory)
-        points += front_points(config.front.etas, sft, merged, iteration, evaluations)
-        init_params = merging.liti(init_params, merged, config.warp.liti_rate)
-    return points
+        def params_at(step: int) -> Params:
+            if step != num_steps:
+                name = evaluation_name("policy", iteration, run, nan, step)
+                raise FileNotFoundError(f"evaluation {name} is gone, and so is its policy; delete {directory}")
+            return checkpoint.restore_params(directory / "params", init_params)
 
+        points = []
+        for step in trajectory_steps(num_steps, self.config.evaluation.every):
+            name = evaluation_name("policy", iteration, run, nan, step)
+            evaluation = self.evaluations.get(name, functools.partial(params_at, step))
+            points.append(Point("policy", iteration, run, nan, step, evaluation))
+        return points
 
-def run_policy(
-    config: ConfigDict,
-    setup: Setup,
-    programs: train.Programs,
-    evaluations: EvaluationStore,
-    init_params: Params,
-    *,
-    iteration: int,
-    run: int,
-    directory: Path,
-    progress: JobProgress,
-) -> tuple[Params, list[Point]]:
-    """One run of one iteration, and the points of its trajectory."""
-    num_steps = config.warp.steps_per_iteration[iteration - 1]
-    path = directory / "params"
-    finished = checkpoint.has_params(path)
-    progress.start_stage(f"iteration {iteration} run {run}", num_steps, finished=finished)
+    def merge(self, init_params: Params, iteration: int) -> Params:
+        """theta_slerp of one iteration (line 12), stored with the angles and norms of its task vectors per unit."""
+        directory, config = self.directory(iteration), self.config.warp
+        if checkpoint.has_params(directory / "merged"):
+            return checkpoint.restore_params(directory / "merged", init_params)
+        paths = [directory / f"run_{run}" / "params" for run in range(1, config.num_runs + 1)]
+        policies = [checkpoint.restore_params(path, init_params) for path in paths]
+        gram = merging.gram(init_params, policies, config.unit)
+        merged = merging.merge(init_params, policies, config.merge, unit=config.unit, donate=False)
+        if hosts.is_first():
+            geometry = {
+                "units": gram.names,
+                "angles_degrees": np.degrees(merging.angles(gram.matrix)).tolist(),
+                "norms": np.asarray(merging.norms(gram.matrix)).tolist(),
+            }
+            files.write_json(directory / "geometry.json", geometry)
+        checkpoint.save_params(directory / "merged", merged)
+        return merged
 
-    nan = float("nan")
+    def front(self, merged: Params, iteration: int) -> list[Point]:
+        """The points of an iteration's merge and of its output family, all etas between SFT and the merge."""
+        return front_points(self.config.front.etas, self.setup.sft_params, merged, iteration, self.evaluations)
 
-    def name(step: int) -> str:
-        return evaluation_name("policy", iteration, run, nan, step)
+    def _train(self, init_params: Params, iteration: int, run: int, directory: Path) -> None:
+        config, setup = self.config, self.setup
+        num_steps = config.warp.steps_per_iteration[iteration - 1]
 
-    def after_step(step: int, state: TrainState) -> None:
-        if step in _trajectory_steps(num_steps, config.evaluation.every):
-            evaluations.get(name(step), lambda: state.params)
+        def after_step(step: int, state: TrainState) -> None:
+            if step in trajectory_steps(num_steps, config.evaluation.every):
+                name = evaluation_name("policy", iteration, run, float("nan"), step)
+                self.evaluations.get(name, lambda: state.params)
 
-    if finished:
-        params = checkpoint.restore_params(path, init_params)
-    else:
         params = train.run_policy(
             init_params,
             setup.frozen_params,
-            programs=programs,
+            programs=self.programs.train,
+            sampler=self.programs.sampler,
             reward_fn=setup.train_reward_fn,
             train_prompts=setup.train_prompts,
             mesh=setup.mesh,
@@ -126,65 +120,83 @@ def run_policy(
             group_size=config.rl.samples_per_prompt,
             checkpoint_every=config.checkpoint_every,
             directory=directory,
-            on_step=progress.on_step,
+            on_step=self.progress.on_step,
             after_step=after_step,
         )
-        checkpoint.save_params(path, params)
+        checkpoint.save_params(directory / "params", params)
         checkpoint.forget_state(directory)
-        progress.end_stage(num_steps)
-    steps = _trajectory_steps(num_steps, config.evaluation.every)
-
-    def params_at(step: int) -> Params:
-        if step != num_steps:
-            raise FileNotFoundError(f"evaluation {name(step)} is gone, and so is its policy; delete {directory}")
-        return params
-
-    found = {s: evaluations.get(name(s), functools.partial(params_at, s)) for s in steps}
-    return params, [Point("policy", iteration, run, nan, s, evaluation) for s, evaluation in found.items()]
 
 
-def merge(config: ConfigDict, init_params: Params, policies: list[Params], directory: Path) -> Params:
-    """theta_slerp of one iteration (line 12), stored with the angles and norms of its task vectors per unit."""
-    path = directory / "merged"
-    if checkpoint.has_params(path):
-        return checkpoint.restore_params(path, init_params)
-    merged = merging.merge(init_params, policies, config.merge, unit=config.unit)
-    gram = merging.gram(init_params, policies, config.unit)
-    geometry = {
-        "units": gram.names,
-        "angles_degrees": np.degrees(merging.angles(gram.matrix)).tolist(),
-        "norms": np.asarray(merging.norms(gram.matrix)).tolist(),
-    }
-    files.write_json(directory / "geometry.json", geometry)
-    checkpoint.save_params(path, merged)
-    return merged
+def make_job(config: ConfigDict, setup: Setup, workdir: Path, progress: JobProgress) -> Job:
+    """The job of a workdir, with its programs."""
+
+    def on_new(name: str, evaluation: Evaluation, seconds: float) -> None:
+        progress.on_evaluation(f"{name}: {_in_words(evaluation)}", seconds)
+
+    programs = make_programs(
+        config,
+        setup.mesh,
+        setup.model,
+        sampling_config=setup.sampling_config,
+        trained=setup.sft_params,
+        frozen=setup.frozen_params,
+    )
+    evaluations = EvaluationStore(workdir / "evaluations", _make_evaluate(config, setup, programs), on_new)
+    return Job(config, setup, workdir, progress, programs, evaluations)
 
 
-def front_points(
-    etas: tuple[float, ...], sft_params: Params, merged: Params, iteration: int, evaluations: EvaluationStore
-) -> list[Point]:
-    """The merge, and the output family (1 - eta) sft + eta merged for every eta; the ends are not measured twice."""
-
-    def measure(eta: float) -> Evaluation:
-        return evaluations.get(
-            evaluation_name("liti", iteration, 0, eta, 0), lambda: merging.liti(sft_params, merged, eta)
-        )
-
-    nan = float("nan")
-    liti = [Point("liti", iteration, 0, eta, 0, measure(eta)) for eta in etas]
-    return [Point("merged", iteration, 0, nan, 0, measure(1.0)), *liti]
-
-
-def _trajectory_steps(num_steps: int, every: int) -> list[int]:
-    return sorted({*range(every, num_steps + 1, every), num_steps})
+def run_warp(job: Job) -> list[Point]:
+    """Train, merge and evaluate everything the workdir does not hold yet; return all points in order."""
+    config, sft = job.config, job.setup.sft_params
+    job.progress.expect_evaluations(len(job.evaluations.missing(evaluation_names(config))))
+    points = [Point("sft", 0, 0, 0.0, 0, job.evaluations.get("sft", lambda: sft))]
+    init_params = sft
+    for iteration in range(1, config.warp.num_iterations + 1):
+        for run in range(1, config.warp.num_runs + 1):
+            points += job.run_policy(init_params, iteration, run)
+        merged = job.merge(init_params, iteration)
+        points += job.front(merged, iteration)
+        init_params = merging.liti(init_params, merged, config.warp.liti_rate)
+    return points
 
 
-def _make_evaluate(config: ConfigDict, setup: Setup) -> evaluate.EvaluateFn:
+def run_one(job: Job, iteration: int, run: int) -> None:
+    """One run of one iteration, as a job of its own."""
+    names = [
+        evaluation_name("policy", iteration, run, float("nan"), step)
+        for step in trajectory_steps(job.config.warp.steps_per_iteration[iteration - 1], job.config.evaluation.every)
+    ]
+    job.progress.expect_evaluations(len(job.evaluations.missing(names)))
+    job.run_policy(job.init_params(iteration), iteration, run)
+
+
+def merge_one(job: Job, iteration: int) -> None:
+    """The merge of one iteration, whose runs must be there, and its front, as a job of its own."""
+    names = {evaluation_name("liti", iteration, 0, eta, 0) for eta in (1.0, *job.config.front.etas)}
+    job.progress.expect_evaluations(len(job.evaluations.missing(names)))
+    job.front(job.merge(job.init_params(iteration), iteration), iteration)
+
+
+def is_merged(workdir: Path, iteration: int) -> bool:
+    """True if the merge of an iteration is there."""
+    return checkpoint.has_params(workdir / f"iteration_{iteration}" / "merged")
+
+
+def missing_runs(workdir: Path, iteration: int, num_runs: int) -> list[int]:
+    """The runs of an iteration that are not finished."""
+    folder = workdir / f"iteration_{iteration}"
+    return [run for run in range(1, num_runs + 1) if not checkpoint.has_params(folder / f"run_{run}" / "params")]
+
+
+def _refuse(iteration: int, run: int) -> NoReturn:
+    raise BusyError(f"run {run} of iteration {iteration} is being trained by another process; wait for it, or stop it")
+
+
+def _make_evaluate(config: ConfigDict, setup: Setup, programs: Programs) -> evaluate.EvaluateFn:
     return evaluate.make_evaluate(
         setup.mesh,
-        apply_fn=setup.apply_fn,
-        make_cache=setup.make_cache,
-        sampling_config=setup.sampling_config,
+        sampler=programs.sampler,
+        kl_to_sft=programs.kl_to_sft,
         sft_params=setup.sft_params,
         frozen_params=setup.frozen_params,
         reward_fn=setup.eval_reward_fn,
@@ -192,23 +204,6 @@ def _make_evaluate(config: ConfigDict, setup: Setup) -> evaluate.EvaluateFn:
         eval_prompts=setup.eval_prompts,
         batch_size=config.evaluation.batch_size,
         seed=config.seed,
-    )
-
-
-def _make_programs(config: ConfigDict, setup: Setup, optimizer: Any) -> train.Programs:
-    return train.make_programs(
-        setup.mesh,
-        setup.sft_params,
-        apply_fn=setup.apply_fn,
-        make_cache=setup.make_cache,
-        optimizer=optimizer,
-        sampling_config=setup.sampling_config,
-        kl_coef=config.rl.kl_coef,
-        ema_rate=config.warp.ema_rate,
-        advantage=config.rl.advantage,
-        group_size=config.rl.samples_per_prompt,
-        whiten=config.rl.whiten,
-        num_microbatches=config.rl.num_microbatches,
     )
 
 

@@ -2,14 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from warp_jax.models.transformer import Transformer, TransformerConfig
 from warp_jax.types import ApplyFn, Array, Params
 
 
-def make_apply_fn(config: TransformerConfig) -> ApplyFn:
-    """`Transformer.apply` with the parameters as its first argument."""
-    model = Transformer(config)
+def make_apply_fn(config: TransformerConfig, mesh: Mesh | None = None) -> ApplyFn:
+    """`Transformer.apply` with the parameters as its first argument; on a mesh, its activations are laid out."""
+    model = Transformer(config, mesh)
     return lambda params, *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
 
 

@@ -13,12 +13,19 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
-from warp_jax.models import rope
+from warp_jax import sharding
+from warp_jax.models import attention, rope
+from warp_jax.models.attention import Seen
 from warp_jax.types import Array
 
 NO_SCALING = rope.RopeScaling()
-MASKED = -1e30  # finite, so that a row with no visible key stays finite
+REMAT: dict[str, Any] = {  # what jax.checkpoint keeps
+    "none": None,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +37,8 @@ class TransformerConfig:
     rotate by it, without scaling; 0 = they rotate as the others do. query_scale: factor on the queries, 0 = head_dim **
     -0.5. *_softcap: 0 = none. head: "language" (logits over the vocabulary) or "scalar" (one number per token, a reward
     model). layer_groups: sizes of the stacks of layers, () = all in one; the maths is the same, but leaves of one stack
-    can be frozen apart from those of another. dtype: of activations; parameters are float32.
+    can be frozen apart from those of another. dtype: of activations; parameters are float32. remat: what of a layer is
+    computed again for the gradient instead of kept: "none", "dots" (all but the products of matrices) or "full".
     """
 
     vocab_size: int
@@ -59,6 +67,7 @@ class TransformerConfig:
     head: str = "language"
     layer_groups: tuple[int, ...] = ()
     dtype: str = "float32"
+    remat: str = "none"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -71,6 +80,8 @@ class TransformerConfig:
             raise ValueError(f"activation: got {self.activation!r}, want one of {', '.join(_ACTIVATIONS)}")
         if self.head not in ("language", "scalar"):
             raise ValueError(f"head: got {self.head!r}, want 'language' or 'scalar'")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat: got {self.remat!r}, want one of {', '.join(REMAT)}")
         if self.layer_groups and sum(self.layer_groups) != self.num_layers:
             raise ValueError(
                 f"layer_groups: {self.layer_groups} add to {sum(self.layer_groups)}, want {self.num_layers}"
@@ -92,6 +103,13 @@ class TransformerConfig:
         )
 
 
+# How activations are split: what is of a row goes with the batch, heads and vocabulary over `tensor`.
+ROWS = PartitionSpec(sharding.BATCH, None, None)
+HEADS = PartitionSpec(sharding.BATCH, None, "tensor", None)
+LOGITS = PartitionSpec(sharding.BATCH, None, "tensor")
+CACHE = PartitionSpec(None, sharding.BATCH, None, "tensor", None)
+
+
 class Cache(NamedTuple):
     """Keys and values seen so far. keys, values: [L, B, T, G, K]; positions: int32 [B, T]; valid: bool [B, T];
     length: int32 [], where the next token is written (the same for all rows: prompts are left-padded).
@@ -104,12 +122,13 @@ class Cache(NamedTuple):
     length: Array
 
 
-def init_cache(config: TransformerConfig, batch: int, capacity: int) -> Cache:
-    """An empty cache for `capacity` tokens a row."""
+def init_cache(config: TransformerConfig, batch: int, capacity: int, mesh: Mesh | None = None) -> Cache:
+    """An empty cache for `capacity` tokens a row; on a mesh, rows and heads are split."""
     shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
+    keys, values = (sharding.constrain(jnp.zeros(shape, config.dtype), mesh, CACHE) for _ in range(2))
     return Cache(
-        keys=jnp.zeros(shape, config.dtype),
-        values=jnp.zeros(shape, config.dtype),
+        keys=keys,
+        values=values,
         positions=jnp.zeros((batch, capacity), jnp.int32),
         valid=jnp.zeros((batch, capacity), bool),
         length=jnp.zeros((), jnp.int32),
@@ -164,9 +183,10 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
     config: TransformerConfig
+    mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, x: Array, cache: Cache | None, layer: Array, local: Array, seen: "Seen") -> tuple[Array, Any]:
+    def __call__(self, x: Array, cache: Cache | None, layer: Array, local: Array, seen: Seen) -> tuple[Array, Any]:
         cfg = self.config
         query = self._project("q", cfg.num_heads, x)
         key = self._project("k", cfg.num_kv_heads, x)
@@ -182,36 +202,23 @@ class Attention(nn.Module):
             cache = _write(cache, layer, key, value)
             key = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
             value = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
-        visible = _visible(cfg, local, seen)
-        mixed = attend(
-            query, key, value, visible, scale=cfg.query_scale or cfg.head_dim**-0.5, softcap=cfg.attention_softcap
+        mixed = attention.attend(
+            query,
+            key,
+            value,
+            seen,
+            local if any(cfg.local_pattern) else None,
+            window=cfg.sliding_window,
+            scale=cfg.query_scale or cfg.head_dim**-0.5,
+            softcap=cfg.attention_softcap,
+            mesh=self.mesh,
         )
         return Linear((cfg.width,), cfg.dtype, num_input_axes=2, name="o")(mixed), cache
 
     def _project(self, name: str, heads: int, x: Array) -> Array:
         cfg = self.config
-        return Linear((heads, cfg.head_dim), cfg.dtype, use_bias=cfg.qkv_bias, name=name)(x)
-
-
-class Seen(NamedTuple):
-    """Which tokens ask and which can be seen: query_positions [B, S]; key_positions, key_valid [B, T]."""
-
-    query_positions: Array
-    key_positions: Array
-    key_valid: Array
-
-
-def attend(query: Array, key: Array, value: Array, visible: Array, *, scale: float, softcap: float) -> Array:
-    """Softmax attention. query [B, S, H, K]; key, value [B, T, G, K]; visible [B, S, T] -> [B, S, H, K]."""
-    batch, length, heads, size = query.shape
-    groups = key.shape[2]
-    query = query.reshape(batch, length, groups, heads // groups, size)
-    scores = jnp.einsum("bsgqk,btgk->bgqst", query * scale, key).astype(jnp.float32)
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(visible[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bgqst,btgk->bsgqk", weights, value).reshape(batch, length, heads, size)
+        projected = Linear((heads, cfg.head_dim), cfg.dtype, use_bias=cfg.qkv_bias, name=name)(x)
+        return sharding.constrain(projected, self.mesh, HEADS)
 
 
 class Mlp(nn.Module):
@@ -231,19 +238,20 @@ class Layer(nn.Module):
     """Attention and mlp, each with a norm before (and after, with post_norms) and a residual around."""
 
     config: TransformerConfig
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, carry: tuple[Array, Any], numbers: tuple[Array, Array], seen: Seen) -> tuple[Any, None]:
         x, cache = carry
         layer, local = numbers
         cfg = self.config
-        mixed, cache = Attention(cfg, name="attention")(
+        mixed, cache = Attention(cfg, self.mesh, name="attention")(
             RMSNorm(cfg, name="attention_norm")(x), cache, layer, local, seen
         )
         x = x + (RMSNorm(cfg, name="attention_post_norm")(mixed) if cfg.post_norms else mixed)
         fed = Mlp(cfg, name="mlp")(RMSNorm(cfg, name="mlp_norm")(x))
         x = x + (RMSNorm(cfg, name="mlp_post_norm")(fed) if cfg.post_norms else fed)
-        return (x, cache), None
+        return (sharding.constrain(x, self.mesh, ROWS), cache), None
 
 
 class Transformer(nn.Module):
@@ -251,44 +259,64 @@ class Transformer(nn.Module):
 
     Call with token_ids int32 [B, S] and mask bool [B, S] (True = real token). Without a cache the tokens are the
     whole sequence; with one they are appended to it. Returns (float32 [B, S, V], or [B, S] with a scalar head; cache);
-    num_outputs > 0 keeps the outputs of the last tokens only, before the costly head.
+    num_outputs > 0 keeps the outputs of the last tokens only, before the costly head. On a mesh, activations are split
+    over batch and heads.
     """
 
     config: TransformerConfig
+    mesh: Mesh | None = None
 
-    @nn.compact
-    def __call__(
-        self, token_ids: Array, mask: Array, cache: Cache | None = None, num_outputs: int = 0
-    ) -> tuple[Array, Cache | None]:
+    def setup(self) -> None:
         cfg = self.config
-        embed = nn.Embed(cfg.vocab_size, cfg.width, dtype=cfg.dtype, embedding_init=_embedding_init, name="embed")
-        x = embed(token_ids)
-        if cfg.scale_embedding:
-            x = x * jnp.asarray(cfg.width**0.5, cfg.dtype)
-        seen, cache = _place(mask, cache)
+        self.embed = nn.Embed(cfg.vocab_size, cfg.width, dtype=cfg.dtype, embedding_init=_embedding_init)
+        layer = Layer if cfg.remat == "none" else nn.remat(Layer, prevent_cse=False, policy=REMAT[cfg.remat])
         for name, first, end in cfg.stacks:
             stack = nn.scan(
-                Layer,
+                layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
                 length=end - first,
             )
-            numbers = (jnp.arange(first, end), jnp.array(cfg.is_local[first:end]))
-            (x, cache), _ = stack(cfg, name=name)((x, cache), numbers, seen)
-        x = RMSNorm(cfg, name="final_norm")(x[:, -num_outputs:])
-        return self._head(x, embed), cache
+            setattr(self, name, stack(cfg, self.mesh))
+        self.final_norm = RMSNorm(cfg)
+        if cfg.head == "scalar":
+            self.score = Linear((1,), "float32", initializer=nn.initializers.zeros)
+        elif not cfg.tied_head:
+            self.lm_head = Linear((cfg.vocab_size,), cfg.dtype)
 
-    def _head(self, x: Array, embed: nn.Embed) -> Array:
+    def __call__(
+        self, token_ids: Array, mask: Array, cache: Cache | None = None, num_outputs: int = 0
+    ) -> tuple[Array, Cache | None]:
+        x, cache = self.hidden(token_ids, mask, cache, num_outputs)
+        return self.head(x), cache
+
+    def hidden(
+        self, token_ids: Array, mask: Array, cache: Cache | None = None, num_outputs: int = 0
+    ) -> tuple[Array, Cache | None]:
+        """What the head reads: [B, S, D]; arguments and cache as in a call."""
+        cfg = self.config
+        x = self.embed(token_ids)
+        if cfg.scale_embedding:
+            x = x * jnp.asarray(cfg.width**0.5, cfg.dtype)
+        x = sharding.constrain(x, self.mesh, ROWS)
+        seen, cache = _place(mask, cache)
+        for name, first, end in cfg.stacks:
+            numbers = (jnp.arange(first, end), jnp.array(cfg.is_local[first:end]))
+            (x, cache), _ = getattr(self, name)((x, cache), numbers, seen)
+        return self.final_norm(x[:, -num_outputs:]), cache
+
+    def head(self, x: Array) -> Array:
+        """Logits [B, S, V] (or one number per token [B, S]) of what `hidden` gives."""
         cfg = self.config
         if cfg.head == "scalar":
-            return Linear((1,), "float32", initializer=nn.initializers.zeros, name="score")(x)[..., 0]
+            return self.score(x)[..., 0]
         if cfg.tied_head:
-            rows = x.reshape(-1, cfg.width) @ embed.embedding.astype(cfg.dtype).T
+            rows = x.reshape(-1, cfg.width) @ self.embed.embedding.astype(cfg.dtype).T
             logits = rows.reshape(*x.shape[:2], cfg.vocab_size)
         else:
-            logits = Linear((cfg.vocab_size,), cfg.dtype, name="lm_head")(x)
-        logits = logits.astype(jnp.float32)
+            logits = self.lm_head(x)
+        logits = sharding.constrain(logits, self.mesh, LOGITS).astype(jnp.float32)
         return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
 
 
@@ -318,15 +346,6 @@ def _write(cache: Cache, layer: Array, key: Array, value: Array) -> Cache:
         keys=jax.lax.dynamic_update_slice(cache.keys, key[None].astype(cache.keys.dtype), start),
         values=jax.lax.dynamic_update_slice(cache.values, value[None].astype(cache.values.dtype), start),
     )
-
-
-def _visible(cfg: TransformerConfig, local: Array, seen: Seen) -> Array:
-    """Bool [B, S, T]: the key is a real token, not in the future, and inside the window of a local layer."""
-    distance = seen.query_positions[:, :, None] - seen.key_positions[:, None, :]
-    visible = seen.key_valid[:, None, :] & (distance >= 0)
-    if any(cfg.local_pattern):
-        visible &= ~local | (distance < cfg.sliding_window)
-    return visible
 
 
 def _frequencies(cfg: TransformerConfig, local: Array) -> Array:

@@ -1,0 +1,128 @@
+"""Compile every program of a config for TPUs, on a machine without one, and see whether they fit.
+
+  pip install 'warp_jax[tpu_aot]'
+  python scripts/compile_for_tpu.py --config=configs/gemma_7b.py --topology=v5e:8x8
+  python scripts/compile_for_tpu.py --config=configs/gemma_7b.py --topology=v5e:16x16 --mesh=1,16,16 --json=fit.json
+
+Exit code 0: everything fits; 3: something does not, and the table says what, and which setting would; 2: bad input.
+Nothing is run: speed and numbers are not tested. A model whose files are missing has the sizes of config.model.size.
+"""
+
+import functools
+import importlib.metadata
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, "")  # config files import configs from the folder that the program is started in
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would wait for a metadata server
+os.environ.setdefault("TPU_LOG_DIR", "disabled")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax
+from absl import app, flags
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from warp_jax import aot, architecture, chips, cli, files, fit, sharding
+
+DOES_NOT_FIT = 3  # exit code
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/gemma_7b.py.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "Chip and shape of the slice, such as v5e:8x8 or v5p:4x4x4.")
+SLICES = flags.DEFINE_integer("slices", 1, "Such slices, joined by the data centre's network.", lower_bound=1)
+MESH = flags.DEFINE_list("mesh", None, "Chips along data, fsdp and tensor, or the last two; default: config.mesh.")
+PROGRAMS = flags.DEFINE_list("programs", ["all"], "Names of programs, as in the table.")
+SPARE = flags.DEFINE_float("spare", 0.1, "Share of a chip's memory to leave free.", lower_bound=0, upper_bound=0.9)
+SUGGEST = flags.DEFINE_bool("suggest", True, "If it does not fit, look for the nearest setting that does.")
+JSON = flags.DEFINE_string("json", "", "File for all figures.")
+
+
+def get_devices(chip: chips.Chip, topology: str, slices: int) -> Sequence[jax.Device]:
+    """The devices of a topology that is not here. Raises ValueError without libtpu, or for an unknown topology."""
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if chip.config_name:
+        options["chip_config_name"] = chip.config_name
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    except (RuntimeError, jax.errors.JaxRuntimeError) as error:
+        raise ValueError(
+            f"topology: {topology}: {error}; want libtpu (pip install 'warp_jax[tpu_aot]') and a name like v5e:8x8"
+        ) from error
+
+
+def make_plan(devices: Sequence[jax.Device], config: ConfigDict) -> aot.Plan:
+    """The plan of a config on a mesh of these devices."""
+    mesh: Mesh = sharding.make_mesh(config.mesh, devices)
+    return aot.make_plan(config, mesh, *architecture.planned(config))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point."""
+    del argv
+    try:
+        chip, _ = chips.parse_topology(str(TOPOLOGY.value))
+        config = CONFIG.value.copy_and_resolve_references()
+        if MESH.value:
+            config.mesh = tuple(map(int, ["1", *MESH.value][-3:]))
+        devices = get_devices(chip, str(TOPOLOGY.value), SLICES.value)
+        plan = make_plan(devices, config)
+        config.mesh = tuple(plan.mesh.devices.shape)
+        names = [] if PROGRAMS.value == ["all"] else PROGRAMS.value
+        fit.check_names(plan, names)
+    except (ValueError, OSError) as error:
+        cli.fail(str(error))
+    limit = (1 - SPARE.value) * chip.hbm_bytes
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    started = time.monotonic()
+
+    def on_program(done: aot.Compiled) -> None:
+        say(f"{done.name}: {done.seconds:.0f} s ({time.monotonic() - started:.0f} s in all)")
+
+    found = fit.check(plan, limit, names, on_program)
+    table = fit.table(found, chip, SPARE.value)
+    print(_title(config), table, sep="\n\n")
+    if not names and not found.failing:
+        print("\nA step of RL at the chip's published peaks, a lower bound and no measurement:\n")
+        print(fit.step_table(config, *architecture.planned(config), found, chip))
+    changes = None
+    if found.failing and SUGGEST.value:
+        say("looking for the nearest setting that fits")
+        try_plan = functools.partial(make_plan, devices)
+        changes = fit.search(config, try_plan, found.failing, limit, names=names, on_program=on_program)
+        print(fit.advice(changes))
+    if JSON.value:
+        about = {"command": " ".join(sys.argv), "mesh": config.mesh, "versions": _versions(), "suggestion": changes}
+        files.write_json(Path(JSON.value), about | fit.as_json(found, chip))
+    if found.failing:
+        sys.exit(DOES_NOT_FIT)
+
+
+def _title(config: ConfigDict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
+    slices = f"{SLICES.value} x " if SLICES.value > 1 else ""
+    return f"{slices}{TOPOLOGY.value}, mesh (data, fsdp, tensor) = {config.mesh}; {versions}"
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+
+
+def _load_config() -> None:
+    if CONFIG.value is not None:
+        _ = CONFIG.value.seed
+
+
+if __name__ == "__main__":
+    parse = functools.partial(
+        cli.parse_flags,
+        required=("config", "topology"),
+        example="--config=configs/gemma_7b.py --topology=v5e:8x8",
+        load=_load_config,
+    )
+    app.run(main, flags_parser=parse)

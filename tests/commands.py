@@ -1,0 +1,57 @@
+"""The program and its scripts as a user starts them: in a process of their own, on one device."""
+
+import getpass
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TINY = "--config=configs/tiny.py"
+CACHE = (
+    Path(tempfile.gettempdir()) / f"warp_jax_tests_{getpass.getuser()}"
+)  # of data sets and compiled programs, shared by all runs
+ENV = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE / "xla"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "TFDS_DATA_DIR": str(CACHE / "tfds"),
+}
+
+
+def main_command(*arguments):
+    """`python -m warp_jax.main` with arguments."""
+    return [sys.executable, "-m", "warp_jax.main", *map(str, arguments)]
+
+
+def script_command(name, *arguments):
+    """A script of the repository with arguments."""
+    return [sys.executable, f"scripts/{name}", *map(str, arguments)]
+
+
+def run(command):
+    """Run a command to its end."""
+    return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
+
+
+def start(command, env=None):
+    """Start a command that goes on by itself; `finish` or `kill` it."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=env or ENV, stdout=pipe, stderr=pipe, text=True)
+
+
+def finish(process):
+    """Exit code, output and errors of a process that was started."""
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+def kill_when(path, process):
+    """Kill a process, with no chance to tidy up, as soon as the path is there."""
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()

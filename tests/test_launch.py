@@ -1,0 +1,398 @@
+"""scripts/launch: what would be sent to GKE, Cloud TPU and Slurm, with stand-ins for their programs."""
+
+import itertools
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from warp_jax import cli
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "scripts" / "launch"
+CONFIG = "--config=configs/quickstart.py"  # two iterations of two runs
+
+
+def _start(command, **environment):
+    command = [*map(str, command)]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def _is_bad_input(done, message):
+    assert (done.returncode, done.stdout) == (cli.BAD_INPUT, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def _programs(folder, **bodies):
+    """PATH with these shell scripts first; each notes its call, and `next FILE` takes the first line off a file."""
+    head = f"""#!/usr/bin/env bash
+cd {folder}
+next() {{ head -n 1 $1; sed -i 1d $1; }}
+"""
+    for name, body in bodies.items():
+        (folder / name).write_text(f'{head}echo "{name} ${{*@Q}}" >> calls\n{body}\n')
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def _calls(folder):
+    """The noted calls, as lists of words."""
+    path = folder / "calls"
+    return [shlex.split(call) for call in path.read_text().splitlines()] if path.exists() else []
+
+
+# GKE
+
+
+def _jobset(*arguments):
+    common = [CONFIG, "--workdir=/warp/runs/x", "--image=example/warp:1", "--claim=work", "--name=job"]
+    return _start([sys.executable, LAUNCH / "jobset.py", *common, *arguments])
+
+
+@pytest.fixture(scope="module")
+def jobset(tmp_path_factory):
+    out = tmp_path_factory.mktemp("jobset") / "jobset.yaml"
+    values = ["--config.warp.num_runs=3", "--config.front.etas=(0.1, 1.0)"]
+    done = _jobset("--accelerator=v5p", "--topology=4x4x8", *values, "--restarts=7", "--spot", f"--out={out}")
+    assert (done.returncode, done.stderr) == (0, "")
+    return yaml.safe_load(out.read_text())
+
+
+def test_jobs_of_a_jobset_and_their_order(jobset):
+    """Fails when a run or merge is missing, waits for too few, or two jobs could be joined to one JAX program."""
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert set(jobset["spec"]) == {"replicatedJobs"}
+    jobs = jobset["spec"]["replicatedJobs"]
+    waits = {job["name"]: job.get("dependsOn") for job in jobs}
+    runs = [[f"i{i}-run{m}" for m in (1, 2, 3)] for i in (1, 2)]
+    assert list(waits) == [*runs[0], "i1-merge", *runs[1], "i2-merge"]
+    for name in runs[0]:
+        assert waits[name] is None
+    for name in runs[1]:
+        assert waits[name] == [{"name": "i1-merge", "status": "Complete"}]
+    for i in (1, 2):
+        assert waits[f"i{i}-merge"] == [{"name": name, "status": "Complete"} for name in runs[i - 1]]
+    assert [job["groupName"] for job in jobs] == list(waits)
+    assert {job["replicas"] for job in jobs} == {1}
+
+
+def test_commands_of_a_jobset(jobset):
+    """Fails when a job has another run or iteration, an override is lost, or --multihost is."""
+    pods = {j["name"]: j["template"]["spec"]["template"]["spec"] for j in jobset["spec"]["replicatedJobs"]}
+    head = ["python", "-m", "warp_jax.main", CONFIG, "--config.warp.num_runs=3", "--config.front.etas=(0.1, 1.0)"]
+    for name, what in {
+        "i1-run1": "--run=1",
+        "i2-run3": "--run=3",
+        "i1-merge": "--merge",
+        "i2-merge": "--merge",
+    }.items():
+        (container,) = pods[name]["containers"]
+        tail = [what, f"--iteration={name[1]}", "--multihost"]
+        assert container["command"] == [*head, "--workdir=/warp/runs/x", *tail]
+        environment = {entry["name"]: entry["value"] for entry in container["env"]}
+        assert environment == {
+            "JAX_PLATFORMS": "tpu,cpu",
+            "MEGASCALE_COORDINATOR_ADDRESS": f"job-{name}-0-0.job",
+            "MEGASCALE_NUM_SLICES": "1",
+            "MEGASCALE_SLICE_ID": "0",
+        }
+
+
+def test_pods_of_a_jobset(jobset):
+    """Fails when a pod lacks its TPU, slice or volume, or a job counts preemptions or gives up too early."""
+    key = "alpha.jobset.sigs.k8s.io/exclusive-topology"
+    assert jobset["metadata"] == {"name": "job", "annotations": {key: "cloud.google.com/gke-nodepool"}}
+    for job in jobset["spec"]["replicatedJobs"]:
+        spec = dict(job["template"]["spec"])
+        pod = spec.pop("template")["spec"]
+        ignored = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+        assert spec == {
+            "completionMode": "Indexed",
+            "completions": 32,
+            "parallelism": 32,
+            "backoffLimit": 7 * 32,
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {"rules": [ignored]},
+        }
+        assert pod["restartPolicy"] == "Never"
+        assert pod["nodeSelector"] == {
+            "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+            "cloud.google.com/gke-tpu-topology": "4x4x8",
+            "cloud.google.com/gke-spot": "true",
+        }
+        assert pod["volumes"] == [{"name": "work", "persistentVolumeClaim": {"claimName": "work"}}]
+        (container,) = pod["containers"]
+        assert container["volumeMounts"] == [{"name": "work", "mountPath": "/warp"}]
+        assert container["resources"] == {kind: {"google.com/tpu": 4} for kind in ("requests", "limits")}
+        assert container["image"] == "example/warp:1"
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "topology", "name", "chips", "hosts"),
+    [
+        ("v5e", "2x2", "tpu-v5-lite-podslice", 4, 1),
+        ("v6e", "1x1", "tpu-v6e-slice", 1, 1),
+        ("v5e", "8x16", "tpu-v5-lite-podslice", 4, 32),
+        ("v5p", "2x2x2", "tpu-v5p-slice", 4, 2),
+    ],
+)
+def test_slices(accelerator, topology, name, chips, hosts):
+    """Fails when a TPU has another name, a host another number of chips, or a job of one host is made for several."""
+    done = _jobset(f"--accelerator={accelerator}", f"--topology={topology}")
+    manifest = yaml.safe_load(done.stdout)
+    spec = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    selector = spec["template"]["spec"]["nodeSelector"]
+    assert selector == {
+        "cloud.google.com/gke-tpu-accelerator": name,
+        "cloud.google.com/gke-tpu-topology": topology,
+    }
+    assert container["resources"]["limits"] == {"google.com/tpu": chips}
+    assert (spec["completions"], spec["parallelism"]) == (hosts, hosts)
+    several = [hosts > 1] * 3
+    assert [
+        "--multihost" in container["command"],
+        len(container["env"]) == 4,
+        "annotations" in manifest["metadata"],
+    ] == several
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=4x4x4"], "--topology: got 4x4x4, want for v6e one of 1x1, 2x2"),
+        (["--config.warp.num_runs=6"], "at most 5"),
+        (["--config.warp.num_runs", "2"], "--config.warp.num_runs=value in one word"),
+        (["--config.warp.num_run=2"], "num_runs"),
+        (["--mount=/other"], "want a folder below --mount=/other"),
+        (["--name=Job"], "at most 44 lower-case"),
+        (["--name=" + "j" * 45], "at most 44 lower-case"),
+        (["--claim="], "--claim is missing"),
+    ],
+)
+def test_bad_input_of_jobset(arguments, message):
+    """Fails when a manifest that Kubernetes or JobSet refuses is written, or the answer is a traceback."""
+    _is_bad_input(_jobset("--accelerator=v6e", "--topology=4x4", *arguments), message)
+
+
+# Cloud TPU
+
+TPU = {
+    "SLICE": "warp",
+    "PROJECT": "my-project",
+    "ZONE": "us-central1-a",
+    "ACCELERATOR_TYPE": "v5p-32",
+    "RUNTIME_VERSION": "v2-alpha-tpuv5",
+    "REPO": "https://example.com/warp_jax.git",
+    "POLL": "0",
+}
+AT = ["--project=my-project", "--zone=us-central1-a"]
+CREATE = ["create", "warp", "--node-id=warp", "--accelerator-type=v5p-32", "--runtime-version=v2-alpha-tpuv5"]
+GCLOUD = """case "$*" in *describe*) next states ;; *ssh*) exit $(next codes) ;; esac"""
+JOB = [CONFIG, "--workdir=/mnt/warp/x", "--config.data.prompt_template=it's $HOME"]
+
+
+def _cloud_tpu(folder, *arguments, states="", codes="", **environment):
+    """Run with a gcloud that tells these states, and these exit codes of commands on the hosts."""
+    (folder / "states").write_text(states.replace(" ", "\n"))
+    (folder / "codes").write_text(codes.replace(" ", "\n"))
+    programs = _programs(folder, gcloud=GCLOUD)
+    return _start([LAUNCH / "cloud_tpu.sh", *arguments], **TPU, **programs, **environment)
+
+
+def _verbs(folder):
+    return " ".join(call[4] for call in _calls(folder) if call[4] != "describe")
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.glob("*.sh")))
+def test_scripts_are_bash_and_have_a_usage(script):
+    """Fails when a script does not parse, or --help asks for variables first."""
+    assert _start(["bash", "-n", LAUNCH / script]).returncode == 0
+    done = _start([LAUNCH / script, "--help"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"scripts/launch/{script} [--dry_run]" in done.stdout
+
+
+def test_dry_run_of_cloud_tpu(tmp_path):
+    """Fails when a flag of gcloud is lost or renamed, or a dry run calls gcloud."""
+    extra = {"NFS": "10.0.0.2:/share", "SPOT": "1", "CREATE_FLAGS": "--internal-ips  --network=n", "REF": "v1"}
+    done = _cloud_tpu(tmp_path, "--dry_run", "run", *JOB, **extra)
+    assert (done.returncode, done.stderr) == (0, "")
+    create, install, job = (words[3:] for words in _split(done.stdout))
+    assert create == ["queued-resources", *CREATE, "--spot", "--internal-ips", "--network=n", *AT]
+    ssh = ["tpu-vm", "ssh", "warp", "--worker=all"]
+    assert [(words[:4], words[5:]) for words in (install, job)] == [(ssh, AT)] * 2
+    lines = install[4].removeprefix("--command=").splitlines()
+    assert lines[0] == "set -eu"
+    assert "sudo mount -t nfs 10.0.0.2:/share /mnt/warp" in lines[2]
+    assert "git clone --quiet https://example.com/warp_jax.git warp_jax" in lines[5]
+    assert "git fetch --quiet origin v1;" in lines[6]
+    assert 'uv pip install --quiet -e . "jax[tpu]"' in lines[7]
+    assert _start(["bash", "-n", "-c", "\n".join(lines)]).returncode == 0
+    done = _cloud_tpu(tmp_path, "delete", DRY_RUN="1")
+    assert done.stdout == f"gcloud compute tpus queued-resources delete warp --force --quiet {' '.join(AT)}\n"
+    assert _calls(tmp_path) == []
+
+
+def _split(text):
+    """Command lines, which may have quoted line breaks, as words."""
+    words = shlex.split(text.replace("$'--command", "'--command").replace("\\n", "\n"))
+    starts = [i for i, word in enumerate(words) if word == "gcloud"] + [len(words)]
+    return [words[a:b] for a, b in itertools.pairwise(starts)]
+
+
+def test_the_command_on_the_hosts(tmp_path):
+    """Fails when the shell of a host changes an argument, --multihost is lost, or two starts do not share a lock."""
+    assert _cloud_tpu(tmp_path, "run", *JOB, states="ACTIVE", codes="0 0").returncode == 0
+    command = _calls(tmp_path)[-1][7].removeprefix("--command=")
+    python = tmp_path / "warp_jax" / ".venv" / "bin"
+    python.mkdir(parents=True)
+    environment = _programs(tmp_path, flock='cd warp_jax; lock=$1; shift; echo $lock $JAX_PLATFORMS; exec "$@"')
+    _programs(python, python="")
+    done = _start(["bash", "-c", f"cd {tmp_path}; {command}"], **environment)
+    assert done.stdout == "../warp_jax.lock tpu,cpu\n"
+    assert _calls(python) == [["python", "-m", "warp_jax.main", *JOB, "--multihost"]]
+
+
+@pytest.mark.parametrize(
+    ("states", "codes", "variables", "expected"),
+    [
+        (" WAITING_FOR_RESOURCES ACTIVE", "0 0", {}, (0, "create ssh ssh")),
+        ("ACTIVE SUSPENDING SUSPENDED", "0 255", {}, (2, "ssh ssh")),
+        (
+            "ACTIVE SUSPENDED SUSPENDED  ACTIVE ACTIVE ACTIVE",
+            "0 255 0 1 0 0",
+            {"RECREATE": "1", "RETRIES": "2"},
+            (0, "ssh ssh delete create ssh ssh ssh ssh"),
+        ),
+        ("ACTIVE ACTIVE ACTIVE", "0 1 0 0", {}, (0, "ssh ssh ssh ssh")),
+        ("ACTIVE ACTIVE ACTIVE ACTIVE", "0 1 0 134", {"RETRIES": "2"}, (1, "ssh ssh ssh ssh")),
+        ("ACTIVE ACTIVE", "0 2", {}, (2, "ssh ssh")),
+        ("ACTIVE SUSPENDED SUSPENDED  ACTIVE", "2 0 0", {"RECREATE": "1"}, (0, "ssh delete create ssh ssh")),
+        ("FAILED", "", {}, (2, "")),
+    ],
+    ids=[
+        "new",
+        "preempted",
+        "preempted and asked for again",
+        "one failure",
+        "failures",
+        "bad input",
+        "gone",
+        "no slice",
+    ],
+)
+def test_states_of_a_slice(states, codes, variables, expected, tmp_path):
+    """Fails when a slice is deleted unasked, a preemption counts as a failure, or the exit code is another."""
+    done = _cloud_tpu(tmp_path, "run", *JOB, states=states, codes=codes, **variables)
+    assert (done.returncode, _verbs(tmp_path)) == expected, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (["run", *JOB], {"ZONE": "europe"}, "ZONE: got 'europe'"),
+        (["run", *JOB], {"SLICE": ""}, "SLICE: got ''"),
+        (["run", *JOB], {"NFS": "/share"}, "NFS: got '/share'"),
+        (["run", CONFIG, "--workdir=/data/x"], {"NFS": "h:/s"}, "want a folder in /mnt/warp"),
+        (["run", CONFIG], {}, "--workdir is missing"),
+        (["stop"], {}, "got 'stop', want run, status or delete"),
+    ],
+)
+def test_bad_input_of_cloud_tpu(arguments, variables, message, tmp_path):
+    """Fails when a variable or argument is not looked at before gcloud is called."""
+    environment = TPU | variables | _programs(tmp_path, gcloud="exit 1")
+    _is_bad_input(_start([LAUNCH / "cloud_tpu.sh", *arguments], **environment), message)
+    assert _calls(tmp_path) == []
+
+
+# Slurm
+
+SLURM = [LAUNCH / "slurm.sh", CONFIG, "--workdir=/shared/x", "--config.front.etas=(0.1, 1.0)"]
+ARGUMENTS = SLURM[1:]
+
+
+def test_slurm_submits_runs_and_merges_in_order(tmp_path):
+    """Fails when a job waits for another one or for none, a task is lost, or a dry run submits or prints otherwise."""
+    (tmp_path / "ids").write_text("101;main\n102;main\n103;main\n104;main\n")
+    environment = _programs(tmp_path, sbatch="next ids")
+    environment |= {"NODES": "2", "SBATCH_OPTIONS": "--partition=gpu  --time=60"}
+    command = [*SLURM, "--config.warp.num_runs=3"]
+    dry = _start([command[0], "--dry_run", *command[1:]], **environment)
+    assert (dry.returncode, dry.stderr, _calls(tmp_path)) == (0, "", [])
+    done = _start(command, **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    common = ["--nodes=2", "--ntasks-per-node=1", "--requeue", "--open-mode=append", "--signal=B:USR1@120"]
+    common += ["--partition=gpu", "--time=60"]
+    waits, array = ("--dependency=afterok:", "--kill-on-invalid-dep=yes"), "--array=1-3"
+    jobs = [(1, "run", [array]), (1, "merge", [waits[0] + "101", waits[1]])]
+    jobs += [(2, "run", [array, waits[0] + "102", waits[1]]), (2, "merge", [waits[0] + "103", waits[1]])]
+    expected = []
+    for i, what, options in jobs:
+        name = f"--job-name=warp_{'runs' if what == 'run' else what}_{i}"
+        job = [str(SLURM[0]), "inside", what, str(i), *ARGUMENTS, "--config.warp.num_runs=3"]
+        expected.append(["sbatch", "--parsable", name, *common, *options, *job])
+    assert _calls(tmp_path) == expected
+    text = dry.stdout
+    for number, name in (("101", "runs_1"), ("102", "merge_1"), ("103", "runs_2")):
+        text = text.replace(f"afterok:{name}", f"afterok:{number}")
+    assert [shlex.split(line) for line in text.splitlines()] == expected
+
+
+@pytest.mark.parametrize(
+    ("what", "environment", "tail", "devices"),
+    [
+        ("run", ("1", "8", "2"), ["--run=2", "--iteration=5"], ""),
+        ("run", ("4", "8", "3"), ["--run=3", "--iteration=5", "--multihost"], "0,1,2,3,4,5,6,7"),
+        ("merge", ("2", "", ""), ["--merge", "--iteration=5", "--multihost"], ""),
+    ],
+)
+def test_a_job_of_slurm(what, environment, tail, devices, tmp_path):
+    """Fails when a job has another run, not one process a host with all its devices, or loses main's exit code."""
+    nodes = environment[0]
+    names = ("SLURM_JOB_NUM_NODES", "SLURM_GPUS_ON_NODE", "SLURM_ARRAY_TASK_ID")
+    programs = _programs(tmp_path, srun='echo "$JAX_LOCAL_DEVICE_IDS"; exit 3')
+    job = [SLURM[0], "inside", what, "5", *ARGUMENTS]
+    done = _start(job, **programs, **dict(zip(names, environment, strict=True)))
+    assert (done.returncode, done.stdout) == (3, f"{devices}\n")
+    head = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    assert _calls(tmp_path) == [[*head, "python", "-m", "warp_jax.main", *ARGUMENTS, *tail]]
+
+
+def test_a_job_near_its_time_limit_is_queued_again(tmp_path):
+    """Fails when USR1 ends the job, does not put it into the queue again, or hides the exit code of main."""
+    stub = "touch started; while [ ! -e stop ]; do sleep 0.02; done; exit 5"
+    environment = os.environ | _programs(tmp_path, srun=stub, scontrol="touch stop; exit 1")
+    environment |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1"}
+    job = subprocess.Popen([*map(str, [SLURM[0], "inside", "run", "1", *ARGUMENTS])], env=environment)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=30) == 5
+    assert _calls(tmp_path)[-1] == ["scontrol", "requeue", "77"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        ([CONFIG], {}, "--workdir is missing"),
+        ([*ARGUMENTS, "--run=1"], {}, "'run'"),
+        ([*ARGUMENTS, "--config.warp.num_run=1"], {}, "num_runs"),
+        (ARGUMENTS, {"NODES": "0"}, "NODES: got '0'"),
+        (ARGUMENTS, {"PYTHON": "no_such_python"}, "no program no_such_python"),
+    ],
+)
+def test_bad_input_of_slurm(arguments, variables, message, tmp_path):
+    """Fails when something is submitted although main would refuse its arguments."""
+    _is_bad_input(_start([SLURM[0], *arguments], **_programs(tmp_path, sbatch=""), **variables), message)
+    assert _calls(tmp_path) == []

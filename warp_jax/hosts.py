@@ -1,0 +1,116 @@
+"""Several processes of one job: what all agree on, what only the first does, and arrays that no process has whole.
+
+With one process everything here is the plain operation. All processes must make the same calls in the same order.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from warp_jax import files
+
+LOST = 75  # exit code: the same command may work later
+
+
+def start(coordinator: str, num_processes: int, process_id: int) -> None:
+    """Meet the other processes; without values, those of the environment (Cloud TPU, GKE, Slurm). Before any array.
+
+    ValueError if they cannot be told apart; RuntimeError if they do not come.
+    """
+    given = (coordinator or None, num_processes or None, process_id if process_id >= 0 else None)
+    try:
+        jax.distributed.initialize(*given)
+    except ValueError as error:
+        raise ValueError(
+            f"multihost: {error}; on a machine that JAX does not know, give --coordinator=HOST:PORT, --num_processes "
+            "and --process_id"
+        ) from error
+
+
+def is_first() -> bool:
+    """True in the process that writes files and talks."""
+    return jax.process_index() == 0
+
+
+def agree(value: Any) -> Any:
+    """The first process's value, a number or a numpy array, in every process."""
+    return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
+
+
+def exists(path: Path) -> bool:
+    """Whether the first process sees the path: what it has just written may not be seen everywhere yet."""
+    return bool(agree(np.array(path.exists())))
+
+
+def barrier(name: str) -> None:
+    """Wait until every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def once(path: Path, make: Callable[[], None]) -> None:
+    """Let the first process make a file or folder that is not there; then all go on."""
+    if not exists(path):
+        if is_first():
+            make()
+        barrier(f"made {path}")
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays as numpy, whole in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(_whole, tree)
+
+
+def computed_by_first(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """A host function of the same arguments in every process: the first one calls it, all get its values.
+
+    For functions that may answer differently when they are asked twice, such as a judge behind an API. The result is
+    float32 and has an entry for each of the first argument.
+    """
+
+    def call(first: Any, *rest: Any) -> np.ndarray:
+        if jax.process_count() == 1:
+            return function(first, *rest)
+        values = np.zeros(len(first), np.float32)
+        if is_first():
+            values = np.asarray(function(first, *rest), np.float32)
+        return np.asarray(agree(values))
+
+    return call
+
+
+@contextlib.contextmanager
+def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """`files.locked` by the first process, for all of them."""
+    with files.locked(path, on_wait) if is_first() else contextlib.nullcontext():
+        barrier(f"locked {path}")
+        yield
+
+
+def stop_after_loss(error: BaseException) -> None:
+    """Of several processes, end this one, whose peers are gone, with one line; without goodbyes, which would wait."""
+    if jax.process_count() == 1:
+        return
+    reason = " ".join(str(error).split())[:200]
+    print(
+        f"error: process {jax.process_index()} of {jax.process_count()} lost the others ({reason}); start all of them "
+        "again with the same command, and the job goes on where it stopped",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(LOST)
+
+
+def _whole(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(jax.device_get(x))

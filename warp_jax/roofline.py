@@ -1,0 +1,110 @@
+"""What a step of RL takes at least: operations and bytes from sizes alone, and the time of each at a chip's peaks.
+
+A lower bound from published figures, never a measurement. S = P + C tokens a row; N parameters in products of matrices
+(the embedding's lookup is none, a tied head is one).
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from warp_jax.chips import Chip
+from warp_jax.models.transformer import TransformerConfig
+
+
+class Work(NamedTuple):
+    """Of one program on one chip. flops: floating-point operations; hbm: bytes from and to its memory."""
+
+    flops: float
+    hbm: float
+
+
+class Sizes(NamedTuple):
+    """Of one step: completions, tokens of prompt and completion, and chips along data x fsdp and along tensor."""
+
+    batch: int
+    prompt: int
+    completion: int
+    batch_chips: int
+    tensor: int
+
+    @property
+    def chips(self) -> int:
+        """All chips of the mesh."""
+        return self.batch_chips * self.tensor
+
+
+def matmul_parameters(model: TransformerConfig) -> int:
+    """N: weights that a token is multiplied by."""
+    heads = 2 * model.num_heads + 2 * model.num_kv_heads
+    layer = model.width * model.head_dim * heads + 3 * model.width * model.mlp_dim
+    outputs = model.vocab_size if model.head == "language" else 1
+    return model.num_layers * layer + model.width * outputs
+
+
+def forward_flops(model: TransformerConfig, batch: int, length: int) -> float:
+    """One forward pass over whole sequences: 2 N a token, and causal attention."""
+    return 2.0 * matmul_parameters(model) * batch * length + _attention_flops(model, batch * length, length / 2)
+
+
+def generation(model: TransformerConfig, sizes: Sizes, weight_bytes: int = 2) -> Work:
+    """A prefill; then for every token the chip's part of all weights and of the keys and values so far is read."""
+    tokens, seen = sizes.batch * sizes.completion, sizes.prompt + sizes.completion / 2
+    flops = forward_flops(model, sizes.batch, sizes.prompt)
+    flops += 2.0 * matmul_parameters(model) * tokens + _attention_flops(model, tokens, seen)
+    weights = weight_bytes * matmul_parameters(model) / sizes.tensor
+    heads = model.num_kv_heads / min(sizes.tensor, model.num_kv_heads)
+    cache = sizes.batch / sizes.batch_chips * seen * 2 * weight_bytes * model.num_layers * heads * model.head_dim
+    return Work(flops / sizes.chips, sizes.completion * (weights + cache))
+
+
+def scoring(model: TransformerConfig, sizes: Sizes, passes: int = 1) -> Work:
+    """Forward passes over prompt and completion: 1 of the reward model, 2 for the KL of an evaluation."""
+    flops = passes * forward_flops(model, sizes.batch, sizes.prompt + sizes.completion)
+    return Work(flops / sizes.chips, passes * 4 * matmul_parameters(model) / sizes.chips)
+
+
+def update(model: TransformerConfig, sizes: Sizes, *, remat: bool) -> Work:
+    """Scores of policy and anchor (2 forward passes), the gradient (3, and 1 more with full remat), Adam and EMA, which
+    read policy, anchor, two moments and gradient, and write all but the gradient, in float32.
+    """
+    flops = (5 + remat) * forward_flops(model, sizes.batch, sizes.prompt + sizes.completion)
+    return Work(flops / sizes.chips, 4 * 9 * matmul_parameters(model) / sizes.chips)
+
+
+def ema(model: TransformerConfig, sizes: Sizes) -> Work:
+    """What a moving anchor adds to a step with a fixed reference: read policy and anchor, write the anchor."""
+    share = matmul_parameters(model) / sizes.chips
+    return Work(3 * share, 4 * 3 * share)
+
+
+def merge(model: TransformerConfig, sizes: Sizes, num_runs: int) -> Work:
+    """M (M + 1) / 2 inner products and one weighted sum: init and M policies are read twice, the merge is written."""
+    share = matmul_parameters(model) / sizes.chips
+    return Work(share * (num_runs * (num_runs + 1) + 3 * num_runs), 4 * share * (2 * (num_runs + 1) + 1))
+
+
+def seconds(work: Work, sent: float, chip: Chip) -> dict[str, float]:
+    """Time that each resource alone would take; sent: bytes that the chip sends to others."""
+    return {
+        "compute": work.flops / chip.bf16_flops,
+        "memory": work.hbm / chip.hbm_bandwidth,
+        "network": sent / chip.ici_bandwidth,
+    }
+
+
+def table(works: Mapping[str, Work], sent: Mapping[str, float], chip: Chip) -> str:
+    """Markdown: each program's times at the chip's peaks; the largest is its limit, their sum that of a step."""
+    lines = ["| program | compute ms | memory ms | network ms | at least | limit |", "|---|---|---|---|---|---|"]
+    total = 0.0
+    for name, work in works.items():
+        times = seconds(work, sent.get(name, 0.0), chip)
+        limit = max(times, key=lambda resource: times[resource])
+        total += times[limit]
+        cells = " | ".join(f"{1000 * time:.3g}" for time in times.values())
+        lines.append(f"| {name} | {cells} | {1000 * times[limit]:.3g} | {limit} |")
+    return "\n".join([*lines, f"| together | | | | {1000 * total:.3g} | |"])
+
+
+def _attention_flops(model: TransformerConfig, queries: float, keys: float) -> float:
+    """Scores and weighted sums of queries that see `keys` keys on average."""
+    return 4.0 * queries * keys * model.num_heads * model.head_dim * model.num_layers

@@ -1,0 +1,112 @@
+"""What a policy says of tokens that are there: log-probabilities, and the KL between two policies.
+
+Logits [B, S, V] are the largest array of a language model. More than `chunk` positions of them are never there at
+once: the head is applied to one piece of the sequence after the other, in the gradient too.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from warp_jax.types import ApplyFn, Array, Params, Rollout
+
+# logits of each policy [B, c, V], their targets [B, c] -> [B, c]
+Reduce = Callable[[Sequence[Array], Array], Array]
+
+
+def per_token_logps(
+    apply_fn: ApplyFn, params: Params, rollout: Rollout, temperature: float, *, chunk: int = 0
+) -> Array:
+    """Log pi(y_t | x, y_<t) of the rollout's tokens, nats: float32 [B, C], 0 where masked."""
+
+    def chosen(logits: Sequence[Array], targets: Array) -> Array:
+        scaled = logits[0] / temperature
+        found = jnp.take_along_axis(scaled, targets[..., None], axis=-1)[..., 0]
+        return found - jax.nn.logsumexp(scaled, axis=-1)
+
+    logps = _map_completion(apply_fn, [params], rollout, chosen, chunk)
+    return jnp.where(rollout.completion_mask, logps, 0.0)
+
+
+def sequence_kl(
+    apply_fn: ApplyFn,
+    params: Params,
+    reference_params: Params,
+    rollout: Rollout,
+    temperature: float,
+    *,
+    chunk: int = 0,
+) -> Array:
+    """KL(policy || reference) of whole completions, estimated on samples of the policy: [B], nats, never negative.
+
+    The sum over the sampled tokens of the exact KL between the two next-token distributions. It has the mean of the
+    sampled log-ratio and far less variance.
+    """
+
+    def kl(logits: Sequence[Array], targets: Array) -> Array:
+        logps, reference_logps = (jax.nn.log_softmax(x / temperature) for x in logits)
+        return jnp.sum(jnp.exp(logps) * (logps - reference_logps), axis=-1)
+
+    per_token = _map_completion(apply_fn, [params, reference_params], rollout, kl, chunk)
+    return jnp.where(rollout.completion_mask, per_token, 0.0).sum(axis=1)
+
+
+def next_token_losses(apply_fn: ApplyFn, params: Params, token_ids: Array, mask: Array, *, chunk: int = 0) -> Array:
+    """-log pi(token | tokens before), nats, of all tokens but the first: token_ids, mask [B, S] -> [B, S - 1]."""
+
+    def losses(logits: Sequence[Array], targets: Array) -> Array:
+        return optax.softmax_cross_entropy_with_integer_labels(logits[0], targets)
+
+    return map_logits(apply_fn, [params], token_ids[:, :-1], mask[:, :-1], token_ids[:, 1:], reduce=losses, chunk=chunk)
+
+
+def map_logits(
+    apply_fn: ApplyFn,
+    policies: Sequence[Params],
+    token_ids: Array,
+    mask: Array,
+    targets: Array,
+    *,
+    reduce: Reduce,
+    chunk: int,
+) -> Array:
+    """reduce(logits, targets) of the last N positions: token_ids, mask [B, S], targets [B, N] -> [B, N].
+
+    chunk: positions a row whose logits are there at once, 0 = all.
+    """
+    length = targets.shape[1]
+    if not chunk or length <= chunk:
+        logits = [apply_fn(params, token_ids, mask, None, num_outputs=length)[0] for params in policies]
+        return reduce(logits, targets)
+    hidden = [apply_fn(p, token_ids, mask, None, num_outputs=length, method="hidden")[0] for p in policies]
+    pieces = -(-length // chunk)
+
+    @jax.checkpoint
+    def of_piece(piece: tuple[list[Array], Array]) -> Array:
+        states, piece_targets = piece
+        logits = [apply_fn(p, h, method="head") for p, h in zip(policies, states, strict=True)]
+        return reduce(logits, piece_targets)
+
+    found = jax.lax.map(of_piece, ([_cut(h, pieces) for h in hidden], _cut(targets, pieces)))
+    return found.swapaxes(0, 1).reshape(targets.shape[0], -1)[:, :length]
+
+
+def _map_completion(
+    apply_fn: ApplyFn, policies: Sequence[Params], rollout: Rollout, reduce: Reduce, chunk: int
+) -> Array:
+    """`map_logits` of the positions that predict the completion's tokens: [B, C]."""
+    token_ids = jnp.concatenate([rollout.prompt_ids, rollout.completion_ids], axis=1)[:, :-1]
+    mask = jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)[:, :-1]
+    return map_logits(
+        apply_fn, policies, token_ids, mask, jnp.asarray(rollout.completion_ids), reduce=reduce, chunk=chunk
+    )
+
+
+def _cut(x: Array, pieces: int) -> Array:
+    """[B, N, ...] to [pieces, B, ceil(N / pieces), ...], zeros at the end."""
+    size = -(-x.shape[1] // pieces)
+    spare = size * pieces - x.shape[1]
+    padded = jnp.pad(x, [(0, spare if axis == 1 else 0) for axis in range(x.ndim)])
+    return padded.reshape(x.shape[0], pieces, size, *x.shape[2:]).swapaxes(0, 1)
