@@ -13,7 +13,9 @@ TINY = "--config=configs/tiny.py"
 CACHE = (
     Path(tempfile.gettempdir()) / f"warp_jax_tests_{getpass.getuser()}"
 )  # of data sets and compiled programs, shared by all runs
-ENV = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+FAST_COMPILE = "--xla_backend_optimization_level=0"  # as in conftest.py
+ENV = dict(os.environ) | {
+    "XLA_FLAGS": FAST_COMPILE,
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(CACHE / "xla"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

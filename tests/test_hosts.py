@@ -6,7 +6,7 @@ import socket
 import numpy as np
 import pytest
 
-from tests.commands import ENV, TINY, finish, kill_when, main_command, run, start
+from tests.commands import ENV, FAST_COMPILE, TINY, finish, kill_when, main_command, run, start
 
 SETTINGS = (
     TINY,
@@ -26,7 +26,7 @@ def _free_port():
 
 def _launch(workdir, processes):
     """The same command in each process, told apart by its number only."""
-    env = ENV | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}"}
+    env = ENV | {"XLA_FLAGS": f"{FAST_COMPILE} --xla_force_host_platform_device_count={DEVICES // processes}"}
     multihost = ["--multihost", f"--coordinator=localhost:{_free_port()}", f"--num_processes={processes}"]
     together = multihost if processes > 1 else []
     arguments = (*SETTINGS, f"--workdir={workdir}", *together)
