@@ -1,6 +1,7 @@
 """Several real processes on the loopback interface, against one process with as many devices."""
 
 import csv
+import os
 import socket
 
 import numpy as np
@@ -24,12 +25,12 @@ def _free_port():
         return probe.getsockname()[1]
 
 
-def _launch(workdir, processes):
+def _launch(workdir, processes, *more):
     """The same command in each process, told apart by its number only."""
     env = ENV | {"XLA_FLAGS": f"{FAST_COMPILE} --xla_force_host_platform_device_count={DEVICES // processes}"}
     multihost = ["--multihost", f"--coordinator=localhost:{_free_port()}", f"--num_processes={processes}"]
     together = multihost if processes > 1 else []
-    arguments = (*SETTINGS, f"--workdir={workdir}", *together)
+    arguments = (*SETTINGS, f"--workdir={workdir}", *together, *more)
     return [start(main_command(*arguments, f"--process_id={number}"), env) for number in range(processes)]
 
 
@@ -65,8 +66,12 @@ def test_two_processes_equal_one(one, tmp_path):
     assert len(rows) == 6
 
 
+@pytest.mark.skipif("WARP_JAX_SLOW_TESTS" not in os.environ, reason="two minutes: set WARP_JAX_SLOW_TESTS=1")
 def test_a_lost_process_stops_the_others_and_the_restart_goes_on(one, tmp_path):
-    """Fails when the others hang, or say it in a traceback, or the job starts again from the beginning."""
+    """Fails when the others hang, or say it in a traceback, or a checkpoint is bound to its processes or its mesh.
+
+    The restart is on other processes, and on another mesh.
+    """
     workdir = tmp_path / "run"
     processes = _launch(workdir, 2)
     state = workdir / "iteration_1" / "run_1" / "state" / "4"
@@ -78,7 +83,7 @@ def test_a_lost_process_stops_the_others_and_the_restart_goes_on(one, tmp_path):
     assert "process 0 of 2 lost the others" in lines[0]
     assert "Traceback" not in error
     assert not (workdir / "front.csv").exists()
-    results = [finish(process) for process in _launch(workdir, 4)]  # on other processes than before
+    results = [finish(process) for process in _launch(workdir, 4, "--config.mesh=(1, 2, 2)")]
     assert [code for code, *_ in results] == [0] * 4, results
     _assert_same_front(workdir, one)
 

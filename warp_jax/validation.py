@@ -25,6 +25,7 @@ from warp_jax.models import functions, huggingface
 from warp_jax.models.transformer import REMAT
 from warp_jax.tokenizer import Tokenizer
 
+FREE = ("report.", "front.", "mesh ")  # what may change between two starts; another mesh changes rounding only
 LOCK = "lock"  # in a workdir: held while it is claimed, and while what all runs share is made
 
 Check = tuple[str, Callable[[Any], bool], str]
@@ -134,7 +135,7 @@ def _check_models(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def claim_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Write config.json, once the workdir is found to be free or of the same config but for `report` and `front`.
+    """Write config.json, once the workdir is found to be free or of the same config but for FREE.
 
     Jobs of one workdir may start together.
     """
@@ -158,7 +159,7 @@ def _check_workdir(config: ConfigDict, workdir: Path) -> dict[str, str]:
     mine = json.loads(config.to_json())
     if path.exists():
         changed = sorted(_differences(files.read_json(path), mine))
-        kept = [line for line in changed if not line.startswith(("report.", "front."))]
+        kept = [line for line in changed if not line.startswith(FREE)]
         if kept:
             raise ValueError(
                 f"workdir {workdir} was made by another config: {'; '.join(kept)}; choose another --workdir"
