@@ -3,8 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -23,7 +21,7 @@ from configs import (
     smollm2_arithmetic,
     tiny,
 )
-from tests.commands import ENV, ROOT
+from tests.commands import main_command, run, script_command
 from tests.test_main import _leaves
 from warp_jax import corpus, export, jobs, main, sharding, stages, trees, validation
 from warp_jax.models.functions import make_apply_fn
@@ -174,8 +172,7 @@ def test_the_reward_is_that_of_transformers(models):
 
 
 def _run(script, *arguments):
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
+    return run(script_command(script, *arguments))
 
 
 @pytest.mark.parametrize("pad_id", [None, 2])
@@ -380,8 +377,7 @@ def test_a_malformed_checkpoint_is_one_line(models, tmp_path):
     shutil.copytree(models / "policy", tmp_path / "policy")
     _truncate(tmp_path / "policy")
     command = [f"--config.model.source={tmp_path / 'policy'}", f"--workdir={tmp_path / 'run'}"]
-    module = [sys.executable, "-m", "warp_jax.main", "--config=configs/pretrained.py", *command]
-    result = subprocess.run(module, cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
+    result = run(main_command("--config=configs/pretrained.py", *command))
     assert result.returncode == 2, result.stderr
     assert "model.safetensors" in result.stderr
     assert result.stderr.count("\n") == 1

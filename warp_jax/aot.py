@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from warp_jax import freezing, hlo, merging, rewards, sampling, sharding, stages, train
+from warp_jax import freezing, hlo, merging, rewards, sampling, sharding
 from warp_jax.models.functions import make_apply_fn, param_shapes
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.programs import make_programs
@@ -78,8 +78,7 @@ def make_plan(
         config.sampling.max_new_tokens, config.sampling.temperature, stop_ids=(1,), pad_id=0
     )
     programs = make_programs(config, mesh, policy, sampling_config=sampling_config, trained=trained, frozen=frozen)
-    optimizer = stages.make_optimizer(config.rl, config.adam)
-    state = sharding.with_shardings(mesh, jax.eval_shape(functools.partial(train.init_state, optimizer), trained))
+    state = sharding.with_shardings(mesh, jax.eval_shape(programs.train.init, trained))
     resident = dict(zip(STATE, (state.params, state.anchor_params, state.opt_state), strict=True))
     resident |= {"init": trained, "SFT": trained, "frozen weights": frozen}
     copies, laid_out = _copy(mesh, programs.sampler, whole)
@@ -120,8 +119,7 @@ def _copy(mesh: Mesh, sampler: sampling.Sampler, whole: Params) -> tuple[list[En
     if not isinstance(sampler.lay_out, jax.stages.Wrapped):
         return [], whole
     shapes = jax.eval_shape(sampler.lay_out, whole)
-    layout = sharding.decode_shardings(mesh, shapes)
-    laid_out = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+    laid_out = sharding.shaped(shapes, sharding.decode_shardings(mesh, shapes))
     return [(COPY, sampler.lay_out, (whole,), ("policy", "frozen weights"))], laid_out
 
 

@@ -29,7 +29,7 @@ def policy_config(config: ConfigDict, tokenizer_size: int) -> TransformerConfig:
             vocab_size=tokenizer_size, rope_scaling=scaling, local_pattern=pattern, dtype=config.dtype, **values
         )
     published.check_size(settings, config.size)
-    return _cut_stacks(dataclasses.replace(settings, remat=config.remat), config.trainable)
+    return _as_configured(settings, config)
 
 
 def planned(config: ConfigDict) -> tuple[TransformerConfig, TransformerConfig | None]:
@@ -39,8 +39,7 @@ def planned(config: ConfigDict) -> tuple[TransformerConfig, TransformerConfig | 
     """
     if config.model.source and config.model.size and not Path(config.model.source).exists():
         published.check_name(config.model.size)
-        settings = dataclasses.replace(published.MODELS[config.model.size], dtype=config.model.dtype)
-        policy = _cut_stacks(dataclasses.replace(settings, remat=config.model.remat), config.model.trainable)
+        policy = _as_configured(published.MODELS[config.model.size], config.model)
     else:
         policy = policy_config(config.model, 0 if config.model.source else config.tokenizer.vocab_size)
     sources = [part.source for part in config.rewards.values() if part.weight]
@@ -90,6 +89,11 @@ def check_unchanged(config: ConfigDict, workdir: Path) -> dict[str, str]:
                 "bring them back, or choose another --workdir"
             )
     return found
+
+
+def _as_configured(settings: TransformerConfig, config: ConfigDict) -> TransformerConfig:
+    """The policy with what config.model says of how it is computed and trained."""
+    return _cut_stacks(dataclasses.replace(settings, dtype=config.dtype, remat=config.remat), config.trainable)
 
 
 def _cut_stacks(settings: TransformerConfig, trainable: str) -> TransformerConfig:

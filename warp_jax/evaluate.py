@@ -119,7 +119,7 @@ class EvaluationStore:
         if not hosts.exists(path):
             started = time.monotonic()
             evaluation = self._evaluate(make_params())
-            hosts.once(path, lambda: _save(path, evaluation))
+            hosts.by_first(lambda: _save(path, evaluation))
             self._on_new(name, evaluation, time.monotonic() - started)
         return load_evaluation(path)
 

@@ -8,11 +8,10 @@ from ml_collections import ConfigDict
 
 from warp_jax import roofline
 from warp_jax.aot import Compiled, Plan, chip_bytes, compile_program
-from warp_jax.chips import Chip
+from warp_jax.chips import GIB, Chip
 from warp_jax.hlo import Traffic
 from warp_jax.models.transformer import TransformerConfig
 
-GIB = 1 << 30
 Change = tuple[str, Any]  # path of a config value, its new value
 
 

@@ -14,9 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from warp_jax import files
-
-LOST = 75  # exit code: the same command may work later
+from warp_jax import cli, files
 
 
 def start(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -58,9 +56,14 @@ def barrier(name: str) -> None:
 def once(path: Path, make: Callable[[], None]) -> None:
     """Let the first process make a file or folder that is not there; then all go on."""
     if not exists(path):
-        if is_first():
-            make()
-        barrier(f"made {path}")
+        by_first(make)
+
+
+def by_first(make: Callable[[], None]) -> None:
+    """Let the first process do something; then all go on."""
+    if is_first():
+        make()
+    barrier("made by the first")
 
 
 def fetch(tree: Any) -> Any:
@@ -107,7 +110,7 @@ def stop_after_loss(error: BaseException) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(LOST)
+    os._exit(cli.TRY_AGAIN)
 
 
 def _whole(x: Any) -> np.ndarray:

@@ -61,10 +61,9 @@ def run_part(config: ConfigDict, corpora: Mapping[str, Corpus], workdir: Path, p
         if part.run:
             warp.run_one(job, part.iteration, part.run)
             return f"iteration {part.iteration} run {part.run}: finished"
-        if part.iteration:
+        if 0 < part.iteration < config.warp.num_iterations:
             warp.merge_one(job, part.iteration)
-            if part.iteration < config.warp.num_iterations:
-                return f"iteration {part.iteration}: merged"
+            return f"iteration {part.iteration}: merged"
         points = warp.run_warp(job)
         return report.write_report(config, setup, points, workdir) if hosts.is_first() else ""
 

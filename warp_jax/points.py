@@ -31,18 +31,24 @@ def evaluation_name(stage: str, iteration: int, run: int, eta: float, step: int)
 
 def evaluation_names(config: ConfigDict) -> set[str]:
     """Of all evaluations that a job makes."""
-    nan, names = float("nan"), {"sft"}
-    for iteration, num_steps in enumerate(config.warp.steps_per_iteration, start=1):
+    names = {"sft"}
+    for iteration in range(1, len(config.warp.steps_per_iteration) + 1):
         for run in range(1, config.warp.num_runs + 1):
-            steps = trajectory_steps(num_steps, config.evaluation.every)
-            names.update(evaluation_name("policy", iteration, run, nan, step) for step in steps)
-        names.update(evaluation_name("liti", iteration, 0, eta, 0) for eta in (1.0, *config.front.etas))
+            names.update(trajectory(config, iteration, run).values())
+        names |= front_names(config, iteration)
     return names
 
 
-def trajectory_steps(num_steps: int, every: int) -> list[int]:
-    """After which steps of a run its policy is evaluated: every so many, and at the end."""
-    return sorted({*range(every, num_steps + 1, every), num_steps})
+def trajectory(config: ConfigDict, iteration: int, run: int) -> dict[int, str]:
+    """After which steps of a run its policy is evaluated, every so many and at the end, and under which name."""
+    num_steps, every = config.warp.steps_per_iteration[iteration - 1], config.evaluation.every
+    steps = sorted({*range(every, num_steps + 1, every), num_steps})
+    return {step: evaluation_name("policy", iteration, run, float("nan"), step) for step in steps}
+
+
+def front_names(config: ConfigDict, iteration: int) -> set[str]:
+    """Of the evaluations of an iteration's merge and of its front."""
+    return {evaluation_name("liti", iteration, 0, eta, 0) for eta in (1.0, *config.front.etas)}
 
 
 def front_points(

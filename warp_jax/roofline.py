@@ -57,10 +57,10 @@ def generation(model: TransformerConfig, sizes: Sizes, weight_bytes: int = 2) ->
     return Work(flops / sizes.chips, sizes.completion * (weights + cache))
 
 
-def scoring(model: TransformerConfig, sizes: Sizes, passes: int = 1) -> Work:
-    """Forward passes over prompt and completion: 1 of the reward model, 2 for the KL of an evaluation."""
-    flops = passes * forward_flops(model, sizes.batch, sizes.prompt + sizes.completion)
-    return Work(flops / sizes.chips, passes * 4 * matmul_parameters(model) / sizes.chips)
+def scoring(model: TransformerConfig, sizes: Sizes) -> Work:
+    """One forward pass over prompt and completion, as the reward model makes."""
+    flops = forward_flops(model, sizes.batch, sizes.prompt + sizes.completion)
+    return Work(flops / sizes.chips, 4 * matmul_parameters(model) / sizes.chips)
 
 
 def update(model: TransformerConfig, sizes: Sizes, *, remat: bool) -> Work:
@@ -69,18 +69,6 @@ def update(model: TransformerConfig, sizes: Sizes, *, remat: bool) -> Work:
     """
     flops = (5 + remat) * forward_flops(model, sizes.batch, sizes.prompt + sizes.completion)
     return Work(flops / sizes.chips, 4 * 9 * matmul_parameters(model) / sizes.chips)
-
-
-def ema(model: TransformerConfig, sizes: Sizes) -> Work:
-    """What a moving anchor adds to a step with a fixed reference: read policy and anchor, write the anchor."""
-    share = matmul_parameters(model) / sizes.chips
-    return Work(3 * share, 4 * 3 * share)
-
-
-def merge(model: TransformerConfig, sizes: Sizes, num_runs: int) -> Work:
-    """M (M + 1) / 2 inner products and one weighted sum: init and M policies are read twice, the merge is written."""
-    share = matmul_parameters(model) / sizes.chips
-    return Work(share * (num_runs * (num_runs + 1) + 3 * num_runs), 4 * share * (2 * (num_runs + 1) + 1))
 
 
 def seconds(work: Work, sent: float, chip: Chip) -> dict[str, float]:

@@ -105,9 +105,12 @@ def decode_shardings(mesh: Mesh, tree: Any) -> Any:
 
 def with_shardings(mesh: Mesh, shapes: Any) -> Any:
     """The same jax.ShapeDtypeStruct tree with the sharding of every leaf."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(mesh, shapes)
-    )
+    return shaped(shapes, param_shardings(mesh, shapes))
+
+
+def shaped(shapes: Any, shardings: Any) -> Any:
+    """The jax.ShapeDtypeStruct of every leaf with the sharding in the same place of the other tree."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:

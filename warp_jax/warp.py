@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from warp_jax import checkpoint, evaluate, files, hosts, merging, train
 from warp_jax.evaluate import Evaluation, EvaluationStore
-from warp_jax.points import Point, evaluation_name, evaluation_names, front_points, trajectory_steps
+from warp_jax.points import Point, evaluation_names, front_names, front_points, trajectory
 from warp_jax.prepare import Setup
 from warp_jax.programs import Programs, make_programs
 from warp_jax.progress import JobProgress
@@ -57,19 +57,16 @@ class Job:
             with hosts.locked(directory / "lock", functools.partial(_refuse, iteration, run)):
                 self._train(init_params, iteration, run, directory)
             self.progress.end_stage(num_steps)
-        nan = float("nan")
 
-        def params_at(step: int) -> Params:
+        def params_at(step: int, name: str) -> Params:
             if step != num_steps:
-                name = evaluation_name("policy", iteration, run, nan, step)
                 raise FileNotFoundError(f"evaluation {name} is gone, and so is its policy; delete {directory}")
             return checkpoint.restore_params(directory / "params", init_params)
 
         points = []
-        for step in trajectory_steps(num_steps, self.config.evaluation.every):
-            name = evaluation_name("policy", iteration, run, nan, step)
-            evaluation = self.evaluations.get(name, functools.partial(params_at, step))
-            points.append(Point("policy", iteration, run, nan, step, evaluation))
+        for step, name in trajectory(self.config, iteration, run).items():
+            evaluation = self.evaluations.get(name, functools.partial(params_at, step, name))
+            points.append(Point("policy", iteration, run, float("nan"), step, evaluation))
         return points
 
     def merge(self, init_params: Params, iteration: int) -> Params:
@@ -80,7 +77,7 @@ class Job:
         paths = [directory / f"run_{run}" / "params" for run in range(1, config.num_runs + 1)]
         policies = [checkpoint.restore_params(path, init_params) for path in paths]
         gram = merging.gram(init_params, policies, config.unit)
-        merged = merging.merge(init_params, policies, config.merge, unit=config.unit, donate=False)
+        merged = merging.merge(init_params, policies, config.merge, unit=config.unit)
         if hosts.is_first():
             geometry = {
                 "units": gram.names,
@@ -97,12 +94,11 @@ class Job:
 
     def _train(self, init_params: Params, iteration: int, run: int, directory: Path) -> None:
         config, setup = self.config, self.setup
-        num_steps = config.warp.steps_per_iteration[iteration - 1]
+        evaluated = trajectory(config, iteration, run)
 
         def after_step(step: int, state: TrainState) -> None:
-            if step in trajectory_steps(num_steps, config.evaluation.every):
-                name = evaluation_name("policy", iteration, run, float("nan"), step)
-                self.evaluations.get(name, lambda: state.params)
+            if step in evaluated:
+                self.evaluations.get(evaluated[step], lambda: state.params)
 
         params = train.run_policy(
             init_params,
@@ -115,7 +111,7 @@ class Job:
             seed=config.seed,
             iteration=iteration,
             run=run,
-            num_steps=num_steps,
+            num_steps=config.warp.steps_per_iteration[iteration - 1],
             batch_size=config.rl.batch_size,
             group_size=config.rl.samples_per_prompt,
             checkpoint_every=config.checkpoint_every,
@@ -162,17 +158,14 @@ def run_warp(job: Job) -> list[Point]:
 
 def run_one(job: Job, iteration: int, run: int) -> None:
     """One run of one iteration, as a job of its own."""
-    names = [
-        evaluation_name("policy", iteration, run, float("nan"), step)
-        for step in trajectory_steps(job.config.warp.steps_per_iteration[iteration - 1], job.config.evaluation.every)
-    ]
+    names = trajectory(job.config, iteration, run).values()
     job.progress.expect_evaluations(len(job.evaluations.missing(names)))
     job.run_policy(job.init_params(iteration), iteration, run)
 
 
 def merge_one(job: Job, iteration: int) -> None:
     """The merge of one iteration, whose runs must be there, and its front, as a job of its own."""
-    names = {evaluation_name("liti", iteration, 0, eta, 0) for eta in (1.0, *job.config.front.etas)}
+    names = front_names(job.config, iteration)
     job.progress.expect_evaluations(len(job.evaluations.missing(names)))
     job.front(job.merge(job.init_params(iteration), iteration), iteration)
 
