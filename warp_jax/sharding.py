@@ -141,11 +141,14 @@ def batch_devices(mesh: Mesh) -> int:
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Host arrays [B, ...], the same in every process, onto the mesh, split over the batch: each keeps its rows."""
+    """Arrays [B, ...], the same in every process, onto the mesh, split over the batch: each process keeps its rows.
+
+    What is on devices already does not come to the host, which would wait for it.
+    """
     rows = batch_sharding(mesh)
 
     def put(x: Any) -> jax.Array:
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        if isinstance(x, jax.Array) and (rows.is_fully_addressable or not x.is_fully_addressable):
             return jax.device_put(x, rows)
         values = np.asarray(x)
         return jax.make_array_from_callback(values.shape, rows, lambda index: values[index])
