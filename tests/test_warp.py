@@ -68,7 +68,8 @@ def job(monkeypatch):
         monkeypatch.setattr(warp, "_make_evaluate", lambda *args: None)
         names = ("frozen_params", "train_reward_fn", "train_prompts", "mesh", "model", "sampling_config")
         setup = types.SimpleNamespace(sft_params=_tree(SFT), **dict.fromkeys(names))
-        points = warp.run_warp(warp.make_job(config, setup, workdir, _Progress()))
+        run.made = warp.make_job(config, setup, workdir, _Progress())
+        points = warp.run_warp(run.made)
         assert planned == measured.keys()
         return points, starts, measured
 
@@ -92,6 +93,13 @@ def test_every_step_of_algorithm_1(job, tmp_path):
     per_iteration = [(("policy", i, 1), ("policy", i, 2), ("merged", i, 0)) for i in LENGTHS]
     found = [(p.stage, p.iteration, p.run) for p in points if p.stage != "liti"]
     assert found == [("sft", 0, 0), *(point for points in per_iteration for point in points)]
+
+
+def test_a_run_as_a_job_starts_where_it_does_in_the_whole(job, tmp_path):
+    """Fails when a run of a later iteration, as a job of its own, starts from SFT or from the merge."""
+    _, starts, _ = job(tmp_path, liti_rate=0.3)
+    for i in LENGTHS:
+        np.testing.assert_array_equal(_vector(job.made.init_params(i)), starts[i, 1])
 
 
 def test_liti_rate_0_returns_to_init(job, tmp_path):
