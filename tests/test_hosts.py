@@ -1,8 +1,8 @@
 """Several real processes on the loopback interface, against one process with as many devices."""
 
 import csv
-import os
 import socket
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +13,6 @@ SETTINGS = (
     TINY,
     "--config.warp.num_iterations=1",
     "--config.warp.steps_per_iteration=(6,)",
-    "--config.mesh=(2, 2, 1)",
     "--config.front.etas=(0.3, 1.0)",
 )
 DEVICES = 4
@@ -25,12 +24,12 @@ def _free_port():
         return probe.getsockname()[1]
 
 
-def _launch(workdir, processes, *more):
+def _launch(workdir, processes, mesh=(2, 2, 1)):
     """The same command in each process, told apart by its number only."""
     env = ENV | {"XLA_FLAGS": f"{FAST_COMPILE} --xla_force_host_platform_device_count={DEVICES // processes}"}
     multihost = ["--multihost", f"--coordinator=localhost:{_free_port()}", f"--num_processes={processes}"]
     together = multihost if processes > 1 else []
-    arguments = (*SETTINGS, f"--workdir={workdir}", *together, *more)
+    arguments = (*SETTINGS, f"--config.mesh={mesh}", f"--workdir={workdir}", *together)
     return [start(main_command(*arguments, f"--process_id={number}"), env) for number in range(processes)]
 
 
@@ -66,7 +65,6 @@ def test_two_processes_equal_one(one, tmp_path):
     assert len(rows) == 6
 
 
-@pytest.mark.skipif("WARP_JAX_SLOW_TESTS" not in os.environ, reason="two minutes: set WARP_JAX_SLOW_TESTS=1")
 def test_a_lost_process_stops_the_others_and_the_restart_goes_on(one, tmp_path):
     """Fails when the others hang, or say it in a traceback, or a checkpoint is bound to its processes or its mesh.
 
@@ -80,12 +78,41 @@ def test_a_lost_process_stops_the_others_and_the_restart_goes_on(one, tmp_path):
     assert code == 75
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert "process 0 of 2 lost the others" in lines[0]
+    assert "lost the other" in lines[0]
     assert "Traceback" not in error
     assert not (workdir / "front.csv").exists()
-    results = [finish(process) for process in _launch(workdir, 4, "--config.mesh=(1, 2, 2)")]
+    results = [finish(process) for process in _launch(workdir, 4, mesh=(1, 2, 2))]
     assert [code for code, *_ in results] == [0] * 4, results
     _assert_same_front(workdir, one)
+
+
+def _in_child(line):
+    """A process that goes on in a child, which says so and then does the line."""
+    program = (
+        f"import os, time; from warp_jax import hosts; hosts.continue_in_child(); print('child', flush=True); {line}"
+    )
+    return start([sys.executable, "-c", program])
+
+
+@pytest.mark.parametrize(
+    ("line", "want_code", "want_errors"),
+    [("raise SystemExit(3)", 3, 0), ("os.kill(os.getpid(), 9)", 137, 0), ("os.abort()", 75, 1)],
+)
+def test_a_process_ends_as_its_child_does(line, want_code, want_errors):
+    """Fails when exit codes are lost, or when JAX's abort after the loss of a process is not said in one line."""
+    process = _in_child(line)
+    code, _, error = finish(process)
+    assert code == want_code
+    assert len(error.splitlines()) == want_errors
+    assert error == "" or error.startswith("error: lost the other processes: start all of them again")
+
+
+def test_a_child_ends_with_its_parent():
+    """Fails when a killed process leaves a child that holds its chips and locks."""
+    process = _in_child("time.sleep(300)")
+    assert process.stdout.readline() == "child\n"
+    process.kill()
+    process.communicate(timeout=60)  # until nobody holds its output
 
 
 def test_bad_input_of_several_processes(tmp_path):

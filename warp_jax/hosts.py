@@ -4,8 +4,13 @@ With one process everything here is the plain operation. All processes must make
 """
 
 import contextlib
+import faulthandler
 import os
+import re
+import signal
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,29 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from warp_jax import cli, files
+
+_PARENT = "WARP_JAX_PARENT"  # environment: a file descriptor that ends when the parent does
+_LOSS = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")  # of JAX's runtime
+
+_AGAIN = "start all of them again with the same command, and the job goes on where it stopped"
+
+
+def continue_in_child() -> None:
+    """Return in a child that runs the same command; the parent waits for it, and ends as it does.
+
+    JAX's runtime aborts a process, past all Python, when it hears that another one is gone. The parent says so in one
+    line, with exit code TRY_AGAIN. However the parent is ended, the child ends too.
+    """
+    if inherited := os.environ.pop(_PARENT, ""):
+        threading.Thread(target=_end_with_parent, args=(int(inherited),), daemon=True).start()
+        faulthandler.disable()  # absl's, which would print every thread's stack when JAX aborts
+        return
+    watched, _held_open = os.pipe()
+    command = [sys.executable, *sys.orig_argv[1:]]
+    code = subprocess.call(command, env=os.environ | {_PARENT: str(watched)}, pass_fds=[watched])
+    if code == -signal.SIGABRT:
+        cli.fail(f"lost the other processes: {_AGAIN}", cli.TRY_AGAIN)
+    sys.exit(code if code >= 0 else 128 - code)  # 128 + signal, as shells say it
 
 
 def start(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -100,16 +128,20 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 
 def stop_after_loss(error: BaseException) -> None:
-    """Of several processes, end this one, whose peers are gone, with one line; without goodbyes, which would wait."""
-    if jax.process_count() == 1:
+    """If the error says that another process is gone, end this one with one line; without goodbyes, which would wait.
+
+    A failed operation between processes is a JaxRuntimeError or a ValueError, as it happens: the text tells.
+    """
+    if jax.process_count() == 1 or not _LOSS.match(str(error)):
         return
     reason = " ".join(str(error).split())[:200]
-    print(
-        f"error: process {jax.process_index()} of {jax.process_count()} lost the others ({reason}); start all of them "
-        "again with the same command, and the job goes on where it stopped",
-        file=sys.stderr,
-        flush=True,
-    )
+    place = f"process {jax.process_index()} of {jax.process_count()}"
+    print(f"error: {place} lost the others: {_AGAIN} ({reason})", file=sys.stderr, flush=True)
+    os._exit(cli.TRY_AGAIN)
+
+
+def _end_with_parent(watched: int) -> None:
+    os.read(watched, 1)  # returns when the other end is closed
     os._exit(cli.TRY_AGAIN)
 
 

@@ -54,7 +54,7 @@ def run_steps(
                     pending = {}
                 if done % checkpoint_every == 0:
                     store.save(done, state)
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
             hosts.stop_after_loss(error)  # before the store is closed, which would wait for processes that are gone
             raise
     return state

@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
     config, workdir = CONFIG.value, Path(str(WORKDIR.value))
     try:
         if MULTIHOST.value:
+            hosts.continue_in_child()
             hosts.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     except ValueError as error:
         cli.fail(str(error))
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> None:
         corpora = check(config, workdir)
         part = jobs.choose_part(config, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
     except (ValueError, OSError) as error:
+        hosts.stop_after_loss(error)
         cli.fail(str(error))
     try:
         if line := jobs.run_part(config, corpora, workdir, part):
@@ -59,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
         cli.fail(str(error))
     except warp.BusyError as error:
         cli.fail(str(error), cli.TRY_AGAIN)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         hosts.stop_after_loss(error)
         raise
 
