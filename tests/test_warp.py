@@ -1,5 +1,6 @@
 """The flow of Algorithm 1, on policies whose merge is known by hand."""
 
+import contextlib
 import types
 
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from warp_jax import warp
+from warp_jax import checkpoint, warp
 from warp_jax.evaluate import Evaluation
 
 SFT = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
@@ -114,6 +115,20 @@ def test_a_stored_run_is_not_trained_again(job, tmp_path):
     points, starts, _ = job(tmp_path)
     assert starts == {}
     assert len(points) == 16
+
+
+def test_a_run_finished_before_its_lock_is_taken_is_not_trained_again(job, tmp_path, monkeypatch):
+    """Fails when a job looks for the policy only before it waits its turn: another may have made it since."""
+
+    @contextlib.contextmanager
+    def made_meanwhile(path, on_wait):
+        checkpoint.save_params(path.parent / "params", _tree(SFT))
+        yield
+
+    monkeypatch.setattr(warp.hosts, "locked", made_meanwhile)
+    monkeypatch.setattr(warp.Job, "merge", lambda self, init_params, iteration: init_params)
+    _, starts, _ = job(tmp_path)
+    assert starts == {}
 
 
 def test_the_lerp_baseline_is_the_mean(job, tmp_path):

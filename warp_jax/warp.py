@@ -55,7 +55,8 @@ class Job:
         self.progress.start_stage(f"iteration {iteration} run {run}", num_steps, finished=finished)
         if not finished:
             with hosts.locked(directory / "lock", functools.partial(_refuse, iteration, run)):
-                self._train(init_params, iteration, run, directory)
+                if not checkpoint.has_params(directory / "params"):  # made by another job in between
+                    self._train(init_params, iteration, run, directory)
             self.progress.end_stage(num_steps)
 
         def params_at(step: int, name: str) -> Params:
