@@ -63,6 +63,24 @@ def test_cpu_meshes_and_cached_keys_use_the_plain_one():
     assert not attention.splash_fits(query, key, MESH)
 
 
+@pytest.mark.parametrize("local", [None, False, True], ids=["no_windows", "whole", "window"])
+def test_the_kernel_sees_what_the_plain_one_does(monkeypatch, local):
+    """Fails when local and global layers change places on TPU, or the kernel's queries are not scaled."""
+    inputs = _inputs(2)
+    positions = jnp.maximum(jnp.cumsum(LEFT_PADDED, axis=1) - 1, 0)
+    seen = attention.Seen(positions, positions, jnp.asarray(LEFT_PADDED))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def attend(mesh, local):
+        return attention.attend(*inputs, seen, local, window=40, scale=0.3, softcap=0.0, mesh=mesh)
+
+    local = None if local is None else jnp.array(local)
+    want = attend(None, local)
+    monkeypatch.setattr(attention, "splash_fits", lambda query, key, mesh: mesh is not None)
+    monkeypatch.setattr(attention, "splash", functools.partial(attention.splash, interpret=True))
+    np.testing.assert_allclose(attend(MESH, local)[LEFT_PADDED], want[LEFT_PADDED], atol=2e-5)
+
+
 class _TpuMesh:
     """What splash_fits looks at, of a mesh of TPUs."""
 

@@ -111,3 +111,4 @@ def test_a_policy_is_measured_against_sft_on_its_own_samples():
     expected = [per_token[[1, *ids[mask][:-1]]].sum() for ids, mask in samples]
     np.testing.assert_allclose(found.sft_kl, expected, rtol=1e-4)
     assert measure(sft).sft_kl.tolist() == [0.0] * count
+    assert not np.array_equal(found.completion_ids[:4], found.completion_ids[4:])  # each batch has noise of its own

@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 
-from warp_jax import sampling, scoring, sharding
+from warp_jax import sampling, scoring, sharding, trees
 from warp_jax.models import rope
 from warp_jax.models.transformer import Transformer, TransformerConfig, init_cache
 from warp_jax.sampling import SamplingConfig
@@ -266,3 +266,15 @@ def test_eight_devices_sample_what_one_does(sizes):
     assert_array_equal(got.completion_ids, want.completion_ids)
     assert_array_equal(got.completion_mask, want.completion_mask)
     assert_allclose(got.per_token_logps, want.per_token_logps, atol=1e-5)
+
+
+def test_the_copy_for_generation_keeps_norms_in_float32():
+    """Fails when the scales of norms, which compute in float32, are rounded: samples would be of another model."""
+    apply_fn, make_cache, params = make(dtype="bfloat16", qk_norm=True)
+    config = SamplingConfig(2, 1.0, (0,), 0)
+    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    names = {"apply_fn": apply_fn, "make_cache": make_cache, "dtype": "bfloat16", "config": config}
+    copy = sampling.make_sampler(mesh, params, **names).lay_out(params)
+    dtypes = {trees.path_name(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(copy)}
+    assert {name.endswith("scale") for name in dtypes} == {True, False}
+    assert all(dtype == ("float32" if name.endswith("scale") else "bfloat16") for name, dtype in dtypes.items())
