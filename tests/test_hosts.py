@@ -1,6 +1,7 @@
 """Several real processes on the loopback interface, against one process with as many devices."""
 
 import csv
+import shutil
 import socket
 import sys
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.commands import ENV, FAST_COMPILE, TINY, finish, kill_when, main_command, run, start
+from warp_jax import files
 
 SETTINGS = (
     TINY,
@@ -24,13 +26,15 @@ def _free_port():
         return probe.getsockname()[1]
 
 
-def _launch(workdir, processes, mesh=(2, 2, 1)):
-    """The same command in each process, told apart by its number only."""
+def _launch(workdir, processes, *more, mesh=(2, 2, 1), last=()):
+    """The same command in each process, told apart by its number only, but for what the last one is asked."""
     env = ENV | {"XLA_FLAGS": f"{FAST_COMPILE} --xla_force_host_platform_device_count={DEVICES // processes}"}
     multihost = ["--multihost", f"--coordinator=localhost:{_free_port()}", f"--num_processes={processes}"]
     together = multihost if processes > 1 else []
-    arguments = (*SETTINGS, f"--config.mesh={mesh}", f"--workdir={workdir}", *together)
-    return [start(main_command(*arguments, f"--process_id={number}"), env) for number in range(processes)]
+    arguments = (*SETTINGS, f"--config.mesh={mesh}", f"--workdir={workdir}", *together, *more)
+    own = [[f"--process_id={number}"] for number in range(processes)]
+    own[-1] += last
+    return [start(main_command(*arguments, *flags), env) for flags in own]
 
 
 def _numbers(workdir):
@@ -86,6 +90,61 @@ def test_a_lost_process_stops_the_others_and_the_restart_goes_on(one, tmp_path):
     _assert_same_front(workdir, one)
 
 
+def test_a_run_that_another_job_trains_is_refused(one, tmp_path):
+    """Fails when the process that looks at the lock leaves the others waiting, or a scheduler would not try again."""
+    workdir = tmp_path / "run"
+    shutil.copytree(one, workdir)
+    shutil.rmtree(workdir / "iteration_1" / "run_1" / "params")
+    with files.locked(workdir / "iteration_1" / "run_1" / "lock", pytest.fail):
+        results = [finish(process) for process in _launch(workdir, 2, "--run=1")]
+    assert [code for code, *_ in results] == [75, 75], results
+    assert "error: run 1 of iteration 1 is being made by another process" in results[0][2]
+    assert "error: process 0 of 2 cannot go on, and says why" in results[1][2]
+
+
+def test_bad_input_of_one_process_stops_all(tmp_path):
+    """Fails when a process waits for one that has refused its input, as a model that one host has not."""
+    processes = _launch(tmp_path / "run", 2, last=["--config.warp.ema_rate=1.2"])
+    results = [finish(process) for process in processes]
+    assert [code for code, *_ in results] == [2, 2], results
+    assert "error: process 1 of 2 cannot go on, and says why" in results[0][2]
+    assert "error: config.warp.ema_rate: got 1.2" in results[1][2]
+    assert not (tmp_path / "run").exists()
+
+
+TWO = """
+import pathlib, sys
+from warp_jax import hosts
+number, folder = int(sys.argv[2]), pathlib.Path(sys.argv[3])
+hosts.start(f"localhost:{sys.argv[1]}", 2, number)
+asked = []
+judge = hosts.computed_by_first(lambda texts: asked.append(texts) or [number + 1.5] * len(texts))
+assert judge(["a", "b"]).tolist() == [1.5, 1.5]
+assert len(asked) == (number == 0)
+if number:
+    pathlib.Path.exists = None
+assert hosts.exists(folder) and not hosts.exists(folder / "nowhere")
+try:
+    if number:
+        raise KeyError("of one process")
+    hosts.by_first(print)
+except Exception as error:
+    hosts.leave(error)
+"""
+
+
+def test_what_two_processes_do_together(tmp_path):
+    """Fails when a host function is called by both, a path is looked for by both (NFS would remember that it was not
+    there), or an error in one leaves the other waiting.
+    """
+    port = str(_free_port())
+    processes = [start([sys.executable, "-c", TWO, port, str(number), str(tmp_path)]) for number in (0, 1)]
+    results = [finish(process) for process in processes]
+    assert [code for code, *_ in results] == [75, 1], results
+    assert "error: process 0 of 2 lost the others" in results[0][2]
+    assert results[1][2].splitlines()[-1] == "KeyError: 'of one process'"
+
+
 def _in_child(line):
     """A process that goes on in a child, which says so and then does the line."""
     program = (
@@ -104,7 +163,7 @@ def test_a_process_ends_as_its_child_does(line, want_code, want_errors):
     code, _, error = finish(process)
     assert code == want_code
     assert len(error.splitlines()) == want_errors
-    assert error == "" or error.startswith("error: lost the other processes: start all of them again")
+    assert error == "" or error.startswith("error: aborted by JAX")
 
 
 def test_a_child_ends_with_its_parent():

@@ -106,6 +106,20 @@ def test_another_config_is_refused(tiny_run):
         validation.claim_workdir(config, workdir)
 
 
+def test_a_workdir_is_claimed_where_a_kill_left_a_beginning(tmp_path):
+    """Fails when a kill while config.json is written leaves a workdir that is refused for ever, or a foreign folder is
+    taken.
+    """
+    (tmp_path / "lock").touch()
+    (tmp_path / ".config.json.0123abcd.partial").write_text("{")
+    validation.claim_workdir(tiny.get_config(), tmp_path)
+    assert files.read_json(tmp_path / "config.json")["seed"] == tiny.get_config().seed
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds other files"):
+        validation.claim_workdir(tiny.get_config(), tmp_path)
+
+
 SFT_ANCHOR = {
     "warp.ema_rate": 0.0,
     "warp.num_iterations": 1,
@@ -163,6 +177,7 @@ BAD = [
     ("rl.advantage", "mean", "one of none, batch_mean, leave_one_out"),
     ("rl.batch_size", 12, "multiple of 8"),
     ("evaluation.num_prompts", 40, "multiple of 16"),
+    ("warp", {"num_runs": 1, "merge": "model_stock"}, "at least 2 for warp.merge model_stock"),
     ("warp.num_iterations", 3, "warp.num_iterations = 3 numbers"),
     ("mesh", (3, 1, 1), "3 devices"),
     ("data.source", "nowhere.jsonl", "no such file"),

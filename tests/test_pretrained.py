@@ -55,7 +55,7 @@ def _save(folder, architecture_name, tokenizer, **settings):
     kind = getattr(transformers, architecture_name)
     config = kind.config_class(vocab_size=tokenizer.vocab_size, **SIZES, **settings)
     kind(config).save_pretrained(folder)
-    tokenizer.save(folder / "tokenizer.json")
+    (folder / "tokenizer.json").write_text(tokenizer.to_json())
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({**names, "chat_template": TEMPLATE}))
 
@@ -337,7 +337,8 @@ def _rename_architecture(folder):
 
 
 def _outgrow_the_embedding(folder):
-    Tokenizer.train([*QUESTIONS, "many other words that make it larger"], 320).save(folder / "tokenizer.json")
+    other = Tokenizer.train([*QUESTIONS, "many other words that make it larger"], 320)
+    (folder / "tokenizer.json").write_text(other.to_json())
 
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"

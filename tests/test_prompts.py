@@ -112,7 +112,7 @@ def test_windows_lie_inside_their_row():
 def test_tokenizer_round_trip(tmp_path):
     """Fails when decoding drops spaces or bytes outside the training text, or keeps special tokens."""
     tokenizer = Tokenizer.train(["a film of films"] * 5, 270)
-    tokenizer.save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
     again = Tokenizer.load(tmp_path / "tokenizer.json")
     text = "a filmé, of\nfilms"
     (ids,) = again.encode([text])

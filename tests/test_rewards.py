@@ -41,9 +41,10 @@ def test_text_reward_sees_prompt_completion_and_row(tokenizer):
     assert seen == [("good ", "film", {"answer": "one"}), ("bad ", "film film", {"answer": "zero"})]
 
 
-def test_wrong_number_of_values_is_refused(tokenizer):
+def test_wrong_number_of_values_is_refused(tokenizer, monkeypatch):
     """Fails when a scalar would be broadcast over the batch."""
-    part = rewards.make_from_text(lambda *texts: 1.0, tokenizer, [{}, {}])
+    monkeypatch.setattr(gold, "one_for_all", lambda *texts: 1.0, raising=False)
+    part = rewards.make_from_text(rewards.load_function("warp_jax.gold:one_for_all"), tokenizer, [{}, {}])
     with pytest.raises(ValueError, match="shape"):
         part(_rollout(tokenizer, ["a", "b"], ["c", "d"]))
 

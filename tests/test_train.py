@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import types
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from warp_jax import freezing, loop, optimizers, prompts, rewards, sampling, scoring, sharding, train, trees
+from warp_jax import checkpoint, freezing, loop, optimizers, prompts, rewards, sampling, scoring, sharding, train, trees
 from warp_jax.models import functions
 from warp_jax.models.transformer import TransformerConfig, init_cache
 
@@ -218,7 +220,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="step 1: loss is nan"):
         loop.run_steps(
             lambda state, step: (state, {"loss": next(values)}),
-            {"w": jnp.zeros(2)},
+            lambda: {"w": jnp.zeros(2)},
             num_steps=3,
             directory=tmp_path,
             checkpoint_every=100,
@@ -234,6 +236,77 @@ def test_stop_and_resume_is_the_unbroken_run_to_the_bit(tmp_path):
     resumed, metrics = _run(tmp_path / "b", num_steps=6)
     assert len(metrics) < 6
     assert _distance(unbroken, resumed) == 0.0
+
+
+def test_no_room_for_two_states_is_asked(tmp_path, monkeypatch):
+    """Fails when the first state is alive while the stored one is read: twice the memory of training."""
+    alive = []
+
+    def init():
+        state = {"w": jnp.full(3, 2.0)}
+        alive.append(weakref.ref(state["w"]))
+        return state
+
+    def go_on(num_steps):
+        return loop.run_steps(
+            lambda state, step: ({"w": state["w"] + 1}, {"loss": 0.0}),
+            init,
+            num_steps=num_steps,
+            directory=tmp_path,
+            checkpoint_every=1,
+            on_step=lambda *args: None,
+        )
+
+    go_on(1)
+    restore = checkpoint.StateStore.restore
+
+    def restore_alone(store, like):
+        assert alive[-1]() is None
+        return restore(store, like)
+
+    monkeypatch.setattr(checkpoint.StateStore, "restore", restore_alone)
+    assert go_on(3)["w"].tolist() == [5.0] * 3
+
+
+def _draws(directory, **names):
+    """The prompts and keys of two steps, of a run that trains nothing."""
+    seen = []
+    rollout = types.SimpleNamespace()
+
+    def sampler(params, batch, key):
+        seen.append((np.asarray(batch.example_ids).tolist(), jax.random.key_data(key).tolist()))
+        return rollout
+
+    train.run_policy(
+        {"w": jnp.zeros(2)},
+        {},
+        programs=train.Programs(
+            init=lambda params: types.SimpleNamespace(params=params), update=lambda state, *rest: (state, {})
+        ),
+        sampler=sampler,
+        reward_fn=lambda rollout: types.SimpleNamespace(total=np.zeros(BATCH, np.float32), parts={}),
+        train_prompts=_prompt_batch(),
+        mesh=ONE_DEVICE,
+        num_steps=2,
+        batch_size=BATCH,
+        group_size=2,
+        checkpoint_every=100,
+        directory=directory,
+        on_step=lambda *args: None,
+        after_step=lambda *args: None,
+        **names,
+    )
+    return seen
+
+
+def test_every_run_and_step_has_prompts_and_noise_of_its_own(tmp_path):
+    """Fails when runs, iterations or seeds share their prompts or keys: their policies would be less apart."""
+    names = [(7, 1, 1), (7, 1, 2), (7, 2, 1), (8, 1, 1)]
+    draws = [_draws(tmp_path / str(i), seed=s, iteration=n, run=r) for i, (s, n, r) in enumerate(names)]
+    for part in (0, 1):
+        found = [str(step[part]) for steps in draws for step in steps]
+        assert len(set(found)) == len(found)
+    assert _draws(tmp_path / "again", seed=7, iteration=1, run=2) == draws[1]
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])

@@ -1,6 +1,7 @@
 """The flow of Algorithm 1, on policies whose merge is known by hand."""
 
 import contextlib
+import shutil
 import types
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from warp_jax import checkpoint, warp
+from warp_jax import checkpoint, files, warp
 from warp_jax.evaluate import Evaluation
 
 SFT = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
@@ -129,6 +130,39 @@ def test_a_run_finished_before_its_lock_is_taken_is_not_trained_again(job, tmp_p
     monkeypatch.setattr(warp.Job, "merge", lambda self, init_params, iteration: init_params)
     _, starts, _ = job(tmp_path)
     assert starts == {}
+
+
+def test_a_merge_is_made_once(job, tmp_path, monkeypatch):
+    """Fails when two jobs write one merge, or the second makes it again."""
+    job(tmp_path)
+    shutil.rmtree(tmp_path / "iteration_1" / "merged")
+    with files.locked(tmp_path / "iteration_1" / "lock", pytest.fail), pytest.raises(warp.BusyError, match="the merge"):
+        job(tmp_path)
+
+    @contextlib.contextmanager
+    def made_meanwhile(path, on_wait):
+        checkpoint.save_params(path.parent / "merged", _tree(SFT))
+        yield
+
+    monkeypatch.setattr(warp.hosts, "locked", made_meanwhile)
+    _, _, measured = job(tmp_path)
+    np.testing.assert_array_equal(measured["merged_i1"], SFT)
+
+
+def test_what_a_kill_left_of_a_finished_run_is_deleted(job, tmp_path):
+    """Fails when the state of a run whose policy is stored, many times its size, stays for ever."""
+    job(tmp_path)
+    state = tmp_path / "iteration_1" / "run_2" / "state"
+    state.mkdir()
+    job(tmp_path)
+    assert not state.exists()
+
+
+def test_a_merge_that_cannot_be_made_is_said(job, tmp_path, monkeypatch):
+    """Fails when opposite task vectors end a job in a traceback."""
+    monkeypatch.setitem(STEPS, (1, 2), -STEPS[1, 1])
+    with pytest.raises(warp.JobError, match=r"merge: .*opposite"):
+        job(tmp_path)
 
 
 def test_the_lerp_baseline_is_the_mean(job, tmp_path):

@@ -12,7 +12,7 @@ from warp_jax.types import Params
 
 
 def save_params(path: Path, params: Params) -> None:
-    """Write a pytree; Orbax renames it into place when it is complete. An existing checkpoint stays as it is."""
+    """Write a pytree; Orbax renames it into place when it is complete. ValueError if there is a checkpoint already."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), params)
 
@@ -31,7 +31,7 @@ def has_params(path: Path) -> bool:
 def restore_params(path: Path, like: Params) -> Params:
     """Read a pytree with the structure, dtypes and shardings of `like` (arrays or jax.ShapeDtypeStruct)."""
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path.absolute(), _abstract(like))
+        return checkpointer.restore(path.absolute(), abstract(like))
 
 
 class StateStore:
@@ -50,8 +50,8 @@ class StateStore:
         self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, like: Any) -> Any:
-        """Read the newest state, laid out as `like`."""
-        return self._manager.restore(self.latest_step(), args=ocp.args.StandardRestore(_abstract(like)))
+        """Read the newest state, laid out as `like` (arrays or jax.ShapeDtypeStruct)."""
+        return self._manager.restore(self.latest_step(), args=ocp.args.StandardRestore(abstract(like)))
 
     def close(self) -> None:
         """Wait for what is being written."""
@@ -59,5 +59,6 @@ class StateStore:
         self._manager.close()
 
 
-def _abstract(tree: Any) -> Any:
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,5 +1,6 @@
 """Measuring a policy on held-out prompts: reward, gold reward, KL to SFT, length, diversity."""
 
+import io
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from warp_jax import hosts, metrics, prompts, sampling, scoring, sharding, trees
+from warp_jax import files, hosts, metrics, prompts, sampling, scoring, sharding, trees
 from warp_jax.types import ApplyFn, Array, Params, PromptBatch, RewardFn, Rollout
 
 
@@ -111,7 +112,7 @@ class EvaluationStore:
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """The names that have no evaluation yet."""
-        return [name for name in names if not hosts.exists(self._path(name))]
+        return [name for name in sorted(names) if not hosts.exists(self._path(name))]
 
     def get(self, name: str, make_params: Callable[[], Params]) -> Evaluation:
         """The stored evaluation called `name`; if there is none, that of make_params()."""
@@ -121,6 +122,7 @@ class EvaluationStore:
             evaluation = self._evaluate(make_params())
             hosts.by_first(lambda: _save(path, evaluation))
             self._on_new(name, evaluation, time.monotonic() - started)
+            return evaluation
         return load_evaluation(path)
 
     def _path(self, name: str) -> Path:
@@ -128,10 +130,9 @@ class EvaluationStore:
 
 
 def _save(path: Path, evaluation: Evaluation) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez_compressed(file, **evaluation._asdict())
-    partial.replace(path)
+    content = io.BytesIO()
+    np.savez_compressed(content, **evaluation._asdict())
+    files.write_bytes(path, content.getvalue())
 
 
 def load_evaluation(path: Path) -> Evaluation:

@@ -104,7 +104,7 @@ class Workdir:
 
     def write_tokenizer(self, out: Path) -> None:
         """The tokenizer that the workdir trained, in the files that transformers reads."""
-        self.tokenizer.save(out / "tokenizer.json")
+        files.write_text(out / "tokenizer.json", self.tokenizer.to_json())
         files.write_json(out / "generation_config.json", self.token_ids())
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}
         files.write_json(out / "tokenizer_config.json", settings | self.tokenizer.special_tokens)

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ PIECE = 1 << 16  # bytes
 def write_bytes(path: Path, content: bytes) -> None:
     """Write beside the path, then rename: a kill at any instant leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # its own: two may write at once
     temporary.write_bytes(content)
     os.replace(temporary, path)
 

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,15 @@ from jax.experimental import multihost_utils
 from warp_jax import cli, files
 
 _PARENT = "WARP_JAX_PARENT"  # environment: a file descriptor that ends when the parent does
-_LOSS = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")  # of JAX's runtime
-
+_LOSS = re.compile(  # of the texts of JAX's errors
+    r"(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): |.*(gloo|barrier|heartbeat|coordination service|connection)",
+    re.IGNORECASE | re.DOTALL,
+)
 _AGAIN = "start all of them again with the same command, and the job goes on where it stopped"
+
+
+class PeerError(Exception):
+    """Another process of the job cannot go on, and says why."""
 
 
 def continue_in_child() -> None:
@@ -41,7 +49,7 @@ def continue_in_child() -> None:
     command = [sys.executable, *sys.orig_argv[1:]]
     code = subprocess.call(command, env=os.environ | {_PARENT: str(watched)}, pass_fds=[watched])
     if code == -signal.SIGABRT:
-        cli.fail(f"lost the other processes: {_AGAIN}", cli.TRY_AGAIN)
+        cli.fail(f"aborted by JAX, most often because another process is gone: {_AGAIN}", cli.TRY_AGAIN)
     sys.exit(code if code >= 0 else 128 - code)  # 128 + signal, as shells say it
 
 
@@ -71,14 +79,30 @@ def agree(value: Any) -> Any:
 
 
 def exists(path: Path) -> bool:
-    """Whether the first process sees the path: what it has just written may not be seen everywhere yet."""
-    return bool(agree(np.array(path.exists())))
+    """Whether the first process sees the path: what it has just written may not be seen everywhere yet.
+
+    The others do not look: of a path that they did not find, NFS would tell them the same for half a minute.
+    """
+    return bool(agree(np.array(is_first() and path.exists())))
 
 
-def barrier(name: str) -> None:
-    """Wait until every process has come here."""
+def together(action: Callable[[], None]) -> None:
+    """Do something in every process; then all go on, or none: the error where it failed, PeerError in the others.
+
+    Without this, one that fails leaves the others waiting for it. The action itself must not wait for another process.
+    """
+    error = None
+    try:
+        action()
+    except Exception as caught:
+        error = caught
+    failed = [error is not None]
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        failed = multihost_utils.process_allgather(np.array(failed)).ravel().tolist()
+    if error is not None:
+        raise error
+    if any(failed):
+        raise PeerError(f"process {failed.index(True)} of {len(failed)} cannot go on, and says why")
 
 
 def once(path: Path, make: Callable[[], None]) -> None:
@@ -88,10 +112,8 @@ def once(path: Path, make: Callable[[], None]) -> None:
 
 
 def by_first(make: Callable[[], None]) -> None:
-    """Let the first process do something; then all go on."""
-    if is_first():
-        make()
-    barrier("made by the first")
+    """Let the first process do something; then all go on, or none."""
+    together(make if is_first() else lambda: None)
 
 
 def fetch(tree: Any) -> Any:
@@ -105,15 +127,16 @@ def computed_by_first(function: Callable[..., np.ndarray]) -> Callable[..., np.n
     """A host function of the same arguments in every process: the first one calls it, all get its values.
 
     For functions that may answer differently when they are asked twice, such as a judge behind an API. The result is
-    float32 and has an entry for each of the first argument.
+    float32 and has an entry for each of the first argument, else ValueError.
     """
 
     def call(first: Any, *rest: Any) -> np.ndarray:
-        if jax.process_count() == 1:
-            return function(first, *rest)
         values = np.zeros(len(first), np.float32)
         if is_first():
-            values = np.asarray(function(first, *rest), np.float32)
+            found = np.asarray(function(first, *rest), np.float32)
+            if found.shape != values.shape:
+                raise ValueError(f"function: returned shape {found.shape}, want {values.shape}, one number each")
+            values = found
         return np.asarray(agree(values))
 
     return call
@@ -122,8 +145,8 @@ def computed_by_first(function: Callable[..., np.ndarray]) -> Callable[..., np.n
 @contextlib.contextmanager
 def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """`files.locked` by the first process, for all of them."""
-    with files.locked(path, on_wait) if is_first() else contextlib.nullcontext():
-        barrier(f"locked {path}")
+    with contextlib.ExitStack() as stack:
+        by_first(lambda: stack.enter_context(files.locked(path, on_wait)))
         yield
 
 
@@ -136,8 +159,30 @@ def stop_after_loss(error: BaseException) -> None:
         return
     reason = " ".join(str(error).split())[:200]
     place = f"process {jax.process_index()} of {jax.process_count()}"
-    print(f"error: {place} lost the others: {_AGAIN} ({reason})", file=sys.stderr, flush=True)
-    os._exit(cli.TRY_AGAIN)
+    print(f"error: {place} lost the others: {_AGAIN} ({reason})", file=sys.stderr)
+    _exit_at_once(cli.TRY_AGAIN)
+
+
+def leave(error: BaseException) -> None:
+    """Of several processes, end this one, which cannot go on, so that the others stop too; alone, do nothing.
+
+    At its usual end, JAX would wait here for the others while they wait for this one.
+    """
+    stop_after_loss(error)
+    if jax.process_count() == 1:
+        return
+    if isinstance(error, SystemExit):  # said already
+        _exit_at_once(int(error.code or 0))
+    traceback.print_exception(error)
+    _exit_at_once(1)
+
+
+def _exit_at_once(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_first():
+        time.sleep(1)  # for those that stop for the same reason: JAX aborts them when the first is gone
+    os._exit(code)
 
 
 def _end_with_parent(watched: int) -> None:

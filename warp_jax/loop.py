@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from warp_jax import hosts
-from warp_jax.checkpoint import StateStore
+from warp_jax import checkpoint, hosts
 from warp_jax.metrics import MetricWriter
 
 State = TypeVar("State")
@@ -19,7 +18,7 @@ OnStep = Callable[[int, Mapping[str, float]], None]  # steps done, latest metric
 
 def run_steps(
     step_fn: StepFn[State],
-    state: State,
+    init: Callable[[], State],
     *,
     num_steps: int,
     directory: Path,
@@ -27,16 +26,19 @@ def run_steps(
     on_step: OnStep,
     after_step: Callable[[int, State], None] = lambda step, state: None,
 ) -> State:
-    """Apply `step_fn(state, step)` for step = 0 .. num_steps - 1, going on from the newest state in `directory`.
+    """Apply `step_fn(state, step)` to init() for step = 0 .. num_steps - 1, or go on from the newest in `directory`.
 
     `step_fn` must depend on its arguments only, then a killed loop started again ends with the same bits as an
     unbroken one. Metrics of a step are read after the next one is dispatched, so the device never waits for the host.
     `after_step(done, state)` is called with the number of steps done, and again for a step repeated after a kill.
     """
-    store = StateStore(directory / "state")
+    store = checkpoint.StateStore(directory / "state")
     start = store.latest_step()
+    state = init()
     if start:
-        state = store.restore(state)
+        like = checkpoint.abstract(state)
+        del state  # there is no room for two
+        state = store.restore(like)
     on_step(start, {})
     metrics_file = MetricWriter(directory, start) if hosts.is_first() else contextlib.nullcontext()
     with contextlib.closing(store), metrics_file as writer:
@@ -54,8 +56,10 @@ def run_steps(
                     pending = {}
                 if done % checkpoint_every == 0:
                     store.save(done, state)
-        except (jax.errors.JaxRuntimeError, ValueError) as error:
-            hosts.stop_after_loss(error)  # before the store is closed, which would wait for processes that are gone
+        except FloatingPointError:  # in every process
+            raise
+        except Exception as error:
+            hosts.leave(error)  # before the store is closed, which would wait for the others
             raise
     return state
 

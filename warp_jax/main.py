@@ -8,7 +8,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -28,9 +27,14 @@ PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Which of them this is, from
 
 def check(config: ConfigDict, workdir: Path) -> Mapping[str, Corpus]:
     """The data, once all input is found good; else ValueError, with nothing written. Then the workdir is claimed."""
-    validation.check_config(config)
-    corpora = prepare.load_corpora(config)
-    prepare.check_prompts(config, corpora)
+    corpora = dict[str, Corpus]()
+
+    def read() -> None:
+        validation.check_config(config)
+        corpora.update(prepare.load_corpora(config))
+        prepare.check_prompts(config, corpora)
+
+    hosts.together(read)
     validation.claim_workdir(config, workdir)
     return corpora
 
@@ -49,21 +53,28 @@ def main(argv: Sequence[str]) -> None:
     except (RuntimeError, OSError) as error:
         cli.fail(f"multihost: the other processes were not met: {error}", cli.TRY_AGAIN)
     try:
+        _run(config, workdir)
+    except BaseException as error:
+        hosts.leave(error)
+        raise
+
+
+def _run(config: ConfigDict, workdir: Path) -> None:
+    """What the flags ask for; every error that a user can mend is one line."""
+    try:
         corpora = check(config, workdir)
         part = jobs.choose_part(config, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, hosts.PeerError) as error:
         hosts.stop_after_loss(error)
         cli.fail(str(error))
     try:
-        if line := jobs.run_part(config, corpora, workdir, part):
+        line = jobs.run_part(config, corpora, workdir, part)
+        if line and hosts.is_first():
             print(line)
-    except FloatingPointError as error:
+    except (FloatingPointError, warp.JobError) as error:
         cli.fail(str(error))
-    except warp.BusyError as error:
+    except (warp.BusyError, hosts.PeerError) as error:
         cli.fail(str(error), cli.TRY_AGAIN)
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        hosts.stop_after_loss(error)
-        raise
 
 
 def _load_config() -> None:

@@ -8,7 +8,19 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from warp_jax import architecture, chat, corpus, freezing, hosts, pretrained, prompts, rewards, sampling, sharding
+from warp_jax import (
+    architecture,
+    chat,
+    corpus,
+    files,
+    freezing,
+    hosts,
+    pretrained,
+    prompts,
+    rewards,
+    sampling,
+    sharding,
+)
 from warp_jax.corpus import Corpus
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.progress import JobProgress
@@ -94,9 +106,7 @@ def load_tokenizer(config: ConfigDict, corpora: Mapping[str, Corpus], path: Path
 
     def make() -> None:
         trained = Tokenizer.train(corpora["reward"].texts + corpora["gold"].texts, config.tokenizer.vocab_size)
-        partial = path.with_suffix(".partial")
-        trained.save(partial)
-        partial.replace(path)
+        files.write_text(path, trained.to_json())
 
     hosts.once(path, make)
     return Tokenizer.load(path)

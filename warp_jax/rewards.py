@@ -55,12 +55,7 @@ def make_from_text(
         prompts, completions = tokenizer.decode_answers(
             host.prompt_ids, host.prompt_mask, host.completion_ids, host.completion_mask
         )
-        values = np.asarray(function(prompts, completions, [rows[i] for i in host.example_ids]), np.float32)
-        if values.shape != (len(prompts),):
-            raise ValueError(
-                f"reward function: returned shape {values.shape}, want ({len(prompts)},), one number a text"
-            )
-        return values
+        return np.asarray(function(prompts, completions, [rows[i] for i in host.example_ids]), np.float32)
 
     return score
 

@@ -54,6 +54,7 @@ class Maker:
     progress: JobProgress
     mesh: Mesh
     tokenizer: Tokenizer
+    _text_fns: dict[str, rewards.TextFn] = dataclasses.field(default_factory=dict)
 
     def sft(self, model: TransformerConfig, tokens: Mapping[str, Tokens]) -> Params:
         """theta_sft: the model at `model.source`, or random weights, after next-token training on the reward and gold
@@ -135,7 +136,12 @@ class Maker:
         return gold.load(path).score
 
     def text_fn(self, source: str) -> rewards.TextFn:
-        """A reward on text: the reward model in a folder, or a Python function."""
+        """A reward on text: the reward model in a folder, loaded once however often it is asked, or a function."""
+        if source not in self._text_fns:
+            self._text_fns[source] = self._load_text_fn(source)
+        return self._text_fns[source]
+
+    def _load_text_fn(self, source: str) -> rewards.TextFn:
         if not Path(source).is_dir():
             return rewards.load_function(source)
         data = self.config.data
@@ -159,6 +165,7 @@ class Maker:
         finished = checkpoint.has_params(directory / "params")
         self.progress.start_stage(name, config.num_steps, finished=finished)
         if finished:
+            checkpoint.forget_state(directory)  # a kill may have left it
             return trees.join(checkpoint.restore_params(directory / "params", trained), frozen)
         trained = supervised.fit(
             loss_fn,

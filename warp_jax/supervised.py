@@ -101,7 +101,7 @@ def fit(
 
     state = loop.run_steps(
         lambda state, step: update(state, frozen_params, sharding.put_batch(mesh, batch_fn(step))),
-        jax.jit(init, out_shardings=layout)(params),
+        lambda: jax.jit(init, out_shardings=layout)(params),
         num_steps=num_steps,
         directory=directory,
         checkpoint_every=checkpoint_every,

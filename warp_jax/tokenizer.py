@@ -90,9 +90,9 @@ class Tokenizer:
         backend.no_truncation()
         return cls(backend, _ModelFolder(folder, backend).special())
 
-    def save(self, path: Path) -> None:
-        """Write a tokenizer.json; the special tokens of a model folder are in its other files, and not written."""
-        self._backend.save(str(path))
+    def to_json(self) -> str:
+        """The content of a tokenizer.json; the special tokens of a model folder are in its other files."""
+        return self._backend.to_str(pretty=True)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 ids of each text, without special tokens: one that a text spells out is plain text."""

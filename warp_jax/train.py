@@ -148,7 +148,7 @@ def run_policy(
 
     state = loop.run_steps(
         step_fn,
-        programs.init(init_params),
+        lambda: programs.init(init_params),
         num_steps=num_steps,
         directory=directory,
         checkpoint_every=checkpoint_every,

@@ -1,6 +1,7 @@
 """Bad input, found before anything is written. Every message says what, got, wanted and what to do."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from warp_jax.models.transformer import REMAT
 from warp_jax.tokenizer import Tokenizer
 
 FREE = ("report.", "front.", "mesh ")  # what may change between two starts; another mesh changes rounding only
+CONFIG = "config.json"  # in a workdir: of the job that it belongs to
 LOCK = "lock"  # in a workdir: held while it is claimed, and while what all runs share is made
 
 Check = tuple[str, Callable[[Any], bool], str]
@@ -139,34 +141,38 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
 
     Jobs of one workdir may start together.
     """
-    try:
+
+    def tell() -> None:
+        print(f"another process prepares {workdir}: waiting for it", file=sys.stderr)
+
+    def claim() -> None:
         _check_workdir(config, workdir)  # before the lock, which is a file in there
-        with hosts.locked(workdir / LOCK, lambda: None):
+        with files.locked(workdir / LOCK, tell):
             fingerprints = _check_workdir(config, workdir)
-            hosts.barrier(f"checked {workdir}")
-            if hosts.is_first():
-                files.write_json(workdir / "config.json", json.loads(config.to_json()))
-                if fingerprints:
-                    files.write_json(workdir / architecture.FINGERPRINTS, fingerprints)
-            hosts.barrier(f"claimed {workdir}")
+            files.write_json(workdir / CONFIG, json.loads(config.to_json()))
+            if fingerprints:
+                files.write_json(workdir / architecture.FINGERPRINTS, fingerprints)
+
+    try:
+        hosts.by_first(claim)
     except OSError as error:
         raise ValueError(f"workdir: cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
 
 
 def _check_workdir(config: ConfigDict, workdir: Path) -> dict[str, str]:
     """The fingerprints of the models; ValueError if the workdir is another job's, or no folder for one."""
-    path = workdir / "config.json"
-    mine = json.loads(config.to_json())
-    if path.exists():
-        changed = sorted(_differences(files.read_json(path), mine))
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"workdir: {workdir} is a file, want a folder")
+    found = {path.name for path in workdir.iterdir()} if workdir.exists() else set()  # once: others may write there
+    if CONFIG in found:
+        mine = json.loads(config.to_json())
+        changed = sorted(_differences(files.read_json(workdir / CONFIG), mine))
         kept = [line for line in changed if not line.startswith(FREE)]
         if kept:
             raise ValueError(
                 f"workdir {workdir} was made by another config: {'; '.join(kept)}; choose another --workdir"
             )
-    elif workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"workdir: {workdir} is a file, want a folder")
-    elif workdir.is_dir() and any(found.name != LOCK for found in workdir.iterdir()):
+    elif any(name != LOCK and not name.startswith(".") for name in found):
         raise ValueError(f"workdir: {workdir} holds other files and no config.json, want a new or empty folder")
     return architecture.check_unchanged(config, workdir)
 
@@ -213,6 +219,8 @@ def _check_together(config: ConfigDict, devices: int) -> None:
     _check_multiple(config, "evaluation.num_prompts", config.evaluation.batch_size, "evaluation.batch_size")
     if config.rl.advantage == "leave_one_out" and config.rl.samples_per_prompt < 2:
         raise ValueError("config.rl.samples_per_prompt: got 1, want at least 2 for advantage leave_one_out")
+    if config.warp.merge == "model_stock" and config.warp.num_runs < 2:
+        raise ValueError("config.warp.num_runs: got 1, want at least 2 for warp.merge model_stock")
     if len(config.warp.steps_per_iteration) != config.warp.num_iterations or min(config.warp.steps_per_iteration) < 1:
         raise ValueError(
             f"config.warp.steps_per_iteration: got {tuple(config.warp.steps_per_iteration)}, want "

@@ -21,6 +21,10 @@ class BusyError(Exception):
     """Another process is making what this one was asked for."""
 
 
+class JobError(Exception):
+    """The job cannot go on as it is configured, or as its workdir is."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """One workdir of Algorithm 1. Runs and merges meet through its checkpoints, so each may be made by another process.
@@ -54,14 +58,15 @@ class Job:
         finished = checkpoint.has_params(directory / "params")
         self.progress.start_stage(f"iteration {iteration} run {run}", num_steps, finished=finished)
         if not finished:
-            with hosts.locked(directory / "lock", functools.partial(_refuse, iteration, run)):
+            with hosts.locked(directory / "lock", functools.partial(_refuse, f"run {run}", iteration)):
                 if not checkpoint.has_params(directory / "params"):  # made by another job in between
                     self._train(init_params, iteration, run, directory)
             self.progress.end_stage(num_steps)
+        checkpoint.forget_state(directory)  # also what a kill has left
 
         def params_at(step: int, name: str) -> Params:
             if step != num_steps:
-                raise FileNotFoundError(f"evaluation {name} is gone, and so is its policy; delete {directory}")
+                raise JobError(f"evaluation {name} is gone, and so is its policy; delete {directory}")
             return checkpoint.restore_params(directory / "params", init_params)
 
         points = []
@@ -72,13 +77,22 @@ class Job:
 
     def merge(self, init_params: Params, iteration: int) -> Params:
         """theta_slerp of one iteration (line 12), stored with the angles and norms of its task vectors per unit."""
-        directory, config = self.directory(iteration), self.config.warp
-        if checkpoint.has_params(directory / "merged"):
-            return checkpoint.restore_params(directory / "merged", init_params)
+        directory = self.directory(iteration)
+        if not checkpoint.has_params(directory / "merged"):
+            with hosts.locked(directory / "lock", functools.partial(_refuse, "the merge", iteration)):
+                if not checkpoint.has_params(directory / "merged"):
+                    return self._merge(init_params, directory)
+        return checkpoint.restore_params(directory / "merged", init_params)
+
+    def _merge(self, init_params: Params, directory: Path) -> Params:
+        config = self.config.warp
         paths = [directory / f"run_{run}" / "params" for run in range(1, config.num_runs + 1)]
         policies = [checkpoint.restore_params(path, init_params) for path in paths]
         gram = merging.gram(init_params, policies, config.unit)
-        merged = merging.merge(init_params, policies, config.merge, unit=config.unit)
+        try:
+            merged = merging.merge(init_params, policies, config.merge, unit=config.unit)
+        except ValueError as error:  # as of opposite task vectors, in every process
+            raise JobError(f"merge: {error}") from error
         if hosts.is_first():
             geometry = {
                 "units": gram.names,
@@ -121,7 +135,6 @@ class Job:
             after_step=after_step,
         )
         checkpoint.save_params(directory / "params", params)
-        checkpoint.forget_state(directory)
 
 
 def make_job(config: ConfigDict, setup: Setup, workdir: Path, progress: JobProgress) -> Job:
@@ -154,6 +167,7 @@ def run_warp(job: Job) -> list[Point]:
         merged = job.merge(init_params, iteration)
         points += job.front(merged, iteration)
         init_params = merging.liti(init_params, merged, config.warp.liti_rate)
+        del merged  # the runs have other use for its memory
     return points
 
 
@@ -182,8 +196,8 @@ def missing_runs(workdir: Path, iteration: int, num_runs: int) -> list[int]:
     return [run for run in range(1, num_runs + 1) if not checkpoint.has_params(folder / f"run_{run}" / "params")]
 
 
-def _refuse(iteration: int, run: int) -> NoReturn:
-    raise BusyError(f"run {run} of iteration {iteration} is being trained by another process; wait for it, or stop it")
+def _refuse(what: str, iteration: int) -> NoReturn:
+    raise BusyError(f"{what} of iteration {iteration} is being made by another process; wait for it, or stop it")
 
 
 def _make_evaluate(config: ConfigDict, setup: Setup, programs: Programs) -> evaluate.EvaluateFn:
