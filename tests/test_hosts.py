@@ -82,7 +82,7 @@ def test_a_lost_process_stops_the_others_and_the_restart_goes_on(one, tmp_path):
     assert code == 75
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert "lost the other" in lines[0]
+    assert "start all of them again with the same command" in lines[0]
     assert "Traceback" not in error
     assert not (workdir / "front.csv").exists()
     results = [finish(process) for process in _launch(workdir, 4, mesh=(1, 2, 2))]

@@ -177,7 +177,6 @@ BAD = [
     ("rl.advantage", "mean", "one of none, batch_mean, leave_one_out"),
     ("rl.batch_size", 12, "multiple of 8"),
     ("evaluation.num_prompts", 40, "multiple of 16"),
-    ("warp", {"num_runs": 1, "merge": "model_stock"}, "at least 2 for warp.merge model_stock"),
     ("warp.num_iterations", 3, "warp.num_iterations = 3 numbers"),
     ("mesh", (3, 1, 1), "3 devices"),
     ("data.source", "nowhere.jsonl", "no such file"),
@@ -201,6 +200,14 @@ def test_bad_values_are_refused_before_anything_is_written(path, value, message,
     with pytest.raises(ValueError, match=message):
         main.check(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_merge_of_too_few_is_refused_before_they_are_trained():
+    """Fails when model_stock of one run is found out at the merge."""
+    config = tiny.get_config()
+    config.warp.merge, config.warp.num_runs = "model_stock", 1
+    with pytest.raises(ValueError, match="at least 2 for warp.merge model_stock"):
+        validation.check_config(config)
 
 
 @pytest.mark.parametrize(
