@@ -311,13 +311,13 @@ def test_every_run_and_step_has_prompts_and_noise_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
 def test_eight_devices_equal_one(tmp_path, sizes):
-    """Fails when a gradient or a baseline is taken per device."""
+    """Fails when a gradient or a baseline is taken per device. abs: float32 rounds log-probs of ten nats to 1e-6."""
     one, metrics_one = _run(tmp_path / "one", num_steps=3)
     many, metrics_many = _run(tmp_path / "many", mesh=sharding.make_mesh(sizes), num_steps=3)
     for a, b in zip(metrics_one, metrics_many, strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+        assert a == pytest.approx(b, rel=1e-5, abs=5e-6)
     init = _params(ONE_DEVICE)
-    assert _distance(one, many) < 1e-3 * _distance(one, init)
+    assert _distance(one, many) < 1e-5 * _distance(one, init)  # of the way, an eighth of the weights
 
 
 def _partly_frozen(pattern):
