@@ -5,7 +5,7 @@ Figures are of what JAX calls a device: a chip, or on tpu7x one of its two halve
   (15.75G)"). A chip has a little more, which the system keeps.
 - v5e, v5p, v6e, tpu7x: https://docs.cloud.google.com/tpu/docs/v5e and so on. Versions of the page of v5e differ on its
   memory, 819 GB/s or 800 GiB/s; here the lower.
-- v4: https://docs.cloud.google.com/tpu/docs/v4; its links and hosts: https://arxiv.org/abs/2304.01433, table 4.
+- v4: https://docs.cloud.google.com/tpu/docs/v4; its links: https://arxiv.org/abs/2304.01433, table 4.
 """
 
 import math
@@ -21,8 +21,7 @@ class Chip(NamedTuple):
     hbm_bytes: memory for programs. hbm_bandwidth: bytes/s. bf16_flops: FLOP/s in products of matrices.
     ici_bandwidth: bytes/s sent over all links at once, one way: half of the pages' bidirectional bandwidth per chip. A
     collective along one axis of the torus has two links of these, and one where that axis is no ring.
-    links: of a chip to neighbours, two for each axis of a slice. host_chips: chips of a host, which two virtual
-    machines may share. slice_chips: chips of the largest slice. devices: JAX devices of a chip.
+    links: of a chip to neighbours, two for each axis of a slice. slice_chips: chips of the largest slice.
     config_name: chip_config_name for `jax.experimental.topologies.get_topology_desc`, if it needs one to give the
     devices that JAX has on the hardware.
     """
@@ -33,25 +32,18 @@ class Chip(NamedTuple):
     bf16_flops: float
     ici_bandwidth: float
     links: int
-    host_chips: int
     slice_chips: int
-    devices: int = 1
     config_name: str = ""
-
-    @property
-    def link_bandwidth(self) -> float:
-        """Bytes/s over one link of the chip, one way."""
-        return self.devices * self.ici_bandwidth / self.links
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", int(30.75 * GIB), 1200e9, 275e12, 6 * 50e9, 6, 4, 4096, config_name="megacore"),
-        Chip("v5e", int(15.75 * GIB), 819e9, 197e12, 400e9 / 2, 4, 8, 256),
-        Chip("v5p", int(95.74 * GIB), 2765e9, 459e12, 1200e9 / 2, 6, 4, 6144),
-        Chip("v6e", int(31.25 * GIB), 1638e9, 918e12, 800e9 / 2, 4, 8, 256),
-        Chip("tpu7x", int(94.75 * GIB), 7380e9 / 2, 2307e12 / 2, 1200e9 / 2 / 2, 6, 4, 9216, devices=2),
+        Chip("v4", int(30.75 * GIB), 1200e9, 275e12, 6 * 50e9, 6, 4096, config_name="megacore"),
+        Chip("v5e", int(15.75 * GIB), 819e9, 197e12, 400e9 / 2, 4, 256),
+        Chip("v5p", int(95.74 * GIB), 2765e9, 459e12, 1200e9 / 2, 6, 6144),
+        Chip("v6e", int(31.25 * GIB), 1638e9, 918e12, 800e9 / 2, 4, 256),
+        Chip("tpu7x", int(94.75 * GIB), 7380e9 / 2, 2307e12 / 2, 1200e9 / 2 / 2, 6, 9216),
     )
 }
 
