@@ -143,7 +143,9 @@ def test_pods_of_a_jobset(jobset):
         ("v5e", "2x2", "tpu-v5-lite-podslice", 4, 1),
         ("v6e", "1x1", "tpu-v6e-slice", 1, 1),
         ("v5e", "8x16", "tpu-v5-lite-podslice", 4, 32),
-        ("v5p", "2x2x2", "tpu-v5p-slice", 4, 2),
+        ("v5p", "2x2x1", "tpu-v5p-slice", 4, 1),
+        ("v5p", "4x4x12", "tpu-v5p-slice", 4, 48),
+        ("v5p", "16x16x24", "tpu-v5p-slice", 4, 1536),
     ],
 )
 def test_slices(accelerator, topology, name, chips, hosts):
@@ -170,7 +172,9 @@ def test_slices(accelerator, topology, name, chips, hosts):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology=4x4x4"], "--topology: got 4x4x4, want for v6e one of 1x1, 2x2"),
+        (["--topology=4x4x4"], "topology: got 'v6e:4x4x4', want 2 sizes for v6e"),
+        (["--topology=4x2"], "--topology: got 4x2, want even sizes, the smallest first"),
+        (["--topology=1x4"], "--topology: got 1x4, want even sizes, the smallest first"),
         (["--config.warp.num_runs=6"], "at most 5"),
         (["--config.warp.num_runs", "2"], "--config.warp.num_runs=value in one word"),
         (["--config.warp.num_run=2"], "num_runs"),

@@ -22,7 +22,6 @@ Not run on a real cluster: checked against the schemas of JobSet 0.9.1 and 0.13 
 
 import functools
 import json
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -32,12 +31,9 @@ from typing import Any, NamedTuple
 from absl import app, flags
 from ml_collections import config_flags
 
-from warp_jax import cli, files
+from warp_jax import chips, cli, files
 
 ACCELERATORS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}  # GKE's names
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
-TOPOLOGIES = {"v5e": FLAT, "v5p": CUBES, "v6e": FLAT}
 CHIPS_PER_HOST = 4  # ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t; 1x1 is a machine of one chip, ...-1t
 MAX_DEPENDENCIES = 5
 POD_NAME = 63  # characters
@@ -65,14 +61,13 @@ class Slice(NamedTuple):
 
 
 def find_slice(accelerator: str, topology: str) -> Slice:
-    """The slice of a TPU and topology."""
-    if topology not in TOPOLOGIES[accelerator]:
-        raise ValueError(
-            f"--topology: got {topology}, want for {accelerator} one of {', '.join(TOPOLOGIES[accelerator])}"
-        )
-    chips = math.prod(map(int, topology.split("x")))
-    chips_per_host = min(chips, CHIPS_PER_HOST)
-    return Slice(ACCELERATORS[accelerator], topology, chips_per_host, chips // chips_per_host)
+    """The slice of a TPU and topology, as GKE names them: hosts of 2x2 chips side by side, the smallest size first."""
+    _, count = chips.parse_topology(f"{accelerator}:{topology}")
+    sizes = [int(size) for size in topology.split("x")]
+    if topology not in ("1x1", "2x2x1") and (sizes != sorted(sizes) or any(size % 2 for size in sizes)):
+        raise ValueError(f"--topology: got {topology}, want even sizes, the smallest first (or 1x1, or 2x2x1)")
+    chips_per_host = min(count, CHIPS_PER_HOST)
+    return Slice(ACCELERATORS[accelerator], topology, chips_per_host, count // chips_per_host)
 
 
 def check_flags(num_iterations: int, num_runs: int, hosts: int) -> None:
