@@ -33,15 +33,16 @@ def script_command(name, *arguments):
     return [sys.executable, f"scripts/{name}", *map(str, arguments)]
 
 
-def run(command):
-    """Run a command to its end."""
-    return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
+def run(command, **environment):
+    """Run a command to its end, with these variables more."""
+    env = ENV | environment
+    return subprocess.run([*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
 def start(command, env=None):
     """Start a command that goes on by itself; `finish` or `kill` it."""
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=env or ENV, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen([*map(str, command)], cwd=ROOT, env=env or ENV, stdout=pipe, stderr=pipe, text=True)
 
 
 def finish(process):

@@ -4,7 +4,6 @@ import itertools
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,18 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.commands import ENV, ROOT, finish, run, script_command, start
 from warp_jax import cli
 
-ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "scripts" / "launch"
 CONFIG = "--config=configs/quickstart.py"  # two iterations of two runs
-
-
-def _start(command, **environment):
-    command = [*map(str, command)]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300
-    )
 
 
 def _is_bad_input(done, message):
@@ -56,7 +48,7 @@ def _calls(folder):
 
 def _jobset(*arguments):
     common = [CONFIG, "--workdir=/warp/runs/x", "--image=example/warp:1", "--claim=work", "--name=job"]
-    return _start([sys.executable, LAUNCH / "jobset.py", *common, *arguments])
+    return run(script_command("launch/jobset.py", *common, *arguments))
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +203,7 @@ def _cloud_tpu(folder, *arguments, states="", codes="", **environment):
     (folder / "states").write_text(states.replace(" ", "\n"))
     (folder / "codes").write_text(codes.replace(" ", "\n"))
     programs = _programs(folder, gcloud=GCLOUD)
-    return _start([LAUNCH / "cloud_tpu.sh", *arguments], **TPU, **programs, **environment)
+    return run([LAUNCH / "cloud_tpu.sh", *arguments], **TPU, **programs, **environment)
 
 
 def _verbs(folder):
@@ -221,8 +213,8 @@ def _verbs(folder):
 @pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.glob("*.sh")))
 def test_scripts_are_bash_and_have_a_usage(script):
     """Fails when a script does not parse, or --help asks for variables first."""
-    assert _start(["bash", "-n", LAUNCH / script]).returncode == 0
-    done = _start([LAUNCH / script, "--help"])
+    assert run(["bash", "-n", LAUNCH / script]).returncode == 0
+    done = run([LAUNCH / script, "--help"])
     assert (done.returncode, done.stderr) == (0, "")
     assert f"scripts/launch/{script} [--dry_run]" in done.stdout
 
@@ -242,7 +234,7 @@ def test_dry_run_of_cloud_tpu(tmp_path):
     assert "git clone --quiet https://example.com/warp_jax.git warp_jax" in lines[5]
     assert "git fetch --quiet origin v1;" in lines[6]
     assert 'uv pip install --quiet -e . "jax[tpu]"' in lines[7]
-    assert _start(["bash", "-n", "-c", "\n".join(lines)]).returncode == 0
+    assert run(["bash", "-n", "-c", "\n".join(lines)]).returncode == 0
     done = _cloud_tpu(tmp_path, "delete", DRY_RUN="1")
     assert done.stdout == f"gcloud compute tpus queued-resources delete warp --force --quiet {' '.join(AT)}\n"
     assert _calls(tmp_path) == []
@@ -263,7 +255,7 @@ def test_the_command_on_the_hosts(tmp_path):
     python.mkdir(parents=True)
     environment = _programs(tmp_path, flock='cd warp_jax; lock=$1; shift; echo $lock $JAX_PLATFORMS; exec "$@"')
     _programs(python, python="")
-    done = _start(["bash", "-c", f"cd {tmp_path}; {command}"], **environment)
+    done = run(["bash", "-c", f"cd {tmp_path}; {command}"], **environment)
     assert done.stdout == "../warp_jax.lock tpu,cpu\n"
     assert _calls(python) == [["python", "-m", "warp_jax.main", *JOB, "--multihost"]]
 
@@ -316,7 +308,7 @@ def test_states_of_a_slice(states, codes, variables, expected, tmp_path):
 def test_bad_input_of_cloud_tpu(arguments, variables, message, tmp_path):
     """Fails when a variable or argument is not looked at before gcloud is called."""
     environment = TPU | variables | _programs(tmp_path, gcloud="exit 1")
-    _is_bad_input(_start([LAUNCH / "cloud_tpu.sh", *arguments], **environment), message)
+    _is_bad_input(run([LAUNCH / "cloud_tpu.sh", *arguments], **environment), message)
     assert _calls(tmp_path) == []
 
 
@@ -332,9 +324,9 @@ def test_slurm_submits_runs_and_merges_in_order(tmp_path):
     environment = _programs(tmp_path, sbatch="next ids")
     environment |= {"NODES": "2", "SBATCH_OPTIONS": "--partition=gpu  --time=60"}
     command = [*SLURM, "--config.warp.num_runs=3"]
-    dry = _start([command[0], "--dry_run", *command[1:]], **environment)
+    dry = run([command[0], "--dry_run", *command[1:]], **environment)
     assert (dry.returncode, dry.stderr, _calls(tmp_path)) == (0, "", [])
-    done = _start(command, **environment)
+    done = run(command, **environment)
     assert (done.returncode, done.stderr) == (0, "")
     common = ["--nodes=2", "--ntasks-per-node=1", "--requeue", "--open-mode=append", "--signal=B:USR1@120"]
     common += ["--partition=gpu", "--time=60"]
@@ -367,7 +359,7 @@ def test_a_job_of_slurm(what, environment, tail, devices, tmp_path):
     names = ("SLURM_JOB_NUM_NODES", "SLURM_GPUS_ON_NODE", "SLURM_ARRAY_TASK_ID")
     programs = _programs(tmp_path, srun='echo "$JAX_LOCAL_DEVICE_IDS"; exit 3')
     job = [SLURM[0], "inside", what, "5", *ARGUMENTS]
-    done = _start(job, **programs, **dict(zip(names, environment, strict=True)))
+    done = run(job, **programs, **dict(zip(names, environment, strict=True)))
     assert (done.returncode, done.stdout) == (3, f"{devices}\n")
     head = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     assert _calls(tmp_path) == [[*head, "python", "-m", "warp_jax.main", *ARGUMENTS, *tail]]
@@ -376,13 +368,13 @@ def test_a_job_of_slurm(what, environment, tail, devices, tmp_path):
 def test_a_job_near_its_time_limit_is_queued_again(tmp_path):
     """Fails when USR1 ends the job, does not put it into the queue again, or hides the exit code of main."""
     stub = "touch started; while [ ! -e stop ]; do sleep 0.02; done; exit 5"
-    environment = os.environ | _programs(tmp_path, srun=stub, scontrol="touch stop; exit 1")
+    environment = ENV | _programs(tmp_path, srun=stub, scontrol="touch stop; exit 1")
     environment |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1"}
-    job = subprocess.Popen([*map(str, [SLURM[0], "inside", "run", "1", *ARGUMENTS])], env=environment)
+    job = start([SLURM[0], "inside", "run", "1", *ARGUMENTS], environment)
     while not (tmp_path / "started").exists():
         time.sleep(0.02)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(timeout=30) == 5
+    assert finish(job)[0] == 5
     assert _calls(tmp_path)[-1] == ["scontrol", "requeue", "77"]
 
 
@@ -398,5 +390,5 @@ def test_a_job_near_its_time_limit_is_queued_again(tmp_path):
 )
 def test_bad_input_of_slurm(arguments, variables, message, tmp_path):
     """Fails when something is submitted although main would refuse its arguments."""
-    _is_bad_input(_start([SLURM[0], *arguments], **_programs(tmp_path, sbatch=""), **variables), message)
+    _is_bad_input(run([SLURM[0], *arguments], **_programs(tmp_path, sbatch=""), **variables), message)
     assert _calls(tmp_path) == []
