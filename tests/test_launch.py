@@ -101,20 +101,19 @@ def test_commands_of_a_jobset(jobset):
 
 
 def test_pods_of_a_jobset(jobset):
-    """Fails when a pod lacks its TPU, slice or volume, or a job counts preemptions or gives up too early."""
+    """Fails when a pod lacks its TPU or volume, bad input is tried again, or what is no failure counts as one."""
     key = "alpha.jobset.sigs.k8s.io/exclusive-topology"
     assert jobset["metadata"] == {"name": "job", "annotations": {key: "cloud.google.com/gke-nodepool"}}
     for job in jobset["spec"]["replicatedJobs"]:
         spec = dict(job["template"]["spec"])
         pod = spec.pop("template")["spec"]
-        ignored = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+        policy = spec.pop("podFailurePolicy")
         assert spec == {
             "completionMode": "Indexed",
             "completions": 32,
             "parallelism": 32,
             "backoffLimit": 7 * 32,
             "podReplacementPolicy": "Failed",
-            "podFailurePolicy": {"rules": [ignored]},
         }
         assert pod["restartPolicy"] == "Never"
         assert pod["nodeSelector"] == {
@@ -127,6 +126,17 @@ def test_pods_of_a_jobset(jobset):
         assert container["volumeMounts"] == [{"name": "work", "mountPath": "/warp"}]
         assert container["resources"] == {kind: {"google.com/tpu": 4} for kind in ("requests", "limits")}
         assert container["image"] == "example/warp:1"
+        assert policy == {"rules": _failure_rules(container["name"])}
+
+
+def _failure_rules(container):
+    """Bad input fails the job; a lost peer and an eviction do not count."""
+    exits = [{"containerName": container, "operator": "In", "values": [code]} for code in (2, 75)]
+    return [
+        {"action": "FailJob", "onExitCodes": exits[0]},
+        {"action": "Ignore", "onExitCodes": exits[1]},
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    ]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ them.
   job on one slice of GKE shows.
 - dependsOn orders them: the merge waits until all runs of its iteration are Complete (at most 5, JobSet's limit), the
   runs of the next iteration until the merge is.
-- A pod starts again and goes on where it stopped: after an eviction or preemption always, after failures up to
-  --restarts times for each host of its job. Then the JobSet has failed; delete and apply it to go on.
+- A pod starts again and goes on where it stopped: always after an eviction or preemption, and when it lost the other
+  pods of its job (exit code 75); after other failures up to --restarts times for each host of its job. Bad input (exit
+  code 2) fails the job at once. With the first failed job the JobSet has failed, since it has no failurePolicy of its
+  own, and nothing of it starts again; delete and apply it to go on.
 
 Not run on a real cluster: checked against the schemas of JobSet 0.9.1 and 0.13 and the rules of its webhook.
 """
@@ -37,6 +39,7 @@ ACCELERATORS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "t
 CHIPS_PER_HOST = 4  # ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t; 1x1 is a machine of one chip, ...-1t
 MAX_DEPENDENCIES = 5
 POD_NAME = 63  # characters
+CONTAINER = "warp"
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, in the image too.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder on the claim, below --mount.")
@@ -46,7 +49,7 @@ IMAGE = flags.DEFINE_string("image", None, "Container image.")
 CLAIM = flags.DEFINE_string("claim", None, "PersistentVolumeClaim for the workdir.")
 MOUNT = flags.DEFINE_string("mount", "/warp", "Where the claim is mounted.")
 NAME = flags.DEFINE_string("name", None, "Of the JobSet: lower-case letters, digits and -.")
-RESTARTS = flags.DEFINE_integer("restarts", 20, "Failures of each host of a job before it is given up.", 0)
+RESTARTS = flags.DEFINE_integer("restarts", 20, "Failures of a job before it is given up, times its hosts.", 0)
 SPOT = flags.DEFINE_bool("spot", False, "On spot nodes.")
 OUT = flags.DEFINE_string("out", "", "File for the manifest; default: stdout.")
 
@@ -124,13 +127,24 @@ def make_job(name: str, arguments: list[str], after: Sequence[str], tpu: Slice) 
         "parallelism": tpu.hosts,
         "backoffLimit": RESTARTS.value * tpu.hosts,
         "podReplacementPolicy": "Failed",
-        "podFailurePolicy": {
-            "rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
-        },
+        "podFailurePolicy": {"rules": failure_rules()},
         "template": {"spec": make_pod(name, arguments, tpu)},
     }
     depends_on = {"dependsOn": [{"name": other, "status": "Complete"} for other in after]} if after else {}
     return {"name": name, "groupName": name, "replicas": 1, **depends_on, "template": {"spec": spec}}
+
+
+def failure_rules() -> list[dict[str, Any]]:
+    """What a failed pod means, the first rule that fits; without one it counts towards backoffLimit.
+
+    One lost pod ends all others of its job with TRY_AGAIN: of these failures, only its own may count.
+    """
+
+    def on_exit(action: str, code: int) -> dict[str, Any]:
+        return {"action": action, "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [code]}}
+
+    evicted = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    return [on_exit("FailJob", cli.BAD_INPUT), on_exit("Ignore", cli.TRY_AGAIN), evicted]
 
 
 def make_pod(name: str, arguments: list[str], tpu: Slice) -> dict[str, Any]:
@@ -143,7 +157,7 @@ def make_pod(name: str, arguments: list[str], tpu: Slice) -> dict[str, Any]:
         environment |= {"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
     nodes = {"cloud.google.com/gke-tpu-accelerator": tpu.accelerator, "cloud.google.com/gke-tpu-topology": tpu.topology}
     container = {
-        "name": "warp",
+        "name": CONTAINER,
         "image": IMAGE.value,
         "command": ["python", "-m", "warp_jax.main", *arguments],
         "env": [{"name": key, "value": value} for key, value in environment.items()],
