@@ -367,25 +367,47 @@ def test_a_job_of_slurm(what, environment, tail, devices, tmp_path):
     """Fails when a job has another run, not one process a host with all its devices, or loses main's exit code."""
     nodes = environment[0]
     names = ("SLURM_JOB_NUM_NODES", "SLURM_GPUS_ON_NODE", "SLURM_ARRAY_TASK_ID")
-    programs = _programs(tmp_path, srun='echo "$JAX_LOCAL_DEVICE_IDS"; exit 3')
+    programs = _programs(tmp_path, srun='echo "$JAX_LOCAL_DEVICE_IDS"; exit 2')
     job = [SLURM[0], "inside", what, "5", *ARGUMENTS]
     done = run(job, **programs, **dict(zip(names, environment, strict=True)))
-    assert (done.returncode, done.stdout) == (3, f"{devices}\n")
+    assert (done.returncode, done.stdout) == (2, f"{devices}\n")
     head = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     assert _calls(tmp_path) == [[*head, "python", "-m", "warp_jax.main", *ARGUMENTS, *tail]]
 
 
+@pytest.mark.parametrize(
+    ("code", "variables", "requeued"),
+    [
+        (0, {}, ""),
+        (2, {}, ""),
+        (75, {}, "77"),
+        (75, {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "2"}, "77_2"),
+        (137, {"SLURM_RESTART_COUNT": "19"}, "77"),
+        (137, {"SLURM_RESTART_COUNT": "20"}, ""),
+        (1, {"SLURM_RESTART_COUNT": "1", "RESTARTS": "1"}, ""),
+    ],
+    ids=["done", "bad input", "lost", "task of an array", "killed", "too often", "too often for the user"],
+)
+def test_a_job_of_slurm_that_failed_is_queued_again(code, variables, requeued, tmp_path):
+    """Fails when a lost process cancels what waits, bad input is tried again, or a task takes its whole array along."""
+    environment = _programs(tmp_path, srun=f"exit {code}", sleep="", scontrol="")
+    environment |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "77"} | variables
+    done = run([SLURM[0], "inside", "run" if requeued == "77_2" else "merge", "1", *ARGUMENTS], **environment)
+    assert done.returncode == code
+    assert _calls(tmp_path)[1:] == ([["sleep", "60"], ["scontrol", "requeue", requeued]] if requeued else [])
+
+
 def test_a_job_near_its_time_limit_is_queued_again(tmp_path):
-    """Fails when USR1 ends the job, does not put it into the queue again, or hides the exit code of main."""
+    """Fails when USR1 ends the job, does not put it into the queue again once, or hides the exit code of main."""
     stub = "touch started; while [ ! -e stop ]; do sleep 0.02; done; exit 5"
-    environment = ENV | _programs(tmp_path, srun=stub, scontrol="touch stop; exit 1")
-    environment |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1"}
+    environment = ENV | _programs(tmp_path, srun=stub, scontrol="touch stop")
+    environment |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1", "PAUSE": "0"}
     job = start([SLURM[0], "inside", "run", "1", *ARGUMENTS], environment)
     while not (tmp_path / "started").exists():
         time.sleep(0.02)
     job.send_signal(signal.SIGUSR1)
     assert finish(job)[0] == 5
-    assert _calls(tmp_path)[-1] == ["scontrol", "requeue", "77"]
+    assert _calls(tmp_path)[1:] == [["scontrol", "requeue", "77"]]
 
 
 @pytest.mark.parametrize(
@@ -395,6 +417,8 @@ def test_a_job_near_its_time_limit_is_queued_again(tmp_path):
         ([*ARGUMENTS, "--run=1"], {}, "'run'"),
         ([*ARGUMENTS, "--config.warp.num_run=1"], {}, "num_runs"),
         (ARGUMENTS, {"NODES": "0"}, "NODES: got '0'"),
+        (ARGUMENTS, {"RESTARTS": "-1"}, "RESTARTS: got '-1'"),
+        (ARGUMENTS, {"PAUSE": "1m"}, "PAUSE: got '1m'"),
         (ARGUMENTS, {"PYTHON": "no_such_python"}, "no program no_such_python"),
     ],
 )

@@ -12,11 +12,14 @@ next iteration starts when that has. All share the workdir, on a file system tha
 and runs there are is read from the config. Start it in the project's folder, its Python environment activated.
 
 A job that is preempted or loses a node is put into the queue again (--requeue), and so is one that comes near its time
-limit (USR1 two minutes before); it goes on where it stopped. When a job fails, those that wait for it are cancelled;
-the same command submits all again, and what is finished ends at once.
+limit (USR1 two minutes before), and one that failed, unless on bad input (exit code 2) or after RESTARTS starts; it
+goes on where it stopped. When a job fails for good, those that wait for it are cancelled; the same command submits all
+again, and what is finished ends at once.
 
 NODES           hosts of each job (1); with more, srun starts one process on each, with --multihost
 SBATCH_OPTIONS  more options of sbatch, separated by blanks: "--partition=gpu --gpus-per-node=8 --time=12:00:00"
+RESTARTS        how often a job may have been started again, for whatever reason, before a failure is final (20)
+PAUSE           seconds between a failure and the queue (60); more than Slurm's KillWait
 PYTHON          of the jobs (python)
 DRY_RUN         1: as --dry_run: print the sbatch commands, submit nothing
 TEXT
@@ -80,8 +83,16 @@ submit() {
   done
 }
 
+requeue() { # why
+  local job=$SLURM_JOB_ID
+  # a task's own id may be that of its array, whose other tasks would start again too
+  [[ -z ${SLURM_ARRAY_JOB_ID-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+  echo "$1: into the queue again" >&2
+  scontrol requeue "$job" && requeued=1
+}
+
 inside() { # run or merge, the iteration, arguments of main: what a job does
-  local task=(--merge) iteration=$2 nodes=$SLURM_JOB_NUM_NODES multihost=() step signalled code
+  local task=(--merge) iteration=$2 nodes=$SLURM_JOB_NUM_NODES multihost=() step signalled code requeued=0
   [[ $1 == merge ]] || task=(--run="$SLURM_ARRAY_TASK_ID")
   shift 2
   if ((nodes > 1)); then
@@ -90,7 +101,7 @@ inside() { # run or merge, the iteration, arguments of main: what a job does
     [[ -z ${SLURM_GPUS_ON_NODE-} ]] || JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
     export JAX_LOCAL_DEVICE_IDS
   fi
-  trap 'signalled=1; echo "near the time limit: into the queue again" >&2; scontrol requeue "$SLURM_JOB_ID" || true' USR1
+  trap 'signalled=1; requeue "near the time limit" || true' USR1
   srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
     "$PYTHON" -m warp_jax.main "$@" "${task[@]}" --iteration="$iteration" "${multihost[@]}" &
   step=$!
@@ -99,15 +110,22 @@ inside() { # run or merge, the iteration, arguments of main: what a job does
     wait "$step" || code=$?
     ((signalled)) || break # a signal ends wait, and not the step
   done
+  # any code but 2: with one killed task, srun's is the highest, and hides the 75 (try again) of those that lost it
+  if ((code != 0 && code != 2 && ! requeued && ${SLURM_RESTART_COUNT:-0} < RESTARTS)); then
+    sleep "$PAUSE" # one that is being cancelled or preempted dies here
+    ((requeued)) || requeue "exit code $code" || true
+  fi
   exit "$code"
 }
 
-: "${NODES=1}" "${SBATCH_OPTIONS=}" "${PYTHON=python}" "${DRY_RUN=0}"
+: "${NODES=1}" "${SBATCH_OPTIONS=}" "${RESTARTS=20}" "${PAUSE=60}" "${PYTHON=python}" "${DRY_RUN=0}"
 if [[ ${1-} == --dry_run ]]; then
   DRY_RUN=1
   shift
 fi
 [[ $NODES =~ ^[1-9][0-9]*$ ]] || fail "NODES: got '$NODES', want at least 1; see --help"
+[[ $RESTARTS =~ ^[0-9]+$ ]] || fail "RESTARTS: got '$RESTARTS', want a number; see --help"
+[[ $PAUSE =~ ^[0-9]+$ ]] || fail "PAUSE: got '$PAUSE', want seconds; see --help"
 [[ $DRY_RUN =~ ^[01]$ ]] || fail "DRY_RUN: got '$DRY_RUN', want 0 or 1; see --help"
 command -v "$PYTHON" >/dev/null || fail "PYTHON: no program $PYTHON; see --help"
 case ${1-} in
