@@ -204,7 +204,15 @@ TPU = {
 }
 AT = ["--project=my-project", "--zone=us-central1-a"]
 CREATE = ["create", "warp", "--node-id=warp", "--accelerator-type=v5p-32", "--runtime-version=v2-alpha-tpuv5"]
-GCLOUD = """case "$*" in *describe*) next states ;; *ssh*) exit $(next codes) ;; esac"""
+GCLOUD = """case "$*" in *describe*) describe $(next states) ;; *ssh*) exit $(next codes) ;; esac"""
+DESCRIBE = """describe() {
+case $1 in
+ABSENT) echo 'ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource was not found.' >&2; exit 1 ;;
+OFFLINE) echo 'ERROR: gcloud crashed (ConnectionError): no network' >&2; exit 1 ;;
+*) echo "$1" ;;
+esac
+}
+"""
 JOB = [CONFIG, "--workdir=/mnt/warp/x", "--config.data.prompt_template=it's $HOME"]
 
 
@@ -212,7 +220,7 @@ def _cloud_tpu(folder, *arguments, states="", codes="", **environment):
     """Run with a gcloud that tells these states, and these exit codes of commands on the hosts."""
     (folder / "states").write_text(states.replace(" ", "\n"))
     (folder / "codes").write_text(codes.replace(" ", "\n"))
-    programs = _programs(folder, gcloud=GCLOUD)
+    programs = _programs(folder, gcloud=DESCRIBE + GCLOUD)
     return run([LAUNCH / "cloud_tpu.sh", *arguments], **TPU, **programs, **environment)
 
 
@@ -273,10 +281,10 @@ def test_the_command_on_the_hosts(tmp_path):
 @pytest.mark.parametrize(
     ("states", "codes", "variables", "expected"),
     [
-        (" WAITING_FOR_RESOURCES ACTIVE", "0 0", {}, (0, "create ssh ssh")),
+        ("ABSENT WAITING_FOR_RESOURCES ACTIVE", "0 0", {}, (0, "create ssh ssh")),
         ("ACTIVE SUSPENDING SUSPENDED", "0 255", {}, (2, "ssh ssh")),
         (
-            "ACTIVE SUSPENDED SUSPENDED  ACTIVE ACTIVE ACTIVE",
+            "ACTIVE SUSPENDED SUSPENDED ABSENT ACTIVE ACTIVE ACTIVE",
             "0 255 0 1 0 0",
             {"RECREATE": "1", "RETRIES": "2"},
             (0, "ssh ssh delete create ssh ssh ssh ssh"),
@@ -284,8 +292,9 @@ def test_the_command_on_the_hosts(tmp_path):
         ("ACTIVE ACTIVE ACTIVE", "0 1 0 0", {}, (0, "ssh ssh ssh ssh")),
         ("ACTIVE ACTIVE ACTIVE ACTIVE", "0 1 0 134", {"RETRIES": "2"}, (1, "ssh ssh ssh ssh")),
         ("ACTIVE ACTIVE", "0 2", {}, (2, "ssh ssh")),
-        ("ACTIVE SUSPENDED SUSPENDED  ACTIVE", "2 0 0", {"RECREATE": "1"}, (0, "ssh delete create ssh ssh")),
+        ("ACTIVE SUSPENDED SUSPENDED ABSENT ACTIVE", "2 0 0", {"RECREATE": "1"}, (0, "ssh delete create ssh ssh")),
         ("FAILED", "", {}, (2, "")),
+        ("OFFLINE ACTIVE OFFLINE OFFLINE ACTIVE ACTIVE", "0 1 0 0", {}, (0, "ssh ssh ssh ssh")),
     ],
     ids=[
         "new",
@@ -296,6 +305,7 @@ def test_the_command_on_the_hosts(tmp_path):
         "bad input",
         "gone",
         "no slice",
+        "no network",
     ],
 )
 def test_states_of_a_slice(states, codes, variables, expected, tmp_path):

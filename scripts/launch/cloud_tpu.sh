@@ -87,9 +87,15 @@ state() { # of the request; ABSENT if there is none
     echo "$dry_state"
     return
   fi
-  local found
-  found=$(tpus queued-resources describe "$SLICE" --format='value(state.state)' 2>/dev/null) || true
-  echo "${found:-ABSENT}"
+  local errors # what describe says on stderr; on stdout, it answers
+  until { errors=$(tpus queued-resources describe "$SLICE" --format='value(state.state)' 2>&1 >&3); } 3>&1; do
+    if [[ $errors == *' NOT_FOUND: '* ]]; then
+      echo ABSENT
+      return
+    fi
+    echo "$errors" >&2 # no network, no login: nothing is known
+    sleep "$POLL"
+  done
 }
 
 create() {
