@@ -26,7 +26,9 @@ SPOT              1: preemptible, which costs less (0)
 RECREATE          1: after a preemption, delete the request, whose slice is gone, and ask for another (0)
 CREATE_FLAGS      more flags of gcloud compute tpus queued-resources create, separated by blanks
 PYTHON            version for the hosts, which uv fetches (3.12)
-RETRIES, POLL     failures of the command in a row on an ACTIVE slice (3); seconds between two looks at it (30)
+RETRIES           failures of the command in a row on an ACTIVE slice, lost connections too (3); exit code 75 is none
+STEADY            seconds after which a try that fails is the first in a row again (1800)
+POLL              seconds between two looks at the slice (30)
 DRY_RUN           1: as --dry_run: print the gcloud commands of a first run, start nothing
 
 ssh to all hosts needs your key in the agent: ssh-add ~/.ssh/google_compute_engine
@@ -57,6 +59,7 @@ check_variables() {
   check RECREATE '[01]' '0 or 1'
   check PYTHON '3\.[0-9]+' 'a version such as 3.12'
   check RETRIES '[1-9][0-9]*' 'at least 1'
+  check STEADY '[0-9]+' 'seconds'
   check POLL '[0-9]+' 'seconds'
 }
 
@@ -149,18 +152,21 @@ on_all_hosts() {
 }
 
 run() {
-  local failures=0 code
+  local failures=0 code began
   while true; do
     wait_until_active
-    code=0
+    code=0 began=$SECONDS
     { on_all_hosts "$(install_script)" && on_all_hosts "$(job_script "$@")"; } || code=$?
     [[ $code != 0 ]] || break
+    ((SECONDS - began < STEADY)) || failures=0
     sleep "$POLL"
     if [[ $(state) != ACTIVE ]]; then
       failures=0
       continue
     fi
     [[ $code != 2 ]] || fail "bad input, see above; $SLICE is still there"
+    # a process was lost, or another job makes this very run
+    [[ $code != 75 ]] || continue
     failures=$((failures + 1))
     if ((failures == RETRIES)); then
       echo "failed $failures times in a row, at last with exit code $code; $SLICE is still there" >&2
@@ -172,7 +178,7 @@ run() {
 
 dry_state=ABSENT
 : "${REF=main}" "${NFS=}" "${SPOT=0}" "${RECREATE=0}" "${CREATE_FLAGS=}" "${PYTHON=3.12}"
-: "${RETRIES=3}" "${POLL=30}" "${DRY_RUN=0}"
+: "${RETRIES=3}" "${STEADY=1800}" "${POLL=30}" "${DRY_RUN=0}"
 if [[ ${1-} == --dry_run ]]; then
   DRY_RUN=1
   shift
