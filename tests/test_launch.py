@@ -1,6 +1,5 @@
 """scripts/launch: what would be sent to GKE, Cloud TPU and Slurm, with stand-ins for their programs."""
 
-import itertools
 import os
 import shlex
 import signal
@@ -32,7 +31,8 @@ cd {folder}
 next() {{ head -n 1 $1; sed -i 1d $1; }}
 """
     for name, body in bodies.items():
-        (folder / name).write_text(f'{head}echo "{name} ${{*@Q}}" >> calls\n{body}\n')
+        note = f"printf '%s\\x1f' {name} \"$@\" >>calls; printf '\\x1e' >>calls"
+        (folder / name).write_text(f"{head}{note}\n{body}\n")
         (folder / name).chmod(0o755)
     return {"PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
@@ -40,7 +40,7 @@ next() {{ head -n 1 $1; sed -i 1d $1; }}
 def _calls(folder):
     """The noted calls, as lists of words."""
     path = folder / "calls"
-    return [shlex.split(call) for call in path.read_text().splitlines()] if path.exists() else []
+    return [call.split("\x1f")[:-1] for call in path.read_text().split("\x1e")[:-1]] if path.exists() else []
 
 
 # GKE
@@ -242,66 +242,105 @@ def test_dry_run_of_cloud_tpu(tmp_path):
     extra = {"NFS": "10.0.0.2:/share", "SPOT": "1", "CREATE_FLAGS": "--internal-ips  --network=n", "REF": "v1"}
     done = _cloud_tpu(tmp_path, "--dry_run", "run", *JOB, **extra)
     assert (done.returncode, done.stderr) == (0, "")
-    create, install, job = (words[3:] for words in _split(done.stdout))
-    assert create == ["queued-resources", *CREATE, "--spot", "--internal-ips", "--network=n", *AT]
-    ssh = ["tpu-vm", "ssh", "warp", "--worker=all"]
-    assert [(words[:4], words[5:]) for words in (install, job)] == [(ssh, AT)] * 2
-    lines = install[4].removeprefix("--command=").splitlines()
-    assert lines[0] == "set -eu"
-    assert "sudo mount -t nfs 10.0.0.2:/share /mnt/warp" in lines[2]
-    assert "git clone --quiet https://example.com/warp_jax.git warp_jax" in lines[5]
-    assert "git fetch --quiet origin v1;" in lines[6]
-    assert 'uv pip install --quiet -e . "jax[tpu]"' in lines[7]
-    assert run(["bash", "-n", "-c", "\n".join(lines)]).returncode == 0
+    assert _calls(tmp_path) == []
+    run(["bash", "-c", done.stdout], **_programs(tmp_path, gcloud=""))
+    create, ssh = (words[4:] for words in _calls(tmp_path))
+    assert create == [*CREATE, "--spot", "--internal-ips", "--network=n", *AT]
+    assert [ssh[:3], ssh[4:]] == [["ssh", "warp", "--worker=all"], AT]
+    assert run(["bash", "-n", "-c", ssh[3].removeprefix("--command=")]).returncode == 0
+    for command in (
+        "sudo mount -t nfs 10.0.0.2:/share /mnt/warp",
+        "git clone --quiet https://example.com/warp_jax.git warp_jax",
+        "git fetch --quiet origin v1;",
+        'uv pip install --quiet -e . "jax[tpu]"',
+    ):
+        assert command in ssh[3]
+
+
+def test_dry_run_of_deleting(tmp_path):
+    """Fails when it deletes, or the name of the slice is lost."""
     done = _cloud_tpu(tmp_path, "delete", DRY_RUN="1")
     assert done.stdout == f"gcloud compute tpus queued-resources delete warp --force --quiet {' '.join(AT)}\n"
     assert _calls(tmp_path) == []
 
 
-def _split(text):
-    """Command lines, which may have quoted line breaks, as words."""
-    words = shlex.split(text.replace("$'--command", "'--command").replace("\\n", "\n"))
-    starts = [i for i, word in enumerate(words) if word == "gcloud"] + [len(words)]
-    return [words[a:b] for a, b in itertools.pairwise(starts)]
+def _host(folder, main):
+    """A host on which main is this script: the command that it would get, and its environment."""
+    assert _cloud_tpu(folder, "run", *JOB, states="ACTIVE", codes="0").returncode == 0
+    command = _calls(folder)[-1][7].removeprefix("--command=")
+    (folder / "warp_jax" / ".git").mkdir(parents=True)
+    (folder / "warp_jax" / ".venv" / "bin").mkdir(parents=True)
+    _programs(folder / "warp_jax" / ".venv" / "bin", python=main)
+    return f"cd {folder}; {command}", _programs(folder, git="", uv="") | {"HOME": str(folder)}
+
+
+def _starts_of_main(folder):
+    return _calls(folder / "warp_jax" / ".venv" / "bin")
 
 
 def test_the_command_on_the_hosts(tmp_path):
-    """Fails when the shell of a host changes an argument, --multihost is lost, or two starts do not share a lock."""
-    assert _cloud_tpu(tmp_path, "run", *JOB, states="ACTIVE", codes="0 0").returncode == 0
-    command = _calls(tmp_path)[-1][7].removeprefix("--command=")
-    python = tmp_path / "warp_jax" / ".venv" / "bin"
-    python.mkdir(parents=True)
-    environment = _programs(tmp_path, flock='cd warp_jax; lock=$1; shift; echo $lock $JAX_PLATFORMS; exec "$@"')
-    _programs(python, python="")
-    done = run(["bash", "-c", f"cd {tmp_path}; {command}"], **environment)
-    assert done.stdout == "../warp_jax.lock tpu,cpu\n"
-    assert _calls(python) == [["python", "-m", "warp_jax.main", *JOB, "--multihost"]]
+    """Fails when the shell of a host changes an argument, --multihost or main's exit code is lost, or it runs twice."""
+    command, environment = _host(tmp_path, main="echo $JAX_PLATFORMS; exit 75")
+    done = run(["bash", "-c", command], **environment)
+    assert (done.returncode, done.stdout) == (75, "tpu,cpu\n")
+    again = run(["bash", "-c", command], **environment)  # gcloud after a lost connection
+    assert (again.returncode, again.stdout) == (75, "")
+    assert _starts_of_main(tmp_path) == [["python", "-m", "warp_jax.main", *JOB, "--multihost"]]
+
+
+def test_a_host_without_the_project(tmp_path):
+    """Fails when main starts although its code is not there, or the failure is taken for bad input."""
+    command, environment = _host(tmp_path, main="")
+    _programs(tmp_path, uv="exit 2")
+    assert run(["bash", "-c", command], **environment).returncode == 1
+    assert _starts_of_main(tmp_path) == []
+
+
+def test_the_job_outlives_its_connection(tmp_path):
+    """Fails when a lost connection ends the job or hides its end, or a second start does not wait for it."""
+    main = "[ ! -e running ] || echo both; touch running; for i in {1..999}; do [ -e stop ] || sleep 0.02; done"
+    command, environment = _host(tmp_path, main=f"{main}; rm running; echo end >&2; exit 3")
+    first = start(["setsid", "bash", "-c", command], ENV | environment)
+    running = tmp_path / "warp_jax" / ".venv" / "bin" / "running"
+    while not running.exists():
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert finish(first)[:2] == (-signal.SIGKILL, "")
+    again = start(["bash", "-c", command], ENV | environment)
+    second = start(["bash", "-c", command.replace("warp_jax_", "warp_jax_2")], ENV | environment)
+    time.sleep(0.5)  # in which a second main would start
+    (running.parent / "stop").touch()
+    outputs = [finish(again), finish(second)]
+    assert [code for code, *_ in outputs] == [3, 3]
+    assert outputs[0][1].startswith("end\n")
+    assert outputs[1][1] == "end\nend\n"
+    assert len(_starts_of_main(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(
     ("states", "codes", "variables", "expected"),
     [
-        ("ABSENT WAITING_FOR_RESOURCES ACTIVE", "0 0", {}, (0, "create ssh ssh")),
-        ("ACTIVE SUSPENDING SUSPENDED", "0 255", {}, (2, "ssh ssh")),
+        ("ABSENT WAITING_FOR_RESOURCES ACTIVE", "0", {}, (0, "create ssh")),
+        ("ACTIVE SUSPENDING SUSPENDED", "255", {}, (2, "ssh")),
         (
             "ACTIVE SUSPENDED SUSPENDED ABSENT ACTIVE ACTIVE ACTIVE",
-            "0 255 0 1 0 0",
+            "255 1 0",
             {"RECREATE": "1", "RETRIES": "2"},
-            (0, "ssh ssh delete create ssh ssh ssh ssh"),
+            (0, "ssh delete create ssh ssh"),
         ),
-        ("ACTIVE ACTIVE ACTIVE", "0 1 0 0", {}, (0, "ssh ssh ssh ssh")),
-        ("ACTIVE ACTIVE ACTIVE ACTIVE", "0 1 0 134", {"RETRIES": "2"}, (1, "ssh ssh ssh ssh")),
+        ("ACTIVE ACTIVE ACTIVE", "1 0", {}, (0, "ssh ssh")),
+        ("ACTIVE ACTIVE ACTIVE ACTIVE", "1 134", {"RETRIES": "2"}, (1, "ssh ssh")),
         (
             "ACTIVE ACTIVE ACTIVE ACTIVE ACTIVE",
-            "0 255 0 255 0 0",
+            "255 255 0",
             {"RETRIES": "2", "STEADY": "0"},
-            (0, "ssh ssh ssh ssh ssh ssh"),
+            (0, "ssh ssh ssh"),
         ),
-        ("ACTIVE ACTIVE ACTIVE ACTIVE ACTIVE", "0 1 0 75 0 0", {"RETRIES": "2"}, (0, "ssh ssh ssh ssh ssh ssh")),
-        ("ACTIVE ACTIVE", "0 2", {}, (2, "ssh ssh")),
-        ("ACTIVE SUSPENDED SUSPENDED ABSENT ACTIVE", "2 0 0", {"RECREATE": "1"}, (0, "ssh delete create ssh ssh")),
+        ("ACTIVE ACTIVE ACTIVE ACTIVE ACTIVE", "1 75 0", {"RETRIES": "2"}, (0, "ssh ssh ssh")),
+        ("ACTIVE ACTIVE", "2", {}, (2, "ssh")),
+        ("ACTIVE SUSPENDED SUSPENDED ABSENT ACTIVE", "2 0", {"RECREATE": "1"}, (0, "ssh delete create ssh")),
         ("FAILED", "", {}, (2, "")),
-        ("OFFLINE ACTIVE OFFLINE OFFLINE ACTIVE ACTIVE", "0 1 0 0", {}, (0, "ssh ssh ssh ssh")),
+        ("OFFLINE ACTIVE OFFLINE OFFLINE ACTIVE ACTIVE", "1 0", {}, (0, "ssh ssh")),
     ],
     ids=[
         "new",

@@ -9,9 +9,11 @@ VARIABLE=value ... scripts/launch/cloud_tpu.sh [--dry_run] run --config=FILE --w
 VARIABLE=value ... scripts/launch/cloud_tpu.sh [--dry_run] status | delete
 
 run     asks for the slice if it is not there (a queued resource and a node, both named SLICE), waits until it is ACTIVE,
-        installs the project on all its hosts, and starts the same command on all of them, with --multihost. Started
-        again, it finds what is there and goes on; a command that still runs there is waited for. It stays in the
-        foreground: start it in tmux. Exit code 0 when the job is done, 1 when it failed, 2 on bad input.
+        installs the project on all its hosts, and starts the same command on all of them, with --multihost. It stays
+        in the foreground, follows what they write, and tries again what failed. The command does not need it: without
+        a connection it goes on, with all that it writes in ~/warp_jax.log on each host. Started again, run finds what
+        is there and goes on; a command that still runs there is waited for. To end one, delete the slice, or end
+        warp_jax.main on the hosts. Exit code 0 when the job is done, 1 when it failed, 2 on bad input.
 status  prints the state of the request.
 delete  deletes the request and its slice. Nothing else here does, but for RECREATE=1: a slice costs until then.
 
@@ -142,9 +144,29 @@ install_script() { # what each host does first; every line may run again
   printf '[ -d .venv ] || uv venv --quiet --python %q; uv pip install --quiet -e . "jax[tpu]"\n' "$PYTHON"
 }
 
-job_script() { # the job; the lock makes a second start wait for a first that lost its ssh connection
-  printf 'cd warp_jax; JAX_PLATFORMS=tpu,cpu exec flock ../warp_jax.lock .venv/bin/python -m warp_jax.main'
+job_script() { # what runs in the background of a host; its exit code goes to a file
+  echo "trap 'echo \$? >~/$1/code' EXIT"
+  shift
+  echo '('
+  install_script
+  printf ')\n[ $? = 0 ] || exit 1 # not the 2 of uv, say: it would be bad input\n'
+  printf 'cd warp_jax; JAX_PLATFORMS=tpu,cpu .venv/bin/python -m warp_jax.main'
   printf ' %q' "$@" --multihost
+}
+
+host_script() { # what a host does: it starts the job, which outlives the connection, and shows what it writes
+  local try job
+  try=warp_jax_$(date +%s)
+  job=$(job_script "$try" "$@")
+  # shellcheck disable=SC2016 # expanded on the hosts
+  echo 'touch warp_jax.log; seen=$(wc -c <warp_jax.log)'
+  # a lost connection is made again by gcloud, with the same script: the job is there already
+  echo "if mkdir $try 2>/dev/null; then"
+  # the lock makes the job wait for one of another start
+  echo "  setsid nohup flock warp_jax.lock bash -c ${job@Q} >>warp_jax.log 2>&1 </dev/null &"
+  echo "  echo \$! >$try/pid"
+  echo 'fi'
+  echo "tail --pid=\$(cat $try/pid) -c +\$((seen + 1)) -f warp_jax.log; exit \$(cat $try/code)"
 }
 
 on_all_hosts() {
@@ -156,7 +178,7 @@ run() {
   while true; do
     wait_until_active
     code=0 began=$SECONDS
-    { on_all_hosts "$(install_script)" && on_all_hosts "$(job_script "$@")"; } || code=$?
+    on_all_hosts "$(host_script "$@")" || code=$?
     [[ $code != 0 ]] || break
     ((SECONDS - began < STEADY)) || failures=0
     sleep "$POLL"
