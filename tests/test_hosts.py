@@ -1,6 +1,7 @@
 """Several real processes on the loopback interface, against one process with as many devices."""
 
 import csv
+import os
 import shutil
 import socket
 import sys
@@ -69,6 +70,7 @@ def test_two_processes_equal_one(one, tmp_path):
     assert len(rows) == 6
 
 
+@pytest.mark.skipif("WARP_JAX_SLOW_TESTS" not in os.environ, reason="two minutes: set WARP_JAX_SLOW_TESTS=1")
 def test_a_lost_process_stops_the_others_and_the_restart_goes_on(one, tmp_path):
     """Fails when the others hang, or say it in a traceback, or a checkpoint is bound to its processes or its mesh.
 

@@ -206,7 +206,7 @@ def test_a_merge_of_too_few_is_refused_before_they_are_trained():
     """Fails when model_stock of one run is found out at the merge."""
     config = tiny.get_config()
     config.warp.merge, config.warp.num_runs = "model_stock", 1
-    with pytest.raises(ValueError, match="at least 2 for warp.merge model_stock"):
+    with pytest.raises(ValueError, match=r"at least 2 for warp\.merge model_stock"):
         validation.check_config(config)
 
 
