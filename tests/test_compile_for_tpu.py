@@ -129,8 +129,16 @@ def test_too_large_is_refused_with_a_setting_that_fits(tmp_path):
     assert found["suggestion"] == [["model.remat", "full"]]
 
 
-def test_bad_topologies_are_refused():
-    """Fails with a traceback of libtpu."""
-    result = run(script_command("compile_for_tpu.py", "--config=configs/tiny.py", "--topology=v5e:3x4"))
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology=v5e:3x4"], "topology: v5e:3x4"),
+        (["--topology=v5e:2x2", "--mesh=4,1", "--config.rl.num_microbatches=4"], "rl.batch_size: got 8"),
+    ],
+)
+def test_bad_input_is_refused(flags, message):
+    """Fails with a traceback of libtpu or of a sharding, or with the verdict that all fits."""
+    result = run(script_command("compile_for_tpu.py", "--config=configs/tiny.py", *flags))
     assert (result.returncode, result.stderr.count("error: ")) == (2, 1)
+    assert message in result.stderr
     assert "Traceback" not in result.stderr

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from warp_jax import freezing, hlo, merging, rewards, sampling, sharding
+from warp_jax import freezing, hlo, merging, rewards, sampling, sharding, validation
 from warp_jax.models.functions import make_apply_fn, param_shapes
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.programs import make_programs
@@ -70,8 +70,10 @@ def make_plan(
     config: ConfigDict, mesh: Mesh, policy: TransformerConfig, reward_model: TransformerConfig | None
 ) -> Plan:
     """All programs of Algorithm 1 for models with these settings, the policy's stacks being cut for
-    config.model.trainable. What is alive is that of an iteration after the first, whose init is not SFT.
+    config.model.trainable. What is alive is that of an iteration after the first, whose init is not SFT. ValueError for
+    values that the program would refuse.
     """
+    validation.check_values(config, mesh)
     whole = sharding.with_shardings(mesh, param_shapes(policy))
     trained, frozen = freezing.split(whole, config.model.trainable)
     sampling_config = sampling.SamplingConfig(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from warp_jax import (
@@ -96,12 +96,8 @@ FROM_SCRATCH: tuple[Check, ...] = (  # with an empty model.source
 def check_config(config: ConfigDict) -> None:
     """Raise ValueError at the first value that cannot work."""
     _check_source_or_architecture(config)
-    for path, is_good, want in (*CHECKS, *(() if config.model.source else FROM_SCRATCH)):
-        value = _leaf(config, path)
-        if not is_good(value):
-            raise ValueError(f"config.{path}: got {value!r}, want {want}")
     mesh = sharding.make_mesh(config.mesh)
-    _check_together(config, sharding.batch_devices(mesh))
+    check_values(config, mesh)
     corpus.check_source(config.data.source)
     _check_rewards(config)
     if not config.data.label_field and prepare.needs_labels(config):
@@ -109,6 +105,15 @@ def check_config(config: ConfigDict) -> None:
             "config.data.label_field: got '', want the field of the 0/1 labels that the rewards learn from"
         )
     _check_models(config, mesh)
+
+
+def check_values(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
+    """Raise ValueError at the first value that is out of range or does not fit others or the mesh; reads no file."""
+    for path, is_good, want in (*CHECKS, *(() if config.model.source else FROM_SCRATCH)):
+        value = _leaf(config, path)
+        if not is_good(value):
+            raise ValueError(f"config.{path}: got {value!r}, want {want}")
+    _check_together(config, sharding.batch_devices(mesh))
 
 
 def _check_source_or_architecture(config: ConfigDict) -> None:
