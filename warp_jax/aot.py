@@ -62,7 +62,9 @@ class Compiled(NamedTuple):
 
 
 COPY = "copy for generation"
+EVALUATION = ", evaluation"  # end of the name of a program that evaluation runs with a batch of its own
 STATE = ("policy", "anchor", "Adam moments")
+WHOLE = ("policy", "frozen weights")  # the model
 NO_TRAFFIC = hlo.Collectives({}, {})
 
 
@@ -84,18 +86,19 @@ def make_plan(
     resident = dict(zip(STATE, (state.params, state.anchor_params, state.opt_state), strict=True))
     resident |= {"init": trained, "SFT": trained, "frozen weights": frozen}
     copies, laid_out = _copy(mesh, programs.sampler, whole)
+    generates = WHOLE  # what generation reads
     if copies:
-        resident[COPY] = laid_out
+        resident[COPY], generates = laid_out, (COPY,)
     scores = []
     if reward_model is not None:
         resident["reward model"] = sharding.with_shardings(mesh, param_shapes(reward_model))
         scores = [functools.partial(_score, mesh, reward_model, resident["reward model"])]
     entries = [("start of a run", programs.train.init, (trained,), ("init", *STATE, COPY)), *copies]
-    sizes = {"": config.rl.batch_size, ", evaluation": config.evaluation.batch_size}
+    sizes = {"": config.rl.batch_size, EVALUATION: config.evaluation.batch_size}
     rows = {suffix: _rows(config, mesh, batch) for suffix, batch in sizes.items()}
     for suffix in sizes if len({*sizes.values()}) > 1 else ("",):
         prompts = PromptBatch(*rows[suffix][:3])
-        entries.append((f"generation{suffix}", programs.sampler.generate, (laid_out, prompts, _key(mesh)), (COPY,)))
+        entries.append((f"generation{suffix}", programs.sampler.generate, (laid_out, prompts, _key(mesh)), generates))
         entries += [(f"reward{suffix}", *score(rows[suffix])) for score in scores]
     rewards_ = _batch(mesh, jnp.float32, config.rl.batch_size)
     entries += [
@@ -103,7 +106,7 @@ def make_plan(
         (
             "KL to SFT",
             programs.kl_to_sft,
-            (trained, trained, frozen, rows[", evaluation"]),
+            (trained, trained, frozen, rows[EVALUATION]),
             ("policy", "SFT", "frozen weights"),
         ),
         *_merging(config.warp, trained),
@@ -122,7 +125,7 @@ def _copy(mesh: Mesh, sampler: sampling.Sampler, whole: Params) -> tuple[list[En
         return [], whole
     shapes = jax.eval_shape(sampler.lay_out, whole)
     laid_out = sharding.shaped(shapes, sharding.decode_shardings(mesh, shapes))
-    return [(COPY, sampler.lay_out, (whole,), ("policy", "frozen weights"))], laid_out
+    return [(COPY, sampler.lay_out, (whole,), WHOLE)], laid_out
 
 
 def _score(mesh: Mesh, model: TransformerConfig, params: Params, rollout: Rollout) -> tuple[Any, Any, Any]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from warp_jax import roofline
-from warp_jax.aot import Compiled, Plan, chip_bytes, compile_program
+from warp_jax.aot import EVALUATION, Compiled, Plan, chip_bytes, compile_program
 from warp_jax.chips import GIB, Chip
 from warp_jax.hlo import Traffic
 from warp_jax.models.transformer import TransformerConfig
@@ -81,7 +81,7 @@ def _changes(config: ConfigDict, failing: str) -> Iterator[Change]:
         yield "rl.num_microbatches", 2 * config.rl.num_microbatches
     if failing == "update" and config.model.logits_chunk > 64:
         yield "model.logits_chunk", 64
-    evaluates = failing.endswith("evaluation") or failing == "KL to SFT"
+    evaluates = failing.endswith(EVALUATION) or failing == "KL to SFT"
     if evaluates and config.evaluation.batch_size % (2 * data * fsdp) == 0:
         yield "evaluation.batch_size", config.evaluation.batch_size // 2
     if fsdp % 2 == 0 and tensor < 64:
