@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from configs import gemma_7b, tiny
-from warp_jax import aot, architecture, sharding, validation
+from warp_jax import aot, architecture, fit, sharding, validation
 
 
 def _config(**settings):
@@ -78,8 +78,8 @@ def test_what_is_beside_each_program_by_hand(plan):
         aot.COPY: every - POLICY,
         "generation": every - COPY,
         "reward": every - RESIDENT["reward model"],
-        "generation, evaluation": every - COPY,
-        "reward, evaluation": every - RESIDENT["reward model"],
+        "generation (evaluation)": every - COPY,
+        "reward (evaluation)": every - RESIDENT["reward model"],
         "update": every - 4 * POLICY - 8,
         "KL to SFT": every - 2 * POLICY,
         "merge": between,
@@ -93,3 +93,15 @@ def test_without_a_copy_generation_reads_the_policy_itself():
     generation = next(p for p in plan.programs if p.name == "generation")
     assert aot.COPY not in plan.resident
     assert generation.beside == ("anchor", "Adam moments", "init", "SFT", "reward model")
+
+
+def test_names_can_be_given_in_a_list(plan):
+    """Fails when a name has the comma that parts the names of --programs."""
+    assert not [p.name for p in plan.programs if "," in p.name]
+
+
+def test_advice_is_for_a_shell():
+    """Fails when brackets are not quoted, which a shell would read as its own."""
+    advice = fit.advice([("model.remat", "full"), ("mesh", (1, 4, 16))])
+    assert advice == "It fits with --config.model.remat=full '--config.mesh=(1,4,16)'"
+    assert "No nearby setting" in fit.advice(None)

@@ -62,7 +62,7 @@ class Compiled(NamedTuple):
 
 
 COPY = "copy for generation"
-EVALUATION = ", evaluation"  # end of the name of a program that evaluation runs with a batch of its own
+EVALUATION = " (evaluation)"  # end of the name of a program that evaluation runs with a batch of its own
 STATE = ("policy", "anchor", "Adam moments")
 WHOLE = ("policy", "frozen weights")  # the model
 NO_TRAFFIC = hlo.Collectives({}, {})

@@ -1,6 +1,7 @@
 """Whether all programs of a config fit the chips, a table that shows it, and the nearest setting that does fit."""
 
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -182,10 +183,11 @@ def _sent(traffic: Mapping[str, Traffic]) -> float:
 
 
 def advice(changes: list[Change] | None) -> str:
-    """What to change on the command line, in words."""
+    """What to change on the command line, in words; quoted for a shell."""
     if changes is None:
         return "No nearby setting fits; take more chips, or chips with more memory."
-    return "It fits with " + " ".join(f"--config.{path}={str(value).replace(' ', '')}" for path, value in changes)
+    flags = [f"--config.{path}={str(value).replace(' ', '')}" for path, value in changes]
+    return f"It fits with {shlex.join(flags)}"
 
 
 def as_json(fit: Fit, chip: Chip) -> dict[str, Any]:
