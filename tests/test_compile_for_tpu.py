@@ -126,7 +126,7 @@ def test_too_large_is_refused_with_a_setting_that_fits(tmp_path):
     assert "It fits with --config.model.remat=full" in result.stdout
     assert "update alone is too large" in result.stdout
     found = json.loads(out.read_text())
-    assert found["suggestion"] == [["model.remat", "full"]]
+    assert found["suggestion"] == {"model.remat": "full"}
 
 
 @pytest.mark.parametrize(

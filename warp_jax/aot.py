@@ -86,7 +86,7 @@ def make_plan(
     resident = dict(zip(STATE, (state.params, state.anchor_params, state.opt_state), strict=True))
     resident |= {"init": trained, "SFT": trained, "frozen weights": frozen}
     copies, laid_out = _copy(mesh, programs.sampler, whole)
-    generates = WHOLE  # what generation reads
+    generates: tuple[str, ...] = WHOLE  # what generation reads
     if copies:
         resident[COPY], generates = laid_out, (COPY,)
     scores = []

@@ -1,5 +1,6 @@
 """Whether all programs of a config fit the chips, a table that shows it, and the nearest setting that does fit."""
 
+import contextlib
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,8 @@ from warp_jax.chips import GIB, Chip
 from warp_jax.hlo import Traffic
 from warp_jax.models.transformer import TransformerConfig
 
-Change = tuple[str, Any]  # path of a config value, its new value
+Change = Mapping[str, Any]  # new values of a config by their paths
+MOST_TRIES = 16  # of a search; each takes minutes
 
 
 class Fit(NamedTuple):
@@ -50,52 +52,76 @@ def search(
     *,
     names: Sequence[str] = (),
     on_program: Callable[[Compiled], None] = print,
-) -> list[Change] | None:
+) -> Change | None:
     """The changes, least first, after which all programs (or those of these names) fit; None if none is known. Each
-    try is compiled: first what failed, then the rest.
+    try is compiled: first what failed, then the rest. A change for which make_plan raises ValueError is not made.
     """
-    config, made = config.copy_and_resolve_references(), dict[str, Any]()
-    while failing:
-        change = next(_changes(config, failing[0]), None)
-        if change is None:
+    made = dict[str, Any]()
+    for _ in range(MOST_TRIES):
+        if not failing:
+            return made
+        accepted = next(_accepted(config, failing[0], make_plan), None)
+        if accepted is None:
             return None
-        path, value = change
-        _set(config, path, value)
-        made[path] = value
-        try:
-            plan = make_plan(config)
-        except ValueError:  # the mesh does not suit the model
-            continue
-        rest = [p.name for p in plan.programs if (not names or p.name in names) and p.name not in failing]
-        found = check(plan, limit, failing, on_program).failing
-        failing = found or (check(plan, limit, rest, on_program).failing if rest else [])
-    return list(made.items())
+        change, config, plan = accepted
+        made |= change
+        failing = _failing(plan, limit, failing, names, on_program)
+    return None if failing else made
+
+
+def _accepted(
+    config: ConfigDict, failing: str, make_plan: Callable[[ConfigDict], Plan]
+) -> Iterator[tuple[Change, ConfigDict, Plan]]:
+    """The changes that give a config which can be planned, each with both."""
+    for change in _changes(config, failing):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(change)
+        with contextlib.suppress(ValueError):  # the mesh does not suit the model, or the batch the mesh
+            yield change, changed, make_plan(changed)
+
+
+def _failing(
+    plan: Plan, limit: float, suspects: Sequence[str], names: Sequence[str], on_program: Callable[[Compiled], None]
+) -> list[str]:
+    """Which of these names do not fit: the suspects, or if they fit, any other. A program for training and the same
+    one for evaluation go together: they are two or one, as their batches differ or not.
+    """
+    asked = _of_names(plan, names) if names else [program.name for program in plan.programs]
+    first = _of_names(plan, suspects)
+    rest = [name for name in asked if name not in first]
+    return check(plan, limit, first, on_program).failing or (
+        check(plan, limit, rest, on_program).failing if rest else []
+    )
+
+
+def _of_names(plan: Plan, names: Sequence[str]) -> list[str]:
+    bases = [name.removesuffix(EVALUATION) for name in names]
+    return [program.name for program in plan.programs if program.name.removesuffix(EVALUATION) in bases]
 
 
 def _changes(config: ConfigDict, failing: str) -> Iterator[Change]:
     """What could make a program smaller: first what leaves the experiment as it is."""
     data, fsdp, tensor = config.mesh
-    rows = config.rl.batch_size // config.rl.num_microbatches
+    batch, pieces, chunk = config.rl.batch_size, config.rl.num_microbatches, config.model.logits_chunk
     if failing == "update" and config.model.remat != "full":
-        yield "model.remat", "full"
-    if failing == "update" and rows % (2 * data * fsdp) == 0:
-        yield "rl.num_microbatches", 2 * config.rl.num_microbatches
-    if failing == "update" and config.model.logits_chunk > 64:
-        yield "model.logits_chunk", 64
-    evaluates = failing.endswith(EVALUATION) or failing == "KL to SFT"
-    if evaluates and config.evaluation.batch_size % (2 * data * fsdp) == 0:
-        yield "evaluation.batch_size", config.evaluation.batch_size // 2
+        yield {"model.remat": "full"}
+    if failing == "update":
+        yield {"rl.num_microbatches": 2 * pieces}
+    if failing in ("update", "KL to SFT") and not 0 < chunk <= 64:
+        yield {"model.logits_chunk": 64}
+    if failing.endswith(EVALUATION) or failing == "KL to SFT":
+        yield from _halved({"evaluation.batch_size": config.evaluation.batch_size})
     if fsdp % 2 == 0 and tensor < 64:
-        yield "mesh", (data, fsdp // 2, tensor * 2)
-    if failing in ("update", "generation", "reward") and config.rl.batch_size % (2 * data * fsdp) == 0:
-        yield "rl.batch_size", config.rl.batch_size // 2
+        yield {"mesh": (data, fsdp // 2, tensor * 2)}
+    if failing in ("generation", "reward"):  # the update knows no smaller batch than a row a chip
+        yield from _halved({"rl.batch_size": batch})
+        yield from _halved({"rl.batch_size": batch, "rl.num_microbatches": pieces})
 
 
-def _set(config: ConfigDict, path: str, value: Any) -> None:
-    *groups, name = path.split(".")
-    for group in groups:
-        config = config[group]
-    config[name] = value
+def _halved(sizes: Mapping[str, int]) -> Iterator[Change]:
+    """All sizes by two, if all are even."""
+    if not any(size % 2 for size in sizes.values()):
+        yield {path: size // 2 for path, size in sizes.items()}
 
 
 def check_names(plan: Plan, names: Sequence[str]) -> None:
@@ -182,11 +208,11 @@ def _sent(traffic: Mapping[str, Traffic]) -> float:
     return sum(t.bytes for t in traffic.values())
 
 
-def advice(changes: list[Change] | None) -> str:
+def advice(changes: Change | None) -> str:
     """What to change on the command line, in words; quoted for a shell."""
     if changes is None:
         return "No nearby setting fits; take more chips, or chips with more memory."
-    flags = [f"--config.{path}={str(value).replace(' ', '')}" for path, value in changes]
+    flags = [f"--config.{path}={str(value).replace(' ', '')}" for path, value in changes.items()]
     return f"It fits with {shlex.join(flags)}"
 
 
