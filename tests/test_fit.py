@@ -1,11 +1,17 @@
 """Whether programs fit, on eight devices that are here: sums by hand, and the search for a setting that fits."""
 
+import importlib
+import json
+import types
+from pathlib import Path
+
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
 from configs import gemma_7b, tiny
-from warp_jax import aot, architecture, fit, sharding, validation
+from warp_jax import aot, architecture, chips, fit, hlo, roofline, sharding, validation
 
 
 def _config(**settings):
@@ -232,3 +238,177 @@ def test_a_program_that_gets_a_twin_is_not_lost(monkeypatch):
 
     found, _ = _search(monkeypatch, SMALL | {"evaluation.batch_size": 32}, needs, names=["generation (evaluation)"])
     assert found == {"evaluation.batch_size": 8, "rl.batch_size": 8}
+
+
+def _traffic(once=0.0, per_loop_step=0.0):
+    return hlo.Collectives({"all-gather": hlo.Traffic(2, once)}, {"all-reduce": hlo.Traffic(3, per_loop_step)})
+
+
+HALF_GIB = chips.GIB // 2
+FITS = aot.Compiled("generation", 1.5, HALF_GIB, HALF_GIB, 4 * HALF_GIB, 2 * HALF_GIB, _traffic(3e9, 2e6))
+OVER = aot.Compiled("update", 61.0, HALF_GIB, 0, 5 * HALF_GIB, 2 * HALF_GIB, aot.NO_TRAFFIC)
+REFUSED_BY_XLA = aot.Compiled("merge", 2.0, HALF_GIB, 0, 0, HALF_GIB, aot.NO_TRAFFIC, "Used 9.0G of 4.0G hbm")
+CHIP = chips.CHIPS["v5e"]._replace(hbm_bytes=4 * chips.GIB)
+FOUND = fit.Fit(
+    (FITS, OVER, REFUSED_BY_XLA), {"policy": HALF_GIB, "frozen weights": 0, "SFT": chips.GIB}, 6 * HALF_GIB, 4
+)
+
+
+def test_what_is_beside_counts():
+    """Fails when a program is judged by what XLA sees alone, or not by the limit, or not by what the compiler says."""
+    assert [FITS.total, OVER.total] == [3 * chips.GIB, 3.5 * chips.GIB]
+    assert FOUND.failing == ["update", "merge"]
+    assert FOUND._replace(limit=3 * chips.GIB - 1).failing == ["generation", "update", "merge"]
+    assert FOUND._replace(limit=3.5 * chips.GIB).failing == ["merge"]
+
+
+def test_table_by_hand():
+    """Fails when a column is another figure, or the verdict hides a program."""
+    sent = "3 GB (all-gather 3 GB in 2); 2 MB a token (all-reduce 2 MB in 3)"
+    assert fit.table(FOUND, CHIP, 0.25).splitlines()[2:] == [
+        f"| generation | 2 | 0.50 | 0.50 | 2.00 | 1.00 | 3.00 | 75 % | {sent} |",
+        "| update | 61 | 0.50 | 0.00 | 2.50 | 1.00 | 3.50 | 88 % | nothing |",
+        "| merge | 2 | 0.50 | - | - | 0.50 | - | TOO LARGE | nothing |",
+        "",
+        "Between programs, GiB a chip: policy 0.50, SFT 1.00; together 1.50.",
+        "A chip of v5e has 4.00 GiB, of which 25 % stay free.",
+        "",
+        "merge alone is too large:",
+        "  Used 9.0G of 4.0G hbm",
+        "",
+        "DOES NOT FIT: update, merge.",
+    ]
+    assert fit.table(FOUND._replace(programs=(FITS,)), CHIP, 0.25).endswith("All programs fit.")
+
+
+class _Fake:
+    """A jitted function whose compilation gives these bytes, or this error."""
+
+    def __init__(self, error=""):
+        self.error = error
+
+    def lower(self, *args):
+        return self
+
+    def compile(self):
+        if self.error:
+            raise jax.errors.JaxRuntimeError(self.error)
+        return self
+
+    def memory_analysis(self):
+        return types.SimpleNamespace(argument_size_in_bytes=7, temp_size_in_bytes=11, peak_memory_in_bytes=13)
+
+    def as_text(self):
+        return "HloModule empty\n\nENTRY main {\n  ROOT x = f32[] parameter(0)\n}\n"
+
+
+@pytest.fixture
+def small_plan():
+    """Two programs beside 32 and 48 bytes a chip: a row of 8 float32 is split over 4 chips, or whole."""
+    mesh = sharding.make_mesh((2, 2, 2), jax.devices()[:8])
+    split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    arrays = {
+        "split": jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=split),
+        "whole": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=whole),
+    }
+    programs = [
+        aot.Program("one", _Fake(), (arrays["split"],), ("whole",)),
+        aot.Program("two", _Fake("RESOURCE_EXHAUSTED: too large"), (arrays["whole"],), ("split", "whole")),
+    ]
+    return aot.Plan(mesh, tuple(programs), arrays)
+
+
+def test_compiled_programs_are_weighed(small_plan):
+    """Fails when what is beside is not added, or an out-of-memory error of the compiler ends the program."""
+    heard = []
+    found = fit.check(small_plan, 45, on_program=heard.append)
+    one, two = found.programs
+    assert (one.arguments, one.temporaries, one.peak, one.beside, one.total) == (7, 11, 13, 32, 45)
+    assert (two.arguments, two.beside, two.error) == (32, 16 + 32, "RESOURCE_EXHAUSTED: too large")
+    assert (found.resident, found.chips, found.limit) == ({"split": 16, "whole": 32}, 8, 45)
+    assert heard == [one, two]
+    assert [p.name for p in fit.check(small_plan, 45, ["one"], heard.append).programs] == ["one"]
+    assert fit.check(small_plan, 44, ["one"], heard.append).failing == ["one"]
+    with pytest.raises(ValueError, match="'three', want all, or some of: one, two"):
+        fit.check_names(small_plan, ["one", "three"])
+
+
+def test_other_errors_of_the_compiler_are_not_hidden(small_plan):
+    """Fails when a bug is reported as a program that is too large."""
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        aot.compile_program(small_plan, aot.Program("one", _Fake("INTERNAL"), (), ()))
+
+
+def test_network_traffic_of_a_token_counts_for_every_token():
+    """Fails when the loop's traffic counts once: 3 GB + 6 tokens x 2 MB over 200 GB/s."""
+    config = _config()
+    policy, _ = architecture.planned(config)
+    table = fit.step_table(config, policy, None, FOUND, CHIP)
+    generation, update = [line.split(" | ") for line in table.splitlines()[2:4]]
+    assert (generation[0], generation[3]) == ("| generation", f"{1000 * (3e9 + 6 * 2e6) / 200e9:.3g}")
+    assert (update[0], update[3]) == ("| update", "0")
+    assert "reward" not in table
+    assert "reward" in fit.step_table(config, *architecture.planned(config), FOUND, CHIP)
+
+
+def test_settings_of_the_config_reach_the_bound():
+    """Fails when sizes are swapped, or remat and pieces of the logits are not passed on."""
+    model = {"model.remat": "full", "model.logits_chunk": 4}
+    config = _config(mesh=(4, 1, 2), **{"rl.batch_size": 16, **model})
+    policy, _ = architecture.planned(config)
+    sizes = roofline.Sizes(batch=16, prompt=4, completion=6, batch_chips=4, tensor=2)
+    works = {
+        "generation": roofline.generation(policy, sizes),
+        "update": roofline.update(policy, sizes, remat=True, in_pieces=True),
+    }
+    want = roofline.table(works, {"generation": 3e9 + 6 * 2e6}, CHIP)
+    assert fit.step_table(config, policy, None, FOUND, CHIP) == want
+
+
+def test_the_largest_buffers_are_named():
+    """Fails when the lines of XLA's error that help are not found."""
+    error = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.
+    Used 24.14G of 15.75G hbm. Exceeded hbm capacity by 8.39G.
+    Largest program allocations in hbm:
+      1. Size: 4.00G
+         Operator: op_name="jit(update)/mul"
+         Shape: f32[4096,512]
+      2. Size: 1.00G
+         Shape: f32[4096]
+         Unpadded size: 1.00G"""
+    assert fit.biggest_buffers(error) == [
+        "Used 24.14G of 15.75G hbm. Exceeded hbm capacity by 8.39G.",
+        'Size: 4.00G, "jit(update)/mul", f32[4096,512]',
+        "Size: 1.00G, f32[4096], Unpadded size: 1.00G",
+    ]
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "scaling").glob("*.json")), ids=lambda path: path.stem)
+def test_tables_of_the_docs_are_those_of_their_figures(path):
+    """Fails when docs/scaling.md is not what the code makes of docs/scaling/*.json: paste what is missing."""
+    text, figures = (DOCS / "scaling.md").read_text(), json.loads(path.read_text())
+    found, chip = _fit_of(figures), chips.CHIPS[figures["chip"]]
+    name, _, slice_ = path.stem.rpartition("_v")
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.mesh = tuple(figures["mesh"])
+    assert fit.table(found, chip, 0.1) in text
+    table = fit.step_table(config, *architecture.planned(config), found, chip)
+    step = f"{name} on v{slice_.replace('_', ':')}:\n\n{table}"
+    assert f"\n{step}\n\n" in text, step
+    assert fit.as_json(found, chip).items() <= figures.items()
+
+
+def _fit_of(figures):
+    """The inverse of `fit.as_json`."""
+    programs = []
+    for figure in figures["programs"]:
+        shares = [
+            {kind: hlo.Traffic(**t) for kind, t in figure["traffic"][share].items()}
+            for share in ("once", "per_loop_step")
+        ]
+        values = {name: figure[name] for name in aot.Compiled._fields}
+        programs.append(aot.Compiled(**{**values, "traffic": hlo.Collectives(*shares)}))
+    return fit.Fit(tuple(programs), figures["resident"], figures["limit_bytes"], figures["chips"])

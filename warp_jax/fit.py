@@ -199,7 +199,8 @@ def step_table(
     works = {"generation": roofline.generation(policy, sizes)}
     if reward_model is not None:
         works["reward"] = roofline.scoring(reward_model, sizes)
-    works["update"] = roofline.update(policy, sizes, remat=policy.remat == "full")
+    in_pieces = 0 < config.model.logits_chunk < completion
+    works["update"] = roofline.update(policy, sizes, remat=policy.remat == "full", in_pieces=in_pieces)
     sent = {p.name: _sent(p.traffic.once) + completion * _sent(p.traffic.per_loop_step) for p in fit.programs}
     return roofline.table(works, sent, chip)
 

@@ -1,7 +1,8 @@
 """What a step of RL takes at least: operations and bytes from sizes alone, and the time of each at a chip's peaks.
 
 A lower bound from published figures, never a measurement. S = P + C tokens a row; N parameters in products of matrices
-(the embedding's lookup is none, a tied head is one).
+(the embedding's lookup is none, a tied head is one). All weights are taken as trained: with `model.trainable`, whose
+update does less, it is no lower bound.
 """
 
 from collections.abc import Mapping
@@ -37,19 +38,27 @@ def matmul_parameters(model: TransformerConfig) -> int:
     """N: weights that a token is multiplied by."""
     heads = 2 * model.num_heads + 2 * model.num_kv_heads
     layer = model.width * model.head_dim * heads + 3 * model.width * model.mlp_dim
-    outputs = model.vocab_size if model.head == "language" else 1
-    return model.num_layers * layer + model.width * outputs
+    return model.num_layers * layer + head_parameters(model)
 
 
-def forward_flops(model: TransformerConfig, batch: int, length: int) -> float:
-    """One forward pass over whole sequences: 2 N a token, and causal attention."""
-    return 2.0 * matmul_parameters(model) * batch * length + _attention_flops(model, batch * length, length / 2)
+def head_parameters(model: TransformerConfig) -> int:
+    """Those of N that only a token with an output is multiplied by."""
+    return model.width * (model.vocab_size if model.head == "language" else 1)
+
+
+def forward_flops(model: TransformerConfig, batch: int, length: int, outputs: int) -> float:
+    """One forward pass over whole sequences: 2 N a token, and causal attention; the head at `outputs` tokens a row."""
+    head = head_parameters(model)
+    products = 2.0 * batch * ((matmul_parameters(model) - head) * length + head * outputs)
+    return products + _attention_flops(model, batch * length, length / 2)
 
 
 def generation(model: TransformerConfig, sizes: Sizes, weight_bytes: int = 2) -> Work:
-    """A prefill; then for every token the chip's part of all weights and of the keys and values so far is read."""
-    tokens, seen = sizes.batch * sizes.completion, sizes.prompt + sizes.completion / 2
-    flops = forward_flops(model, sizes.batch, sizes.prompt)
+    """A prefill, which gives the first token; then for every token the chip's part of all weights and of the keys and
+    values so far is read.
+    """
+    tokens, seen = sizes.batch * (sizes.completion - 1), sizes.prompt + sizes.completion / 2
+    flops = forward_flops(model, sizes.batch, sizes.prompt, 1)
     flops += 2.0 * matmul_parameters(model) * tokens + _attention_flops(model, tokens, seen)
     weights = weight_bytes * matmul_parameters(model) / sizes.tensor
     heads = model.num_kv_heads / min(sizes.tensor, model.num_kv_heads)
@@ -59,15 +68,21 @@ def generation(model: TransformerConfig, sizes: Sizes, weight_bytes: int = 2) ->
 
 def scoring(model: TransformerConfig, sizes: Sizes) -> Work:
     """One forward pass over prompt and completion, as the reward model makes."""
-    flops = forward_flops(model, sizes.batch, sizes.prompt + sizes.completion)
+    length = sizes.prompt + sizes.completion
+    flops = forward_flops(model, sizes.batch, length, length)
     return Work(flops / sizes.chips, 4 * matmul_parameters(model) / sizes.chips)
 
 
-def update(model: TransformerConfig, sizes: Sizes, *, remat: bool) -> Work:
-    """Scores of policy and anchor (2 forward passes), the gradient (3, and 1 more with full remat), Adam and EMA, which
+def update(model: TransformerConfig, sizes: Sizes, *, remat: bool, in_pieces: bool) -> Work:
+    """Scores of policy and anchor (2 forward passes), the gradient (3), of the completion's tokens; Adam and EMA, which
     read policy, anchor, two moments and gradient, and write all but the gradient, in float32.
+
+    remat: the layers are computed once more for the gradient; in_pieces: so is the head, a piece of the logits at once.
     """
-    flops = (5 + remat) * forward_flops(model, sizes.batch, sizes.prompt + sizes.completion)
+    length = sizes.prompt + sizes.completion
+    layers = forward_flops(model, sizes.batch, length, 0)
+    head = forward_flops(model, sizes.batch, length, sizes.completion) - layers
+    flops = (5 + remat) * layers + (5 + in_pieces) * head
     return Work(flops / sizes.chips, 4 * 9 * matmul_parameters(model) / sizes.chips)
 
 
