@@ -58,6 +58,7 @@ RESIDENT = {
     aot.COPY: COPY,
     "reward model": POLICY + 4 * 16 / 2,
 }
+SUPERVISED = ("SFT step", "reward model step")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,25 @@ def test_what_is_beside_each_program_by_hand(plan):
         "KL to SFT": every - 2 * POLICY,
         "merge": between,
         "LITI": between,
+        "SFT step": RESIDENT["SFT"],  # the weights that it started from
+        "reward model step": between,
     }
+
+
+def test_supervised_stages_are_planned_where_they_run(plan):
+    """Fails when a stage before RL is not checked, or gets another batch than the loss takes, or has no moments."""
+    steps = {p.name: p for p in plan.programs if p.name in SUPERVISED}
+    assert {name: aot.chip_bytes(step.args) for name, step in steps.items()} == {
+        "SFT step": 3 * POLICY + 8 + 8 / 4 * 16 * 5,  # ids and mask of two rows of 16 tokens
+        "reward model step": 3 * RESIDENT["reward model"] + 8 + 8 / 4 * (10 * 5 + 4),
+    }
+    for step in steps.values():
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
+            step.call.lower(*step.args)
+    rewards = {"rewards.sentiment.weight": 0.0, "rewards.length.weight": 1.0}
+    partly = _plan(_config(**rewards, **{"model.trainable": "layers/1/"}))
+    (step,) = [p for p in partly.programs if p.name in SUPERVISED]
+    assert step.beside == ("SFT",)
 
 
 def test_without_a_copy_generation_reads_the_policy_itself():

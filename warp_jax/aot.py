@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from warp_jax import freezing, hlo, merging, rewards, sampling, sharding, validation
+from warp_jax import freezing, hlo, merging, prepare, rewards, sampling, sharding, stages, supervised, validation
 from warp_jax.models.functions import make_apply_fn, param_shapes
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.programs import make_programs
@@ -71,9 +71,9 @@ NO_TRAFFIC = hlo.Collectives({}, {})
 def make_plan(
     config: ConfigDict, mesh: Mesh, policy: TransformerConfig, reward_model: TransformerConfig | None
 ) -> Plan:
-    """All programs of Algorithm 1 for models with these settings, the policy's stacks being cut for
-    config.model.trainable. What is alive is that of an iteration after the first, whose init is not SFT. ValueError for
-    values that the program would refuse.
+    """All programs of Algorithm 1 and of what is trained before it, for models with these settings, the policy's stacks
+    being cut for config.model.trainable. What is alive is that of an iteration after the first, whose init is not SFT.
+    ValueError for values that the program would refuse.
     """
     validation.check_values(config, mesh)
     whole = sharding.with_shardings(mesh, param_shapes(policy))
@@ -111,6 +111,7 @@ def make_plan(
         ),
         *_merging(config.warp, trained),
     ]
+    entries += _supervised(config, mesh, policy, whole, reward_model)
     found = [Program(*entry[:3], tuple(name for name in resident if name not in entry[3])) for entry in entries]
     return Plan(mesh, tuple(found), resident)
 
@@ -134,6 +135,41 @@ def _score(mesh: Mesh, model: TransformerConfig, params: Params, rollout: Rollou
     batch, prompt = rollout.prompt_ids.shape
     shape = batch, prompt + rollout.completion_ids.shape[1]
     return score, (params, _batch(mesh, jnp.int32, *shape), _batch(mesh, jnp.bool_, *shape)), ("reward model",)
+
+
+def _supervised(
+    config: ConfigDict, mesh: Mesh, policy: TransformerConfig, whole: Params, reward_model: TransformerConfig | None
+) -> list[Entry]:
+    """Steps of SFT and of the reward model's training, where a config has them: before RL, when there is no state of a
+    run. Beside each are the weights that it started from; beside the second, SFT too.
+    """
+    unused = ("init", *STATE, COPY)
+    found: list[Entry] = []
+    if config.sft.num_steps:
+        loss_fn = stages.sft_loss(config, make_apply_fn(policy, mesh))
+        call, args = _step(config, mesh, "sft", loss_fn, freezing.split(whole, config.model.trainable))
+        found.append(("SFT step", call, args, (*unused, "frozen weights", "reward model")))
+    if reward_model is not None and prepare.needs_reward_model(config):
+        loss_fn = stages.reward_loss(config, make_apply_fn(reward_model, mesh))
+        start = sharding.with_shardings(mesh, param_shapes(reward_model))
+        parts = freezing.split(start, config.reward_model.trainable)
+        call, args = _step(config, mesh, "reward_model", loss_fn, parts)
+        found.append(("reward model step", call, args, unused))
+    return found
+
+
+def _step(
+    config: ConfigDict, mesh: Mesh, name: str, loss_fn: supervised.LossFn, parts: tuple[Params, Params]
+) -> tuple[Any, tuple[Any, ...]]:
+    """The program of a step of a supervised stage on what is trained and what is frozen, and its arguments."""
+    stage, (trained, frozen) = config[name], parts
+    programs = supervised.make_programs(mesh, loss_fn, trained, stages.make_optimizer(stage, config.adam))
+    state = sharding.with_shardings(mesh, jax.eval_shape(programs.init, trained))
+    shape = stage.batch_size, stage.sequence_tokens
+    batch = {"token_ids": _batch(mesh, jnp.int32, *shape), "mask": _batch(mesh, jnp.bool_, *shape)}
+    if name == "reward_model":
+        batch["labels"] = _batch(mesh, jnp.int32, stage.batch_size)
+    return programs.update, (state, frozen, batch)
 
 
 def _merging(config: ConfigDict, trained: Params) -> list[Entry]:

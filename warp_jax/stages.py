@@ -32,7 +32,7 @@ from warp_jax.models import functions, huggingface
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.progress import JobProgress
 from warp_jax.tokenizer import Tokenizer
-from warp_jax.types import Params, Rollout
+from warp_jax.types import ApplyFn, Params, Rollout
 
 HELD_OUT_BATCHES = 16  # at most, for the held-out quality of SFT and of the reward model
 
@@ -43,6 +43,16 @@ def make_optimizer(stage: ConfigDict, adam: ConfigDict) -> optax.GradientTransfo
     """The optimizer of one stage: its learning_rate, warmup_steps and clip_norm, and what all stages share."""
     names = {name: stage[name] for name in ("learning_rate", "warmup_steps", "clip_norm")}
     return optimizers.make_optimizer(**names, b1=adam.b1, b2=adam.b2, eps=adam.eps)
+
+
+def sft_loss(config: ConfigDict, apply_fn: ApplyFn) -> supervised.LossFn:
+    """What SFT minimises."""
+    return functools.partial(supervised.language_loss, apply_fn, logits_chunk=config.model.logits_chunk)
+
+
+def reward_loss(config: ConfigDict, apply_fn: ApplyFn) -> supervised.LossFn:
+    """What the training of the reward model minimises."""
+    return functools.partial(supervised.REWARD_LOSSES[config.reward_model.loss], apply_fn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +74,6 @@ class Maker:
         if not config.num_steps:
             return start
         rows = tokens["reward"] + tokens["gold"]
-        apply_fn = functions.make_apply_fn(model, self.mesh)
 
         def batch_fn(step: int) -> supervised.Batch:
             chosen = prompts.epoch_rows(len(rows), config.batch_size, step, seed=self.config.seed, stream="sft")
@@ -76,7 +85,7 @@ class Maker:
 
         return self._stage(
             "sft",
-            loss_fn=functools.partial(supervised.language_loss, apply_fn, logits_chunk=self.config.model.logits_chunk),
+            loss_fn=sft_loss(self.config, functions.make_apply_fn(model, self.mesh)),
             start=start,
             trainable=self.config.model.trainable,
             batch_fn=batch_fn,
@@ -106,7 +115,7 @@ class Maker:
         apply_fn = functions.make_apply_fn(model, self.mesh)
         params = self._stage(
             "reward_model",
-            loss_fn=functools.partial(supervised.REWARD_LOSSES[config.loss], apply_fn),
+            loss_fn=reward_loss(self.config, apply_fn),
             start=freezing.restacked(sft_params, self._random_params(model)),
             trainable=config.trainable,
             batch_fn=batch_fn,

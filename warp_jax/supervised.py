@@ -1,9 +1,8 @@
 """Supervised stages: fine-tuning the policy on text (SFT), and a reward model on human labels."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from warp_jax import loop, prompts, rewards, scoring, sharding, trees
 from warp_jax.types import ApplyFn, Array, Params
 
 Batch = Mapping[str, Any]
+State = tuple[Params, Any]
 LossFn = Callable[[Params, Batch], tuple[Array, Mapping[str, Array]]]
 
 
@@ -66,6 +66,38 @@ def paired_rows(labels: np.ndarray, batch_size: int, step: int, *, seed: int, st
     return np.concatenate(halves)
 
 
+class Programs(NamedTuple):
+    """The compiled parts of a stage.
+
+    init: trained params -> state, a pair of params and the optimizer's state.
+    update: state (donated), frozen params, batch -> state, metrics.
+    """
+
+    init: Callable[[Params], State]
+    update: Callable[[State, Params, Batch], tuple[State, Mapping[str, Array]]]
+
+
+def make_programs(mesh: Mesh, loss_fn: LossFn, params: Params, optimizer: optax.GradientTransformation) -> Programs:
+    """Jit the parts for trained parameters shaped like `params`."""
+
+    def init(params: Params) -> State:
+        own = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+        return own, optimizer.init(own)
+
+    def update(state: State, frozen: Params, batch: Batch) -> tuple[State, Mapping[str, Array]]:
+        params, opt_state = state
+        grads, metrics = jax.grad(lambda p: loss_fn(trees.join(p, frozen), batch), has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        metrics = {**metrics, "grad_norm": optax.global_norm(grads)}
+        return (optax.apply_updates(params, updates), opt_state), metrics
+
+    layout = sharding.param_shardings(mesh, jax.eval_shape(init, params))
+    return Programs(
+        init=jax.jit(init, out_shardings=layout),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh))),
+    )
+
+
 def fit(
     loss_fn: LossFn,
     params: Params,
@@ -82,26 +114,10 @@ def fit(
     """Minimise loss_fn over `params`, the trained part of a model with frozen_params, on batch_fn(step); resumes from
     `directory`.
     """
-
-    def init(params: Params) -> tuple[Params, Any]:
-        own = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-        return own, optimizer.init(own)
-
-    layout = sharding.param_shardings(mesh, jax.eval_shape(init, params))
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
-    def update(
-        state: tuple[Params, Any], frozen: Params, batch: Batch
-    ) -> tuple[tuple[Params, Any], Mapping[str, Array]]:
-        params, opt_state = state
-        grads, metrics = jax.grad(lambda p: loss_fn(trees.join(p, frozen), batch), has_aux=True)(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        metrics = {**metrics, "grad_norm": optax.global_norm(grads)}
-        return (optax.apply_updates(params, updates), opt_state), metrics
-
+    programs = make_programs(mesh, loss_fn, params, optimizer)
     state = loop.run_steps(
-        lambda state, step: update(state, frozen_params, sharding.put_batch(mesh, batch_fn(step))),
-        lambda: jax.jit(init, out_shardings=layout)(params),
+        lambda state, step: programs.update(state, frozen_params, sharding.put_batch(mesh, batch_fn(step))),
+        lambda: programs.init(params),
         num_steps=num_steps,
         directory=directory,
         checkpoint_every=checkpoint_every,
