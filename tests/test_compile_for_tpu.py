@@ -21,7 +21,7 @@ os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled", "ALLOW_MULT
 from jax.experimental import topologies
 
 SIZES = {"width": 256, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "mlp_dim": 512, "num_layers": 2}
-RL = ("start of a run", aot.COPY, "generation", "reward", "update", "KL to SFT", "merge", "LITI")
+RL = ("start of a run", aot.COPY, "generation", "reward", "update", "KL to SFT", "Gram matrix", "merge", "LITI")
 NAMES = (*RL, "SFT step", "reward model step")
 SETTINGS = {
     "mesh": (1, 2, 2),

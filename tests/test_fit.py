@@ -89,6 +89,7 @@ def test_what_is_beside_each_program_by_hand(plan):
         "reward (evaluation)": every - RESIDENT["reward model"],
         "update": every - 4 * POLICY - 8,
         "KL to SFT": every - 2 * POLICY,
+        "Gram matrix": between,
         "merge": between,
         "LITI": between,
         "SFT step": RESIDENT["SFT"],  # the weights that it started from

@@ -173,13 +173,15 @@ def _step(
 
 
 def _merging(config: ConfigDict, trained: Params) -> list[Entry]:
-    """Between runs, when there is no state of one."""
-    merge = jax.jit(functools.partial(merging.merge, method=config.merge, unit=config.unit))
-    liti = jax.jit(functools.partial(merging.liti, liti_rate=config.liti_rate))
-    used = ("init", *STATE, COPY)
+    """Between runs, when there is no state of one. A merge is two passes, with the coefficients found by the host between
+    them; the second is a sum, whatever the method. They run leaf by leaf, which needs no more than all leaves at once.
+    """
+    gram = jax.jit(lambda init, policies: merging.gram(init, policies, config.unit).matrix)
+    policies, used = [trained] * config.num_runs, ("init", *STATE, COPY)
     return [
-        ("merge", merge, (trained, [trained] * config.num_runs), used),
-        ("LITI", liti, (trained, trained), used),
+        ("Gram matrix", gram, (trained, policies), used),
+        ("merge", jax.jit(merging.lerp), (trained, policies), used),
+        ("LITI", jax.jit(functools.partial(merging.liti, liti_rate=config.liti_rate)), (trained, trained), used),
     ]
 
 
