@@ -1,6 +1,6 @@
 """Compile every program of a config for TPUs, on a machine without one, and see whether they fit.
 
-  pip install 'warp_jax[tpu_aot]'
+  pip install 'warp_jax[tpu-aot]'
   python scripts/compile_for_tpu.py --config=configs/gemma_7b.py --topology=v5e:8x8
   python scripts/compile_for_tpu.py --config=configs/gemma_7b.py --topology=v5e:16x16 --mesh=1,16,16 --json=fit.json
 
@@ -52,7 +52,7 @@ def get_devices(chip: chips.Chip, topology: str, slices: int) -> Sequence[jax.De
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except (RuntimeError, jax.errors.JaxRuntimeError) as error:
         raise ValueError(
-            f"topology: {topology}: {error}; want libtpu (pip install 'warp_jax[tpu_aot]') and a name like v5e:8x8"
+            f"topology: {topology}: {error}; want libtpu (pip install 'warp_jax[tpu-aot]') and a name like v5e:8x8"
         ) from error
 
 

@@ -14,7 +14,7 @@ from tests.commands import run, script_command
 from warp_jax import aot, architecture, sharding
 
 if importlib.util.find_spec("libtpu") is None:
-    pytest.skip("libtpu is not installed: pip install 'warp_jax[tpu_aot]'", allow_module_level=True)
+    pytest.skip("libtpu is not installed: pip install 'warp_jax[tpu-aot]'", allow_module_level=True)
 
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
