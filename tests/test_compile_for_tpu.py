@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 
 import jax
 import numpy as np
@@ -109,25 +110,31 @@ def test_a_mesh_over_two_slices():
 
 
 def test_too_large_is_refused_with_a_setting_that_fits(tmp_path):
-    """Fails when a program that does not fit passes, or what is suggested does not fit either."""
+    """Fails when a program that does not fit passes, or what is suggested does not fit either: the copy for generation
+    of 3.5e9 weights, of which XLA refuses a whole one on each chip, and half of one fits.
+    """
+    sizes = {"width": 4096, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "mlp_dim": 14_336, "num_layers": 16}
     config = {
-        "rl.batch_size": 4096,
-        "rl.num_microbatches": 1,
-        "evaluation.batch_size": 8,
-        "evaluation.num_prompts": 8,
-        "model.remat": "none",
-        "model.architecture.num_layers": 16,
+        "mesh": (1, 4, 1),
+        "model.trainable": "layers/0/",
+        "rewards.sentiment.weight": 0.0,
+        "rewards.length.weight": 1.0,
+        **{f"model.architecture.{name}": size for name, size in sizes.items()},
     }
     flags = [f"--config.{name}={value}".replace(" ", "") for name, value in {**SETTINGS, **config}.items()]
     out = tmp_path / "fit.json"
-    flags = ["--config=configs/tiny.py", "--topology=v5e:2x2", "--programs=update", f"--json={out}", *flags]
-    result = run(script_command("compile_for_tpu.py", *flags))
+    command = script_command(
+        "compile_for_tpu.py", "--config=configs/tiny.py", "--topology=v5e:2x2", f"--programs={aot.COPY}", *flags
+    )
+    result = run([*command, f"--json={out}"])
     assert result.returncode == 3, result.stderr
-    assert "DOES NOT FIT: update" in result.stdout
-    assert "It fits with --config.model.remat=full" in result.stdout
-    assert "update alone is too large" in result.stdout
-    found = json.loads(out.read_text())
-    assert found["suggestion"] == {"model.remat": "full"}
+    assert f"DOES NOT FIT: {aot.COPY}" in result.stdout
+    assert f"{aot.COPY} alone is too large" in result.stdout
+    assert json.loads(out.read_text())["suggestion"] == {"mesh": [1, 2, 2]}
+    _, _, advice = result.stdout.rpartition("It fits with ")
+    kept = [flag for flag in command if not flag.startswith("--config.mesh=")]  # given twice, tuples become one
+    again = run([*kept, *shlex.split(advice)])
+    assert again.returncode == 0, again.stdout
 
 
 @pytest.mark.parametrize(
