@@ -173,8 +173,8 @@ def _step(
 
 
 def _merging(config: ConfigDict, trained: Params) -> list[Entry]:
-    """Between runs, when there is no state of one. A merge is two passes, with the coefficients found by the host between
-    them; the second is a sum, whatever the method. They run leaf by leaf, which needs no more than all leaves at once.
+    """Between runs, when there is no state of one. A merge is two passes, between which the host finds coefficients;
+    the second is a sum, whatever the method. They run leaf by leaf, which needs no more than all leaves at once.
     """
     gram = jax.jit(lambda init, policies: merging.gram(init, policies, config.unit).matrix)
     policies, used = [trained] * config.num_runs, ("init", *STATE, COPY)

@@ -55,7 +55,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         _run(config, workdir)
     except BaseException as error:
-        hosts.leave(error)
+        if MULTIHOST.value:
+            hosts.leave(error)
         raise
 
 
@@ -65,7 +66,8 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         corpora = check(config, workdir)
         part = jobs.choose_part(config, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
     except (ValueError, OSError, hosts.PeerError) as error:
-        hosts.stop_after_loss(error)
+        if MULTIHOST.value:
+            hosts.stop_after_loss(error)
         cli.fail(str(error))
     try:
         line = jobs.run_part(config, corpora, workdir, part)
