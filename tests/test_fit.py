@@ -107,9 +107,17 @@ def test_supervised_stages_are_planned_where_they_run(plan):
     for step in steps.values():
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
             step.call.lower(*step.args)
+
+
+def test_a_supervised_stage_has_moments_of_what_it_trains():
+    """Fails when frozen weights get moments, or a reward model that a folder brings is trained."""
     rewards = {"rewards.sentiment.weight": 0.0, "rewards.length.weight": 1.0}
-    partly = _plan(_config(**rewards, **{"model.trainable": "layers/1/"}))
-    (step,) = [p for p in partly.programs if p.name in SUPERVISED]
+    config = _config(**rewards, **{"model.trainable": "layers/1/"})
+    policy, reward_model = architecture.planned(config)[0], architecture.planned(_config())[1]
+    plan = aot.make_plan(config, sharding.make_mesh(config.mesh, jax.devices()[:8]), policy, reward_model)
+    (step,) = [p for p in plan.programs if p.name in SUPERVISED]
+    layer = 4 * ((QO + MLP) / 4 + KV / 2 + 2 * 16)
+    assert aot.chip_bytes(step.args) == POLICY + 2 * layer + 8 + 8 / 4 * 16 * 5
     assert step.beside == ("SFT",)
 
 
