@@ -50,8 +50,8 @@ class StateStore:
         self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, like: Any) -> Any:
-        """Read the newest state, laid out as `like` (arrays or jax.ShapeDtypeStruct)."""
-        return self._manager.restore(self.latest_step(), args=ocp.args.StandardRestore(abstract(like)))
+        """Read the newest state, laid out as `like` (jax.ShapeDtypeStruct with shardings)."""
+        return self._manager.restore(self.latest_step(), args=ocp.args.StandardRestore(like))
 
     def close(self) -> None:
         """Wait for what is being written."""

@@ -15,13 +15,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from warp_jax import cli, files
+
+Result = TypeVar("Result")
 
 _PARENT = "WARP_JAX_PARENT"  # environment: a file descriptor that ends when the parent does
 _LOSS = re.compile(  # of the texts of JAX's errors
@@ -86,23 +88,20 @@ def exists(path: Path) -> bool:
     return bool(agree(np.array(is_first() and path.exists())))
 
 
-def together(action: Callable[[], None]) -> None:
-    """Do something in every process; then all go on, or none: the error where it failed, PeerError in the others.
+def together(action: Callable[[], Result]) -> Result:
+    """Its result in every process; then all go on, or none: the error where it failed, PeerError in the others.
 
     Without this, one that fails leaves the others waiting for it. The action itself must not wait for another process.
     """
-    error = None
     try:
-        action()
-    except Exception as caught:
-        error = caught
-    failed = [error is not None]
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.array(failed)).ravel().tolist()
-    if error is not None:
-        raise error
+        result = action()
+    except Exception:
+        _of_all(True)
+        raise
+    failed = _of_all(False)
     if any(failed):
         raise PeerError(f"process {failed.index(True)} of {len(failed)} cannot go on, and says why")
+    return result
 
 
 def once(path: Path, make: Callable[[], None]) -> None:
@@ -113,7 +112,7 @@ def once(path: Path, make: Callable[[], None]) -> None:
 
 def by_first(make: Callable[[], None]) -> None:
     """Let the first process do something; then all go on, or none."""
-    together(make if is_first() else lambda: None)
+    together(lambda: make() if is_first() else None)
 
 
 def fetch(tree: Any) -> Any:
@@ -188,6 +187,13 @@ def _exit_at_once(code: int) -> None:
 def _end_with_parent(watched: int) -> None:
     os.read(watched, 1)  # returns when the other end is closed
     os._exit(cli.TRY_AGAIN)
+
+
+def _of_all(failed: bool) -> list[bool]:
+    """What each process says."""
+    if jax.process_count() == 1:
+        return [failed]
+    return multihost_utils.process_allgather(np.array([failed])).ravel().tolist()
 
 
 def _whole(x: Any) -> np.ndarray:

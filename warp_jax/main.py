@@ -27,14 +27,14 @@ PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Which of them this is, from
 
 def check(config: ConfigDict, workdir: Path) -> Mapping[str, Corpus]:
     """The data, once all input is found good; else ValueError, with nothing written. Then the workdir is claimed."""
-    corpora = dict[str, Corpus]()
 
-    def read() -> None:
+    def read() -> Mapping[str, Corpus]:
         validation.check_config(config)
-        corpora.update(prepare.load_corpora(config))
+        corpora = prepare.load_corpora(config)
         prepare.check_prompts(config, corpora)
+        return corpora
 
-    hosts.together(read)
+    corpora = hosts.together(read)
     validation.claim_workdir(config, workdir)
     return corpora
 

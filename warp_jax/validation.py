@@ -153,7 +153,8 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
     def claim() -> None:
         _check_workdir(config, workdir)  # before the lock, which is a file in there
         with files.locked(workdir / LOCK, tell):
-            fingerprints = _check_workdir(config, workdir)
+            _check_workdir(config, workdir)
+            fingerprints = architecture.check_unchanged(config, workdir)
             files.write_json(workdir / CONFIG, json.loads(config.to_json()))
             if fingerprints:
                 files.write_json(workdir / architecture.FINGERPRINTS, fingerprints)
@@ -164,8 +165,8 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
         raise ValueError(f"workdir: cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
 
 
-def _check_workdir(config: ConfigDict, workdir: Path) -> dict[str, str]:
-    """The fingerprints of the models; ValueError if the workdir is another job's, or no folder for one."""
+def _check_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Raise ValueError if the workdir is another job's, or no folder for one."""
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir: {workdir} is a file, want a folder")
     found = {path.name for path in workdir.iterdir()} if workdir.exists() else set()  # once: others may write there
@@ -179,7 +180,6 @@ def _check_workdir(config: ConfigDict, workdir: Path) -> dict[str, str]:
             )
     elif any(name != LOCK and not name.startswith(".") for name in found):
         raise ValueError(f"workdir: {workdir} holds other files and no config.json, want a new or empty folder")
-    return architecture.check_unchanged(config, workdir)
 
 
 def _check_rewards(config: ConfigDict) -> None:
