@@ -15,7 +15,8 @@ import matplotlib
 import numpy as np
 from absl import app, flags
 
-from warp_jax import cli, files, plots, report, summary
+from warp_jax import cli, files
+from warp_jax.evaluation import plots, report, summary
 
 _BASELINE = flags.DEFINE_string("baseline", "", "Finished workdir whose trajectory the other fronts are set against.")
 _PICTURE = flags.DEFINE_string("picture", "", "PNG for the fronts of one workdir and the baseline's trajectory.")

@@ -29,7 +29,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from warp_jax import aot, architecture, chips, cli, files, fit, sharding
+from warp_jax import cli, files
+from warp_jax.experiment import architecture
+from warp_jax.parallel import meshes
+from warp_jax.tpu_fit import chips, compile, memory
 
 DOES_NOT_FIT = 3  # exit code
 
@@ -56,10 +59,10 @@ def get_devices(chip: chips.Chip, topology: str, slices: int) -> Sequence[jax.De
         ) from error
 
 
-def make_plan(devices: Sequence[jax.Device], config: ConfigDict) -> aot.Plan:
+def make_plan(devices: Sequence[jax.Device], config: ConfigDict) -> compile.Plan:
     """The plan of a config on a mesh of these devices."""
-    mesh: Mesh = sharding.make_mesh(config.mesh, devices)
-    return aot.make_plan(config, mesh, *architecture.planned(config))
+    mesh: Mesh = meshes.make_mesh(config.mesh, devices)
+    return compile.make_plan(config, mesh, *architecture.planned(config))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -74,31 +77,31 @@ def main(argv: Sequence[str]) -> None:
         plan = make_plan(devices, config)
         config.mesh = tuple(plan.mesh.devices.shape)
         names = [] if PROGRAMS.value == ["all"] else PROGRAMS.value
-        fit.check_names(plan, names)
+        memory.check_names(plan, names)
     except (ValueError, OSError) as error:
         cli.fail(str(error))
     limit = (1 - SPARE.value) * chip.hbm_bytes
     say = functools.partial(print, file=sys.stderr, flush=True)
     started = time.monotonic()
 
-    def on_program(done: aot.Compiled) -> None:
+    def on_program(done: compile.Compiled) -> None:
         say(f"{done.name}: {done.seconds:.0f} s ({time.monotonic() - started:.0f} s in all)")
 
-    found = fit.check(plan, limit, names, on_program)
-    table = fit.table(found, chip, SPARE.value)
+    found = memory.check(plan, limit, names, on_program)
+    table = memory.table(found, chip, SPARE.value)
     print(_title(config), table, sep="\n\n")
     if not names and not found.failing:
         print("\nA step of RL at the chip's published peaks, a lower bound and no measurement:\n")
-        print(fit.step_table(config, *architecture.planned(config), found, chip))
+        print(memory.step_table(config, *architecture.planned(config), found, chip))
     changes = None
     if found.failing and SUGGEST.value:
         say("looking for the nearest setting that fits")
         try_plan = functools.partial(make_plan, devices)
-        changes = fit.search(config, try_plan, found.failing, limit, names=names, on_program=on_program)
-        print(fit.advice(changes))
+        changes = memory.search(config, try_plan, found.failing, limit, names=names, on_program=on_program)
+        print(memory.advice(changes))
     if JSON.value:
         about = {"command": " ".join(sys.argv), "mesh": config.mesh, "versions": _versions(), "suggestion": changes}
-        files.write_json(Path(JSON.value), about | fit.as_json(found, chip))
+        files.write_json(Path(JSON.value), about | memory.as_json(found, chip))
     if found.failing:
         sys.exit(DOES_NOT_FIT)
 

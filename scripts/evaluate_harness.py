@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 
-from warp_jax import cli, files, harness
+from warp_jax import cli, files
+from warp_jax.benchmarks import harness
 
 INSTALL = "lm-evaluation-harness is not installed: pip install 'warp_jax[evaluation]' (or 'lm_eval[hf,math]')"
 FOLDERS = flags.DEFINE_list("folders", [], "NAME=FOLDER of Hugging Face folders, separated by commas.")
@@ -122,7 +123,7 @@ def _export(out: Path, folders: dict[str, Path]) -> None:
             continue
         _progress(f"{stage}: exporting to {folder}")
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX would take the accelerator's memory from torch
-        from warp_jax import export  # noqa: PLC0415
+        from warp_jax.experiment import export  # noqa: PLC0415
 
         export.export_stage(Path(WORKDIR.value), stage, folder)
 

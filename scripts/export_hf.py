@@ -10,8 +10,9 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from warp_jax import cli, export
-from warp_jax.weight_files import OUTPUT_DTYPES
+from warp_jax import cli
+from warp_jax.experiment import export
+from warp_jax.storage.weight_files import OUTPUT_DTYPES
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder that warp_jax.main made.")
 STAGE = flags.DEFINE_string("stage", None, f"What to export: {export.WHAT}.")

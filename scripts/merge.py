@@ -14,9 +14,10 @@ from pathlib import Path
 from absl import app, flags
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the merge has threads of its own
-from warp_jax import cli, merge_files
-from warp_jax.coefficients import METHODS
-from warp_jax.weight_files import OUTPUT_DTYPES
+from warp_jax import cli
+from warp_jax.merging import on_disk
+from warp_jax.merging.coefficients import METHODS
+from warp_jax.storage.weight_files import OUTPUT_DTYPES
 
 INIT = flags.DEFINE_string("init", None, "Folder of the weights where all policies started (SFT).")
 POLICIES = flags.DEFINE_list("policies", [], "Folders of the trained policies, separated by commas.")
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     started = time.monotonic()
     out = Path(OUT.value)
     try:
-        settings = merge_files.Settings(
+        settings = on_disk.Settings(
             method=METHOD.value,
             unit=UNIT.value,
             weights=_numbers("weights", WEIGHTS.value) if WEIGHTS.value else None,
@@ -43,10 +44,10 @@ def main(argv: list[str]) -> None:
             dtype=DTYPE.value,
             memory_gb=MEMORY_GB.value,
         )
-        report = merge_files.merge_folders(Path(INIT.value), [Path(p) for p in POLICIES.value], out, settings)
+        report = on_disk.merge_folders(Path(INIT.value), [Path(p) for p in POLICIES.value], out, settings)
     except (ValueError, OSError) as error:
         cli.fail(str(error))
-    print(f"{merge_files.summary_line(report)} in {time.monotonic() - started:.1f} s: {out}")
+    print(f"{on_disk.summary_line(report)} in {time.monotonic() - started:.1f} s: {out}")
 
 
 def _numbers(name: str, values: list[str]) -> tuple[float, ...]:

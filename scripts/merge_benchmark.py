@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from warp_jax import cli, merging
-from warp_jax.weight_files import SafetensorsWriter, Tensor, open_weights
+from warp_jax.storage.weight_files import SafetensorsWriter, Tensor, open_weights
 
 WHAT = flags.DEFINE_enum("what", "in_memory", ["in_memory", "mergekit", "large"], "What to measure.")
 WORKDIR = flags.DEFINE_string("workdir", "/tmp/merge_benchmark", "Folder for checkpoints and mergekit; kept.")

@@ -16,10 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from warp_jax import cli, corpus, pretrained, prompts, sampling, sharding
-from warp_jax.models import functions, huggingface
+from warp_jax import cli
+from warp_jax.data import batches, corpus
+from warp_jax.data.tokenizer import Tokenizer
+from warp_jax.models import apply, partitioning
 from warp_jax.models.transformer import init_cache
-from warp_jax.tokenizer import Tokenizer
+from warp_jax.parallel import meshes
+from warp_jax.pretrained import hf_weights, sources
+from warp_jax.training import sampling
 from warp_jax.types import PromptBatch
 
 SOURCE = flags.DEFINE_string("source", None, "A model folder, a .gguf file or package:NAME.")
@@ -34,15 +38,15 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.ERROR)  # of libraries
     try:
-        folder = pretrained.find(SOURCE.value)
-        config = pretrained.read_settings(folder, "language", "float32")
+        folder = sources.find(SOURCE.value)
+        config = sources.read_settings(folder, "language", "float32")
         texts = [row["text"] for row in corpus.load_rows("movie_reviews", "train")]
-        mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-        params = huggingface.load_params(folder, config, sharding.with_shardings(mesh, functions.param_shapes(config)))
+        mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
+        params = hf_weights.load_params(folder, config, partitioning.with_shardings(mesh, apply.param_shapes(config)))
         tokenizer = Tokenizer.from_folder(folder)
     except (ValueError, OSError) as error:
         cli.fail(str(error))
-    apply_fn = functions.make_apply_fn(config)
+    apply_fn = apply.make_apply_fn(config)
     chosen = [texts[i] for i in np.linspace(0, len(texts) - 1, NUM_TEXTS.value).astype(int)]
     bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
     rows = [np.append(bos, ids)[: MAX_TOKENS.value] for ids in tokenizer.encode(chosen)]
@@ -78,7 +82,7 @@ def compare(
             return model(input_ids=ids, attention_mask=seen, position_ids=places, use_cache=False).logits.numpy()
 
     short = [row[: 16 + 4 * i] for i, row in enumerate(rows[:3])]
-    padded = prompts.left_pad(short, max(map(len, short)), tokenizer.pad_id)
+    padded = batches.left_pad(short, max(map(len, short)), tokenizer.pad_id)
     ours, theirs = our_logits(padded), their_logits(padded)
     real = np.asarray(padded.prompt_mask)
     difference = float(np.abs(ours - theirs)[real].max() / np.abs(theirs[real]).max())
@@ -109,7 +113,7 @@ def _perplexity(rows: list[np.ndarray], tokenizer: Tokenizer, logits_fn: Callabl
     """Exp of the mean negative log-likelihood of all next tokens of all rows."""
     total, count = 0.0, 0
     for row in rows:
-        batch = prompts.left_pad([row], MAX_TOKENS.value, tokenizer.pad_id)
+        batch = batches.left_pad([row], MAX_TOKENS.value, tokenizer.pad_id)
         logits = np.asarray(logits_fn(batch)[0, -len(row) : -1], np.float64)
         shifted = logits - logits.max(axis=-1, keepdims=True)
         logps = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

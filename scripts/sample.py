@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from warp_jax import answers, cli, export, files
+from warp_jax import cli, files
+from warp_jax.benchmarks import answers
+from warp_jax.experiment import export
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder that warp_jax.main made.")
 STAGES = flags.DEFINE_list("stages", ["sft"], f"Stages, separated by commas: {export.WHAT}.")

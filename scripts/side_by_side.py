@@ -21,9 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from warp_jax import cli, files, pretrained, rewards, sharding, side_by_side
-from warp_jax.pareto import Interval
-from warp_jax.side_by_side import Comparison
+from warp_jax import cli, files
+from warp_jax.benchmarks import side_by_side
+from warp_jax.benchmarks.side_by_side import Comparison
+from warp_jax.evaluation.pareto import Interval
+from warp_jax.parallel import meshes
+from warp_jax.rewards import from_folder, reward_functions
 
 OURS = flags.DEFINE_string("ours", "", "JSONL file of the answers that positive figures speak for.")
 THEIRS = flags.DEFINE_string("theirs", "", "JSONL file of the answers to compare with.")
@@ -66,17 +69,17 @@ def main(argv: list[str]) -> None:
     Console(highlight=False).print(as_table(comparison))
 
 
-def load_judge(source: str) -> rewards.TextFn:
+def load_judge(source: str) -> reward_functions.TextFn:
     """The text reward that a folder or the name of a function stands for; a model reads JUDGED_AT_ONCE texts a time."""
     if not Path(source).is_dir():
-        return rewards.load_function(source)
+        return reward_functions.load_function(source)
 
     def judge(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         is_chat = [MESSAGES in row for row in rows]
         if any(is_chat) != all(is_chat):
             raise ValueError(f"some answers have a conversation in {MESSAGES!r} and some have not, want all or none")
         conversation_of = (lambda row: row[MESSAGES]) if all(is_chat) else None
-        reward = pretrained.load_reward(Path(source), sharding.make_mesh((-1, 1, 1)), "float32", conversation_of)
+        reward = from_folder.load(Path(source), meshes.make_mesh((-1, 1, 1)), "float32", conversation_of)
         starts = range(0, len(prompts), JUDGED_AT_ONCE)
         parts = [slice(start, start + JUDGED_AT_ONCE) for start in starts]
         return np.concatenate([reward(prompts[part], completions[part], rows[part]) for part in parts])

@@ -10,7 +10,8 @@ from pathlib import Path
 from absl import app
 from ml_collections import ConfigDict
 
-from warp_jax import jobs, main, prepare
+from warp_jax import main
+from warp_jax.experiment import jobs, preparation
 
 READS = Path(sys.argv.pop(1))
 
@@ -46,7 +47,7 @@ class Recorder:
 
 
 recorder = Recorder()
-load_corpora = prepare.load_corpora
+load_corpora = preparation.load_corpora
 
 
 def recorded_load_corpora(config):
@@ -55,7 +56,7 @@ def recorded_load_corpora(config):
     return load_corpora(config)
 
 
-prepare.load_corpora = recorded_load_corpora
+preparation.load_corpora = recorded_load_corpora
 run_part = jobs.run_part
 
 

@@ -1,80 +1,92 @@
-"""The architecture, read from the imports: a module may import only what lies below it."""
+"""The architecture, read from the imports: a folder imports only what its row names, and none imports in a circle."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "warp_jax"
-LEVELS = {
-    0: {
-        *("types", "files", "cli", "units", "coefficients", "pareto", "tokenizer", "progress", "optimizers"),
-        *("math_answers", "reasoning", "hlo", "chips"),
-    },
-    1: {
-        *("hosts", "trees", "kernels", "weight_files", "objective", "metrics", "plots", "chat", "corpus", "harness"),
-        *("models", "models.rope", "models.gguf_tokenizer"),
-    },
-    2: {"merging", "merge_inputs", "sharding", "gold", "freezing", "models.gguf_import"},
-    3: {"prompts", "sampling", "scoring", "rewards", "checkpoint", "merge_files", "models.attention"},
-    4: {"loop", "evaluate", "models.transformer"},
-    5: {"train", "supervised", "models.functions", "models.published", "models.huggingface_rope"},
-    6: {"roofline", "answers", "side_by_side", "models.huggingface_config"},
-    7: {"models.huggingface"},
-    8: {"pretrained"},
-    9: {"architecture"},
-    10: {"stages", "export"},
-    11: {"prepare", "programs"},
-    12: {"points", "validation"},
-    13: {"warp", "aot"},
-    14: {"fit", "summary"},
-    15: {"report"},
-    16: {"jobs"},
-    17: {"main"},
+MAY_IMPORT = {  # folder, or file at the top: the folders and files that it may import beside itself
+    **{name: set() for name in ("__init__", "types", "naming", "files", "cli", "progress")},
+    "trees": set(),
+    "parallel": {"files", "cli"},
+    "data": {"types"},
+    "storage": {"parallel", "files", "naming", "types"},
+    "models": {"parallel", "trees", "naming", "types"},
+    "merging": {"storage", "trees", "naming", "types", "files", "progress"},
+    "pretrained": {"models", "storage", "data", "trees", "naming", "types", "files"},
+    "rewards": {"pretrained", "models", "data", "parallel", "types", "files"},
+    "training": {"rewards", "merging", "models", "data", "storage", "parallel", "trees", "types", "files"},
+    "evaluation": {"training", "merging", "data", "parallel", "trees", "types", "files"},
+    "benchmarks": {"evaluation", "training", "rewards", "models", "data", "parallel", "types", "files"},
 }
-LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
-SIBLINGS = {("models.transformer", "models.rope")}
-
-
-def _modules():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-        if name != "__init__":
-            yield name, ast.parse(path.read_text())
+MAY_IMPORT["experiment"] = {name for name in MAY_IMPORT if name != "benchmarks"}
+MAY_IMPORT["tpu_fit"] = {*MAY_IMPORT["experiment"], "experiment"}
+MAY_IMPORT["main"] = {*MAY_IMPORT["tpu_fit"]}
+ONLY = {("merging", "storage"): {"on_disk", "chunking"}, ("merging", "progress"): {"on_disk"}}  # files of a folder
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 
 
 def _imported(tree):
-    for module, names in _import_statements(tree):
-        root, _, inside = module.partition(".")
-        if root in ("configs", "scripts"):
-            yield module
-        if root == "warp_jax":
-            for name in names or [""]:
-                full = f"{inside}.{name}".strip(".")
-                yield full if full in LEVEL_OF else inside
-
-
-def _import_statements(tree):
-    """Pairs of a module and the names taken from it, for both kinds of import statement."""
+    """Modules of the package that a module imports, wherever the import stands; of scripts and configs, their name."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            yield node.module or "", [alias.name for alias in node.names]
         if isinstance(node, ast.Import):
-            yield from ((alias.name, []) for alias in node.names)
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            root, _, inside = name.partition(".")
+            if root in ("configs", "scripts", "tests"):
+                yield name
+            while root == "warp_jax" and inside and not {inside, f"{inside}.__init__"} & MODULES.keys():
+                inside = inside.rpartition(".")[0]
+            if inside and root == "warp_jax":
+                yield inside
 
 
-@pytest.mark.parametrize(("name", "tree"), _modules(), ids=lambda value: value if isinstance(value, str) else "")
-def test_imports_go_downwards(name, tree):
-    """Fails when any module imports a sibling or one above it, or configs or scripts."""
-    for other in _imported(tree):
-        assert LEVEL_OF.get(other, 99) < LEVEL_OF[name] or (name, other) in SIBLINGS, f"{name} imports {other}"
+@pytest.mark.parametrize("name", MODULES)
+def test_a_folder_imports_only_what_its_row_names(name):
+    """Fails when any module imports from a folder above its own, or from configs, scripts or tests."""
+    folder, _, file = name.partition(".")
+    for other in _imported(MODULES[name]):
+        target = other.partition(".")[0]
+        assert target in {folder, *MAY_IMPORT[folder]}, f"{name} imports {other}"
+        assert file in ONLY.get((folder, target), {file}), f"{name} imports {other}"
 
 
-@pytest.mark.parametrize(("name", "tree"), _modules(), ids=lambda value: value if isinstance(value, str) else "")
-def test_only_the_upper_levels_see_a_config(name, tree):
+def test_no_import_goes_in_a_circle():
+    """Fails when two folders, or two modules of one folder, import each other by way of any others."""
+    modules = {name: set(_imported(tree)) - {name} for name, tree in MODULES.items()}
+    folders: dict[str, set[str]] = {}
+    for name, others in modules.items():
+        folder = name.partition(".")[0]
+        folders.setdefault(folder, set()).update({other.partition(".")[0] for other in others} - {folder})
+    for graph in (modules, folders):
+        graphlib.TopologicalSorter(graph).prepare()  # CycleError names the circle
+
+
+def test_the_package_is_easy_to_look_through():
+    """Fails when the top holds more than 8 files, or a folder more than 12."""
+    for folder in (PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir())):
+        count = len(list(folder.glob("*.py")))
+        assert count <= (8 if folder == PACKAGE else 12), f"{folder} holds {count} files"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_only_the_upper_levels_see_a_config(name):
     """Fails when a pure module takes a ConfigDict or reads absl flags."""
-    roots = {module.split(".")[0] for module, _ in _import_statements(tree)}
-    if LEVEL_OF[name] <= LEVEL_OF["pretrained"]:
+    roots = {
+        (node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+        for node in ast.walk(MODULES[name])
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    if name.partition(".")[0] not in ("settings", "experiment", "evaluation", "tpu_fit", "main"):
         assert "ml_collections" not in roots
     if name not in ("main", "cli"):
         assert "absl" not in roots

@@ -12,8 +12,11 @@ from ml_collections import ConfigDict
 
 from configs import default, lerp, no_kl, quickstart, sft_anchor, tiny
 from tests.commands import TINY, kill_when, main_command, run, start
-from warp_jax import cli, export, files, main, pretrained, report, summary, validation
-from warp_jax.models.functions import make_apply_fn
+from warp_jax import cli, files, main
+from warp_jax.evaluation import report, summary
+from warp_jax.experiment import export, validation
+from warp_jax.models.apply import make_apply_fn
+from warp_jax.rewards import from_folder
 
 COLUMNS = "stage iteration run eta step reward reward_se gold_reward gold_reward_se sft_kl sft_kl_se length distinct_2"
 ALL = [default, quickstart, tiny, sft_anchor, no_kl, lerp]
@@ -271,7 +274,7 @@ def test_the_reward_model_loads_in_transformers(tiny_run, tmp_path):
     want, _ = make_apply_fn(settings)(params, ids, np.ones_like(ids, bool))
     np.testing.assert_allclose(got, want[:, -1], rtol=1e-3, atol=1e-7)
     assert np.ptp(got) > 1e-4
-    reward = pretrained.load_reward(tmp_path / "out", opened.mesh, "float32")
+    reward = from_folder.load(tmp_path / "out", opened.mesh, "float32")
     row = np.append(opened.tokenizer.bos_id, opened.tokenizer.encode(["a fine film"])[0]).astype(np.int32)[None]
     alone, _ = make_apply_fn(settings)(params, row, np.ones_like(row, bool))
     np.testing.assert_allclose(reward(["a fine"], [" film"], [{}]), alone[:, -1], rtol=1e-3, atol=1e-7)

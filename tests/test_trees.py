@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from warp_jax import trees, units
+from warp_jax import naming, trees
+from warp_jax.merging import leaf_units
 
 Pair = collections.namedtuple("Pair", ["left", "right"])
 
@@ -39,7 +40,7 @@ def test_path_name():
 )
 def test_is_stacked(name, stacked):
     """Mutation: 'layers' sought inside a key; numbers not told from other keys."""
-    assert units.is_stacked(name) is stacked
+    assert naming.is_stacked(name) is stacked
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_is_stacked(name, stacked):
 )
 def test_layer_names(name, want):
     """Mutation: the number after the first text 'layers/' in place of the key 'layers'; counting from 1."""
-    assert units.layer_names(name, 2) == want
+    assert naming.layer_names(name, 2) == want
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_layer_names(name, want):
 )
 def test_layer_of(name, unit):
     """Mutation: the tensor, the first key, or the innermost number for the unit."""
-    assert units.layer_of(name) == unit
+    assert naming.layer_of(name) == unit
 
 
 def stacked_tree():
@@ -109,7 +110,7 @@ UNITS = [
 @pytest.mark.parametrize(("unit", "names", "of_leaf"), UNITS, ids=["layer", "tensor", "model", "function"])
 def test_units_of(unit, names, of_leaf):
     """Mutation: units numbered per leaf; a stacked leaf given one unit."""
-    units = trees.units_of(stacked_tree(), unit)
+    units = leaf_units.units_of(stacked_tree(), unit)
     assert units.names == names
     assert [np.asarray(x).tolist() for x in units.of_leaf] == of_leaf
     assert [np.ndim(x) for x in units.of_leaf] == [0, 0, 0, 1, 1]
@@ -117,14 +118,14 @@ def test_units_of(unit, names, of_leaf):
 
 def test_the_layer_is_the_default_unit():
     """Mutation: default unit 'tensor'."""
-    assert trees.units_of(stacked_tree()).names == ("embed", "head", "layers/0", "layers/1")
+    assert leaf_units.units_of(stacked_tree()).names == ("embed", "head", "layers/0", "layers/1")
 
 
 def test_a_stacked_tree_has_the_units_of_the_unstacked():
     """Mutation: slices of a stacked leaf named otherwise than leaves of unstacked layers."""
     tree = stacked_tree()
     tree["layers"] = [jax.tree.map(lambda x, i=i: x[i], tree["layers"]) for i in range(2)]
-    units = trees.units_of(tree)
+    units = leaf_units.units_of(tree)
     assert units.names == ("embed", "head", "layers/0", "layers/1")
     assert [int(x) for x in units.of_leaf] == [0, 1, 1, 2, 2, 3, 3]
 
@@ -132,7 +133,7 @@ def test_a_stacked_tree_has_the_units_of_the_unstacked():
 def test_unknown_unit_raises():
     """Mutation: an unknown unit taken as 'layer'."""
     with pytest.raises(ValueError, match="unit: got 'layers', want 'layer'"):
-        trees.units_of(stacked_tree(), "layers")
+        leaf_units.units_of(stacked_tree(), "layers")
 
 
 REFERENCE = {"a": {"x": jnp.ones(2), "y": jnp.ones((2, 3))}, "b": jnp.ones(4)}

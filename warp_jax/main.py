@@ -11,8 +11,10 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from warp_jax import cli, hosts, jobs, prepare, validation, warp
-from warp_jax.corpus import Corpus
+from warp_jax import cli
+from warp_jax.data.corpus import Corpus
+from warp_jax.experiment import jobs, preparation, validation, warp
+from warp_jax.parallel import hosts, supervisor
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is made; reused when it exists.")
@@ -30,8 +32,8 @@ def check(config: ConfigDict, workdir: Path) -> Mapping[str, Corpus]:
 
     def read() -> Mapping[str, Corpus]:
         validation.check_config(config)
-        corpora = prepare.load_corpora(config)
-        prepare.check_prompts(config, corpora)
+        corpora = preparation.load_corpora(config)
+        preparation.check_prompts(config, corpora)
         return corpora
 
     corpora = hosts.together(read)
@@ -46,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     config, workdir = CONFIG.value, Path(str(WORKDIR.value))
     try:
         if MULTIHOST.value:
-            hosts.continue_in_child()
+            supervisor.continue_in_child()
             hosts.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     except ValueError as error:
         cli.fail(str(error))

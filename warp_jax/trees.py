@@ -1,41 +1,15 @@
-"""Pytrees of weights: names of leaves, and the unit of each."""
+"""Pytrees of weights: names of leaves, checks, and cutting a tree in two."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from warp_jax import units
-
-
-class Units(NamedTuple):
-    """names: one per unit. of_leaf: for each leaf in `jax.tree.leaves` order, the unit of the whole leaf
-    (an int array of shape []) or of each of its layers (shape [L]).
-    """
-
-    names: tuple[str, ...]
-    of_leaf: tuple[np.ndarray, ...]
 
 
 def path_name(path: tuple[Any, ...]) -> str:
     """The keys of a `jax.tree_util` path joined by '/', e.g. 'layers/attn/q/kernel'."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def units_of(tree: Any, unit: units.Unit = "layer", stacked: str | None = "layers") -> Units:
-    """Assign every leaf, or every layer of a leaf stacked under `stacked`, to its unit; in order of first use."""
-    unit_fn = units.unit_function(unit)
-    numbers: dict[str, int] = {}
-    index = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = path_name(path)
-        in_layers = leaf.ndim > 0 and units.is_stacked(name, stacked)
-        names = units.layer_names(name, leaf.shape[0], stacked) if in_layers else [name]
-        ids = np.array([numbers.setdefault(unit_fn(n), len(numbers)) for n in names], np.int32)
-        index.append(ids if in_layers else ids[0])
-    return Units(tuple(numbers), tuple(index))
 
 
 def check_floating(tree: Any, what: str) -> None:

@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 from absl import app, flags
 from ml_collections import config_flags
 
-from warp_jax import chips, cli, files
+from warp_jax import cli, files
+from warp_jax.tpu_fit import chips
 
 ACCELERATORS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}  # GKE's names
 CHIPS_PER_HOST = 4  # ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t; 1x1 is a machine of one chip, ...-1t

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import Mesh, PartitionSpec
 
-from warp_jax import sharding
+from warp_jax.parallel import meshes
 from warp_jax.types import Array
 
 MASKED = -1e30  # finite, so that a row with no visible key stays finite
@@ -79,7 +79,7 @@ def splash_fits(query: Array, key: Array, mesh: Mesh | None) -> bool:
         return False
     groups, tensor = key.shape[2], mesh.shape["tensor"]
     whole_heads = query.shape[2] % tensor == 0 and (groups % tensor == 0 or groups == 1)
-    whole_rows = query.shape[0] % sharding.batch_devices(mesh) == 0
+    whole_rows = query.shape[0] % meshes.batch_devices(mesh) == 0
     return query.shape[1] == key.shape[1] > 1 and query.shape[3] % LANES == 0 and whole_heads and whole_rows
 
 
@@ -104,7 +104,7 @@ def splash(
     query, key, value = (jnp.pad(x, ((0, 0), (0, spare), (0, 0), (0, 0))) for x in (query, key, value))
     segments = jnp.pad(valid, ((0, 0), (0, spare))).astype(jnp.int32)
     share = "tensor" if key.shape[2] % mesh.shape["tensor"] == 0 else None
-    batch = sharding.BATCH
+    batch = meshes.BATCH
     in_specs = (
         PartitionSpec(batch, None, "tensor", None),
         *[PartitionSpec(batch, None, share, None)] * 2,

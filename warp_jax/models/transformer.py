@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from warp_jax import sharding
 from warp_jax.models import attention, rope
 from warp_jax.models.attention import Seen
+from warp_jax.parallel import meshes
 from warp_jax.types import Array
 
 NO_SCALING = rope.RopeScaling()
@@ -104,10 +104,10 @@ class TransformerConfig:
 
 
 # How activations are split: what is of a row goes with the batch, heads and vocabulary over `tensor`.
-ROWS = PartitionSpec(sharding.BATCH, None, None)
-HEADS = PartitionSpec(sharding.BATCH, None, "tensor", None)
-LOGITS = PartitionSpec(sharding.BATCH, None, "tensor")
-CACHE = PartitionSpec(None, sharding.BATCH, None, "tensor", None)
+ROWS = PartitionSpec(meshes.BATCH, None, None)
+HEADS = PartitionSpec(meshes.BATCH, None, "tensor", None)
+LOGITS = PartitionSpec(meshes.BATCH, None, "tensor")
+CACHE = PartitionSpec(None, meshes.BATCH, None, "tensor", None)
 
 
 class Cache(NamedTuple):
@@ -125,7 +125,7 @@ class Cache(NamedTuple):
 def init_cache(config: TransformerConfig, batch: int, capacity: int, mesh: Mesh | None = None) -> Cache:
     """An empty cache for `capacity` tokens a row; on a mesh, rows and heads are split."""
     shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
-    keys, values = (sharding.constrain(jnp.zeros(shape, config.dtype), mesh, CACHE) for _ in range(2))
+    keys, values = (meshes.constrain(jnp.zeros(shape, config.dtype), mesh, CACHE) for _ in range(2))
     return Cache(
         keys=keys,
         values=values,
@@ -218,7 +218,7 @@ class Attention(nn.Module):
     def _project(self, name: str, heads: int, x: Array) -> Array:
         cfg = self.config
         projected = Linear((heads, cfg.head_dim), cfg.dtype, use_bias=cfg.qkv_bias, name=name)(x)
-        return sharding.constrain(projected, self.mesh, HEADS)
+        return meshes.constrain(projected, self.mesh, HEADS)
 
 
 class Mlp(nn.Module):
@@ -251,7 +251,7 @@ class Layer(nn.Module):
         x = x + (RMSNorm(cfg, name="attention_post_norm")(mixed) if cfg.post_norms else mixed)
         fed = Mlp(cfg, name="mlp")(RMSNorm(cfg, name="mlp_norm")(x))
         x = x + (RMSNorm(cfg, name="mlp_post_norm")(fed) if cfg.post_norms else fed)
-        return (sharding.constrain(x, self.mesh, ROWS), cache), None
+        return (meshes.constrain(x, self.mesh, ROWS), cache), None
 
 
 class Transformer(nn.Module):
@@ -299,7 +299,7 @@ class Transformer(nn.Module):
         x = self.embed(token_ids)
         if cfg.scale_embedding:
             x = x * jnp.asarray(cfg.width**0.5, cfg.dtype)
-        x = sharding.constrain(x, self.mesh, ROWS)
+        x = meshes.constrain(x, self.mesh, ROWS)
         seen, cache = _place(mask, cache)
         for name, first, end in cfg.stacks:
             numbers = (jnp.arange(first, end), jnp.array(cfg.is_local[first:end]))
@@ -316,7 +316,7 @@ class Transformer(nn.Module):
             logits = rows.reshape(*x.shape[:2], cfg.vocab_size)
         else:
             logits = self.lm_head(x)
-        logits = sharding.constrain(logits, self.mesh, LOGITS).astype(jnp.float32)
+        logits = meshes.constrain(logits, self.mesh, LOGITS).astype(jnp.float32)
         return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
 
 

@@ -1,0 +1,117 @@
+"""The horizontal axis of every front: the KL of whole completions to SFT."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from warp_jax.evaluation import measure
+from warp_jax.parallel import meshes
+from warp_jax.rewards import reward_functions
+from warp_jax.training import sampling, scoring
+from warp_jax.types import PromptBatch, Rewards, Rollout
+
+# a model of order 1: a table gives the logits of the next token from the last one
+VOCABULARY, STOP, LENGTH = 3, 2, 3
+TEMPERATURE = 0.7
+
+
+def _apply_fn(params, token_ids, mask, cache, num_outputs):
+    return params[token_ids][:, -num_outputs:], None
+
+
+def _completions():
+    """All completions: up to and including the stop token, else LENGTH tokens."""
+    for length in range(1, LENGTH + 1):
+        for ids in itertools.product(range(VOCABULARY), repeat=length):
+            if STOP not in ids[:-1] and (ids[-1] == STOP or length == LENGTH):
+                yield ids
+
+
+def _log_prob(table, prompt, ids):
+    scaled = np.asarray(table, np.float64) / TEMPERATURE
+    logps = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+    return sum(logps[a, b] for a, b in zip((prompt, *ids[:-1]), ids, strict=True))
+
+
+def test_expected_sequence_kl_is_that_of_the_two_distributions():
+    """Fails when the KL is reversed, the temperature is dropped, or tokens after the stop are counted."""
+    generator = np.random.default_rng(0)
+    policy, reference = (generator.normal(size=(VOCABULARY, VOCABULARY)).astype(np.float32) for _ in range(2))
+    completions = list(_completions())
+    ids = np.array([c + (0,) * (LENGTH - len(c)) for c in completions], np.int32)
+    mask = np.arange(LENGTH) < np.array([len(c) for c in completions])[:, None]
+    count = len(completions)
+    prompt = np.ones((count, 1), np.int32)
+    rollout = Rollout(prompt, prompt == 1, np.arange(count), ids, mask, np.zeros(ids.shape, np.float32))
+    found = scoring.sequence_kl(_apply_fn, jnp.asarray(policy), jnp.asarray(reference), rollout, TEMPERATURE)
+    p, q = (np.array([_log_prob(table, 1, c) for c in completions]) for table in (policy, reference))
+    assert np.exp(p).sum() == pytest.approx(1)
+    assert np.exp(p) @ np.asarray(found) == pytest.approx(np.exp(p) @ (p - q), rel=1e-5)
+    assert (np.asarray(found) >= 0).all()
+    assert scoring.sequence_kl(_apply_fn, policy, policy, rollout, TEMPERATURE).tolist() == [0.0] * count
+
+
+def test_stored_evaluations_are_not_made_again(tmp_path):
+    """Fails when a stored evaluation is ignored, or stored under another name."""
+    made = []
+
+    def evaluate(params):
+        made.append(params)
+        values = np.array([params, params], np.float32)
+        return measure.Evaluation(values, values, values, values, np.array(0.5), values[:, None], values[:, None] > 0)
+
+    told = []
+    store = measure.EvaluationStore(tmp_path, evaluate, lambda name, found, _: told.append((name, found.reward[0])))
+    assert store.missing(["a", "b"]) == ["a", "b"]
+    assert store.get("a", lambda: 2.0).reward.tolist() == [2.0, 2.0]
+    assert store.get("a", lambda: 3.0).reward.tolist() == [2.0, 2.0]
+    assert store.get("b", lambda: 3.0).reward.tolist() == [3.0, 3.0]
+    assert made == [2.0, 3.0]
+    assert told == [("a", 2.0), ("b", 3.0)]
+    assert store.missing(["a", "c"]) == ["c"]
+
+
+def _sampler(apply_fn):
+    config = sampling.SamplingConfig(LENGTH, TEMPERATURE, (STOP,), 0)
+    generate = functools.partial(sampling.sample, apply_fn, lambda batch, capacity: None, config=config)
+    return sampling.Sampler(lay_out=lambda params: params, generate=generate)
+
+
+def test_a_policy_is_measured_against_sft_on_its_own_samples():
+    """Fails when policy and SFT change places, the frozen part is left out, or SFT's samples are measured."""
+    generator = np.random.default_rng(1)
+    policy, sft, frozen = (
+        {name: jnp.asarray(generator.normal(size=(VOCABULARY, VOCABULARY)), jnp.float32)}
+        for name in ("trained", "trained", "frozen")
+    )
+
+    def apply_fn(params, token_ids, mask, cache, num_outputs):
+        return _apply_fn(params["trained"] + params["frozen"], token_ids, mask, cache, num_outputs)
+
+    count = 8
+    prompt = np.ones((count, 1), np.int32)
+    evaluate = measure.make_evaluate(
+        meshes.make_mesh((1, 1, 1), jax.devices()[:1]),
+        sampler=_sampler(apply_fn),
+        kl_to_sft=measure.make_kl_to_sft(apply_fn, TEMPERATURE, logits_chunk=0),
+        sft_params=sft,
+        frozen_params=frozen,
+        reward_fn=lambda rollout: Rewards(reward_functions.length(rollout), {}),
+        gold_fn=lambda rollout: np.zeros(len(rollout.completion_ids)),
+        eval_prompts=PromptBatch(prompt, prompt == 1, np.arange(count)),
+        batch_size=4,
+        seed=0,
+    )
+    found = evaluate(policy)
+    tables = [np.asarray(tree["trained"], np.float64) + np.asarray(frozen["frozen"]) for tree in (policy, sft)]
+    logps = [np.array([[_log_prob(t, a, (b,)) for b in range(VOCABULARY)] for a in range(VOCABULARY)]) for t in tables]
+    per_token = (np.exp(logps[0]) * (logps[0] - logps[1])).sum(1)
+    samples = zip(found.completion_ids, found.completion_mask, strict=True)
+    expected = [per_token[[1, *ids[mask][:-1]]].sum() for ids, mask in samples]
+    np.testing.assert_allclose(found.sft_kl, expected, rtol=1e-4)
+    assert evaluate(sft).sft_kl.tolist() == [0.0] * count
+    assert not np.array_equal(found.completion_ids[:4], found.completion_ids[4:])  # each batch has noise of its own

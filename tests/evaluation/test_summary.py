@@ -1,0 +1,77 @@
+"""The numbers of the summary, on points made by hand."""
+
+import numpy as np
+import pytest
+
+from configs import tiny
+from warp_jax.evaluation import summary
+from warp_jax.evaluation.measure import Evaluation
+from warp_jax.evaluation.points import Point
+
+
+def _point(stage, iteration, eta, reward, kl):
+    noise = reward * np.array([-0.1, 0.0, 0.0, 0.1])
+    values = Evaluation(reward + noise, reward - 1 + noise, np.full(4, kl), np.full(4, 5), np.array(0.5), *[None] * 2)
+    return Point(stage, iteration, 0, eta, 0, values)
+
+
+def _points():
+    """Two straight fronts through SFT at (0 nats, reward 1): slopes 1.0 and 1.5."""
+    nan = float("nan")
+    return [
+        _point("sft", 0, 0.0, 1.0, 0.0),
+        _point("merged", 1, nan, 3.0, 2.0),
+        _point("liti", 1, 0.5, 2.0, 1.0),
+        _point("liti", 1, 1.0, 3.0, 2.0),
+        _point("merged", 2, nan, 7.0, 4.0),
+        _point("liti", 2, 0.2, 2.2, 0.8),
+        _point("liti", 2, 0.5, 4.0, 2.0),
+        _point("liti", 2, 1.0, 7.0, 4.0),
+    ]
+
+
+def _summary(budget):
+    config = tiny.get_config()
+    config.front.kl_budget = budget
+    return summary.summarise(config, _points())
+
+
+def test_fronts_are_compared_second_minus_first():
+    """Fails when the sides are swapped, or KLs outside the common range (0 to 2 nats) are taken."""
+    (entry,) = _summary(0.0)["iterations_compared"]
+    assert entry["iterations"] == [1, 2]
+    kls = [found["sft_kl"] for found in entry["reward_difference"]]
+    assert kls == pytest.approx(np.linspace(0, 2, 7)[1:-1])
+    assert [found["value"] for found in entry["reward_difference"]] == pytest.approx([0.5 * kl for kl in kls])
+
+
+def test_the_best_eta_under_the_budget_is_of_the_last_front():
+    """Fails when an earlier front, the lowest KL, or an eta over the budget is named."""
+    assert _summary(2.5)["best_eta_under_budget"]["eta"] == 0.5
+    assert _summary(1.0)["best_eta_under_budget"]["eta"] == 0.2
+    assert _summary(0.5)["best_eta_under_budget"] is None
+    assert "best under 0.5 nats: no eta" in summary.one_line(_summary(0.5))
+
+
+def test_gain_is_the_last_merge_minus_sft_in_paired_standard_errors():
+    """Fails when the gain is of another iteration, or errors are taken unpaired."""
+    points = _points()
+    points[4].evaluation.reward[:] = points[0].evaluation.reward + np.array([1, 2, 3, 4])
+    numbers = summary.summarise(tiny.get_config(), points)
+    assert numbers["final_reward"] == pytest.approx(3.5)
+    assert numbers["gain_in_standard_errors"] == pytest.approx(2.5 / (np.std([1, 2, 3, 4], ddof=1) / 2))
+
+
+def test_a_front_is_set_against_the_runs_of_its_own_iteration():
+    """Fails when the sign turns, another iteration's front or runs are taken, or the share is of the front's KL."""
+    run = _point("policy", 2, float("nan"), 2.0, 1.6)._replace(run=1, step=60)
+    beyond = _point("policy", 2, float("nan"), 8.0, 5.0)._replace(run=2, step=60)
+    other = _point("policy", 1, float("nan"), 1.5, 1.0)
+    rows = summary.summarise(tiny.get_config(), [*_points(), run, beyond, other])["front_against_runs"]
+    assert [(row["iteration"], row["run"]) for row in rows] == [(1, 0), (2, 1), (2, 2)]
+    assert rows[0]["reward_above"] == pytest.approx(2.0 - 1.5)
+    assert rows[1]["reward_above"] == pytest.approx((2.2 + 1.8 * 0.8 / 1.2) - 2.0)
+    assert rows[1]["kl_saved"] == pytest.approx(1 - 0.8 / 1.2 / 1.6)
+    assert rows[1]["reward_above_low"] < rows[1]["reward_above"] < rows[1]["reward_above_high"]
+    assert rows[2]["reward_above"] is None
+    assert rows[2]["kl_saved"] is None

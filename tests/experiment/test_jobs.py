@@ -1,0 +1,106 @@
+"""Runs and merges as jobs of their own, against one job that does everything."""
+
+import numpy as np
+import pytest
+
+from configs import tiny
+from tests.commands import TINY, finish, kill_when, main_command, run, start
+from warp_jax import files
+from warp_jax.experiment import jobs
+
+M = 3
+SETTINGS = (
+    TINY,
+    f"--config.warp.num_runs={M}",
+    "--config.warp.num_iterations=1",
+    "--config.warp.steps_per_iteration=(6,)",
+    "--config.front.etas=(0.3, 1.0)",
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A workdir made by one job."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    result = run(main_command(*SETTINGS, f"--workdir={workdir}"))
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+def test_jobs_in_any_order_with_a_kill_make_the_same_bits(whole, tmp_path):
+    """Fails when a run depends on the process or the order it is trained in, when jobs that start together spoil what
+    they share, or the merge takes the policies in the order in which they end."""
+    workdir = tmp_path / "run"
+    together = [start(main_command(*SETTINGS, f"--workdir={workdir}", f"--run={number}")) for number in (3, 1)]
+    state = workdir / "iteration_1" / "run_3" / "state" / "4"
+    kill_when(state, together[0])
+    code, _, errors = finish(together[1])
+    assert code == 0, errors
+    config = tiny.get_config()
+    config.warp.num_runs = M
+    with pytest.raises(ValueError, match="run 2 of iteration 1 is not finished"):
+        jobs.choose_part(config, workdir, run=0, merge=True, iteration=0)
+    for part in ("--run=2", "--run=3", "--merge"):
+        result = run(main_command(*SETTINGS, f"--workdir={workdir}", part))
+        assert result.returncode == 0, result.stderr
+    assert (workdir / "front.csv").read_bytes() == (whole / "front.csv").read_bytes()
+    names = sorted(path.name for path in (whole / "evaluations").iterdir())
+    assert names == sorted(path.name for path in (workdir / "evaluations").iterdir())
+    for name in names:
+        with np.load(whole / "evaluations" / name) as want, np.load(workdir / "evaluations" / name) as got:
+            assert all(np.array_equal(want[key], got[key], equal_nan=True) for key in want)
+    assert files.read_json(workdir / "iteration_1/geometry.json") == files.read_json(
+        whole / "iteration_1/geometry.json"
+    )
+
+
+def test_a_run_is_not_trained_twice_at_once(tmp_path):
+    """Fails when the lock of a run is not held, or not given back."""
+    told = []
+    with files.locked(tmp_path / "lock", lambda: told.append("held")):
+        assert told == []
+        holder = (
+            "import sys, pathlib; from warp_jax import files\n"
+            "def refuse(): sys.exit('busy')\n"
+            f"with files.locked(pathlib.Path({str(tmp_path / 'lock')!r}), refuse): print('mine')"
+        )
+        command = [*main_command()[:1], "-c", holder]
+        assert "busy" in run(command).stderr
+    assert run(command).stdout == "mine\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"run": 3}, r"run: got 3, want 1 to warp.num_runs = 2"),
+        ({"run": 1, "merge": True}, "want one of them"),
+        ({"run": 1, "iteration": 3}, r"iteration: got 3, want 1 to warp.num_iterations = 2"),
+        ({"run": 1, "iteration": 2}, r"2 starts from the merge of 1; start its runs and --merge"),
+        ({"merge": True}, r"run 1 of iteration 1 is not finished; start it again: --run=1"),
+        ({"iteration": 1}, r"want --run=M or --merge too"),
+    ],
+)
+def test_parts_that_are_not_there_are_refused(tmp_path, flags, message):
+    """Fails when a job starts from weights that are not there yet, or for a run that does not exist."""
+    with pytest.raises(ValueError, match=message):
+        jobs.choose_part(tiny.get_config(), tmp_path, **{"run": 0, "merge": False, "iteration": 0, **flags})
+
+
+def test_the_first_unmerged_iteration_is_chosen(tmp_path):
+    """Fails when a job without an iteration goes back to a merged one."""
+    choose = jobs.choose_part
+    config = tiny.get_config()
+    assert choose(config, tmp_path, run=2, merge=False, iteration=0) == (1, 2)
+    (tmp_path / "iteration_1" / "merged").mkdir(parents=True)
+    assert choose(config, tmp_path, run=2, merge=False, iteration=0) == (2, 2)
+    assert choose(config, tmp_path, run=2, merge=False, iteration=1) == (1, 2)
+    assert choose(config, tmp_path, run=0, merge=False, iteration=0) == jobs.WHOLE
+
+
+def test_steps_of_each_part():
+    """Fails when the time left of a job counts steps that other jobs make."""
+    config = tiny.get_config()
+    config.warp.steps_per_iteration = (6, 9)
+    assert jobs.total_steps(config) == 20 + 2 * 15
+    assert jobs.total_steps(config, jobs.Part(2, 1)) == 20 + 9
+    assert jobs.total_steps(config, jobs.Part(1, 0)) == 20

@@ -1,0 +1,173 @@
+"""The flow of Algorithm 1, on policies whose merge is known by hand."""
+
+import contextlib
+import shutil
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import tiny
+from warp_jax import files
+from warp_jax.evaluation.measure import Evaluation
+from warp_jax.experiment import warp
+from warp_jax.storage import checkpoint
+
+SFT = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+LENGTHS = {1: 2.0, 2: 3.0, 3: 5.0}  # of the task vectors of each iteration; they point along two axes of their own
+STEPS = {(i, r): length * np.eye(6)[2 * i + r - 3] for i, length in LENGTHS.items() for r in (1, 2)}
+
+
+def _evaluation(value):
+    values = np.full(3, value, np.float32)
+    return Evaluation(values, values, values, values, np.array(1.0), values[:, None], values[:, None] > 0)
+
+
+class _Progress:
+    start_stage = end_stage = note = on_step = expect_evaluations = lambda *args, **kwargs: None
+
+
+def _tree(vector):
+    return {"layers": {"w": jnp.asarray(vector, jnp.float32)[None]}}
+
+
+def _vector(tree):
+    return np.asarray(tree["layers"]["w"][0])
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """Runs Algorithm 1 with policies that end at init + STEPS; returns its points, and the params it used."""
+
+    def run(workdir, **settings):
+        config = tiny.get_config()
+        config.warp.update({"num_iterations": 3, "steps_per_iteration": (6, 6, 6), **settings})
+        config.evaluation.every = 6
+        config.front.etas = (0.3, 1.0)
+        starts, measured, planned = {}, {}, set()
+
+        def train_policy(init_params, frozen_params, *, iteration, run, num_steps, after_step, **_):
+            starts[iteration, run] = _vector(init_params)
+            policy = _tree(_vector(init_params) + STEPS[iteration, run])
+            after_step(num_steps, types.SimpleNamespace(params=policy))
+            return policy
+
+        class Store:
+            def __init__(self, *args):
+                pass
+
+            def missing(self, names):
+                planned.update(names)
+                return []
+
+            def get(self, name, make_params):
+                measured.setdefault(name, _vector(make_params()))
+                return _evaluation(0.0)
+
+        monkeypatch.setattr(warp.train, "run_policy", train_policy)
+        monkeypatch.setattr(warp, "EvaluationStore", Store)
+        programs = types.SimpleNamespace(train=None, sampler=None)
+        monkeypatch.setattr(warp, "make_programs", lambda *args, **kwargs: programs)
+        monkeypatch.setattr(warp, "_make_evaluate", lambda *args: None)
+        names = ("frozen_params", "train_reward_fn", "train_prompts", "mesh", "model", "sampling_config")
+        setup = types.SimpleNamespace(sft_params=_tree(SFT), **dict.fromkeys(names))
+        run.made = warp.make_job(config, setup, workdir, _Progress())
+        points = warp.run_warp(run.made)
+        assert planned == measured.keys()
+        return points, starts, measured
+
+    return run
+
+
+def test_every_step_of_algorithm_1(job, tmp_path):
+    """Fails when an iteration starts from the merge, from SFT, or from a step between SFT and the merge, when runs
+    start apart, when the front goes from the iteration's init instead of SFT, or a merge is linear.
+    """
+    points, starts, measured = job(tmp_path, liti_rate=0.3)
+    init = SFT
+    for i in LENGTHS:
+        for r in (1, 2):
+            np.testing.assert_allclose(starts[i, r], init, rtol=1e-6)
+            np.testing.assert_allclose(measured[f"policy_i{i}_r{r}_s6"], init + STEPS[i, r], rtol=1e-6)
+        merged = init + np.sqrt(0.5) * (STEPS[i, 1] + STEPS[i, 2])  # slerp at 90 degrees and weight 1/2
+        np.testing.assert_allclose(measured[f"merged_i{i}"], merged, rtol=1e-6)
+        np.testing.assert_allclose(measured[f"liti_i{i}_e0.3"], SFT + 0.3 * (merged - SFT), rtol=1e-6)
+        init = init + 0.3 * (merged - init)
+    per_iteration = [(("policy", i, 1), ("policy", i, 2), ("merged", i, 0)) for i in LENGTHS]
+    found = [(p.stage, p.iteration, p.run) for p in points if p.stage != "liti"]
+    assert found == [("sft", 0, 0), *(point for points in per_iteration for point in points)]
+
+
+def test_a_run_as_a_job_starts_where_it_does_in_the_whole(job, tmp_path):
+    """Fails when a run of a later iteration, as a job of its own, starts from SFT or from the merge."""
+    _, starts, _ = job(tmp_path, liti_rate=0.3)
+    for i in LENGTHS:
+        np.testing.assert_array_equal(_vector(job.made.init_params(i)), starts[i, 1])
+
+
+def test_liti_rate_0_returns_to_init(job, tmp_path):
+    """Fails when the rate weighs init: at 0 the second iteration starts where the first did."""
+    _, starts, _ = job(tmp_path, liti_rate=0.0)
+    np.testing.assert_array_equal(starts[2, 1], starts[1, 1])
+
+
+def test_a_stored_run_is_not_trained_again(job, tmp_path):
+    """Fails when a finished run or merge is made again."""
+    job(tmp_path)
+    points, starts, _ = job(tmp_path)
+    assert starts == {}
+    assert len(points) == 16
+
+
+def test_a_run_finished_before_its_lock_is_taken_is_not_trained_again(job, tmp_path, monkeypatch):
+    """Fails when a job looks for the policy only before it waits its turn: another may have made it since."""
+
+    @contextlib.contextmanager
+    def made_meanwhile(path, on_wait):
+        checkpoint.save_params(path.parent / "params", _tree(SFT))
+        yield
+
+    monkeypatch.setattr(warp.hosts, "locked", made_meanwhile)
+    monkeypatch.setattr(warp.Job, "merge", lambda self, init_params, iteration: init_params)
+    _, starts, _ = job(tmp_path)
+    assert starts == {}
+
+
+def test_a_merge_is_made_once(job, tmp_path, monkeypatch):
+    """Fails when two jobs write one merge, or the second makes it again."""
+    job(tmp_path)
+    shutil.rmtree(tmp_path / "iteration_1" / "merged")
+    with files.locked(tmp_path / "iteration_1" / "lock", pytest.fail), pytest.raises(warp.BusyError, match="the merge"):
+        job(tmp_path)
+
+    @contextlib.contextmanager
+    def made_meanwhile(path, on_wait):
+        checkpoint.save_params(path.parent / "merged", _tree(SFT))
+        yield
+
+    monkeypatch.setattr(warp.hosts, "locked", made_meanwhile)
+    _, _, measured = job(tmp_path)
+    np.testing.assert_array_equal(measured["merged_i1"], SFT)
+
+
+def test_what_a_kill_left_of_a_finished_run_is_deleted(job, tmp_path):
+    """Fails when the state of a run whose policy is stored, many times its size, stays for ever."""
+    job(tmp_path)
+    state = tmp_path / "iteration_1" / "run_2" / "state"
+    state.mkdir()
+    job(tmp_path)
+    assert not state.exists()
+
+
+def test_a_merge_that_cannot_be_made_is_said(job, tmp_path, monkeypatch):
+    """Fails when opposite task vectors end a job in a traceback."""
+    monkeypatch.setitem(STEPS, (1, 2), -STEPS[1, 1])
+    with pytest.raises(warp.JobError, match=r"merge: .*opposite"):
+        job(tmp_path)
+
+
+def test_the_lerp_baseline_is_the_mean(job, tmp_path):
+    """Fails when warp.merge is not read."""
+    _, _, measured = job(tmp_path, merge="lerp")
+    np.testing.assert_allclose(measured["merged_i1"], SFT + 0.5 * (STEPS[1, 1] + STEPS[1, 2]), rtol=1e-6)

@@ -1,0 +1,106 @@
+"""The splash kernel, interpreted, against the plain attention."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from warp_jax.models import attention
+from warp_jax.parallel import meshes
+
+BATCH, LENGTH, HEADS, SIZE = 2, 150, 4, 128
+MESH = meshes.make_mesh((1, 2, 2), jax.devices()[:4])
+LEFT_PADDED = np.arange(LENGTH) >= np.array([[0], [37]])
+
+
+def _inputs(groups):
+    generator = np.random.default_rng(3)
+    shapes = [(BATCH, LENGTH, heads, SIZE) for heads in (HEADS, groups, groups)]
+    query, key, value = (jnp.asarray(generator.normal(size=shape), jnp.float32) for shape in shapes)
+    return query * SIZE**-0.5 * 3, key, value
+
+
+def _plain(query, key, value, window, softcap):
+    positions = jnp.maximum(jnp.cumsum(LEFT_PADDED, axis=1) - 1, 0)
+    seen = attention.Seen(positions, positions, jnp.asarray(LEFT_PADDED))
+    local = jnp.array(True) if window else None
+    return attention.plain(query, key, value, attention.visible(seen, local, window), softcap)
+
+
+@pytest.mark.parametrize(
+    ("groups", "window", "softcap"), [(4, 0, 0.0), (2, 40, 0.0), (1, 0, 5.0)], ids=["all", "window", "softcap"]
+)
+def test_splash_equals_plain(groups, window, softcap):
+    """Fails when a window is one token off, padding is seen, the cap is left out, or heads are dealt out wrongly; in
+    values and in gradients."""
+    inputs = _inputs(groups)
+    weight = np.where(LEFT_PADDED[:, :, None, None], np.random.default_rng(4).normal(size=inputs[0].shape), 0)
+
+    def total(attend, *inputs):
+        mixed = attend(*inputs)
+        return (mixed * weight).sum(), mixed
+
+    splash = functools.partial(
+        attention.splash, valid=jnp.asarray(LEFT_PADDED), window=window, softcap=softcap, mesh=MESH, interpret=True
+    )
+    plain = functools.partial(_plain, window=window, softcap=softcap)
+    run = {
+        name: jax.jit(jax.value_and_grad(functools.partial(total, fn), argnums=(0, 1, 2), has_aux=True))(*inputs)
+        for name, fn in (("splash", splash), ("plain", plain))
+    }
+    ((_, got), got_grads), ((_, want), want_grads) = run["splash"], run["plain"]
+    np.testing.assert_allclose(got[LEFT_PADDED], want[LEFT_PADDED], atol=2e-5)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_cpu_meshes_and_cached_keys_use_the_plain_one():
+    """Fails when the kernel is asked for where there is no TPU, or for queries that are not the whole sequence."""
+    query, key, _ = _inputs(2)
+    assert not attention.splash_fits(query, key, None)
+    assert not attention.splash_fits(query, key, MESH)
+
+
+@pytest.mark.parametrize("local", [None, False, True], ids=["no_windows", "whole", "window"])
+def test_the_kernel_sees_what_the_plain_one_does(monkeypatch, local):
+    """Fails when local and global layers change places on TPU, or the kernel's queries are not scaled."""
+    inputs = _inputs(2)
+    positions = jnp.maximum(jnp.cumsum(LEFT_PADDED, axis=1) - 1, 0)
+    seen = attention.Seen(positions, positions, jnp.asarray(LEFT_PADDED))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def attend(mesh, local):
+        return attention.attend(*inputs, seen, local, window=40, scale=0.3, softcap=0.0, mesh=mesh)
+
+    local = None if local is None else jnp.array(local)
+    want = attend(None, local)
+    monkeypatch.setattr(attention, "splash_fits", lambda query, key, mesh: mesh is not None)
+    monkeypatch.setattr(attention, "splash", functools.partial(attention.splash, interpret=True))
+    np.testing.assert_allclose(attend(MESH, local)[LEFT_PADDED], want[LEFT_PADDED], atol=2e-5)
+
+
+class _TpuMesh:
+    """What splash_fits looks at, of a mesh of TPUs."""
+
+    def __init__(self, tensor):
+        self.devices = np.array([type("Chip", (), {"platform": "tpu"})])
+        self.shape = {"data": 1, "fsdp": 2, "tensor": tensor}
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "queries", "tensor", "fits"),
+    [
+        (2, 128, LENGTH, 2, True),
+        (1, 128, LENGTH, 4, True),
+        (2, 128, LENGTH, 4, False),
+        (2, 64, LENGTH, 2, False),
+        (2, 128, 1, 2, False),
+    ],
+    ids=["fits", "one_shared_head", "shared_heads", "small_heads", "cached"],
+)
+def test_which_shapes_the_kernel_takes(groups, size, queries, tensor, fits):
+    """Fails when a shape that the kernel does not take is sent to it."""
+    query, key = jnp.zeros((BATCH, queries, HEADS, size)), jnp.zeros((BATCH, LENGTH, groups, size))
+    assert attention.splash_fits(query, key, _TpuMesh(tensor)) is fits

@@ -1,0 +1,154 @@
+"""Toy programs compiled for real TPU topologies."""
+
+import importlib.util
+import json
+import math
+import os
+import shlex
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tiny
+from tests.commands import run, script_command
+from warp_jax.experiment import architecture
+from warp_jax.parallel import meshes
+from warp_jax.tpu_fit import compile
+
+if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("libtpu is not installed: pip install 'warp_jax[tpu-aot]'", allow_module_level=True)
+
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+from jax.experimental import topologies
+
+SIZES = {"width": 256, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "mlp_dim": 512, "num_layers": 2}
+RL = ("start of a run", compile.COPY, "generation", "reward", "update", "KL to SFT", "Gram matrix", "merge", "LITI")
+NAMES = (*RL, "SFT step", "reward model step")
+SETTINGS = {
+    "mesh": (1, 2, 2),
+    "tokenizer.vocab_size": 512,
+    "model.dtype": "bfloat16",
+    "model.remat": "full",
+    "model.logits_chunk": 64,
+    "sampling.prompt_tokens": 128,
+    "sampling.max_new_tokens": 128,
+    "rl.batch_size": 8,
+    "rl.num_microbatches": 2,
+    "evaluation.batch_size": 8,
+    **{f"model.architecture.{name}": size for name, size in SIZES.items()},
+}
+
+
+def _config(**settings):
+    config = tiny.get_config()
+    config.update_from_flattened_dict({**SETTINGS, **settings})
+    return config
+
+
+def _plan(topology, config, **options):
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    return compile.make_plan(config, meshes.make_mesh(config.mesh, devices), *architecture.planned(config))
+
+
+@pytest.fixture(autouse=True)
+def _strict_promotion():
+    """Overrides the strict one of conftest.py: optax raises a float to an integer power."""
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """The plan of a toy config on four chips, and all its programs, compiled."""
+    plan = _plan("v5e:2x2", _config())
+    return plan, {program.name: compile.compile_program(plan, program) for program in plan.programs}
+
+
+def _bytes(tree):
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x.dtype, "itemsize"))
+
+
+def test_every_program_of_the_loop_is_compiled(toy):
+    """Fails when a program is left out, or one of them does not compile for TPU."""
+    _, compiled = toy
+    assert tuple(compiled) == NAMES
+    assert not [c.error for c in compiled.values() if c.error]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_replicated_by_accident(toy, name):
+    """Fails when a rule leaves an axis out, or a program asks for an argument whole on every chip."""
+    plan, compiled = toy
+    program = next(p for p in plan.programs if p.name == name)
+    chips = plan.mesh.shape["tensor"] if name == "generation" else plan.mesh.size  # its copy is whole along fsdp
+    assert compiled[name].arguments == pytest.approx(_bytes(program.args) / chips, rel=0.02)
+
+
+def test_generation_moves_no_weights(toy):
+    """Fails when a weight is gathered for a token: more would be sent than the activations of its rows."""
+    plan, compiled = toy
+    model = SIZES | {"rows": 4, "bytes": 2}
+    activations = model["rows"] * model["width"] * model["bytes"]
+    moved = sum(t.bytes for t in compiled["generation"].traffic.per_loop_step.values())
+    assert 0 < moved < 8 * SIZES["num_layers"] * activations
+    gathered = sum(t.bytes for t in compiled[compile.COPY].traffic.once.values())
+    assert gathered > 0.3 * compile.chip_bytes(plan.resident[compile.COPY])
+
+
+def test_attention_of_the_update_is_the_splash_kernel(toy):
+    """Fails when whole sequences of a size that the kernel takes go through the plain attention."""
+    plan, _ = toy
+    update = next(p for p in plan.programs if p.name == "update")
+    assert "splash" in update.call.lower(*update.args).as_text()
+
+
+def test_a_mesh_over_two_slices():
+    """Fails when an axis other than data goes over the network between slices."""
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2)
+    mesh = meshes.make_mesh((2, 2, 2), topology.devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert {len(set(block.flat)) for block in slices} == {1}
+    assert len(set(slices.flat)) == 2
+
+
+def test_too_large_is_refused_with_a_setting_that_fits(tmp_path):
+    """Fails when a program that does not fit passes, or what is suggested does not fit either: the copy for generation
+    of 3.5e9 weights, of which XLA refuses a whole one on each chip, and half of one fits.
+    """
+    sizes = {"width": 4096, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "mlp_dim": 14_336, "num_layers": 16}
+    config = {
+        "mesh": (1, 4, 1),
+        "model.trainable": "layers/0/",
+        "rewards.sentiment.weight": 0.0,
+        "rewards.length.weight": 1.0,
+        **{f"model.architecture.{name}": size for name, size in sizes.items()},
+    }
+    flags = [f"--config.{name}={value}".replace(" ", "") for name, value in {**SETTINGS, **config}.items()]
+    out = tmp_path / "fit.json"
+    command = script_command(
+        "compile_for_tpu.py", "--config=configs/tiny.py", "--topology=v5e:2x2", f"--programs={compile.COPY}", *flags
+    )
+    result = run([*command, f"--json={out}"])
+    assert result.returncode == 3, result.stderr
+    assert f"DOES NOT FIT: {compile.COPY}" in result.stdout
+    assert f"{compile.COPY} alone is too large" in result.stdout
+    assert json.loads(out.read_text())["suggestion"] == {"mesh": [1, 2, 2]}
+    _, _, advice = result.stdout.rpartition("It fits with ")
+    kept = [flag for flag in command if not flag.startswith("--config.mesh=")]  # given twice, tuples become one
+    again = run([*kept, *shlex.split(advice)])
+    assert again.returncode == 0, again.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology=v5e:3x4"], "topology: v5e:3x4"),
+        (["--topology=v5e:2x2", "--mesh=4,1", "--config.rl.num_microbatches=4"], "rl.batch_size: got 8"),
+    ],
+)
+def test_bad_input_is_refused(flags, message):
+    """Fails with a traceback of libtpu or of a sharding, or with the verdict that all fits."""
+    result = run(script_command("compile_for_tpu.py", "--config=configs/tiny.py", *flags))
+    assert (result.returncode, result.stderr.count("error: ")) == (2, 1)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,444 @@
+"""Whether programs fit, on eight devices that are here: sums by hand, and the search for a setting that fits."""
+
+import importlib
+import json
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+
+from configs import gemma_7b, tiny
+from warp_jax.experiment import architecture, validation
+from warp_jax.parallel import meshes
+from warp_jax.tpu_fit import chips, compile, hlo, memory, roofline
+
+
+def _config(**settings):
+    config = tiny.get_config()
+    config.update_from_flattened_dict({"mesh": (2, 2, 2), **settings})
+    return config
+
+
+def _plan(config):
+    mesh = meshes.make_mesh(config.mesh, jax.devices()[:8])
+    return compile.make_plan(config, mesh, *architecture.planned(config))
+
+
+REFUSED = {"rl.batch_size": 10, "rl.num_microbatches": 4, "rl.samples_per_prompt": 16, "evaluation.batch_size": 2}
+
+
+@pytest.mark.parametrize(("path", "value"), REFUSED.items(), ids=str)
+def test_what_the_program_refuses_is_not_planned(path, value):
+    """Fails when a config that warp_jax.main refuses is said to fit."""
+    with pytest.raises(ValueError, match=r"want a multiple of"):
+        _plan(_config(**{path: value}))
+
+
+def test_the_checks_are_of_the_mesh_that_is_planned():
+    """Fails when a batch is checked against the devices that are here: 128 completions in 4 parts over 64 chips."""
+    config = gemma_7b.get_config()
+    validation.check_values(config, AbstractMesh((1, 32, 8), meshes.AXES))
+    with pytest.raises(ValueError, match=r"rl.batch_size: got 128, want a multiple of 256"):
+        validation.check_values(config, AbstractMesh((1, 64, 8), meshes.AXES))
+
+
+# Of configs/tiny.py, bytes on a chip of mesh 2, 2, 2: matrices are split over fsdp and tensor, keys and values (one
+# head) over fsdp, norms not at all.
+EMBED, QO, KV, MLP, NORMS = 300 * 16, 2 * 16 * 16, 2 * 16 * 8, 3 * 16 * 32, 5 * 16
+POLICY = 4 * (EMBED / 4 + 2 * (QO + MLP) / 4 + 2 * KV / 2 + NORMS)
+COPY = 4 * (EMBED / 2 + 2 * (QO + MLP) / 2 + 2 * KV + NORMS)
+RESIDENT = {
+    "policy": POLICY,
+    "anchor": POLICY,
+    "Adam moments": 2 * POLICY + 8,  # and two counters of steps
+    "init": POLICY,
+    "SFT": POLICY,
+    "frozen weights": 0,
+    compile.COPY: COPY,
+    "reward model": POLICY + 4 * 16 / 2,
+}
+SUPERVISED = ("SFT step", "reward model step")
+
+
+@pytest.fixture(scope="module")
+def plan():
+    """Of configs/tiny.py on eight devices."""
+    return _plan(_config())
+
+
+def _beside(plan):
+    return {p.name: sum(compile.chip_bytes(plan.resident[name]) for name in p.beside) for p in plan.programs}
+
+
+def test_what_is_alive_by_hand(plan):
+    """Fails when a tree is left out, or is taken as split along an axis that it is whole on."""
+    assert {name: compile.chip_bytes(tree) for name, tree in plan.resident.items()} == RESIDENT
+
+
+def test_what_is_beside_each_program_by_hand(plan):
+    """Fails when something alive is forgotten, or an argument counts twice."""
+    every = sum(RESIDENT.values())
+    between = RESIDENT["SFT"] + RESIDENT["reward model"]
+    assert _beside(plan) == {
+        "start of a run": between,
+        compile.COPY: every - POLICY,
+        "generation": every - COPY,
+        "reward": every - RESIDENT["reward model"],
+        "generation (evaluation)": every - COPY,
+        "reward (evaluation)": every - RESIDENT["reward model"],
+        "update": every - 4 * POLICY - 8,
+        "KL to SFT": every - 2 * POLICY,
+        "Gram matrix": between,
+        "merge": between,
+        "LITI": between,
+        "SFT step": RESIDENT["SFT"],  # the weights that it started from
+        "reward model step": between,
+    }
+
+
+def test_supervised_stages_are_planned_where_they_run(plan):
+    """Fails when a stage before RL is not checked, or gets another batch than the loss takes, or has no moments."""
+    steps = {p.name: p for p in plan.programs if p.name in SUPERVISED}
+    assert {name: compile.chip_bytes(step.args) for name, step in steps.items()} == {
+        "SFT step": 3 * POLICY + 8 + 8 / 4 * 16 * 5,  # ids and mask of two rows of 16 tokens
+        "reward model step": 3 * RESIDENT["reward model"] + 8 + 8 / 4 * (10 * 5 + 4),
+    }
+    for step in steps.values():
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
+            step.call.lower(*step.args)
+
+
+def test_a_supervised_stage_has_moments_of_what_it_trains():
+    """Fails when frozen weights get moments, or a reward model that a folder brings is trained."""
+    rewards = {"rewards.sentiment.weight": 0.0, "rewards.length.weight": 1.0}
+    config = _config(**rewards, **{"model.trainable": "layers/1/"})
+    policy, reward_model = architecture.planned(config)[0], architecture.planned(_config())[1]
+    plan = compile.make_plan(config, meshes.make_mesh(config.mesh, jax.devices()[:8]), policy, reward_model)
+    (step,) = [p for p in plan.programs if p.name in SUPERVISED]
+    layer = 4 * ((QO + MLP) / 4 + KV / 2 + 2 * 16)
+    assert compile.chip_bytes(step.args) == POLICY + 2 * layer + 8 + 8 / 4 * 16 * 5
+    assert step.beside == ("SFT",)
+
+
+def test_without_a_copy_generation_reads_the_policy_itself():
+    """Fails when the policy counts as an argument of generation and as beside it."""
+    plan = _plan(_config(mesh=(4, 1, 2), **{"model.trainable": "layers/1/"}))
+    generation = next(p for p in plan.programs if p.name == "generation")
+    assert compile.COPY not in plan.resident
+    assert generation.beside == ("anchor", "Adam moments", "init", "SFT", "reward model")
+
+
+def test_names_can_be_given_in_a_list(plan):
+    """Fails when a name has the comma that parts the names of --programs."""
+    assert not [p.name for p in plan.programs if "," in p.name]
+
+
+def test_advice_is_for_a_shell():
+    """Fails when brackets are not quoted, which a shell would read as its own."""
+    advice = memory.advice({"model.remat": "full", "mesh": (1, 4, 16)})
+    assert advice == "It fits with --config.model.remat=full '--config.mesh=(1,4,16)'"
+    assert "No nearby setting" in memory.advice(None)
+
+
+MODEL_NAMES = ("start of a run", "generation", "reward", "update", "KL to SFT")
+
+
+def _search(monkeypatch, settings, needs, **options):
+    """`fit.search` for a limit of 1 byte where a program needs needs(name, config); at most two chips along tensor."""
+    tried = []
+
+    def make_plan(config):
+        tried.append(config)
+        assert len(tried) < 100
+        validation.check_values(config, AbstractMesh(tuple(config.mesh), meshes.AXES))
+        if config.mesh[2] > 2:
+            raise ValueError("tensor")
+        same = config.evaluation.batch_size == config.rl.batch_size
+        names = [*MODEL_NAMES, *([] if same else ["generation (evaluation)", "reward (evaluation)"])]
+        programs = tuple(compile.Program(name, config, (), ()) for name in names)
+        return compile.Plan(AbstractMesh(tuple(config.mesh), meshes.AXES), programs, {})
+
+    def compile_program(plan, program):
+        size = needs(program.name, program.call)
+        return compile.Compiled(program.name, 0.0, 0, 0, size, 0, compile.NO_TRAFFIC)
+
+    monkeypatch.setattr(memory, "compile_program", compile_program)
+    config = _config(**settings)
+    names = options.get("names", [])
+    failing = memory.check(make_plan(config), 1, names, lambda done: None).failing
+    found = memory.search(config, make_plan, failing, 1, on_program=lambda done: None, **options)
+    return found, len(tried) - 1
+
+
+def _fits_if(failing, condition):
+    return lambda name, config: 2 if name == failing and not condition(config) else 1
+
+
+SMALL = {"mesh": (1, 2, 2), "rl.batch_size": 16, "rl.samples_per_prompt": 4, "evaluation.batch_size": 16}
+TWICE, FOUR_TIMES = {"rl.num_microbatches": 2}, {"rl.num_microbatches": 4}
+REMAT, CHUNK = {"model.remat": "full"}, {"model.logits_chunk": 64}
+HALF, QUARTER = {"rl.batch_size": 8}, {"rl.batch_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("failing", "wanted", "changes"),
+    [
+        ("update", REMAT, REMAT),
+        ("update", TWICE, REMAT | TWICE),
+        ("update", FOUR_TIMES, REMAT | FOUR_TIMES),
+        ("update", CHUNK, REMAT | {"rl.num_microbatches": 8} | CHUNK),
+        ("KL to SFT", CHUNK, CHUNK),
+        ("KL to SFT", {"evaluation.batch_size": 4}, CHUNK | {"evaluation.batch_size": 4}),
+        ("generation (evaluation)", {"evaluation.batch_size": 4}, {"evaluation.batch_size": 4}),
+        ("generation", HALF, HALF),
+        ("reward", QUARTER, QUARTER),
+    ],
+    ids=str,
+)
+def test_the_search_first_leaves_the_experiment_as_it_is(monkeypatch, failing, wanted, changes):
+    """Fails when a kind of change is gone, comes in another order, or is not repeated while it helps."""
+    settings = SMALL | ({"evaluation.batch_size": 8} if failing.endswith("(evaluation)") else {})
+
+    def is_wanted(config):
+        return all(config[path.split(".")[0]][path.split(".")[1]] == value for path, value in wanted.items())
+
+    assert _search(monkeypatch, settings, _fits_if(failing, is_wanted))[0] == changes
+
+
+def test_the_mesh_comes_before_the_batch(monkeypatch):
+    """Fails when weights are not spread over more chips along tensor first, which leaves the experiment as it is."""
+    needs = _fits_if("generation", lambda config: config.rl.batch_size == 8)
+    found, tries = _search(monkeypatch, SMALL | {"mesh": (1, 4, 1)}, needs)
+    assert (found, tries) == ({"mesh": (1, 2, 2), "rl.batch_size": 8}, 3)  # and one refused: tensor 4
+
+
+def test_a_refused_mesh_is_not_kept(monkeypatch):
+    """Fails when the search goes on from a mesh that does not suit the model: no batch would be good there."""
+    found, tries = _search(monkeypatch, SMALL, _fits_if("generation", lambda config: config.rl.batch_size == 8))
+    assert (found, tries) == (HALF, 2)
+
+
+def test_suggested_batches_are_those_that_the_program_accepts(monkeypatch):
+    """Fails when a batch is offered that does not divide by mesh, microbatches and samples of a prompt."""
+    tried = []
+
+    def never(name, config):
+        tried.append((config.rl.batch_size, config.rl.num_microbatches))
+        return 2 if name == "generation" else 1
+
+    found, _ = _search(monkeypatch, SMALL | FOUR_TIMES, never)
+    assert found is None
+    assert sorted(set(tried), reverse=True) == [(16, 4), (8, 4), (4, 2)]  # 2 completions are no 4 samples
+
+
+def test_a_search_without_an_end_is_given_up(monkeypatch):
+    """Fails when microbatches double for ever, or tries, each of minutes, have no bound."""
+    nothing = _fits_if("update", lambda config: False)
+    assert _search(monkeypatch, SMALL, nothing) == (
+        None,
+        8,
+    )  # remat, 2, 4, 8, 16 pieces (refused), logits, 16 pieces, mesh
+    many = SMALL | {"rl.batch_size": 2**20, "rl.samples_per_prompt": 2}
+    assert _search(monkeypatch, many, nothing) == (None, memory.MOST_TRIES)
+
+
+def test_every_program_must_fit_after_a_change(monkeypatch):
+    """Fails when a change that makes another program too large is taken for a solution."""
+
+    def needs(name, config):
+        if name == "KL to SFT":
+            return 2 if config.model.remat == "full" and config.evaluation.batch_size > 8 else 1
+        return 2 if name == "update" and config.model.remat != "full" else 1
+
+    found, _ = _search(monkeypatch, SMALL | CHUNK, needs)
+    assert found == REMAT | {"evaluation.batch_size": 8}
+    found, _ = _search(monkeypatch, SMALL | CHUNK, needs, names=["update"])
+    assert found == REMAT
+
+
+def test_a_program_that_gets_a_twin_is_not_lost(monkeypatch):
+    """Fails when the batch of evaluation becomes that of training, and nothing of the name that failed is compiled."""
+
+    def needs(name, config):
+        rows = config.evaluation.batch_size if name == "generation (evaluation)" else config.rl.batch_size
+        return 2 if name == "update" or (name.startswith("generation") and rows > 8) else 1
+
+    found, _ = _search(monkeypatch, SMALL | {"evaluation.batch_size": 32}, needs, names=["generation (evaluation)"])
+    assert found == {"evaluation.batch_size": 8, "rl.batch_size": 8}
+
+
+def _traffic(once=0.0, per_loop_step=0.0):
+    return hlo.Collectives({"all-gather": hlo.Traffic(2, once)}, {"all-reduce": hlo.Traffic(3, per_loop_step)})
+
+
+HALF_GIB = chips.GIB // 2
+FITS = compile.Compiled("generation", 1.5, HALF_GIB, HALF_GIB, 4 * HALF_GIB, 2 * HALF_GIB, _traffic(3e9, 2e6))
+OVER = compile.Compiled("update", 61.0, HALF_GIB, 0, 5 * HALF_GIB, 2 * HALF_GIB, compile.NO_TRAFFIC)
+REFUSED_BY_XLA = compile.Compiled("merge", 2.0, HALF_GIB, 0, 0, HALF_GIB, compile.NO_TRAFFIC, "Used 9.0G of 4.0G hbm")
+CHIP = chips.CHIPS["v5e"]._replace(hbm_bytes=4 * chips.GIB)
+FOUND = memory.Fit(
+    (FITS, OVER, REFUSED_BY_XLA), {"policy": HALF_GIB, "frozen weights": 0, "SFT": chips.GIB}, 6 * HALF_GIB, 4
+)
+
+
+def test_what_is_beside_counts():
+    """Fails when a program is judged by what XLA sees alone, or not by the limit, or not by what the compiler says."""
+    assert [FITS.total, OVER.total] == [3 * chips.GIB, 3.5 * chips.GIB]
+    assert FOUND.failing == ["update", "merge"]
+    assert FOUND._replace(limit=3 * chips.GIB - 1).failing == ["generation", "update", "merge"]
+    assert FOUND._replace(limit=3.5 * chips.GIB).failing == ["merge"]
+
+
+def test_table_by_hand():
+    """Fails when a column is another figure, or the verdict hides a program."""
+    sent = "3 GB (all-gather 3 GB in 2); 2 MB a token (all-reduce 2 MB in 3)"
+    assert memory.table(FOUND, CHIP, 0.25).splitlines()[2:] == [
+        f"| generation | 2 | 0.50 | 0.50 | 2.00 | 1.00 | 3.00 | 75 % | {sent} |",
+        "| update | 61 | 0.50 | 0.00 | 2.50 | 1.00 | 3.50 | 88 % | nothing |",
+        "| merge | 2 | 0.50 | - | - | 0.50 | - | TOO LARGE | nothing |",
+        "",
+        "Between programs, GiB a chip: policy 0.50, SFT 1.00; together 1.50.",
+        "A chip of v5e has 4.00 GiB, of which 25 % stay free.",
+        "",
+        "merge alone is too large:",
+        "  Used 9.0G of 4.0G hbm",
+        "",
+        "DOES NOT FIT: update, merge.",
+    ]
+    assert memory.table(FOUND._replace(programs=(FITS,)), CHIP, 0.25).endswith("All programs fit.")
+
+
+class _Fake:
+    """A jitted function whose compilation gives these bytes, or this error."""
+
+    def __init__(self, error=""):
+        self.error = error
+
+    def lower(self, *args):
+        return self
+
+    def compile(self):
+        if self.error:
+            raise jax.errors.JaxRuntimeError(self.error)
+        return self
+
+    def memory_analysis(self):
+        return types.SimpleNamespace(argument_size_in_bytes=7, temp_size_in_bytes=11, peak_memory_in_bytes=13)
+
+    def as_text(self):
+        return "HloModule empty\n\nENTRY main {\n  ROOT x = f32[] parameter(0)\n}\n"
+
+
+@pytest.fixture
+def small_plan():
+    """Two programs beside 32 and 48 bytes a chip: a row of 8 float32 is split over 4 chips, or whole."""
+    mesh = meshes.make_mesh((2, 2, 2), jax.devices()[:8])
+    split, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
+    arrays = {
+        "split": jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=split),
+        "whole": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=whole),
+    }
+    programs = [
+        compile.Program("one", _Fake(), (arrays["split"],), ("whole",)),
+        compile.Program("two", _Fake("RESOURCE_EXHAUSTED: too large"), (arrays["whole"],), ("split", "whole")),
+    ]
+    return compile.Plan(mesh, tuple(programs), arrays)
+
+
+def test_compiled_programs_are_weighed(small_plan):
+    """Fails when what is beside is not added, or an out-of-memory error of the compiler ends the program."""
+    heard = []
+    found = memory.check(small_plan, 45, on_program=heard.append)
+    one, two = found.programs
+    assert (one.arguments, one.temporaries, one.peak, one.beside, one.total) == (7, 11, 13, 32, 45)
+    assert (two.arguments, two.beside, two.error) == (32, 16 + 32, "RESOURCE_EXHAUSTED: too large")
+    assert (found.resident, found.chips, found.limit) == ({"split": 16, "whole": 32}, 8, 45)
+    assert heard == [one, two]
+    assert [p.name for p in memory.check(small_plan, 45, ["one"], heard.append).programs] == ["one"]
+    assert memory.check(small_plan, 44, ["one"], heard.append).failing == ["one"]
+    with pytest.raises(ValueError, match="'three', want all, or some of: one, two"):
+        memory.check_names(small_plan, ["one", "three"])
+
+
+def test_other_errors_of_the_compiler_are_not_hidden(small_plan):
+    """Fails when a bug is reported as a program that is too large."""
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        compile.compile_program(small_plan, compile.Program("one", _Fake("INTERNAL"), (), ()))
+
+
+def test_network_traffic_of_a_token_counts_for_every_token():
+    """Fails when the loop's traffic counts once: 3 GB + 6 tokens x 2 MB over 200 GB/s."""
+    config = _config()
+    policy, _ = architecture.planned(config)
+    table = memory.step_table(config, policy, None, FOUND, CHIP)
+    generation, update = [line.split(" | ") for line in table.splitlines()[2:4]]
+    assert (generation[0], generation[3]) == ("| generation", f"{1000 * (3e9 + 6 * 2e6) / 200e9:.3g}")
+    assert (update[0], update[3]) == ("| update", "0")
+    assert "reward" not in table
+    assert "reward" in memory.step_table(config, *architecture.planned(config), FOUND, CHIP)
+
+
+def test_settings_of_the_config_reach_the_bound():
+    """Fails when sizes are swapped, or remat and pieces of the logits are not passed on."""
+    model = {"model.remat": "full", "model.logits_chunk": 4}
+    config = _config(mesh=(4, 1, 2), **{"rl.batch_size": 16, **model})
+    policy, _ = architecture.planned(config)
+    sizes = roofline.Sizes(batch=16, prompt=4, completion=6, batch_chips=4, tensor=2)
+    works = {
+        "generation": roofline.generation(policy, sizes),
+        "update": roofline.update(policy, sizes, remat=True, in_pieces=True),
+    }
+    want = roofline.table(works, {"generation": 3e9 + 6 * 2e6}, CHIP)
+    assert memory.step_table(config, policy, None, FOUND, CHIP) == want
+
+
+def test_the_largest_buffers_are_named():
+    """Fails when the lines of XLA's error that help are not found."""
+    error = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.
+    Used 24.14G of 15.75G hbm. Exceeded hbm capacity by 8.39G.
+    Largest program allocations in hbm:
+      1. Size: 4.00G
+         Operator: op_name="jit(update)/mul"
+         Shape: f32[4096,512]
+      2. Size: 1.00G
+         Shape: f32[4096]
+         Unpadded size: 1.00G"""
+    assert memory.biggest_buffers(error) == [
+        "Used 24.14G of 15.75G hbm. Exceeded hbm capacity by 8.39G.",
+        'Size: 4.00G, "jit(update)/mul", f32[4096,512]',
+        "Size: 1.00G, f32[4096], Unpadded size: 1.00G",
+    ]
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "scaling").glob("*.json")), ids=lambda path: path.stem)
+def test_tables_of_the_docs_are_those_of_their_figures(path):
+    """Fails when docs/scaling.md is not what the code makes of docs/scaling/*.json: paste what is missing."""
+    text, figures = (DOCS / "scaling.md").read_text(), json.loads(path.read_text())
+    found, chip = _fit_of(figures), chips.CHIPS[figures["chip"]]
+    name, _, slice_ = path.stem.rpartition("_v")
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.mesh = tuple(figures["mesh"])
+    assert memory.table(found, chip, 0.1) in text
+    table = memory.step_table(config, *architecture.planned(config), found, chip)
+    step = f"{name} on v{slice_.replace('_', ':')}:\n\n{table}"
+    assert f"\n{step}\n\n" in text, step
+    assert memory.as_json(found, chip).items() <= figures.items()
+
+
+def _fit_of(figures):
+    """The inverse of `fit.as_json`."""
+    programs = []
+    for figure in figures["programs"]:
+        shares = [
+            {kind: hlo.Traffic(**t) for kind, t in figure["traffic"][share].items()}
+            for share in ("once", "per_loop_step")
+        ]
+        values = {name: figure[name] for name in compile.Compiled._fields}
+        programs.append(compile.Compiled(**{**values, "traffic": hlo.Collectives(*shares)}))
+    return memory.Fit(tuple(programs), figures["resident"], figures["limit_bytes"], figures["chips"])

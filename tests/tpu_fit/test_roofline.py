@@ -1,0 +1,95 @@
+"""Operations and bytes of a step, by hand."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from warp_jax.models import apply, presets
+from warp_jax.models.transformer import TransformerConfig
+from warp_jax.tpu_fit import roofline
+from warp_jax.tpu_fit.chips import CHIPS
+from warp_jax.tpu_fit.roofline import Sizes
+
+TINY = TransformerConfig(
+    vocab_size=10, width=4, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=6, mlp_dim=8, tied_head=False
+)
+N = 2 * (4 * 6 * (2 + 1 + 1 + 2) + 3 * 4 * 8) + 4 * 10
+SIZES = Sizes(batch=8, prompt=3, completion=5, batch_chips=2, tensor=2)
+
+
+def test_parameters_are_those_of_the_model():
+    """Fails when a projection is left out: norms and the lookup table are all that is not multiplied."""
+    shapes = apply.param_shapes(TINY)
+    kernels = [x.size for path, x in jax.tree_util.tree_leaves_with_path(shapes) if "kernel" in str(path)]
+    assert roofline.matmul_parameters(TINY) == N == sum(kernels)
+
+
+def test_gemma_7b_has_its_size():
+    """Fails when a published size is wrong: 8.54 billion weights (arXiv 2403.08295, table 2), the embedding shared."""
+    assert roofline.matmul_parameters(presets.MODELS["gemma_7b"]) / 1e9 == pytest.approx(8.54, rel=2e-3)
+    assert roofline.matmul_parameters(presets.MODELS["llama3_70b"]) / 1e9 == pytest.approx(70.6 - 1.05, rel=2e-3)
+
+
+HEAD = 4 * 10
+LAYERS = 2 * (N - HEAD) * 8 * 8 + 4 * 8 * 8 * 4 * 12 * 2  # one pass over 8 rows of 3 + 5 tokens, FLOPs
+
+
+def test_forward_pass_by_hand():
+    """Fails when attention is not causal, a multiplication and its addition count once, or the head counts at tokens
+    whose logits nobody asks for.
+    """
+    assert roofline.forward_flops(TINY, 8, 8, 8) == 2 * N * 64 + 4 * 64 * 4 * 12 * 2
+    assert roofline.forward_flops(TINY, 8, 8, 3) == LAYERS + 2 * HEAD * 8 * 3
+
+
+def test_the_head_of_a_reward_model_is_one_number():
+    """Fails when the reward model is taken to have logits over the vocabulary."""
+    model = dataclasses.replace(TINY, head="scalar")
+    work = roofline.scoring(model, SIZES)
+    assert work.flops == (LAYERS + 2 * 4 * 64) / 4
+    assert work.hbm == 4 * (N - HEAD + 4) / 4
+
+
+def test_update_by_hand():
+    """Fails when the anchor's pass or a second forward pass is forgotten, or the head counts at the prompt too."""
+    head = 2 * HEAD * 8 * 5
+    passes = {(True, True): (6, 6), (True, False): (6, 5), (False, True): (5, 6), (False, False): (5, 5)}
+    for (remat, in_pieces), (layer_passes, head_passes) in passes.items():
+        work = roofline.update(TINY, SIZES, remat=remat, in_pieces=in_pieces)
+        assert work.flops == (layer_passes * LAYERS + head_passes * head) / 4
+        assert work.hbm == 4 * 9 * N / 4  # policy, anchor, two moments: read and written; the gradient: read
+
+
+def test_generation_by_hand():
+    """Fails when the prefill has logits of the whole prompt, or the first token costs a pass of its own."""
+    prefill = 2 * (N - HEAD) * 8 * 3 + 2 * HEAD * 8 + 4 * 8 * 3 * 1.5 * 12 * 2
+    tokens = 2 * N * 8 * 4 + 4 * 8 * 4 * 5.5 * 12 * 2
+    assert roofline.generation(TINY, SIZES).flops == (prefill + tokens) / 4
+
+
+def test_generation_reads_weights_and_cache_for_each_token():
+    """Fails when weights are taken as split over the batch's chips too, or the cache as full from the start."""
+    weights, cache = 2 * N / 2, 4 * 5.5 * 2 * 2 * 2 * 1 * 6
+    assert roofline.generation(TINY, SIZES).hbm == pytest.approx(5 * (weights + cache))
+
+
+def test_the_limit_is_the_slowest_resource():
+    """Fails when times are added, or the fastest is taken."""
+    chip = CHIPS["v5e"]
+    work = roofline.Work(flops=chip.bf16_flops, hbm=3 * chip.hbm_bandwidth)
+    assert roofline.seconds(work, 2 * chip.ici_bandwidth, chip) == {"compute": 1, "memory": 3, "network": 2}
+
+
+def test_the_table_adds_the_limits():
+    """Fails when the sum is of the last program alone, or of another resource than each program's limit."""
+    chip = CHIPS["v5e"]
+    works = {
+        "generation": roofline.Work(flops=chip.bf16_flops, hbm=3 * chip.hbm_bandwidth),
+        "update": roofline.Work(flops=4 * chip.bf16_flops, hbm=chip.hbm_bandwidth),
+    }
+    assert roofline.table(works, {"generation": 2 * chip.ici_bandwidth}, chip).splitlines()[2:] == [
+        "| generation | 1e+03 | 3e+03 | 2e+03 | 3e+03 | memory |",
+        "| update | 4e+03 | 1e+03 | 0 | 4e+03 | compute |",
+        "| together | | | | 7e+03 | |",
+    ]

@@ -1,0 +1,381 @@
+"""One run of RL on a toy model."""
+
+import dataclasses
+import functools
+import types
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from warp_jax import trees
+from warp_jax.data import batches
+from warp_jax.models import apply, freezing, partitioning
+from warp_jax.models.transformer import TransformerConfig, init_cache
+from warp_jax.parallel import meshes
+from warp_jax.rewards import reward_functions
+from warp_jax.storage import checkpoint
+from warp_jax.training import loop, optimizers, reinforce, sampling, scoring
+
+CONFIG = TransformerConfig(
+    vocab_size=16, width=32, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4, mlp_dim=64, qk_norm=True
+)
+SAMPLING = sampling.SamplingConfig(max_new_tokens=5, temperature=0.7, stop_ids=(2,), pad_id=0)
+BATCH = 8
+ONE_DEVICE = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
+
+
+@pytest.fixture(autouse=True)
+def _strict_promotion():
+    """Overrides the strict one of conftest.py: optax raises a float to an integer power."""
+
+
+def _apply_fn(mesh=None):
+    return apply.make_apply_fn(CONFIG, mesh)
+
+
+@functools.lru_cache
+def _sampler(mesh):
+    return sampling.make_sampler(
+        mesh,
+        _params(mesh),
+        apply_fn=_apply_fn(mesh),
+        make_cache=functools.partial(init_cache, CONFIG, mesh=mesh),
+        dtype=CONFIG.dtype,
+        config=SAMPLING,
+    )
+
+
+def _params(mesh):
+    params = jax.jit(functools.partial(apply.init_params, CONFIG))(jax.random.key(0))
+    return jax.device_put(params, partitioning.param_shardings(mesh, params))
+
+
+@functools.lru_cache
+def _programs(mesh, **settings):
+    """Compiled once for each mesh and setting."""
+    params = _params(mesh)
+    defaults = {
+        "kl_coef": 0.1,
+        "ema_rate": 0.01,
+        "advantage": "leave_one_out",
+        "group_size": 2,
+        "whiten": False,
+        "num_microbatches": 1,
+        "logits_chunk": 0,
+    }
+    optimizer = optimizers.make_optimizer(learning_rate=1e-2, warmup_steps=0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-5)
+    return reinforce.make_programs(
+        mesh,
+        params,
+        apply_fn=_apply_fn(mesh),
+        optimizer=optimizer,
+        temperature=SAMPLING.temperature,
+        **{**defaults, **settings},
+    )
+
+
+def _prompt_batch():
+    rows = [np.arange(3, 3 + 1 + i % 4, dtype=np.int32) for i in range(12)]
+    return batches.make_prompts(rows, 4, bos_id=1, pad_id=0)
+
+
+def _count_token(rollout):
+    return ((rollout.completion_ids == 5) & rollout.completion_mask).sum(axis=1).astype(jnp.float32)
+
+
+REWARD = reward_functions.weighted_sum({"fives": 2.0}, {"fives": _count_token})
+
+
+def _run(directory, mesh=None, num_steps=4, *, stop_after=None, checkpoint_every=2, states=None, **settings):
+    mesh = mesh or ONE_DEVICE
+    params = _params(mesh)
+    metrics = []
+
+    def after_step(step, state):
+        if states is not None:
+            states.append(jax.device_get(state))
+        if step == stop_after:
+            raise KeyboardInterrupt
+
+    final = reinforce.run_policy(
+        params,
+        {},
+        programs=_programs(mesh, **settings),
+        sampler=_sampler(mesh),
+        reward_fn=REWARD,
+        train_prompts=_prompt_batch(),
+        mesh=mesh,
+        seed=7,
+        iteration=1,
+        run=2,
+        num_steps=num_steps,
+        batch_size=BATCH,
+        group_size=2,
+        checkpoint_every=checkpoint_every,
+        directory=directory,
+        on_step=lambda step, values: metrics.append(values),
+        after_step=after_step,
+    )
+    return jax.device_get(final), [m for m in metrics if m]
+
+
+def _one_update(**settings):
+    mesh = ONE_DEVICE
+    params = _params(mesh)
+    programs = _programs(mesh, **settings)
+    state = programs.init(params)
+    batch = batches.take(_prompt_batch(), np.repeat(np.arange(BATCH // 2), 2))
+    rollout = _sampler(mesh)(state.params, meshes.put_batch(mesh, batch), jax.random.key(3))
+    state, metrics = programs.update(state, {}, rollout, REWARD(rollout).total)
+    return params, state, metrics, programs, rollout
+
+
+def _distance(a, b):
+    return float(
+        sum(np.abs(np.asarray(x) - np.asarray(y)).sum() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+    )
+
+
+def test_one_step_moves_policy_and_anchor():
+    """Fails when the update is dropped, the anchor is not moved, or the rate weighs the old weights."""
+    init, state, metrics, *_ = _one_update(ema_rate=0.01)
+    assert _distance(state.params, init) > 0
+    expected = jax.tree.map(lambda a, b: 0.99 * np.asarray(a) + 0.01 * np.asarray(b), init, state.params)
+    assert _distance(state.anchor_params, expected) / _distance(state.params, init) < 1e-4
+    assert float(metrics["anchor_kl"]) == 0.0
+
+
+def test_frozen_anchor_stays_at_init():
+    """Fails when ema_rate 0 lets the anchor move: the SFT-anchor baseline would be another algorithm."""
+    init, state, *_ = _one_update(ema_rate=0.0)
+    assert _distance(state.anchor_params, init) == 0.0
+
+
+def test_donation_leaves_init_alive_and_traces_once():
+    """Fails when state and init share buffers, or a second step compiles again."""
+    init, state, _, programs, rollout = _one_update()
+    state, _ = programs.update(state, {}, rollout, REWARD(rollout).total)
+    assert np.isfinite(_distance(init, init))
+    assert programs.update._cache_size() == 1
+
+
+def test_the_kl_is_that_to_the_anchor():
+    """Fails when the reward's KL uses the current policy twice, or the sampler's log-probs unscaled by temperature."""
+    _, state, _, programs, rollout = _one_update(ema_rate=0.0)
+    score = functools.partial(scoring.per_token_logps, _apply_fn(), temperature=SAMPLING.temperature)
+    ratio = score(state.params, rollout) - score(state.anchor_params, rollout)
+    expected = float(jnp.where(rollout.completion_mask, ratio, 0.0).sum(1).mean())
+    _, metrics = programs.update(state, {}, rollout, REWARD(rollout).total)
+    assert abs(expected) > 1e-4
+    assert float(metrics["anchor_kl"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_kl_is_in_the_advantage():
+    """Fails when advantages are of the raw reward, of the reward plus KL, or the group's own sample is in its mean."""
+    settings = {"ema_rate": 0.0, "kl_coef": 3.0}
+    _, state, _, programs, rollout = _one_update(**settings)
+    raw = np.asarray(REWARD(rollout).total, np.float64)
+    score = functools.partial(scoring.per_token_logps, _apply_fn(), temperature=SAMPLING.temperature)
+    mask = np.asarray(rollout.completion_mask)
+    ratio = np.where(mask, np.asarray(score(state.params, rollout) - score(state.anchor_params, rollout)), 0).sum(1)
+    shaped = (raw - 3.0 * ratio).reshape(-1, 2)
+    advantage = jnp.asarray((shaped - shaped[:, ::-1]).reshape(-1), jnp.float32)  # minus the other of the pair
+
+    def loss(params):
+        return -jnp.mean(advantage * jnp.where(mask, score(params, rollout), 0.0).sum(1))
+
+    expected = optax.global_norm(jax.grad(loss)(state.params))
+    assert np.ptp(3.0 * ratio) > 0.1
+    _, metrics = programs.update(state, {}, rollout, REWARD(rollout).total)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_microbatches_change_nothing():
+    """Fails when gradients are summed instead of averaged, or advantages are taken per piece."""
+    init, whole, metrics, *_ = _one_update(num_microbatches=1, advantage="batch_mean")
+    _, pieces, metrics_of_pieces, *_ = _one_update(num_microbatches=4, advantage="batch_mean")
+    assert {k: float(v) for k, v in metrics_of_pieces.items()} == pytest.approx(
+        {k: float(v) for k, v in metrics.items()}, rel=1e-4, abs=1e-6
+    )  # Adam and clipping hide a wrong scale of the gradient, its norm does not
+    assert _distance(whole.params, pieces.params) < 2e-4 * _distance(whole.params, init)
+
+
+def test_reward_rises(tmp_path):
+    """Fails when the sign of the loss is turned, or prompts and rewards are mixed up."""
+    _, metrics = _run(tmp_path, num_steps=40, checkpoint_every=100)
+    assert np.mean([m["reward"] for m in metrics[-5:]]) > np.mean([m["reward"] for m in metrics[:5]]) + 1.0
+    assert metrics[0]["reward"] == pytest.approx(2 * metrics[0]["reward/fives"])
+
+
+def test_the_policy_is_returned_not_the_anchor(tmp_path):
+    """Fails when the anchor is returned: it is never merged."""
+    states = []
+    final, _ = _run(tmp_path, num_steps=2, states=states)
+    assert _distance(final, states[-1].params) == 0.0
+    assert _distance(final, states[-1].anchor_params) > 0.0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    """Fails when a diverged policy is trained on, or stored as finished."""
+    values = iter([1.0, float("nan"), 1.0])
+    with pytest.raises(FloatingPointError, match="step 1: loss is nan"):
+        loop.run_steps(
+            lambda state, step: (state, {"loss": next(values)}),
+            lambda: {"w": jnp.zeros(2)},
+            num_steps=3,
+            directory=tmp_path,
+            checkpoint_every=100,
+            on_step=lambda *args: None,
+        )
+
+
+def test_stop_and_resume_is_the_unbroken_run_to_the_bit(tmp_path):
+    """Fails when anchor or moments are not restored, or keys follow from anything but the step."""
+    unbroken, _ = _run(tmp_path / "a", num_steps=6)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "b", num_steps=6, stop_after=3)
+    resumed, metrics = _run(tmp_path / "b", num_steps=6)
+    assert len(metrics) < 6
+    assert _distance(unbroken, resumed) == 0.0
+
+
+def test_no_room_for_two_states_is_asked(tmp_path, monkeypatch):
+    """Fails when the first state is alive while the stored one is read: twice the memory of training."""
+    alive = []
+
+    def init():
+        state = {"w": jnp.full(3, 2.0)}
+        alive.append(weakref.ref(state["w"]))
+        return state
+
+    def go_on(num_steps):
+        return loop.run_steps(
+            lambda state, step: ({"w": state["w"] + 1}, {"loss": 0.0}),
+            init,
+            num_steps=num_steps,
+            directory=tmp_path,
+            checkpoint_every=1,
+            on_step=lambda *args: None,
+        )
+
+    go_on(1)
+    restore = checkpoint.StateStore.restore
+
+    def restore_alone(store, like):
+        assert alive[-1]() is None
+        return restore(store, like)
+
+    monkeypatch.setattr(checkpoint.StateStore, "restore", restore_alone)
+    assert go_on(3)["w"].tolist() == [5.0] * 3
+
+
+def _draws(directory, **names):
+    """The prompts and keys of two steps, of a run that trains nothing."""
+    seen = []
+    rollout = types.SimpleNamespace()
+
+    def sampler(params, batch, key):
+        seen.append((np.asarray(batch.example_ids).tolist(), jax.random.key_data(key).tolist()))
+        return rollout
+
+    reinforce.run_policy(
+        {"w": jnp.zeros(2)},
+        {},
+        programs=reinforce.Programs(
+            init=lambda params: types.SimpleNamespace(params=params), update=lambda state, *rest: (state, {})
+        ),
+        sampler=sampler,
+        reward_fn=lambda rollout: types.SimpleNamespace(total=np.zeros(BATCH, np.float32), parts={}),
+        train_prompts=_prompt_batch(),
+        mesh=ONE_DEVICE,
+        num_steps=2,
+        batch_size=BATCH,
+        group_size=2,
+        checkpoint_every=100,
+        directory=directory,
+        on_step=lambda *args: None,
+        after_step=lambda *args: None,
+        **names,
+    )
+    return seen
+
+
+def test_every_run_and_step_has_prompts_and_noise_of_its_own(tmp_path):
+    """Fails when runs, iterations or seeds share their prompts or keys: their policies would be less apart."""
+    names = [(7, 1, 1), (7, 1, 2), (7, 2, 1), (8, 1, 1)]
+    draws = [_draws(tmp_path / str(i), seed=s, iteration=n, run=r) for i, (s, n, r) in enumerate(names)]
+    for part in (0, 1):
+        found = [str(step[part]) for steps in draws for step in steps]
+        assert len(set(found)) == len(found)
+    assert _draws(tmp_path / "again", seed=7, iteration=1, run=2) == draws[1]
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_eight_devices_equal_one(tmp_path, sizes):
+    """Fails when a gradient or a baseline is taken per device. abs: float32 rounds log-probs of ten nats to 1e-6."""
+    one, metrics_one = _run(tmp_path / "one", num_steps=3)
+    many, metrics_many = _run(tmp_path / "many", mesh=meshes.make_mesh(sizes), num_steps=3)
+    for a, b in zip(metrics_one, metrics_many, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=5e-6)
+    init = _params(ONE_DEVICE)
+    assert _distance(one, many) < 1e-5 * _distance(one, init)  # of the way, an eighth of the weights
+
+
+def _partly_frozen(pattern):
+    """One step of a model of which only `pattern` is trained; the trained leaves before and after, and the rollout."""
+    groups = freezing.layer_groups(pattern, apply.param_shapes(CONFIG))
+    config = dataclasses.replace(CONFIG, layer_groups=groups)
+    params = freezing.restacked(
+        _params(ONE_DEVICE), jax.jit(functools.partial(apply.init_params, config))(jax.random.key(1))
+    )
+    trained, frozen = freezing.split(params, pattern)
+    apply_fn = apply.make_apply_fn(config)
+    programs = reinforce.make_programs(
+        ONE_DEVICE,
+        trained,
+        apply_fn=apply_fn,
+        optimizer=optax.sgd(0.1),
+        temperature=SAMPLING.temperature,
+        kl_coef=0.1,
+        ema_rate=0.01,
+        advantage="leave_one_out",
+        group_size=2,
+        whiten=False,
+        num_microbatches=1,
+        logits_chunk=0,
+    )
+    batch = batches.take(_prompt_batch(), np.repeat(np.arange(BATCH // 2), 2))
+    batch = meshes.put_batch(ONE_DEVICE, batch)
+    draw = functools.partial(sampling.sample, apply_fn, functools.partial(init_cache, config), config=SAMPLING)
+    rollout = draw(params, batch, jax.random.key(3))
+    state, _ = programs.update(programs.init(trained), frozen, rollout, REWARD(rollout).total)
+    return trained, state, rollout
+
+
+def test_frozen_weights_stay_and_cost_nothing():
+    """Fails when a frozen leaf is updated or has an anchor, or a trained one does not move by its own gradient."""
+    pattern = "layers/1/mlp/"
+    trained, state, rollout = _partly_frozen(pattern)
+    assert set(_names(trained)) == {f"layers_from_1/mlp/{x}/kernel" for x in ("gate", "up", "down")}
+    assert set(_names(state.params)) == set(_names(state.anchor_params)) == set(_names(trained))
+
+    def loss(params, apply_fn):
+        logps = scoring.per_token_logps(apply_fn, params, rollout, SAMPLING.temperature)
+        rewards_ = np.asarray(REWARD(rollout).total).reshape(-1, 2)
+        advantage = jnp.asarray((rewards_ - rewards_[:, ::-1]).reshape(-1), jnp.float32)
+        return -jnp.mean(advantage * jnp.where(rollout.completion_mask, logps, 0.0).sum(1))
+
+    whole = jax.grad(loss)(_params(ONE_DEVICE), _apply_fn())
+    for name, leaf in _names(state.params).items():
+        expected = -0.1 * np.asarray(_names(whole)[name.replace("layers_from_1", "layers")])[1:]
+        moved = np.asarray(leaf) - np.asarray(_names(trained)[name])
+        assert np.abs(expected).max() > 1e-5
+        np.testing.assert_allclose(moved, expected, atol=2e-3 * np.abs(expected).max())
+
+
+def _names(tree):
+    return {trees.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

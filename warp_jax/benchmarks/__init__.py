@@ -1,0 +1,1 @@
+"""Answers and benchmarks of exported policies."""

@@ -1,0 +1,69 @@
+"""Answers of one policy to prompts in words."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from warp_jax.data import batches, chat, corpus
+from warp_jax.data.tokenizer import Tokenizer
+from warp_jax.models.apply import make_apply_fn
+from warp_jax.models.transformer import TransformerConfig, init_cache
+from warp_jax.parallel import meshes
+from warp_jax.training import sampling
+from warp_jax.types import Params
+
+BATCH = 32  # prompts at once
+
+
+def read_prompts(path: Path, field: str) -> list[Any]:
+    """The texts or conversations in a field of each line of a JSONL file."""
+    if path.suffix != ".jsonl":
+        raise ValueError(f"{path}: want a .jsonl file, one JSON object a line")
+    rows = corpus.load_rows(str(path), "")
+    for number, row in enumerate(rows, start=1):
+        if field not in row:
+            raise ValueError(f"{path} row {number}: has {sorted(row)}, want the field {field!r}")
+    return [row[field] for row in rows]
+
+
+def encode(tokenizer: Tokenizer, values: Sequence[Any], *, use_chat: bool) -> list[np.ndarray]:
+    """Ids of each prompt: a text after bos, or a conversation in the model's chat template."""
+    if use_chat:
+        return tokenizer.encode_with_special([chat.prompt_text(tokenizer, value) for value in values])
+    if others := [value for value in values if not isinstance(value, str)]:
+        raise ValueError(f"prompt: got {str(others[0])[:60]!r}, want a text; for conversations use the chat template")
+    bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
+    return [np.append(bos, ids) for ids in tokenizer.encode(values)]
+
+
+def sample_answers(
+    params: Params,
+    model: TransformerConfig,
+    tokenizer: Tokenizer,
+    rows: Sequence[np.ndarray],
+    *,
+    mesh: jax.sharding.Mesh,
+    seed: int,
+    settings: Mapping[str, Any],
+) -> list[str]:
+    """One answer to each prompt in `rows`; settings: max_new_tokens, temperature, top_k, top_p of SamplingConfig."""
+    config = sampling.SamplingConfig(stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, **settings)
+    sample = jax.jit(
+        functools.partial(sampling.sample, make_apply_fn(model), functools.partial(init_cache, model), config=config)
+    )
+    length = max(len(row) for row in rows)
+    answers: list[str] = []
+    for number, start in enumerate(range(0, len(rows), BATCH)):
+        part = list(rows[start : start + BATCH])
+        filled = part + [part[0]] * (-len(part) % meshes.batch_devices(mesh))
+        batch = meshes.put_batch(mesh, batches.left_pad(filled, length, tokenizer.pad_id))
+        rollout = jax.device_get(sample(params, batch, jax.random.fold_in(jax.random.key(seed), number)))
+        _, texts = tokenizer.decode_answers(
+            rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, rollout.completion_mask
+        )
+        answers += texts[: len(part)]
+    return answers

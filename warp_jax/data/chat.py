@@ -1,0 +1,193 @@
+"""Chat prompts: conversations written out by the chat template of their model, in a sandbox.
+
+A template comes with the weights and is a program. It sees plain texts only, and neither Python's objects nor files.
+Jinja has no endless loop, but loops inside loops can take years: one that computes for LOOP_SECONDS is stopped. Memory,
+and macros that call themselves, have no such limit: read the template of a model that you do not trust.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import nodes
+from jinja2.environment import Template
+from jinja2.exceptions import SecurityError, TemplateError, TemplateRuntimeError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from warp_jax.data.tokenizer import Tokenizer
+
+TODAY = datetime(2024, 7, 26)  # for every template: a prompt must be the same on any day that a job is resumed
+LOOP_SECONDS = 10.0  # of computing, for one loop of a template
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SPEAKERS = {  # of {"from", "value"} messages -> role
+    **{role: role for role in ROLES},
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+}
+
+
+def prompt_text(tokenizer: Tokenizer, value: object, **variables: Any) -> str:
+    """The prompt of a conversation, up to where the model's answer begins; `Tokenizer.encode_with_special` reads it.
+
+    value: as in `as_messages`; variables: as in `render`. A template that wants a BOS writes it: add none. Raises
+    ValueError if the model has no template, or if the conversation ends with the answer already.
+    """
+    messages = as_messages(value)
+    if tokenizer.chat_template is None:
+        raise ValueError("tokenizer: has no chat template; want one of a chat model, or prompts that are plain texts")
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("conversation: ends with the assistant's turn, want the user's; leave out the last message")
+    special = {"bos_token": None, "eos_token": None, **tokenizer.special_tokens}
+    return render(tokenizer.chat_template, messages, **{**special, **variables})
+
+
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    bos_token: str | None,
+    eos_token: str | None,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+) -> str:
+    """A conversation as text, exactly as transformers' apply_chat_template writes it (Hugging Face's chat templates).
+
+    variables: whatever else the template reads, as plain JSON values: tools, enable_thinking, date_string. The clock of
+    a template stands at TODAY. None stands for a special token that the model lacks. Raises ValueError if the template
+    is wrong, refuses the conversation, or leaves the sandbox.
+    """
+    tokens = {"bos_token": bos_token, "eos_token": eos_token}
+    given = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **variables}
+    given |= {name: token for name, token in tokens.items() if token is not None}
+    try:
+        return _compile(template).render(messages=[dict(message) for message in messages], **given)
+    except Exception as error:  # a template is a program, and may fail in any way
+        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+        raise ValueError(f"chat template: {kind}{' '.join(str(error).split())}") from error
+
+
+def as_messages(value: object) -> list[dict[str, str]]:
+    """The messages {"role", "content"} of one conversation.
+
+    value: a text (one message of the user), or a list of {"role", "content"} or {"from", "value"} mappings. Keys whose
+    value is None are left out. Raises ValueError for anything else.
+    """
+    if isinstance(value, str):
+        return [{"role": "user", "content": str(value)}]
+    if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray):
+        raise ValueError(f"conversation: got a {type(value).__name__}, want a text or a list of role and content")
+    if not value:
+        raise ValueError("conversation: got no message, want at least one")
+    return [_message(item, number) for number, item in enumerate(value)]
+
+
+def _message(item: object, number: int) -> dict[str, str]:
+    if not isinstance(item, Mapping):
+        raise ValueError(f"conversation: message {number} is a {type(item).__name__}, want {{role, content}}")
+    given = {key: value for key, value in item.items() if value is not None}
+    if given.keys() == {"from", "value"}:
+        speaker, content, roles = given["from"], given["value"], SPEAKERS
+    elif given.keys() == {"role", "content"}:
+        speaker, content, roles = given["role"], given["content"], {role: role for role in ROLES}
+    else:
+        raise ValueError(
+            f"conversation: message {number} has {sorted(map(str, given))}, want role and content, or from and value"
+        )
+    if not isinstance(speaker, str) or speaker not in roles:
+        raise ValueError(f"conversation: message {number} is from {speaker!r}, want one of {', '.join(roles)}")
+    if not isinstance(content, str):
+        raise ValueError(f"conversation: message {number} has a {type(content).__name__} as content, want a text")
+    return {"role": roles[speaker], "content": str(content)}
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, where a reach for what is not to be seen fails at once instead of giving nothing."""
+
+    intercepted_binops = frozenset({"**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> NoReturn:
+        raise SecurityError(f"the operator {operator} is refused: it can take for ever")
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is refused")
+
+
+class _GenerationBlock(Extension):
+    """{% generation %}: marks the assistant's text for training; here only its text counts."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class _Namespace(Namespace):
+    def __setitem__(self, name: str, value: Any) -> None:
+        if str(name).startswith("_"):
+            raise SecurityError(f"a namespace cannot hold {name!r}: it begins with an underscore")
+        super().__setitem__(name, value)
+
+
+class _Dict:
+    """The name `dict` of templates: its two uses, and not the class."""
+
+    fromkeys = staticmethod(dict.fromkeys)
+
+    def __call__(self, *args: Any, **items: Any) -> dict[Any, Any]:
+        return dict(*args, **items)
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(source: str) -> Template:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
+    environment.filters |= {"tojson": _to_json, "stopping": _stopping}
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+        "namespace": _make_namespace,
+        "dict": _Dict(),
+    }
+    tree = environment.parse(source)
+    for loop in tree.find_all(nodes.For):
+        loop.iter = nodes.Filter(loop.iter, "stopping", [], [], None, None, lineno=loop.lineno)
+    return environment.from_string(tree)
+
+
+def _stopping(items: Iterable[Any]) -> Iterator[Any]:
+    end = time.thread_time() + LOOP_SECONDS
+    for item in items:
+        if time.thread_time() > end:
+            raise TemplateRuntimeError(f"a loop computed for more than {LOOP_SECONDS:g} seconds")
+        yield item
+
+
+def _make_namespace(*args: Any, **items: Any) -> _Namespace:
+    space = _Namespace()
+    for name, value in dict(*args, **items).items():
+        space[name] = value
+    return space
+
+
+def _strftime_now(pattern: str) -> str:
+    return TODAY.strftime(pattern)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateRuntimeError(message)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Jinja's own escapes HTML
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

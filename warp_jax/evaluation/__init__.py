@@ -1,0 +1,1 @@
+"""Measuring policies on held-out prompts, comparing fronts, and the report."""

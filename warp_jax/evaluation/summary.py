@@ -1,0 +1,127 @@
+"""The numbers of a job: gains, the best eta under a budget, and policies compared at equal KL and at equal reward."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from warp_jax.evaluation import measure, pareto
+from warp_jax.evaluation.points import Point
+
+COMPARED_KLS = 5  # number of KLs at which two fronts are compared
+
+
+def as_row(point: Point) -> dict[str, Any]:
+    """A point as a row of front.csv."""
+    fields = point._asdict()
+    evaluation = fields.pop("evaluation")
+    return {**fields, **measure.summary(evaluation)}
+
+
+def summarise(config: ConfigDict, points: Sequence[Point]) -> dict[str, Any]:
+    """The numbers of the summary line, and each iteration's front against the one before, at common KLs."""
+    sft, final = points[0], merged_point(points, config.warp.num_iterations)
+    gain = np.asarray(final.evaluation.reward, np.float64) - sft.evaluation.reward
+    front = front_members(points, config.warp.num_iterations)[1:]
+    chosen = None
+    if config.front.kl_budget:
+        kls, rewards = (column.mean(1) for column in _stacked(front))
+        index = pareto.best_under_budget(kls, rewards, config.front.kl_budget)
+        chosen = None if index is None else as_row(front[index])
+    return {
+        "sft_reward": float(sft.evaluation.reward.mean()),
+        "final_reward": float(final.evaluation.reward.mean()),
+        "final_gold_reward": _number(final.evaluation.gold_reward.mean()),
+        "final_sft_kl": float(final.evaluation.sft_kl.mean()),
+        "gain_in_standard_errors": float(gain.mean() / (gain.std(ddof=1) / np.sqrt(len(gain)))),
+        "kl_budget": config.front.kl_budget,
+        "best_eta_under_budget": chosen,
+        "iterations_compared": [
+            {"iterations": [i - 1, i], "reward_difference": _compare(config, points, i)}
+            for i in range(2, config.warp.num_iterations + 1)
+        ],
+        "front_against_runs": [
+            row
+            for i in range(1, config.warp.num_iterations + 1)
+            for row in front_against_policies(
+                front_members(points, i), _runs(points, i), resamples=config.report.bootstrap_resamples
+            )
+        ],
+    }
+
+
+def one_line(summary: dict[str, Any]) -> str:
+    """One line for people."""
+    gold = f", gold {summary['final_gold_reward']:.3f}" if summary["final_gold_reward"] is not None else ""
+    line = (
+        f"reward {summary['sft_reward']:.3f} (SFT) -> {summary['final_reward']:.3f} "
+        f"({summary['gain_in_standard_errors']:+.1f} standard errors{gold}) "
+        f"at {summary['final_sft_kl']:.2f} nats from SFT"
+    )
+    if summary["kl_budget"]:
+        best = summary["best_eta_under_budget"]
+        chosen = f"eta {best['eta']:g} with reward {best['reward']:.3f}" if best else "no eta"
+        line += f"; best under {summary['kl_budget']:g} nats: {chosen}"
+    return line
+
+
+def _compare(config: ConfigDict, points: Sequence[Point], iteration: int) -> list[dict[str, float]]:
+    """Front of `iteration` minus the front before it, with 95 % bootstrap intervals over prompts."""
+    (kl_a, reward_a), (kl_b, reward_b) = (_stacked(front_members(points, i)) for i in (iteration - 1, iteration))
+    at = pareto.common_kls(kl_a.mean(1), reward_a.mean(1), kl_b.mean(1), reward_b.mean(1), COMPARED_KLS)
+    found = pareto.compare_fronts(
+        kl_a, reward_a, kl_b, reward_b, at=at.tolist(), resamples=config.report.bootstrap_resamples, seed=config.seed
+    )
+    return [{"sft_kl": c.kl, **c.difference._asdict()} for c in found]
+
+
+def front_members(points: Sequence[Point], iteration: int) -> list[Point]:
+    """SFT and the output family of one iteration."""
+    return [points[0], *(p for p in points if p.stage == "liti" and p.iteration == iteration)]
+
+
+def front_against_policies(
+    front: Sequence[Point], policies: Sequence[Point], *, resamples: int
+) -> list[dict[str, Any]]:
+    """Each policy against a front measured on the same prompts, as flat rows with 95 % bootstrap intervals.
+
+    reward_above: the front's reward at the policy's KL minus the policy's. kl_saved: 1 - (the front's KL at the
+    policy's reward) / (the policy's KL). None where the front does not reach. Only the front is interpolated, linearly
+    between its points, which understates a concave one.
+    """
+    front_kl, front_reward = _stacked(front)
+    rows = []
+    for point in policies:
+        kl, reward = _kl_and_reward(point)
+        row: dict[str, Any] = {name: getattr(point, name) for name in ("iteration", "run", "step")}
+        row.update(sft_kl=float(kl.mean()), reward=float(reward.mean()))
+        for name, statistic in (("reward_above", pareto.reward_above), ("kl_saved", pareto.kl_saved)):
+            found = statistic(front_kl, front_reward, kl, reward, resamples=resamples)
+            row.update({f"{name}{end}": _number(v) for end, v in zip(("", "_low", "_high"), found, strict=True)})
+        rows.append(row)
+    return rows
+
+
+def _runs(points: Sequence[Point], iteration: int) -> list[Point]:
+    return [p for p in points if p.stage == "policy" and p.iteration == iteration]
+
+
+def _number(value: Any) -> float | None:
+    """JSON has no nan, which stands for no gold reward and for a KL or reward that a front does not reach."""
+    return float(value) if np.isfinite(value) else None
+
+
+def _kl_and_reward(point: Point) -> tuple[np.ndarray, np.ndarray]:
+    return point.evaluation.sft_kl, point.evaluation.reward
+
+
+def _stacked(points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
+    """KL and reward [K, N] of K policies on N prompts."""
+    kls, rewards = zip(*map(_kl_and_reward, points), strict=True)
+    return np.stack(kls), np.stack(rewards)
+
+
+def merged_point(points: Sequence[Point], iteration: int) -> Point:
+    """theta_slerp of one iteration."""
+    return next(p for p in points if p.stage == "merged" and p.iteration == iteration)

@@ -1,0 +1,1 @@
+"""Algorithm 1 of WARP in one workdir."""

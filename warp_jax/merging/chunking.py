@@ -1,0 +1,132 @@
+"""What a merge of checkpoints reads: folders that fit together, cut into chunks of one unit that fit the memory."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+
+from warp_jax import naming
+from warp_jax.merging import units
+from warp_jax.storage.weight_files import FLOATING, WeightFolder, open_weights
+
+MAX_CHUNK = 1 << 20  # elements: larger ones are not faster
+MIN_CHUNK = 1 << 12
+
+
+class Piece(NamedTuple):
+    """Elements start .. stop - 1 of a tensor."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Chunk(NamedTuple):
+    """Pieces of one unit that one thread processes."""
+
+    unit: int
+    pieces: tuple[Piece, ...]
+
+
+class Inputs(NamedTuple):
+    """Opened folders. merged: names of floating-point tensors; copied: of others, which are equal in all folders."""
+
+    init: WeightFolder
+    policies: tuple[WeightFolder, ...]
+    merged: tuple[str, ...]
+    copied: tuple[str, ...]
+
+    @property
+    def folders(self) -> tuple[WeightFolder, ...]:
+        """Init, then the policies."""
+        return (self.init, *self.policies)
+
+    def weight_paths(self) -> list[Path]:
+        """All files that hold weights."""
+        return [path for folder in self.folders for path in folder.weight_paths()]
+
+
+def open_inputs(init: Path, policies: Sequence[Path], dtype: str | None) -> Inputs:
+    """Open all folders. ValueError if they do not hold the same tensors; dtype: that of the result, if chosen."""
+    if not policies:
+        raise ValueError("policies: got none, want at least one")
+    first, *others = (open_weights(path) for path in (init, *policies))
+    for other in others:
+        _check_same_tensors(first, other, dtype)
+    floating = {name for name, tensor in first.tensors.items() if tensor.dtype in FLOATING}
+    copied = tuple(name for name in first.tensors if name not in floating)
+    for name in copied:
+        values = [folder.view(name, 0, first.tensors[name].size) for folder in (first, *others)]
+        if any(not np.array_equal(values[0], other) for other in values[1:]):
+            raise ValueError(
+                f"tensor {name!r}: holds {first.tensors[name].dtype} that differ, want equal ones or floats"
+            )
+    return Inputs(first, tuple(others), tuple(name for name in first.tensors if name in floating), copied)
+
+
+def _check_same_tensors(init: WeightFolder, other: WeightFolder, dtype: str | None) -> None:
+    for name in sorted(init.tensors.keys() ^ other.tensors.keys()):
+        without = other if name in init.tensors else init
+        raise ValueError(f"{without.path}: tensor {name!r} is missing")
+    for name, want in init.tensors.items():
+        got = other.tensors[name]
+        if got.shape != want.shape:
+            raise ValueError(
+                f"{other.path}: tensor {name!r} has shape {got.shape}, want {want.shape} as in {init.path}"
+            )
+        if got.dtype != want.dtype and (dtype is None or not {got.dtype, want.dtype} <= FLOATING):
+            raise ValueError(
+                f"{other.path}: tensor {name!r} is {got.dtype}, in {init.path} {want.dtype}; choose one with --dtype"
+            )
+
+
+def chunk_room(inputs: Inputs, memory_gb: float, workers: int) -> int:
+    """How many elements a chunk may have. ValueError if too few for the maths to be worth a call."""
+    bytes_each = sum(max(t.dtype.itemsize for t in folder.tensors.values()) for folder in inputs.folders)
+    room = int(memory_gb * 1e9 / workers / bytes_each)
+    if room < MIN_CHUNK:
+        raise ValueError(f"memory_gb: got {memory_gb:g}, want more: {len(inputs.policies)} policies do not fit")
+    return min(room, MAX_CHUNK)
+
+
+def plan_chunks(inputs: Inputs, unit: units.Unit, room: int) -> tuple[tuple[str, ...], list[Chunk]]:
+    """Names of the units, and their weights cut into chunks of at most `room` elements."""
+    numbers: dict[str, int] = {}
+    pieces: dict[int, list[Piece]] = {}
+    for name in inputs.merged:
+        tensor = inputs.init.tensors[name]
+        rows = naming.layer_names(name, tensor.num_layers) if tensor.num_layers > 1 else [name]
+        size = tensor.size // len(rows)
+        for row, row_name in enumerate(rows):
+            number = numbers.setdefault(units.unit_of(row_name, unit), len(numbers))
+            pieces.setdefault(number, []).append(Piece(name, row * size, (row + 1) * size))
+    chunks = [Chunk(number, part) for number, members in pieces.items() for part in _cut(members, room)]
+    return tuple(numbers), chunks
+
+
+def _cut(pieces: Sequence[Piece], room: int) -> Iterator[tuple[Piece, ...]]:
+    """The same elements in groups of at most `room`, all full but the last."""
+    group: list[Piece] = []
+    left = room
+    for piece in pieces:
+        start = piece.start
+        while start < piece.stop:
+            stop = min(piece.stop, start + left)
+            group.append(Piece(piece.name, start, stop))
+            left -= stop - start
+            start = stop
+            if not left:
+                yield tuple(group)
+                group, left = [], room
+    if group:
+        yield tuple(group)
+
+
+def raise_not_finite(inputs: Inputs, chunk: Chunk) -> NoReturn:
+    """ValueError naming the first tensor of the chunk that holds NaN or Inf."""
+    for folder in inputs.folders:
+        for piece in chunk.pieces:
+            if not np.isfinite(folder.view(*piece).astype(np.float64)).all():
+                raise ValueError(f"{folder.path}: tensor {piece.name!r} holds NaN or Inf")
+    raise AssertionError("the Gram matrix is not finite, but all weights are")

@@ -1,0 +1,32 @@
+"""The merging unit of each leaf of a pytree, or of each layer of a stacked leaf."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from warp_jax import naming, trees
+from warp_jax.merging import units
+
+
+class Units(NamedTuple):
+    """names: one per unit. of_leaf: for each leaf in `jax.tree.leaves` order, the unit of the whole leaf
+    (an int array of shape []) or of each of its layers (shape [L]).
+    """
+
+    names: tuple[str, ...]
+    of_leaf: tuple[np.ndarray, ...]
+
+
+def units_of(tree: Any, unit: units.Unit = "layer", stacked: str | None = "layers") -> Units:
+    """Assign every leaf, or every layer of a leaf stacked under `stacked`, to its unit; in order of first use."""
+    unit_fn = units.unit_function(unit)
+    numbers: dict[str, int] = {}
+    index = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = trees.path_name(path)
+        in_layers = leaf.ndim > 0 and naming.is_stacked(name, stacked)
+        members = naming.layer_names(name, leaf.shape[0], stacked) if in_layers else [name]
+        ids = np.array([numbers.setdefault(unit_fn(member), len(numbers)) for member in members], np.int32)
+        index.append(ids if in_layers else ids[0])
+    return Units(tuple(numbers), tuple(index))

@@ -1,0 +1,251 @@
+"""Merge checkpoints on disk in two passes, holding only chunks of them in memory.
+
+Pass 1 sums the Gram matrices of the task vectors of every unit, pass 2 writes one weighted sum for each eta.
+Threads each take a chunk, map it, compute and write, so that disk and processors work at once.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from warp_jax import files, naming
+from warp_jax.merging import chunking
+from warp_jax.merging.chunking import Chunk, Inputs, Piece
+from warp_jax.merging.coefficients import METHODS, angles, norms, solve, with_liti
+from warp_jax.progress import JobProgress
+from warp_jax.storage.weight_files import OUTPUT_DTYPES, SafetensorsWriter, Tensor, hash_file
+
+REPORT = "merge_report.json"
+BLOCK = 1 << 17  # elements: small enough for the cache, large enough that Python costs nothing
+
+
+class Settings(NamedTuple):
+    """What `scripts/merge.py` sets; see its flags."""
+
+    method: str = "slerp"
+    unit: str = "layer"
+    weights: tuple[float, ...] | None = None
+    etas: tuple[float, ...] = (1.0,)
+    dtype: str | None = None  # one of weight_files.OUTPUT_DTYPES; None keeps that of the policies
+    memory_gb: float = 1.0
+
+
+def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Settings) -> dict[str, Any]:
+    """Write out/eta_X for every eta, and out/merge_report.json, which is returned.
+
+    `out` appears when all of it is complete. Raises ValueError for inputs that cannot be merged.
+    """
+    if not settings.etas or min(settings.etas) < 0 or len(set(settings.etas)) < len(settings.etas):
+        raise ValueError(f"etas: got {settings.etas}, want different numbers, none below 0")
+    if out.exists():
+        raise ValueError(f"out: {out} exists, and nothing is overwritten; choose another --out")
+    inputs = chunking.open_inputs(init, policies, settings.dtype)
+    workers = min(os.cpu_count() or 2, 8)
+    room = chunking.chunk_room(inputs, settings.memory_gb, workers)
+    units, chunks = chunking.plan_chunks(inputs, settings.unit, room)
+    staging = out.with_name(f".{out.name}.partial")
+    with JobProgress(2 * len(chunks)) as progress, ThreadPoolExecutor(workers) as pool:
+        job = _Job(inputs, settings, units, chunks, _Maths(len(policies)), pool, progress)
+        try:
+            hashes = pool.map(hash_file, inputs.weight_paths())
+            inner = job.sum_grams()
+            coefficients = job.solve(inner)
+            shutil.rmtree(staging, ignore_errors=True)  # of a merge that was killed
+            job.write_merges(coefficients, staging)
+            report = job.make_report(inner, coefficients, list(hashes))
+            files.write_json(staging / REPORT, report)
+            staging.rename(out)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    return report
+
+
+def summary_line(report: dict[str, Any]) -> str:
+    """What was merged, and how far apart the policies were."""
+    units, count = report["units"], len(report["policies"])
+    angles = [angle for unit in units for m, row in enumerate(unit["angles_degrees"]) for angle in row[:m]]
+    apart = f", median angle {np.median(angles):.1f} degrees" if angles else ""
+    alone = len(report["not_in_a_layer"])
+    return f"merged {count} policies over {len(units)} units ({alone} tensors outside layers){apart}"
+
+
+class _Maths(threading.local):
+    """The formulas of `warp_jax.kernels` on flat numpy arrays: a program that reads its weights twice has no time to
+    start JAX and compile. Each thread keeps its arrays, because new memory costs as much as the maths.
+    """
+
+    def __init__(self, count: int):
+        self._rows = np.empty((1 + count, BLOCK))
+        self._mixed = np.empty(BLOCK)
+
+    def gram(self, init: np.ndarray, policies: Sequence[np.ndarray], from_zero: bool) -> np.ndarray:
+        """<delta_a, delta_b>: float64 [M, M]."""
+        total = np.zeros((len(policies), len(policies)))
+        for _, (_, *deltas) in self._blocks(init, policies, from_zero):
+            for a, first in enumerate(deltas):
+                for b, second in enumerate(deltas[: a + 1]):
+                    total[a, b] += np.dot(first, second)
+        return np.tril(total) + np.tril(total, -1).T
+
+    def mix(
+        self, init: np.ndarray, policies: Sequence[np.ndarray], weights: np.ndarray, dtype: np.dtype
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Weights[0] * init + sum_m weights[m] * (policy_m - init), rounded once, in blocks: where each starts."""
+        for first, rows in self._blocks(init, policies, from_zero=False):
+            mixed = np.dot(weights, rows, out=self._mixed[: rows.shape[1]])
+            yield first, mixed.astype(dtype)
+
+    def _blocks(
+        self, init: np.ndarray, policies: Sequence[np.ndarray], from_zero: bool
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Where a block starts, and its float64 rows: init, then the task vectors; overwritten by the next block."""
+        for first in range(0, len(init), BLOCK):
+            part = slice(first, min(first + BLOCK, len(init)))
+            rows = self._rows[:, : part.stop - first]
+            for row, values in zip(rows, (init, *policies), strict=True):
+                row[:] = values[part]
+            if not from_zero:
+                rows[1:] -= rows[0]
+            yield first, rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    inputs: Inputs
+    settings: Settings
+    units: tuple[str, ...]
+    chunks: Sequence[Chunk]
+    maths: _Maths
+    pool: ThreadPoolExecutor
+    progress: JobProgress
+
+    @property
+    def from_zero(self) -> bool:
+        """Whether the method takes the weights themselves."""
+        return METHODS[self.settings.method].from_zero
+
+    def sum_grams(self) -> np.ndarray:
+        """Pass 1: float64 [U, M, M]."""
+        count = len(self.inputs.policies)
+
+        def chunk_gram(chunk: Chunk) -> np.ndarray:
+            matrix = np.zeros((count, count))
+            for piece in chunk.pieces:
+                with self.views(piece) as (init, *policies):
+                    matrix += self.maths.gram(init, policies, self.from_zero)
+            if not np.isfinite(matrix).all():
+                chunking.raise_not_finite(self.inputs, chunk)
+            return matrix
+
+        total = np.zeros((len(self.units), count, count))
+        for chunk, matrix in self.run(chunk_gram, "angles"):
+            total[chunk.unit] += matrix
+        return total
+
+    def solve(self, inner: np.ndarray) -> np.ndarray:
+        """Coefficients [U, M] at eta 1."""
+        if not self.from_zero:
+            squares = np.einsum("umm->m", inner)
+            for policy, square in zip(self.inputs.policies, squares, strict=True):
+                if not square:
+                    raise ValueError(f"{policy.path}: identical to init {self.inputs.init.path}; nothing to merge")
+        return solve(self.settings.method, inner, self.settings.weights, self.units)
+
+    def write_merges(self, coefficients: np.ndarray, staging: Path) -> None:
+        """Pass 2."""
+        etas, dtype = self.settings.etas, OUTPUT_DTYPES.get(self.settings.dtype or "")
+        tensors = [_output_tensor(self.inputs, name, dtype) for name in (*self.inputs.merged, *self.inputs.copied)]
+        _check_space(staging.parent, len(etas) * sum(tensor.nbytes for tensor in tensors))
+        weights = [np.column_stack(with_liti(coefficients, eta, self.from_zero)) for eta in etas]
+        writers = [self.make_folder(staging / f"eta_{eta:g}", tensors) for eta in etas]
+
+        def write_chunk(chunk: Chunk) -> None:
+            for piece in chunk.pieces:
+                with self.views(piece) as (init, *policies):
+                    out_dtype = dtype or policies[0].dtype
+                    for writer, of_unit in zip(writers, weights, strict=True):
+                        for first, mixed in self.maths.mix(init, policies, of_unit[chunk.unit], out_dtype):
+                            writer.write(piece.name, piece.start + first, mixed)
+
+        for _ in self.run(write_chunk, "merges"):
+            pass
+        for writer in writers:
+            for name in self.inputs.copied:
+                writer.write(name, 0, self.inputs.init.view(name, 0, self.inputs.init.tensors[name].size))
+            writer.close()
+
+    @contextlib.contextmanager
+    def views(self, piece: Piece) -> Iterator[list[np.ndarray]]:
+        """Init and policies, each flat; their memory is given back at the end."""
+        yield [folder.view(*piece) for folder in self.inputs.folders]
+        for folder in self.inputs.folders:
+            folder.release(*piece)
+
+    def run(self, function: Callable[[Chunk], Any], stage: str) -> Iterator[tuple[Chunk, Any]]:
+        """Results in the order of the chunks, so that sums do not depend on the threads."""
+        self.progress.start_stage(stage, len(self.chunks), finished=False)
+        results = self.pool.map(function, self.chunks)
+        for number, (chunk, result) in enumerate(zip(self.chunks, results, strict=True), start=1):
+            self.progress.on_step(number, {"chunk": number})
+            yield chunk, result
+        self.progress.end_stage(len(self.chunks))
+
+    def make_folder(self, folder: Path, tensors: Sequence[Tensor]) -> SafetensorsWriter:
+        """A model folder with init's config and tokenizer, and weight files to be filled."""
+        folder.mkdir(parents=True)
+        for path in self.inputs.init.sidecars():
+            shutil.copy(path, folder / path.name)
+        if self.settings.dtype and (folder / "config.json").is_file():
+            config = files.read_json(folder / "config.json")
+            changed = {key: self.settings.dtype for key in ("dtype", "torch_dtype") if key in config}
+            files.write_json(folder / "config.json", config | changed)
+        return SafetensorsWriter(folder, tensors)
+
+    def make_report(self, inner: np.ndarray, coefficients: np.ndarray, hashes: Sequence[str]) -> dict[str, Any]:
+        """The contents of merge_report.json."""
+        degrees, lengths = np.degrees(angles(inner)), norms(inner)
+        inputs = self.inputs
+        return {
+            **self.settings._asdict(),
+            "init": str(inputs.init.path),
+            "policies": [str(policy.path) for policy in inputs.policies],
+            "xxh3_128": dict(zip(map(str, inputs.weight_paths()), hashes, strict=True)),
+            "not_in_a_layer": [name for name in inputs.merged if not _in_layer(inputs.init.tensors[name])],
+            "copied": list(inputs.copied),
+            "units": [
+                {
+                    "name": name,
+                    "angles_degrees": degrees[u].tolist(),
+                    "norms": lengths[u].tolist(),
+                    "coefficients": coefficients[u].tolist(),
+                }
+                for u, name in enumerate(self.units)
+            ],
+        }
+
+
+def _output_tensor(inputs: Inputs, name: str, dtype: np.dtype | None) -> Tensor:
+    tensor = inputs.policies[0].tensors[name]._replace(file=inputs.init.tensors[name].file)
+    return tensor if dtype is None or name in inputs.copied else tensor._replace(dtype=dtype)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"out: {needed / 1e9:.2f} GB are needed, {folder} has {free / 1e9:.2f} GB left")
+
+
+def _in_layer(tensor: Tensor) -> bool:
+    return tensor.num_layers > 1 or naming.in_layer(tensor.name)

@@ -1,0 +1,86 @@
+"""The table that says how every parameter lies on the mesh.
+
+It serves policy, anchor, init, Adam moments, task vectors and the reward model: all carry the same leaf paths.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from warp_jax import trees
+from warp_jax.parallel import meshes
+
+# Fewer key-value heads than chips along `tensor` stay whole there: every chip needs the head that its queries share.
+KEY_VALUE = r"layers(_from_\d+)?/attention/[kv]/"
+
+# (end of the leaf's path, how its axes are split). Leaves of a stack of layers have the layer axis first.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
+    (r"layers(_from_\d+)?/attention/q/kernel", PartitionSpec(None, "fsdp", "tensor", None)),
+    (r"layers(_from_\d+)?/attention/q/bias", PartitionSpec(None, "tensor", None)),
+    (KEY_VALUE + "kernel", PartitionSpec(None, "fsdp", "tensor", None)),
+    (KEY_VALUE + "bias", PartitionSpec(None, "tensor", None)),
+    (r"layers(_from_\d+)?/attention/o/kernel", PartitionSpec(None, "tensor", None, "fsdp")),
+    (r"layers(_from_\d+)?/attention/[qk]_norm/scale", PartitionSpec()),
+    (r"layers(_from_\d+)?/mlp/(gate|up)/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"layers(_from_\d+)?/mlp/down/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r"layers(_from_\d+)?/(attention|mlp)(_post)?_norm/scale", PartitionSpec()),
+    (r"final_norm/scale", PartitionSpec()),
+    (r"lm_head/kernel", PartitionSpec("fsdp", "tensor")),
+    (r"score/kernel", PartitionSpec("fsdp", None)),
+)
+
+
+def partition_spec(name: str, shape: Sequence[int]) -> PartitionSpec:
+    """The table's rule for a leaf path; scalars are whole. A path that no rule knows raises ValueError."""
+    if not shape:
+        return PartitionSpec()
+    for pattern, spec in RULES:
+        if re.search(rf"(^|/){pattern}$", name):
+            return spec
+    raise ValueError(f"sharding: no rule for leaf {name!r} of shape {tuple(shape)}; add one to sharding.RULES")
+
+
+def param_shardings(mesh: Mesh, tree: Any) -> Any:
+    """A NamedSharding for every leaf of a tree of arrays or shapes (parameters, TrainState, Adam moments)."""
+
+    def leaf_sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = trees.path_name(path)
+        spec = partition_spec(name, leaf.shape)
+        if re.search(KEY_VALUE, name) and mesh.shape["tensor"] % leaf.shape[spec.index("tensor")] == 0:
+            spec = meshes.divisible(mesh, leaf.shape, spec)
+        _check_divisible(mesh, name, leaf.shape, spec)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+
+
+def decode_shardings(mesh: Mesh, tree: Any) -> Any:
+    """As `param_shardings`, but whole along `fsdp`: generation reads every weight for every token."""
+
+    def without_fsdp(leaf: NamedSharding) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in leaf.spec)))
+
+    return jax.tree.map(without_fsdp, param_shardings(mesh, tree))
+
+
+def with_shardings(mesh: Mesh, shapes: Any) -> Any:
+    """The same jax.ShapeDtypeStruct tree with the sharding of every leaf."""
+    return shaped(shapes, param_shardings(mesh, shapes))
+
+
+def shaped(shapes: Any, shardings: Any) -> Any:
+    """The jax.ShapeDtypeStruct of every leaf with the sharding in the same place of the other tree."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _check_divisible(mesh: Mesh, name: str, shape: Sequence[int], spec: PartitionSpec) -> None:
+    for size, axis in zip(shape, spec, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(
+                f"sharding: leaf {name!r} has shape {tuple(shape)}; {size} is not divisible by mesh axis "
+                f"{axis!r} of size {mesh.shape[axis]}; choose a smaller {axis!r} axis"
+            )

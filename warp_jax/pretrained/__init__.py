@@ -1,0 +1,1 @@
+"""Models from outside: Hugging Face folders and GGUF files."""

@@ -1,0 +1,357 @@
+"""config.json of a Hugging Face folder to the settings of our transformer, and back.
+
+Every field of the file is known here: read, known to have no part in the maths, or refused by its name.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from warp_jax import files
+from warp_jax.models.transformer import TransformerConfig
+from warp_jax.pretrained.hf_rope import normal_scaling, read_rope, rope_fields
+
+CONFIG = "config.json"
+Json = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture. class_name: of its transformers classes, before 'ForCausalLM'. settings: what all its models
+    share. defaults: fields that a config.json may leave out, beside those of COMMON.
+    """
+
+    class_name: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+GEMMA = {"norm_offset": 1.0, "scale_embedding": True}
+GEMMA_DEFAULTS = {"head_dim": 256, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"}
+GEMMA_1_ACTIVATION = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": None}  # files have either or both
+SOFTCAPS = {"query_pre_attn_scalar": 256, "attn_logit_softcapping": None, "final_logit_softcapping": None}
+QWEN_DEFAULTS = {
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama"),
+    "mistral": Family("Mistral", defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
+    "qwen2": Family("Qwen2", {"qkv_bias": True}, QWEN_DEFAULTS),
+    "qwen3": Family("Qwen3", {"qk_norm": True}, {**QWEN_DEFAULTS, "head_dim": 128}),
+    "gemma": Family("Gemma", GEMMA, {**GEMMA_DEFAULTS, "num_key_value_heads": 16, **GEMMA_1_ACTIVATION}),
+    "gemma2": Family(
+        "Gemma2",
+        {**GEMMA, "post_norms": True},
+        {
+            **GEMMA_DEFAULTS,
+            **SOFTCAPS,
+            "num_key_value_heads": 4,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window": 4096,
+            "layer_types": None,
+        },
+    ),
+    "gemma3_text": Family(
+        "Gemma3",
+        {**GEMMA, "post_norms": True, "qk_norm": True},
+        {
+            **GEMMA_DEFAULTS,
+            **SOFTCAPS,
+            "vocab_size": 262_208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+            "layer_types": None,
+        },
+    ),
+}
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+COMMON = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10_000.0,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "max_position_embeddings": None,
+}
+# fields with one value that our transformer computes; any other is refused
+FIXED: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "pretraining_tp": (1,),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "rope_interleaved": (False,),
+    "use_bidirectional_attention": (None, False),
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+    "cross_attention_hidden_size": (None,),
+    "chunk_size_feed_forward": (0,),
+    "pruned_heads": (None, {}),
+    "use_mrope": (None, False),
+    "attn_output_gate": (None, False),
+}
+# fields with no part in the logits of a text
+_NO_PART = (
+    "_name_or_path architectures attention_dropout begin_suppress_tokens bad_words_ids bos_token_id "
+    "cache_implementation decoder_start_token_id diversity_penalty do_sample dtype early_stopping eos_token_id "
+    "encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id "
+    "forced_eos_token_id hidden_dropout id2label initializer_range is_decoder is_llama_config label2id "
+    "length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams "
+    "num_return_sequences num_labels output_attentions output_hidden_states output_scores pad_token_id prefix "
+    "problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id "
+    "suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype "
+    "torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 "
+    "use_cache _attn_implementation_autoset _sliding_window_pattern"
+)
+IGNORED = frozenset(_NO_PART.split())
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
+HEADS = {"ForCausalLM": "language", "ForSequenceClassification": "scalar"}
+HEAD_SUFFIX = {head: suffix for suffix, head in HEADS.items()}
+
+
+def read_config(folder: Path) -> TransformerConfig:
+    """Settings of the model in a folder. ValueError names what our transformer cannot compute exactly."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder}: no {CONFIG}, want a Hugging Face model folder")
+    try:
+        content = files.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    try:
+        return from_json(content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def from_json(content: Json) -> TransformerConfig:
+    """The settings that a config.json says."""
+    content, head = _text_model(content)
+    family = FAMILIES[content["model_type"]]
+    fields = {**COMMON, **family.defaults, **content}
+    _check_fields(content, {*REQUIRED, *COMMON, *family.defaults})
+    missing = [name for name in REQUIRED if name not in fields]
+    if missing:
+        raise ValueError(f"field {missing[0]!r} is missing")
+    _check_numbers(fields)
+    if content["model_type"] == "gemma3_text" and fields["attn_logit_softcapping"]:
+        raise ValueError(
+            "field 'attn_logit_softcapping' is set, want null: transformers reads it for Gemma 3, but drops it"
+        )
+    heads = fields["num_attention_heads"]
+    window, pattern = _windows(fields)
+    scalar = fields.get("query_pre_attn_scalar")
+    return TransformerConfig(
+        vocab_size=fields["vocab_size"],
+        width=fields["hidden_size"],
+        num_layers=fields["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=fields["num_key_value_heads"] or heads,
+        head_dim=fields["head_dim"] or fields["hidden_size"] // heads,
+        mlp_dim=fields["intermediate_size"],
+        activation=_activation(fields),
+        norm_eps=fields["rms_norm_eps"],
+        query_scale=float(scalar) ** -0.5 if scalar else 0.0,
+        attention_softcap=fields.get("attn_logit_softcapping") or 0.0,
+        final_softcap=fields.get("final_logit_softcapping") or 0.0,
+        tied_head=bool(fields["tie_word_embeddings"]) and head == "language",
+        local_pattern=pattern,
+        sliding_window=window,
+        head=head,
+        **family.settings,
+        **read_rope(fields),
+    )
+
+
+def to_json(config: TransformerConfig, dtype: str) -> dict[str, Any]:
+    """A config.json from which `from_json` reads `config` again, in fields that transformers 4.5x and 5.x both read.
+
+    dtype: of the weights, such as 'bfloat16'. ValueError if no family has these settings.
+    """
+    model_type = _family_of(config)
+    suffix = HEAD_SUFFIX[config.head]
+    name = FAMILIES[model_type].class_name
+    text = "Text" if model_type == "gemma3_text" and config.head == "scalar" else ""
+    result = {
+        "architectures": [f"{name}{text}{suffix}"],
+        "model_type": model_type,
+        "torch_dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_head,
+        "max_position_embeddings": 131_072,
+        **_activation_fields(config, model_type),
+        **_attention_fields(config, model_type),
+        **rope_fields(config),
+        **({"id2label": {"0": "reward"}, "label2id": {"reward": 0}} if config.head == "scalar" else {}),
+    }
+    plain = dataclasses.replace(config, layer_groups=(), dtype="float32", tied_head=config.tied_head)
+    if from_json(result) != _normal(plain):
+        raise ValueError(f"model: no Hugging Face architecture has these settings; nearest is {model_type}")
+    return result
+
+
+def _text_model(content: Json) -> tuple[Json, str]:
+    """The part of the file that tells of the language model, and the kind of its head."""
+    if not isinstance(content, Mapping) or not content.get("architectures"):
+        raise ValueError("no field 'architectures', want that of a Hugging Face model")
+    architecture = content["architectures"][0]
+    if architecture == "Gemma3ForConditionalGeneration":  # its text tower
+        text = content.get("text_config")
+        if not isinstance(text, Mapping):
+            raise ValueError("field 'text_config' is missing, want the settings of the text tower")
+        tied = content.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
+        return {**text, "model_type": "gemma3_text", "tie_word_embeddings": tied}, "language"
+    for model_type, family in FAMILIES.items():
+        for suffix, head in HEADS.items():
+            names = {f"{family.class_name}{suffix}", f"{family.class_name}Text{suffix}"}
+            if architecture in names and content.get("model_type") == model_type:
+                _check_labels(content, head)
+                return content, head
+    known = ", ".join(f"{family.class_name}ForCausalLM" for family in FAMILIES.values())
+    raise ValueError(
+        f"architecture {architecture!r} is unknown, want one of {known}, or their ForSequenceClassification"
+    )
+
+
+def _check_labels(content: Json, head: str) -> None:
+    labels = len(content.get("id2label") or range(content.get("num_labels", 2)))
+    if head == "scalar" and labels != 1:
+        raise ValueError(f"has {labels} labels, want a reward model with num_labels = 1")
+
+
+def _check_fields(content: Json, known: set[str]) -> None:
+    for name, value in content.items():
+        if name in FIXED and value not in FIXED[name]:
+            raise ValueError(f"field {name!r} is {value!r}, want {FIXED[name][-1]!r}: no other is implemented")
+        if name not in known and name not in FIXED and name not in IGNORED:
+            raise ValueError(f"field {name!r} ({value!r}) is unknown and might change the maths, so it is refused")
+
+
+def _check_numbers(fields: Json) -> None:
+    for name in (*REQUIRED, "num_key_value_heads", "head_dim"):
+        value = fields[name]
+        if not (type(value) is int and value > 0) and (value is not None or name in REQUIRED):
+            raise ValueError(f"field {name!r} is {value!r}, want a whole number of at least 1")
+    for name in ("rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+        if name in fields and fields[name] is not None and not isinstance(fields[name], int | float):
+            raise ValueError(f"field {name!r} is {fields[name]!r}, want a number")
+
+
+def _activation(fields: Json) -> str:
+    names = [fields.get("hidden_activation") or fields["hidden_act"]]
+    if fields["model_type"] == "gemma":
+        names.append(fields["hidden_act"])
+    if "hidden_activation" in fields:  # a legacy name in Gemma's files; the tanh form was always meant
+        names = ["gelu_pytorch_tanh" if name == "gelu" else name for name in names]
+    if len(set(names)) > 1:
+        raise ValueError(f"fields 'hidden_activation' and 'hidden_act' differ: {names[0]!r} and {names[1]!r}")
+    if names[0] not in ACTIVATIONS:
+        raise ValueError(f"activation {names[0]!r} is unknown, want one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[names[0]]
+
+
+def _windows(fields: Json) -> tuple[int, tuple[bool, ...]]:
+    """Size of the sliding window in tokens, and which layers have it."""
+    window, layers = fields.get("sliding_window"), fields["num_hidden_layers"]
+    if not window or not fields.get("use_sliding_window", True):
+        return 0, (False,)
+    types = fields.get("layer_types")
+    if types is not None:
+        unknown = set(types) - {"sliding_attention", "full_attention"}
+        if unknown or len(types) != layers:
+            raise ValueError(
+                f"field 'layer_types' is {types!r}, want sliding_attention or full_attention for each layer"
+            )
+        local = [kind == "sliding_attention" for kind in types]
+    elif "max_window_layers" in fields:
+        local = [i >= fields["max_window_layers"] for i in range(layers)]
+    elif fields["model_type"] == "mistral":
+        local = [True] * layers
+    else:
+        every = fields.get("sliding_window_pattern", 2)
+        local = [(i + 1) % every > 0 for i in range(layers)]
+    return (window, shortest_pattern(local)) if any(local) else (0, (False,))
+
+
+def shortest_pattern(local: list[bool]) -> tuple[bool, ...]:
+    """The shortest sequence that, repeated, begins with `local`."""
+    periods = range(1, len(local) + 1)
+    period = next(p for p in periods if all(value == local[i % p] for i, value in enumerate(local)))
+    return tuple(local[:period])
+
+
+def _family_of(config: TransformerConfig) -> str:
+    if config.norm_offset:
+        return "gemma" if not config.post_norms else "gemma3_text" if config.qk_norm else "gemma2"
+    if config.qk_norm or config.qkv_bias:
+        return "qwen3" if config.qk_norm else "qwen2"
+    return "mistral" if all(config.local_pattern) else "llama"
+
+
+def _activation_fields(config: TransformerConfig, model_type: str) -> dict[str, Any]:
+    name = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[config.activation]
+    both = {"hidden_act": name, "hidden_activation": name}
+    if model_type == "gemma":
+        return both
+    field = "hidden_activation" if "hidden_activation" in FAMILIES[model_type].defaults else "hidden_act"
+    return {field: name}
+
+
+def _attention_fields(config: TransformerConfig, model_type: str) -> dict[str, Any]:
+    """Scales, caps and windows, where the family has such fields."""
+    known = FAMILIES[model_type].defaults
+    window = config.sliding_window or None
+    kinds = ["sliding_attention" if local else "full_attention" for local in config.is_local]
+    scale = config.query_scale or config.head_dim**-0.5
+    fields = {
+        "query_pre_attn_scalar": _whole(scale**-2),
+        "attn_logit_softcapping": config.attention_softcap or None,
+        "final_logit_softcapping": config.final_softcap or None,
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "max_window_layers": config.is_local.index(True) if any(config.is_local) else config.num_layers,
+        "layer_types": kinds,
+    }
+    return {name: value for name, value in fields.items() if name in known}
+
+
+def _normal(config: TransformerConfig) -> TransformerConfig:
+    """The same settings in the one form that `from_json` gives."""
+    scalar = float(_whole((config.query_scale or config.head_dim**-0.5) ** -2))
+    has_scalar = "query_pre_attn_scalar" in FAMILIES[_family_of(config)].defaults
+    pattern = shortest_pattern(list(config.is_local))
+    return dataclasses.replace(
+        config,
+        query_scale=scalar**-0.5 if has_scalar else config.query_scale,
+        local_pattern=pattern,
+        sliding_window=config.sliding_window if any(pattern) else 0,
+        tied_head=config.tied_head and config.head == "language",
+        rope_scaling=normal_scaling(config.rope_scaling),
+    )
+
+
+def _whole(value: float) -> float:
+    """The whole number that a float nearly is, if it is."""
+    return round(value) if abs(value - round(value)) < 1e-6 * value else value

@@ -1,0 +1,242 @@
+"""Weights of a Hugging Face safetensors folder to our parameters, shard by shard onto a mesh, and back.
+
+One table says how each of our leaves is called there, with what Gemma 2 and 3 name otherwise. A linear layer is stored
+there as a matrix [outputs, inputs]; ours are [*inputs, *outputs], stacked over layers.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from warp_jax import files, naming, trees
+from warp_jax.models.transformer import TransformerConfig
+from warp_jax.pretrained import hf_config
+from warp_jax.storage.weight_files import FLOATING, OUTPUT_DTYPES, SafetensorsWriter, Tensor, WeightFolder, open_weights
+from warp_jax.types import Params
+
+NAMES = {
+    "embed/embedding": "model.embed_tokens.weight",
+    "final_norm/scale": "model.norm.weight",
+    "lm_head/kernel": "lm_head.weight",
+    "score/kernel": "score.weight",
+    "attention_norm/scale": "input_layernorm.weight",
+    "mlp_norm/scale": "post_attention_layernorm.weight",
+    **{f"attention/{x}/kernel": f"self_attn.{x}_proj.weight" for x in "qkvo"},
+    **{f"attention/{x}/bias": f"self_attn.{x}_proj.bias" for x in "qkv"},
+    **{f"attention/{x}_norm/scale": f"self_attn.{x}_norm.weight" for x in "qk"},
+    **{f"mlp/{x}/kernel": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
+}
+POST_NORM_NAMES = {  # where every block has a norm before it and one after it
+    **NAMES,
+    "attention_post_norm/scale": "post_attention_layernorm.weight",
+    "mlp_norm/scale": "pre_feedforward_layernorm.weight",
+    "mlp_post_norm/scale": "post_feedforward_layernorm.weight",
+}
+# the same tensors as older and newer files of models with images call them
+TEXT_TOWERS = (
+    ("language_model.model.", "model."),
+    ("model.language_model.", "model."),
+    ("language_model.lm_head", "lm_head"),
+)
+NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+COMPUTED = ("rotary_emb.inv_freq",)  # ends of names that old files store and that follow from the config
+SHARD_BYTES = 5_000_000_000
+
+
+class Slice(NamedTuple):
+    """One layer of a leaf, or a leaf that is not stacked. place: its number in the stack, None if not stacked;
+    shape: ours; num_inputs: how many of its first axes a linear layer sums over, 0 for what is no linear layer.
+    """
+
+    leaf: str
+    place: int | None
+    shape: tuple[int, ...]
+    num_inputs: int
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape in the file."""
+        if not self.num_inputs:
+            return self.shape if len(self.shape) == 2 and self.leaf == "embed/embedding" else (math.prod(self.shape),)
+        inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
+        return math.prod(outputs), math.prod(inputs)
+
+    def from_stored(self, values: np.ndarray) -> np.ndarray:
+        """A view of the file's tensor with our axes."""
+        k = self.num_inputs
+        if not k:
+            return values.reshape(self.shape)
+        outputs = len(self.shape) - k
+        axes = (*range(outputs, len(self.shape)), *range(outputs))
+        return values.reshape(*self.shape[k:], *self.shape[:k]).transpose(axes)
+
+    def to_stored(self, values: np.ndarray) -> np.ndarray:
+        """The inverse, flat."""
+        k = self.num_inputs
+        axes = (*range(k, len(self.shape)), *range(k))
+        return (values.transpose(axes) if k else values).reshape(-1)
+
+
+def load_params(folder: Path, config: TransformerConfig, like: Params) -> Params:
+    """Parameters of the model in a folder, in the shapes, dtypes and shardings of `like` (jax.ShapeDtypeStruct).
+
+    Every device reads only its own part of each tensor, from a mapped file. ValueError as in `check_weights`.
+    """
+    weights, slices, stored = check_weights(folder, config, like)
+
+    def load_leaf(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        parts = {s.place: (stored[name], s) for name, s in slices.items() if s.leaf == trees.path_name(path)}
+
+        def read(index: Any) -> np.ndarray:
+            if None in parts:
+                return _read(weights, *parts[None], index, leaf.dtype)
+            layers = range(leaf.shape[0])[index[0]]
+            return np.stack([_read(weights, *parts[layer], index[1:], leaf.dtype) for layer in layers])
+
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+
+    return jax.tree_util.tree_map_with_path(load_leaf, like)
+
+
+def check_weights(
+    folder: Path, config: TransformerConfig, like: Params
+) -> tuple[WeightFolder, dict[str, Slice], dict[str, str]]:
+    """The files of a folder, opened; our slices by the name of their tensor; and the stored name of each tensor.
+
+    ValueError names the file, and the tensor that is missing, surplus, of another shape or no floating-point numbers.
+    """
+    weights = open_weights(folder)
+    slices = slices_of(like, config)
+    kind = files.read_json(folder / hf_config.CONFIG)["architectures"][0]
+    stored = _stored_names(weights, has_images=kind.endswith("ForConditionalGeneration"))
+    _check_tensors(weights, slices, stored, config)
+    return weights, slices, stored
+
+
+def export_params(
+    params: Params,
+    config: TransformerConfig,
+    out: Path,
+    *,
+    dtype: str,
+    config_json: Mapping[str, Any] | None = None,
+    sidecars: Sequence[Path] = (),
+) -> None:
+    """Write a folder that transformers and vLLM load: weights in `dtype` ('float32', 'bfloat16', 'float16'),
+    config.json (by default made from `config`) and copies of `sidecars`. One tensor at a time leaves the devices.
+    """
+    if dtype not in OUTPUT_DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, want one of {', '.join(OUTPUT_DTYPES)}")
+    content = dict(config_json or hf_config.to_json(config, dtype))
+    content.update({key: dtype for key in ("dtype", "torch_dtype") if key in content})
+    slices = slices_of(params, config)
+    tensors = _shard([(name, s.stored_shape) for name, s in slices.items()], OUTPUT_DTYPES[dtype])
+    leaves = {trees.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    out.mkdir(parents=True)
+    writer = SafetensorsWriter(out, tensors)
+    for name, part in slices.items():
+        leaf = leaves[part.leaf]
+        values = np.asarray(jax.device_get(leaf if part.place is None else leaf[part.place]))
+        writer.write(name, 0, part.to_stored(values))
+    writer.close()
+    files.write_json(out / hf_config.CONFIG, content)
+    for path in sidecars:
+        files.write_bytes(out / path.name, path.read_bytes())
+
+
+def slices_of(tree: Params, config: TransformerConfig) -> dict[str, Slice]:
+    """The file's name of every layer of every leaf of `tree` (arrays or shapes)."""
+    table = POST_NORM_NAMES if config.post_norms else NAMES
+    found: dict[str, Slice] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = trees.path_name(path)
+        if not naming.is_stacked(name):
+            found[table[name]] = Slice(name, None, leaf.shape, _num_inputs(name))
+            continue
+        for place, layer_name in enumerate(naming.layer_names(name, leaf.shape[0])):
+            _, number, rest = layer_name.split("/", 2)
+            found[f"model.layers.{number}.{table[rest]}"] = Slice(name, place, leaf.shape[1:], _num_inputs(name))
+    return found
+
+
+def _num_inputs(name: str) -> int:
+    return 0 if not name.endswith("kernel") else 2 if name.endswith("attention/o/kernel") else 1
+
+
+def _read(weights: WeightFolder, name: str, part: Slice, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    tensor = weights.tensors[name]
+    values = part.from_stored(weights.view(name, 0, tensor.size))[index].astype(dtype)
+    weights.release(name, 0, tensor.size)
+    return values
+
+
+def _stored_names(weights: WeightFolder, *, has_images: bool) -> dict[str, str]:
+    """The name in the file of each text tensor, by the name that a text-only model would give it."""
+    found: dict[str, str] = {}
+    for stored in weights.tensors:
+        if stored.endswith(COMPUTED) or (has_images and stored.startswith(NOT_TEXT)):
+            continue
+        name = stored
+        for prefix, plain in TEXT_TOWERS if has_images else ():
+            if stored.startswith(prefix):
+                name = plain + stored.removeprefix(prefix)
+                break
+        if name in found:
+            raise ValueError(f"{weights.path}: tensors {found[name]!r} and {stored!r} are one and the same, want one")
+        found[name] = stored
+    return found
+
+
+def _check_tensors(
+    weights: WeightFolder, slices: Mapping[str, Slice], stored: dict[str, str], config: TransformerConfig
+) -> None:
+    for name, part in slices.items():
+        if name not in stored:
+            raise ValueError(f"{weights.path}: tensor {name!r} is missing, want shape {part.stored_shape}")
+        tensor = weights.tensors[stored[name]]
+        where = f"{weights.path / tensor.file}: tensor {stored[name]!r}"
+        if tensor.shape != part.stored_shape:
+            raise ValueError(f"{where} has shape {tensor.shape}, want {part.stored_shape} by {hf_config.CONFIG}")
+        if tensor.dtype not in FLOATING:
+            raise ValueError(f"{where} is {tensor.dtype}, want a floating-point type: quantised weights are not read")
+    if config.tied_head and "lm_head.weight" in stored:
+        _check_tied(weights, stored)
+    for name in stored.keys() - slices.keys():
+        tensor = weights.tensors[stored[name]]
+        raise ValueError(
+            f"{weights.path / tensor.file}: tensor {stored[name]!r} is surplus: this model has no such weight"
+        )
+
+
+def _check_tied(weights: WeightFolder, stored: dict[str, str]) -> None:
+    """A copy of the embedding that some files of tied models hold is left out; another tensor is refused."""
+    head, embedding = (stored[name] for name in ("lm_head.weight", NAMES["embed/embedding"]))
+    first, second = (weights.view(name, 0, weights.tensors[name].size) for name in (head, embedding))
+    if not np.array_equal(first, second):
+        where = weights.path / weights.tensors[head].file
+        raise ValueError(f"{where}: tensor {head!r} differs from {embedding!r}, but tie_word_embeddings is true")
+    del stored["lm_head.weight"]
+
+
+def _shard(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: np.dtype) -> list[Tensor]:
+    """Deal tensors out to files of at most SHARD_BYTES, in order."""
+    numbers, total, number = [], 0, 0
+    for _, shape in tensors:
+        size = math.prod(shape) * dtype.itemsize
+        if total and total + size > SHARD_BYTES:
+            number, total = number + 1, 0
+        total += size
+        numbers.append(number)
+    names = list(_file_names(number + 1))
+    return [Tensor(name, dtype, shape, names[i]) for (name, shape), i in zip(tensors, numbers, strict=True)]
+
+
+def _file_names(count: int) -> Iterator[str]:
+    if count == 1:
+        yield "model.safetensors"
+    else:
+        yield from (f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1))

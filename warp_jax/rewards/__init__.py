@@ -1,0 +1,1 @@
+"""Reward functions: learned, from a folder, on decoded text, and the gold reward."""

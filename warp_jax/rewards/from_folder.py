@@ -1,0 +1,79 @@
+"""A reward model from outside, a Hugging Face folder, as a reward on decoded text."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from warp_jax import files
+from warp_jax.data import batches, chat
+from warp_jax.data.tokenizer import Tokenizer
+from warp_jax.models import partitioning
+from warp_jax.models.apply import make_apply_fn, param_shapes
+from warp_jax.parallel import hosts, meshes
+from warp_jax.pretrained import hf_config, hf_weights, sources
+from warp_jax.rewards import reward_functions
+from warp_jax.types import PromptBatch
+
+LENGTH_STEP = 64  # tokens: texts are padded to a multiple, so that few programs are compiled
+
+
+def load(
+    folder: Path, mesh: Mesh, dtype: str, conversation_of: Callable[[Mapping[str, Any]], Any] | None = None
+) -> reward_functions.TextFn:
+    """A *ForSequenceClassification checkpoint with one label as a text reward, by its own tokenizer.
+
+    It reads prompt + completion, or, if conversation_of is given, the conversation that it finds in each row with the
+    completion as its answer, in the reward model's own chat template. Padding is told from text as in transformers.
+    """
+    tokenizer = Tokenizer.from_folder(folder)
+    config = sources.read_settings(folder, "scalar", dtype)
+    params = hf_weights.load_params(folder, config, partitioning.with_shardings(mesh, param_shapes(config)))
+    score = jax.jit(
+        functools.partial(reward_functions.sequence_scores, make_apply_fn(config, mesh), pad_id=_pad_id(folder))
+    )
+    devices = meshes.batch_devices(mesh)
+
+    def reward(prompts_: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        if conversation_of is not None:
+            asked = map(conversation_of, rows)
+            texts = [_answered(tokenizer, *pair) for pair in zip(asked, completions, strict=True)]
+        else:
+            texts = [prompt + completion for prompt, completion in zip(prompts_, completions, strict=True)]
+        batch = _pad_texts(tokenizer, texts, devices, plain=conversation_of is None)
+        batch = meshes.put_batch(mesh, batch)
+        return hosts.fetch(score(params, batch.prompt_ids, batch.prompt_mask))[: len(texts)]
+
+    return reward
+
+
+def _pad_id(folder: Path) -> int | None:
+    """The id that transformers does not take for the last token of a text: the one in config.json, and no other."""
+    content = files.read_json(folder / hf_config.CONFIG)
+    return (content.get("text_config") or content).get("pad_token_id")
+
+
+def _answered(tokenizer: Tokenizer, conversation: Any, completion: str) -> str:
+    """A conversation with the completion as its last turn, in the model's chat template."""
+    if tokenizer.chat_template is None:
+        raise ValueError("rewards: this reward model has no chat template, want one to score conversations")
+    messages = [*chat.as_messages(conversation), {"role": "assistant", "content": completion}]
+    special = {"bos_token": None, "eos_token": None, **tokenizer.special_tokens}
+    return chat.render(tokenizer.chat_template, messages, add_generation_prompt=False, **special)
+
+
+def _pad_texts(tokenizer: Tokenizer, texts: Sequence[str], devices: int, *, plain: bool) -> PromptBatch:
+    """Left-padded to a multiple of LENGTH_STEP tokens; copies of the first row fill up the devices.
+
+    plain: texts that no chat template wrote; bos goes before them.
+    """
+    rows = tokenizer.encode(texts) if plain else tokenizer.encode_with_special(texts)
+    if plain and tokenizer.bos_id is not None:
+        rows = [np.append(np.int32(tokenizer.bos_id), row) for row in rows]
+    longest = max(len(row) for row in rows)
+    rows += [rows[0]] * (-len(rows) % devices)
+    return batches.left_pad(rows, longest + -longest % LENGTH_STEP, tokenizer.pad_id)

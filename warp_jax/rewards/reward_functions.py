@@ -1,0 +1,98 @@
+"""Rewards. A RewardFn maps a Rollout to Rewards: the total that is trained on and its parts by name.
+
+A learned reward model on the device, a Python function on decoded text and a weighted sum of several are one thing.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from warp_jax.data.tokenizer import Tokenizer
+from warp_jax.parallel import hosts
+from warp_jax.types import ApplyFn, Array, Params, RewardFn, Rewards, Rollout
+
+# modules under the names that older configs hold
+MOVED = {
+    "warp_jax.math_answers": "warp_jax.rewards.math_answers",
+    "warp_jax.reasoning": "warp_jax.data.reasoning_gym",
+}
+
+# prompts, completions, rows of the data source -> one number each
+TextFn = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Any]
+
+
+def sequence_scores(
+    apply_fn: ApplyFn, params: Params, token_ids: Array, mask: Array, *, pad_id: int | None = None
+) -> Array:
+    """A reward model's score of each sequence, read at its last real token: float32 [B], log-odds.
+
+    token_ids int32 [B, S] and mask bool [B, S] may have padding on both sides. pad_id: a token that is not counted as
+    the last one, as in transformers, where a model may be trained with its end-of-sequence token as padding.
+    """
+    scores, _ = apply_fn(params, token_ids, mask)
+    counted = mask if pad_id is None else mask & (token_ids != pad_id)
+    last = mask.shape[1] - 1 - jnp.argmax(counted[:, ::-1], axis=1)
+    return jnp.take_along_axis(scores, last[:, None], axis=1)[:, 0]
+
+
+def make_learned(apply_fn: ApplyFn, params: Params) -> Callable[[Rollout], Array]:
+    """Score prompt + completion by a reward model, on the device."""
+
+    @jax.jit
+    def score(params: Params, rollout: Rollout) -> Array:
+        token_ids = jnp.concatenate([rollout.prompt_ids, rollout.completion_ids], axis=1)
+        mask = jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)
+        return sequence_scores(apply_fn, params, token_ids, mask)
+
+    return lambda rollout: score(params, rollout)
+
+
+def make_from_text(
+    function: TextFn, tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]]
+) -> Callable[[Rollout], np.ndarray]:
+    """Score decoded text by a Python function; rows[example_id] is the source row of each prompt."""
+
+    def score(rollout: Rollout) -> np.ndarray:
+        host = hosts.fetch(rollout)
+        prompts, completions = tokenizer.decode_answers(
+            host.prompt_ids, host.prompt_mask, host.completion_ids, host.completion_mask
+        )
+        return np.asarray(function(prompts, completions, [rows[i] for i in host.example_ids]), np.float32)
+
+    return score
+
+
+def length(rollout: Rollout) -> Array:
+    """Tokens of the completion; with weight -0.0005 the length penalty of the paper's Appendix E."""
+    return rollout.completion_mask.sum(axis=1).astype(jnp.float32)
+
+
+def weighted_sum(weights: Mapping[str, float], parts: Mapping[str, Callable[[Rollout], Any]]) -> RewardFn:
+    """The RewardFn sum_name weights[name] * parts[name](rollout); every part is kept, unweighted, under its name."""
+    if weights.keys() != parts.keys() or not parts:
+        raise ValueError(
+            f"rewards: got weights {sorted(weights)} and parts {sorted(parts)}, want the same names, at least one"
+        )
+
+    def reward(rollout: Rollout) -> Rewards:
+        scores = {name: part(rollout) for name, part in parts.items()}
+        total = sum(weights[name] * scores[name] for name in scores)
+        return Rewards(jnp.asarray(total, jnp.float32), scores)
+
+    return reward
+
+
+def load_function(source: str) -> TextFn:
+    """The Python function at 'package.module:name'; of several processes, the first calls it."""
+    module_name, _, name = source.partition(":")
+    try:
+        function = getattr(importlib.import_module(MOVED.get(module_name, module_name)), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"rewards: cannot load {source!r}: {error}") from error
+    if not callable(function):
+        raise ValueError(f"rewards: {source!r} is not a function")
+    return hosts.computed_by_first(function)

@@ -1,0 +1,292 @@
+"""Weights on disk, read and written in ranges: Hugging Face safetensors folders, and this project's Orbax checkpoints.
+
+Nothing is read until it is asked for, so a program can hold as little of a model in memory as it likes.
+"""
+
+import itertools
+import json
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import ml_dtypes
+import numpy as np
+import xxhash
+
+from warp_jax import files, naming
+
+INDEX = "model.safetensors.index.json"
+SIDECARS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    **{f"I{8 * size}": np.dtype(f"i{size}") for size in (1, 2, 4, 8)},
+    **{f"U{8 * size}": np.dtype(f"u{size}") for size in (1, 2, 4, 8)},
+    "BOOL": np.dtype(bool),
+}
+FLOATING = frozenset(dtype for name, dtype in DTYPES.items() if name.startswith(("F", "BF")))
+OUTPUT_DTYPES = {DTYPES[name].name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
+NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Tensor(NamedTuple):
+    """One tensor of a folder. file: its file's name; num_layers: more than 1 if its first axis is that of layers."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    file: str
+    num_layers: int = 1
+
+    @property
+    def size(self) -> int:
+        """Count of elements."""
+        return int(np.prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Count of bytes."""
+        return self.size * self.dtype.itemsize
+
+
+class WeightFolder(Protocol):
+    """What can be merged: named tensors, read in ranges of elements, from several threads."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+
+    def view(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements start .. stop - 1 of a tensor, flat, not to be written to."""
+
+    def release(self, name: str, start: int, stop: int) -> None:
+        """Give back the memory of a view, which still can be used."""
+
+    def weight_paths(self) -> Sequence[Path]:
+        """The files that hold the weights."""
+
+    def sidecars(self) -> Sequence[Path]:
+        """The files beside them that a model needs: config, tokenizer."""
+
+
+def open_weights(path: Path) -> WeightFolder:
+    """Open a folder for reading. ValueError if it holds no safetensors and is no Orbax checkpoint, or is damaged."""
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; want a safetensors folder or an Orbax checkpoint")
+    if (path / "_METADATA").is_file():
+        return OrbaxFolder(path)
+    names = _safetensors_names(path)
+    if names:
+        return SafetensorsFolder(path, names)
+    pickled = sorted(p.name for p in path.iterdir() if p.suffix in PICKLED)
+    if pickled:
+        raise ValueError(f"{path}: holds {pickled[0]}, a pickle that can run code; want safetensors: convert it first")
+    raise ValueError(f"{path}: holds no .safetensors file and is no Orbax checkpoint")
+
+
+def hash_file(path: Path) -> str:
+    """XXH3, 128 bits: tells files apart ten times faster than SHA-256, but not against an attacker."""
+    digest, block = xxhash.xxh3_128(), bytearray(1 << 18)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
+
+
+class SafetensorsFolder:
+    """A folder of one or several safetensors files (https://github.com/huggingface/safetensors#format)."""
+
+    def __init__(self, path: Path, names: Sequence[str]):
+        self.path = path
+        self.tensors: dict[str, Tensor] = {}
+        self._offsets: dict[str, int] = {}
+        self._names = names
+        self._maps: dict[str, mmap.mmap] = {}
+        for name in names:
+            for tensor, offset in _read_header(path / name):
+                if tensor.name in self.tensors:
+                    raise ValueError(
+                        f"{path}: tensor {tensor.name!r} is in {name} and {self.tensors[tensor.name].file}"
+                    )
+                self.tensors[tensor.name] = tensor
+                self._offsets[tensor.name] = offset
+            with (path / name).open("rb") as file:
+                self._maps[name] = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+
+    def view(self, name: str, start: int, stop: int) -> np.ndarray:
+        """As in WeightFolder."""
+        tensor = self.tensors[name]
+        if start == stop:
+            return np.empty(0, tensor.dtype)
+        offset = self._offsets[name] + start * tensor.dtype.itemsize
+        return np.frombuffer(self._maps[tensor.file], tensor.dtype, stop - start, offset)
+
+    def release(self, name: str, start: int, stop: int) -> None:
+        """As in WeightFolder: pages of a mapped file count as ours until they are given back."""
+        tensor = self.tensors[name]
+        first, last = (self._offsets[name] + number * tensor.dtype.itemsize for number in (start, stop))
+        first -= first % mmap.PAGESIZE
+        if last > first:
+            self._maps[tensor.file].madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def weight_paths(self) -> Sequence[Path]:
+        """As in WeightFolder."""
+        return [self.path / name for name in self._names]
+
+    def sidecars(self) -> Sequence[Path]:
+        """As in WeightFolder."""
+        return [p for p in sorted(self.path.iterdir()) if p.is_file() and p.suffix in SIDECARS and p.name != INDEX]
+
+
+class OrbaxFolder:
+    """What `checkpoint.save_params` wrote. Leaves keep their paths, joined by '/'; one leaf is read whole at a time,
+    as it is stored.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = threading.Lock()
+        self._held: tuple[str, np.ndarray] = ("", np.zeros(0))
+        self._stores: dict[str, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
+        try:
+            keys = [entry["key_metadata"] for entry in files.read_json(path / "_METADATA")["tree_metadata"].values()]
+            for name in ("/".join(str(part["key"]) for part in key) for key in keys):
+                store = self._stores[name] = _open_tensorstore(path, name.replace("/", "."))
+                num_layers = store.shape[0] if naming.is_stacked(name) else 1
+                self.tensors[name] = Tensor(
+                    name, store.dtype.numpy_dtype, tuple(store.shape), "model.safetensors", num_layers
+                )
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise ValueError(f"{path}: not an Orbax checkpoint of parameters: {error}") from error
+
+    def view(self, name: str, start: int, stop: int) -> np.ndarray:
+        """As in WeightFolder."""
+        with self._lock:
+            if self._held[0] != name:
+                self._held = ("", np.zeros(0))
+                self._held = (name, self._stores[name].read().result().reshape(-1))
+            return self._held[1][start:stop]
+
+    def release(self, name: str, start: int, stop: int) -> None:
+        """As in WeightFolder; the leaf is kept until another is read."""
+
+    def weight_paths(self) -> Sequence[Path]:
+        """As in WeightFolder."""
+        return sorted(p for p in self.path.rglob("*") if p.is_file())
+
+    def sidecars(self) -> Sequence[Path]:
+        """As in WeightFolder."""
+        return []
+
+
+class SafetensorsWriter:
+    """Safetensors files of known layout, filled in any order, from several threads."""
+
+    def __init__(self, folder: Path, tensors: Sequence[Tensor]):
+        """Make the files at their full size, so that a full disk shows at once (OSError)."""
+        self._descriptors: dict[str, int] = {}
+        self._places: dict[str, tuple[int, int, np.dtype]] = {}
+        by_file: dict[str, list[Tensor]] = {}
+        for tensor in tensors:
+            by_file.setdefault(tensor.file, []).append(tensor)
+        for file, members in by_file.items():
+            descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            self._descriptors[file] = descriptor
+            starts = [0, *itertools.accumulate(tensor.nbytes for tensor in members)]
+            header = _make_header(members, starts)
+            os.posix_fallocate(descriptor, 0, len(header) + starts[-1])
+            os.pwrite(descriptor, header, 0)
+            for tensor, start in zip(members, starts[:-1], strict=True):
+                self._places[tensor.name] = (descriptor, len(header) + start, tensor.dtype)
+        if len(by_file) > 1:
+            total_size = sum(tensor.nbytes for tensor in tensors)
+            weight_map = {tensor.name: tensor.file for tensor in tensors}
+            files.write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+    def write(self, name: str, start: int, values: np.ndarray) -> None:
+        """Store flat values as the elements of a tensor from number `start` on."""
+        descriptor, offset, dtype = self._places[name]
+        view = _bytes_of(np.ascontiguousarray(values, dtype))
+        offset += start * dtype.itemsize
+        while view:
+            count = os.pwrite(descriptor, view, offset)
+            view, offset = view[count:], offset + count
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
+def _bytes_of(values: np.ndarray) -> memoryview:
+    return memoryview(cast(Any, values.view(np.uint8)))
+
+
+def _safetensors_names(path: Path) -> list[str]:
+    """The weight files of a folder: those that its index names, else all."""
+    if not (path / INDEX).is_file():
+        return sorted(p.name for p in path.glob("*.safetensors"))
+    try:
+        names = sorted(set(map(str, files.read_json(path / INDEX)["weight_map"].values())))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / INDEX}: not an index of safetensors files: {error}") from error
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise ValueError(f"{path}: {missing[0]} is missing, which {INDEX} names")
+    return names
+
+
+def _read_header(path: Path) -> Iterator[tuple[Tensor, int]]:
+    """Each tensor of a safetensors file and the byte where it starts."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"{path}: truncated or corrupted: the header does not fit into {size} bytes")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        end = 0
+        for name, entry in entries:
+            tensor = Tensor(name, DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), path.name)
+            if entry["data_offsets"] != [end, end + tensor.nbytes]:
+                raise ValueError(f"tensor {name!r} has data_offsets {entry['data_offsets']}")
+            yield tensor, 8 + length + end
+            end = entry["data_offsets"][1]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: corrupted safetensors header: {error}") from error
+    if size != 8 + length + end:
+        raise ValueError(f"{path}: truncated or corrupted: has {size} bytes, its header wants {8 + length + end}")
+
+
+def _make_header(tensors: Sequence[Tensor], starts: Sequence[int]) -> bytes:
+    """The first bytes of a safetensors file, whose data has tensor i at byte starts[i] and ends at starts[-1]."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers loads no file without a format
+    for tensor, *data_offsets in zip(tensors, starts[:-1], starts[1:], strict=True):
+        entries[tensor.name] = {
+            "dtype": NAME_OF_DTYPE[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": data_offsets,
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _open_tensorstore(path: Path, name: str) -> Any:
+    import tensorstore  # noqa: PLC0415  not needed for safetensors
+
+    store = {"driver": "ocdbt", "base": f"file://{path.absolute()}/", "path": f"{name}/"}
+    return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result()

@@ -1,0 +1,1 @@
+"""Whether a config fits a TPU slice: its programs compiled without a TPU."""

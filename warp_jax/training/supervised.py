@@ -1,0 +1,138 @@
+"""Supervised stages: fine-tuning the policy on text (SFT), and a reward model on human labels."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from warp_jax import trees
+from warp_jax.data import batches
+from warp_jax.models import partitioning
+from warp_jax.parallel import meshes
+from warp_jax.rewards import reward_functions
+from warp_jax.training import loop, scoring
+from warp_jax.types import ApplyFn, Array, Params
+
+Batch = Mapping[str, Any]
+State = tuple[Params, Any]
+LossFn = Callable[[Params, Batch], tuple[Array, Mapping[str, Array]]]
+
+
+def language_loss(
+    apply_fn: ApplyFn, params: Params, batch: Batch, *, logits_chunk: int = 0
+) -> tuple[Array, Mapping[str, Array]]:
+    """Mean negative log-likelihood of each next token, nats per token. batch: token_ids, mask [B, S]."""
+    token_ids, mask = batch["token_ids"], batch["mask"]
+    losses = scoring.next_token_losses(apply_fn, params, token_ids, mask, chunk=logits_chunk)
+    counted = mask[:, :-1] & mask[:, 1:]
+    loss = jnp.where(counted, losses, 0).sum() / counted.sum(dtype=jnp.float32)
+    return loss, {"loss": loss}
+
+
+def label_loss(apply_fn: ApplyFn, params: Params, batch: Batch) -> tuple[Array, Mapping[str, Array]]:
+    """Cross-entropy of the score, as log-odds, against a 0/1 label. batch: token_ids, mask [B, S], labels [B]."""
+    scores = reward_functions.sequence_scores(apply_fn, params, batch["token_ids"], batch["mask"])
+    labels = batch["labels"].astype(jnp.float32)
+    loss = optax.sigmoid_binary_cross_entropy(scores, labels).mean()
+    return loss, {"loss": loss, "accuracy": jnp.mean((scores > 0) == (labels > 0))}
+
+
+def bradley_terry_loss(apply_fn: ApplyFn, params: Params, batch: Batch) -> tuple[Array, Mapping[str, Array]]:
+    """-log sigmoid(score of the preferred - score of the other). batch: as in `label_loss`, rows in pairs: the
+    preferred sequences (label 1) first, then as many others (label 0).
+    """
+    scores = reward_functions.sequence_scores(apply_fn, params, batch["token_ids"], batch["mask"])
+    preferred, other = jnp.split(scores, 2)
+    loss = -jax.nn.log_sigmoid(preferred - other).mean()
+    return loss, {"loss": loss, "accuracy": jnp.mean(preferred > other)}
+
+
+REWARD_LOSSES = {"label": label_loss, "bradley_terry": bradley_terry_loss}
+
+
+def text_batch(token_rows: Sequence[np.ndarray], chosen: np.ndarray, length: int, step: int, **names: Any) -> Batch:
+    """Random windows of the chosen rows; names: seed, stream, bos_id, pad_id."""
+    rows = [token_rows[i] for i in chosen]
+    token_ids, mask = batches.random_windows(rows, length, step, **names)
+    return {"token_ids": token_ids, "mask": mask}
+
+
+def paired_rows(labels: np.ndarray, batch_size: int, step: int, *, seed: int, stream: str) -> np.ndarray:
+    """batch_size / 2 rows with label 1, then as many with label 0: the layout of every reward model batch."""
+    halves = []
+    for label in (1, 0):
+        rows = np.flatnonzero(labels == label)
+        halves.append(rows[batches.epoch_rows(len(rows), batch_size // 2, step, seed=seed, stream=f"{stream} {label}")])
+    return np.concatenate(halves)
+
+
+class Programs(NamedTuple):
+    """The compiled parts of a stage.
+
+    init: trained params -> state, a pair of params and the optimizer's state.
+    update: state (donated), frozen params, batch -> state, metrics.
+    """
+
+    init: Callable[[Params], State]
+    update: Callable[[State, Params, Batch], tuple[State, Mapping[str, Array]]]
+
+
+def make_programs(mesh: Mesh, loss_fn: LossFn, params: Params, optimizer: optax.GradientTransformation) -> Programs:
+    """Jit the parts for trained parameters shaped like `params`."""
+
+    def init(params: Params) -> State:
+        own = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+        return own, optimizer.init(own)
+
+    def update(state: State, frozen: Params, batch: Batch) -> tuple[State, Mapping[str, Array]]:
+        params, opt_state = state
+        grads, metrics = jax.grad(lambda p: loss_fn(trees.join(p, frozen), batch), has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        metrics = {**metrics, "grad_norm": optax.global_norm(grads)}
+        return (optax.apply_updates(params, updates), opt_state), metrics
+
+    layout = partitioning.param_shardings(mesh, jax.eval_shape(init, params))
+    return Programs(
+        init=jax.jit(init, out_shardings=layout),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(layout, meshes.replicated(mesh))),
+    )
+
+
+def fit(
+    loss_fn: LossFn,
+    params: Params,
+    frozen_params: Params,
+    batch_fn: Callable[[int], Batch],
+    *,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    num_steps: int,
+    checkpoint_every: int,
+    directory: Path,
+    on_step: loop.OnStep,
+) -> Params:
+    """Minimise loss_fn over `params`, the trained part of a model with frozen_params, on batch_fn(step); resumes from
+    `directory`.
+    """
+    programs = make_programs(mesh, loss_fn, params, optimizer)
+    state = loop.run_steps(
+        lambda state, step: programs.update(state, frozen_params, meshes.put_batch(mesh, batch_fn(step))),
+        lambda: programs.init(params),
+        num_steps=num_steps,
+        directory=directory,
+        checkpoint_every=checkpoint_every,
+        on_step=on_step,
+    )
+    return state[0]
+
+
+def held_out(loss_fn: LossFn, params: Params, batches: Sequence[Batch], mesh: Mesh) -> dict[str, float]:
+    """Mean of the loss's metrics over batches that were not trained on."""
+    metrics_fn = jax.jit(lambda params, batch: loss_fn(params, batch)[1])
+    rows = [jax.device_get(metrics_fn(params, meshes.put_batch(mesh, batch))) for batch in batches]
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
