@@ -36,7 +36,7 @@ def check(config: ConfigDict, workdir: Path) -> Mapping[str, Corpus]:
         preparation.check_prompts(config, corpora)
         return corpora
 
-    corpora = hosts.together(read)
+    corpora = hosts.all_or_none(read)
     validation.claim_workdir(config, workdir)
     return corpora
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         if MULTIHOST.value:
             supervisor.continue_in_child()
-            hosts.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+            hosts.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     except ValueError as error:
         cli.fail(str(error))
     except (RuntimeError, OSError) as error:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         _run(config, workdir)
     except BaseException as error:
         if MULTIHOST.value:
-            hosts.leave(error)
+            hosts.exit_if_multihost(error)
         raise
 
 
@@ -69,7 +69,7 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         part = jobs.choose_part(config, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
     except (ValueError, OSError, hosts.PeerError) as error:
         if MULTIHOST.value:
-            hosts.stop_after_loss(error)
+            hosts.exit_if_peer_lost(error)
         cli.fail(str(error))
     try:
         line = jobs.run_part(config, corpora, workdir, part)

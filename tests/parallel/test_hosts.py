@@ -116,11 +116,11 @@ def test_bad_input_of_one_process_stops_all(tmp_path):
 
 TWO = """
 import pathlib, sys
-from warp_jax import hosts
+from warp_jax.parallel import hosts
 number, folder = int(sys.argv[2]), pathlib.Path(sys.argv[3])
-hosts.start(f"localhost:{sys.argv[1]}", 2, number)
+hosts.initialize(f"localhost:{sys.argv[1]}", 2, number)
 asked = []
-judge = hosts.computed_by_first(lambda texts: asked.append(texts) or [number + 1.5] * len(texts))
+judge = hosts.computed_on_first_process(lambda texts: asked.append(texts) or [number + 1.5] * len(texts))
 assert judge(["a", "b"]).tolist() == [1.5, 1.5]
 assert len(asked) == (number == 0)
 if number:
@@ -129,9 +129,9 @@ assert hosts.exists(folder) and not hosts.exists(folder / "nowhere")
 try:
     if number:
         raise KeyError("of one process")
-    hosts.by_first(print)
+    hosts.on_first_process(print)
 except Exception as error:
-    hosts.leave(error)
+    hosts.exit_if_multihost(error)
 """
 
 
@@ -150,7 +150,8 @@ def test_what_two_processes_do_together(tmp_path):
 def _in_child(line):
     """A process that goes on in a child, which says so and then does the line."""
     program = (
-        f"import os, time; from warp_jax import hosts; hosts.continue_in_child(); print('child', flush=True); {line}"
+        "import os, time; from warp_jax.parallel import supervisor; supervisor.continue_in_child(); "
+        f"print('child', flush=True); {line}"
     )
     return start([sys.executable, "-c", program])
 

@@ -124,7 +124,7 @@ class EvaluationStore:
         if not hosts.exists(path):
             started = time.monotonic()
             evaluation = self._evaluate(make_params())
-            hosts.by_first(lambda: _save(path, evaluation))
+            hosts.on_first_process(lambda: _save(path, evaluation))
             self._on_new(name, evaluation, time.monotonic() - started)
             return evaluation
         return load_evaluation(path)

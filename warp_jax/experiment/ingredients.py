@@ -134,7 +134,7 @@ class Maker:
             files.write_json(path.with_name("summary.json"), {"auc": held_out})
             tfidf.save(fitted, path)
 
-        hosts.once(path, make)
+        hosts.make_if_missing(path, make)
         return tfidf.load(path).score
 
     def text_fn(self, source: str) -> reward_functions.TextFn:

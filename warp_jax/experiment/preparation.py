@@ -103,7 +103,7 @@ def load_tokenizer(config: ConfigDict, corpora: Mapping[str, Corpus], path: Path
         trained = Tokenizer.train(corpora["reward"].texts + corpora["gold"].texts, config.tokenizer.vocab_size)
         files.write_text(path, trained.to_json())
 
-    hosts.once(path, make)
+    hosts.make_if_missing(path, make)
     return Tokenizer.load(path)
 
 

@@ -154,7 +154,7 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
                 files.write_json(workdir / architecture.FINGERPRINTS, fingerprints)
 
     try:
-        hosts.by_first(claim)
+        hosts.on_first_process(claim)
     except OSError as error:
         raise ValueError(f"workdir: cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
 

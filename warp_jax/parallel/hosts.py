@@ -25,14 +25,14 @@ _LOSS = re.compile(  # of the texts of JAX's errors
     r"(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): |.*(gloo|barrier|heartbeat|coordination service|connection)",
     re.IGNORECASE | re.DOTALL,
 )
-AGAIN = "start all of them again with the same command, and the job goes on where it stopped"
+RESTART_HINT = "start all of them again with the same command, and the job goes on where it stopped"
 
 
 class PeerError(Exception):
     """Another process of the job cannot go on, and says why."""
 
 
-def start(coordinator: str, num_processes: int, process_id: int) -> None:
+def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
     """Meet the other processes; without values, those of the environment (Cloud TPU, GKE, Slurm). Before any array.
 
     ValueError if they cannot be told apart; RuntimeError if they do not come.
@@ -52,7 +52,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def agree(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """The first process's value, a number or a numpy array, in every process."""
     return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
 
@@ -62,10 +62,10 @@ def exists(path: Path) -> bool:
 
     The others do not look: of a path that they did not find, NFS would tell them the same for half a minute.
     """
-    return bool(agree(np.array(is_first() and path.exists())))
+    return bool(broadcast(np.array(is_first() and path.exists())))
 
 
-def together(action: Callable[[], Result]) -> Result:
+def all_or_none(action: Callable[[], Result]) -> Result:
     """Its result in every process; then all go on, or none: the error where it failed, PeerError in the others.
 
     Without this, one that fails leaves the others waiting for it. The action itself must not wait for another process.
@@ -81,15 +81,15 @@ def together(action: Callable[[], Result]) -> Result:
     return result
 
 
-def once(path: Path, make: Callable[[], None]) -> None:
+def make_if_missing(path: Path, make: Callable[[], None]) -> None:
     """Let the first process make a file or folder that is not there; then all go on."""
     if not exists(path):
-        by_first(make)
+        on_first_process(make)
 
 
-def by_first(make: Callable[[], None]) -> None:
+def on_first_process(make: Callable[[], None]) -> None:
     """Let the first process do something; then all go on, or none."""
-    together(lambda: make() if is_first() else None)
+    all_or_none(lambda: make() if is_first() else None)
 
 
 def fetch(tree: Any) -> Any:
@@ -99,7 +99,7 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(_whole, tree)
 
 
-def computed_by_first(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+def computed_on_first_process(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     """A host function of the same arguments in every process: the first one calls it, all get its values.
 
     For functions that may answer differently when they are asked twice, such as a judge behind an API. The result is
@@ -113,7 +113,7 @@ def computed_by_first(function: Callable[..., np.ndarray]) -> Callable[..., np.n
             if found.shape != values.shape:
                 raise ValueError(f"function: returned shape {found.shape}, want {values.shape}, one number each")
             values = found
-        return np.asarray(agree(values))
+        return np.asarray(broadcast(values))
 
     return call
 
@@ -122,11 +122,11 @@ def computed_by_first(function: Callable[..., np.ndarray]) -> Callable[..., np.n
 def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """`files.locked` by the first process, for all of them."""
     with contextlib.ExitStack() as stack:
-        by_first(lambda: stack.enter_context(files.locked(path, on_wait)))
+        on_first_process(lambda: stack.enter_context(files.locked(path, on_wait)))
         yield
 
 
-def stop_after_loss(error: BaseException) -> None:
+def exit_if_peer_lost(error: BaseException) -> None:
     """If the error says that another process is gone, end this one with one line; without goodbyes, which would wait.
 
     A failed operation between processes is a JaxRuntimeError or a ValueError, as it happens: the text tells.
@@ -135,16 +135,16 @@ def stop_after_loss(error: BaseException) -> None:
         return
     reason = " ".join(str(error).split())[:200]
     place = f"process {jax.process_index()} of {jax.process_count()}"
-    print(f"error: {place} lost the others: {AGAIN} ({reason})", file=sys.stderr)
+    print(f"error: {place} lost the others: {RESTART_HINT} ({reason})", file=sys.stderr)
     _exit_at_once(cli.TRY_AGAIN)
 
 
-def leave(error: BaseException) -> None:
+def exit_if_multihost(error: BaseException) -> None:
     """Of several processes, end this one, which cannot go on, so that the others stop too; alone, do nothing.
 
     At its usual end, JAX would wait here for the others while they wait for this one.
     """
-    stop_after_loss(error)
+    exit_if_peer_lost(error)
     if jax.process_count() == 1:
         return
     if isinstance(error, SystemExit):  # said already

@@ -8,7 +8,7 @@ import sys
 import threading
 
 from warp_jax import cli
-from warp_jax.parallel.hosts import AGAIN
+from warp_jax.parallel.hosts import RESTART_HINT
 
 _PARENT = "WARP_JAX_PARENT"  # environment: a file descriptor that ends when the parent does
 
@@ -27,7 +27,7 @@ def continue_in_child() -> None:
     command = [sys.executable, *sys.orig_argv[1:]]
     code = subprocess.call(command, env=os.environ | {_PARENT: str(watched)}, pass_fds=[watched])
     if code == -signal.SIGABRT:
-        cli.fail(f"aborted by JAX, most often because another process is gone: {AGAIN}", cli.TRY_AGAIN)
+        cli.fail(f"aborted by JAX, most often because another process is gone: {RESTART_HINT}", cli.TRY_AGAIN)
     sys.exit(code if code >= 0 else 128 - code)  # 128 + signal, as shells say it
 
 

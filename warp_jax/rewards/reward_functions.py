@@ -95,4 +95,4 @@ def load_function(source: str) -> TextFn:
         raise ValueError(f"rewards: cannot load {source!r}: {error}") from error
     if not callable(function):
         raise ValueError(f"rewards: {source!r} is not a function")
-    return hosts.computed_by_first(function)
+    return hosts.computed_on_first_process(function)

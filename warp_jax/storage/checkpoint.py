@@ -43,7 +43,7 @@ class StateStore:
 
     def latest_step(self) -> int:
         """Step of the stored state, 0 if there is none."""
-        return int(hosts.agree(self._manager.latest_step() or 0))
+        return int(hosts.broadcast(self._manager.latest_step() or 0))
 
     def save(self, step: int, state: Any) -> None:
         """Store the state after `step` steps; returns before it is on disk."""

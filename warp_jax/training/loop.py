@@ -60,7 +60,7 @@ def run_steps(
         except FloatingPointError:  # in every process
             raise
         except Exception as error:
-            hosts.leave(error)  # before the store is closed, which would wait for the others
+            hosts.exit_if_multihost(error)  # before the store is closed, which would wait for the others
             raise
     return state
 
