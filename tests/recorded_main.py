@@ -1,6 +1,6 @@
-"""The program with every read of its config recorded: python -m tests.recorded_main READS --config=... --workdir=...
+"""The program with every read of its settings recorded: python -m tests.recorded_main READS --config=... --workdir=...
 
-Recording starts when the checks of the config are done, so that a value that is only checked counts as not read.
+Recording starts when the checks of the settings are done: a value that is only checked counts as not read.
 """
 
 import json
@@ -8,64 +8,50 @@ import sys
 from pathlib import Path
 
 from absl import app
-from ml_collections import ConfigDict
 
 from warp_jax import main
 from warp_jax.experiment import jobs, preparation
+from warp_jax.settings.groups import Group
 
 READS = Path(sys.argv.pop(1))
+paths, reads = {}, set()
 
 
-def _groups(config, path=""):
-    yield id(config), path
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _groups(value, f"{path}{key}.")
+def _find_groups(group, path=""):
+    paths[id(group)] = path
+    for name in type(group).model_fields:
+        value = group.__dict__[name]
+        for key, inner in value.items() if isinstance(value, dict) else [("", value)]:
+            if isinstance(inner, Group):
+                _find_groups(inner, f"{path}{name}.{key}." if key else f"{path}{name}.")
 
 
-class Recorder:
-    """Replaces ConfigDict's access by key, through which all others go, by one that notes the key."""
-
-    def __init__(self):
-        self.reads = set()
-        self._get, self._to_json = ConfigDict.__getitem__, ConfigDict.to_json
-
-    def start(self, config):
-        paths = dict(_groups(config))
-
-        def get(group, key):
-            self.reads.add(f"{paths.get(id(group), '?')}{key}")
-            return self._get(group, key)
-
-        def to_json(group):
-            ConfigDict.__getitem__ = self._get
-            text = self._to_json(group)
-            ConfigDict.__getitem__ = get
-            return text
-
-        ConfigDict.__getitem__, ConfigDict.to_json = get, to_json
+def recorded_get(group, name):
+    """Attribute access that notes the path of what is read; a dump reads every setting of its group."""
+    if id(group) in paths:
+        names = type(group).model_fields if name == "model_dump" else [name]
+        reads.update(f"{paths[id(group)]}{name}" for name in names)
+        if name == "model_dump":
+            for field in names:
+                if isinstance(inner := group.__dict__[field], Group):
+                    recorded_get(inner, "model_dump")
+    return object.__getattribute__(group, name)
 
 
-recorder = Recorder()
-load_corpora = preparation.load_corpora
-
-
-def recorded_load_corpora(config):
-    """The first reading of the config after its checks."""
-    recorder.start(config)
-    return load_corpora(config)
-
-
-preparation.load_corpora = recorded_load_corpora
-run_part = jobs.run_part
+def after_the_checks(settings):
+    """Start recording with the first function that runs after the checks."""
+    _find_groups(settings)
+    Group.__getattribute__ = recorded_get
+    return load_corpora(settings)
 
 
 def recorded_run(*arguments):
-    """The job, then the list of what it has read."""
+    """Run the job, then save the list of what it has read."""
     line = run_part(*arguments)
-    READS.write_text(json.dumps(sorted(recorder.reads)))
+    READS.write_text(json.dumps(sorted(reads)))
     return line
 
 
-jobs.run_part = recorded_run
+load_corpora, run_part = preparation.load_corpora, jobs.run_part
+preparation.load_corpora, jobs.run_part = after_the_checks, recorded_run
 app.run(main.main, flags_parser=main.parse_flags)

@@ -13,8 +13,10 @@ from ml_collections import ConfigDict, config_flags
 
 from warp_jax import cli
 from warp_jax.data.corpus import Corpus
-from warp_jax.experiment import jobs, preparation, validation, warp
+from warp_jax.experiment import inputs, jobs, preparation, warp
+from warp_jax.experiment.workdir import claim
 from warp_jax.parallel import hosts, supervisor
+from warp_jax.settings import Settings, from_config
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is made; reused when it exists.")
@@ -27,17 +29,17 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes, if
 PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0, if JAX does not find it itself.")
 
 
-def check(config: ConfigDict, workdir: Path) -> Mapping[str, Corpus]:
-    """The data, once all input is found good; else ValueError, with nothing written. Then the workdir is claimed."""
+def check(settings: Settings, workdir: Path) -> Mapping[str, Corpus]:
+    """Load the data, check all input, then claim the workdir. Raises ValueError, with nothing written, at bad input."""
 
     def read() -> Mapping[str, Corpus]:
-        validation.check_config(config)
-        corpora = preparation.load_corpora(config)
-        preparation.check_prompts(config, corpora)
+        inputs.check(settings)
+        corpora = preparation.load_corpora(settings)
+        preparation.check_prompts(settings, corpora)
         return corpora
 
     corpora = hosts.all_or_none(read)
-    validation.claim_workdir(config, workdir)
+    claim(settings, workdir)
     return corpora
 
 
@@ -45,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
     logging.set_verbosity(logging.ERROR)  # of libraries; warnings of JAX and Orbax about one process are noise here
-    config, workdir = CONFIG.value, Path(str(WORKDIR.value))
+    workdir = Path(str(WORKDIR.value))
     try:
         if MULTIHOST.value:
             supervisor.continue_in_child()
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     except (RuntimeError, OSError) as error:
         cli.fail(f"multihost: the other processes were not met: {error}", cli.TRY_AGAIN)
     try:
-        _run(config, workdir)
+        _run(CONFIG.value, workdir)
     except BaseException as error:
         if MULTIHOST.value:
             hosts.exit_if_multihost(error)
@@ -63,16 +65,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run(config: ConfigDict, workdir: Path) -> None:
-    """What the flags ask for; every error that a user can mend is one line."""
+    """Run the part of the job that the flags name; every error that a user can mend is one line."""
     try:
-        corpora = check(config, workdir)
-        part = jobs.choose_part(config, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
+        settings = from_config(config.to_dict())
+        corpora = check(settings, workdir)
+        part = jobs.choose_part(settings, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
     except (ValueError, OSError, hosts.PeerError) as error:
         if MULTIHOST.value:
             hosts.exit_if_peer_lost(error)
         cli.fail(str(error))
     try:
-        line = jobs.run_part(config, corpora, workdir, part)
+        line = jobs.run_part(settings, corpora, workdir, part)
         if line and hosts.is_first():
             print(line)
     except (FloatingPointError, warp.JobError) as error:

@@ -94,18 +94,19 @@ def test_a_policy_is_measured_against_sft_on_its_own_samples():
 
     count = 8
     prompt = np.ones((count, 1), np.int32)
-    evaluate = measure.make_evaluate(
-        meshes.make_mesh((1, 1, 1), jax.devices()[:1]),
+    examiner = measure.Examiner(
+        mesh=meshes.make_mesh((1, 1, 1), jax.devices()[:1]),
         sampler=_sampler(apply_fn),
-        kl_to_sft=measure.make_kl_to_sft(apply_fn, TEMPERATURE, logits_chunk=0),
-        sft_params=sft,
-        frozen_params=frozen,
+        kl_to_sft=measure.make_kl_to_sft(functools.partial(scoring.sequence_kl, apply_fn, temperature=TEMPERATURE)),
         reward_fn=lambda rollout: Rewards(reward_functions.length(rollout), {}),
         gold_fn=lambda rollout: np.zeros(len(rollout.completion_ids)),
+        sft_params=sft,
+        frozen_params=frozen,
         eval_prompts=PromptBatch(prompt, prompt == 1, np.arange(count)),
         batch_size=4,
         seed=0,
     )
+    evaluate = functools.partial(measure.evaluate, examiner)
     found = evaluate(policy)
     tables = [np.asarray(tree["trained"], np.float64) + np.asarray(frozen["frozen"]) for tree in (policy, sft)]
     logps = [np.array([[_log_prob(t, a, (b,)) for b in range(VOCABULARY)] for a in range(VOCABULARY)]) for t in tables]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from configs import tiny
+from tests.settings_of import settings_of
 from warp_jax.evaluation import summary
 from warp_jax.evaluation.measure import Evaluation
 from warp_jax.evaluation.points import Point
@@ -31,9 +31,7 @@ def _points():
 
 
 def _summary(budget):
-    config = tiny.get_config()
-    config.front.kl_budget = budget
-    return summary.summarise(config, _points())
+    return summary.summarise(settings_of({"front.kl_budget": budget}), _points())
 
 
 def test_fronts_are_compared_second_minus_first():
@@ -57,7 +55,7 @@ def test_gain_is_the_last_merge_minus_sft_in_paired_standard_errors():
     """Fails when the gain is of another iteration, or errors are taken unpaired."""
     points = _points()
     points[4].evaluation.reward[:] = points[0].evaluation.reward + np.array([1, 2, 3, 4])
-    numbers = summary.summarise(tiny.get_config(), points)
+    numbers = summary.summarise(settings_of(), points)
     assert numbers["final_reward"] == pytest.approx(3.5)
     assert numbers["gain_in_standard_errors"] == pytest.approx(2.5 / (np.std([1, 2, 3, 4], ddof=1) / 2))
 
@@ -67,7 +65,7 @@ def test_a_front_is_set_against_the_runs_of_its_own_iteration():
     run = _point("policy", 2, float("nan"), 2.0, 1.6)._replace(run=1, step=60)
     beyond = _point("policy", 2, float("nan"), 8.0, 5.0)._replace(run=2, step=60)
     other = _point("policy", 1, float("nan"), 1.5, 1.0)
-    rows = summary.summarise(tiny.get_config(), [*_points(), run, beyond, other])["front_against_runs"]
+    rows = summary.summarise(settings_of(), [*_points(), run, beyond, other])["front_against_runs"]
     assert [(row["iteration"], row["run"]) for row in rows] == [(1, 0), (2, 1), (2, 2)]
     assert rows[0]["reward_above"] == pytest.approx(2.0 - 1.5)
     assert rows[1]["reward_above"] == pytest.approx((2.2 + 1.8 * 0.8 / 1.2) - 2.0)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from configs import tiny
 from tests.commands import TINY, finish, kill_when, main_command, run, start
+from tests.settings_of import settings_of
 from warp_jax import files
 from warp_jax.experiment import jobs
 
@@ -36,10 +36,9 @@ def test_jobs_in_any_order_with_a_kill_make_the_same_bits(whole, tmp_path):
     kill_when(state, together[0])
     code, _, errors = finish(together[1])
     assert code == 0, errors
-    config = tiny.get_config()
-    config.warp.num_runs = M
+    settings = settings_of({"warp.num_runs": M})
     with pytest.raises(ValueError, match="run 2 of iteration 1 is not finished"):
-        jobs.choose_part(config, workdir, run=0, merge=True, iteration=0)
+        jobs.choose_part(settings, workdir, run=0, merge=True, iteration=0)
     for part in ("--run=2", "--run=3", "--merge"):
         result = run(main_command(*SETTINGS, f"--workdir={workdir}", part))
         assert result.returncode == 0, result.stderr
@@ -83,24 +82,23 @@ def test_a_run_is_not_trained_twice_at_once(tmp_path):
 def test_parts_that_are_not_there_are_refused(tmp_path, flags, message):
     """Fails when a job starts from weights that are not there yet, or for a run that does not exist."""
     with pytest.raises(ValueError, match=message):
-        jobs.choose_part(tiny.get_config(), tmp_path, **{"run": 0, "merge": False, "iteration": 0, **flags})
+        jobs.choose_part(settings_of(), tmp_path, **{"run": 0, "merge": False, "iteration": 0, **flags})
 
 
 def test_the_first_unmerged_iteration_is_chosen(tmp_path):
     """Fails when a job without an iteration goes back to a merged one."""
     choose = jobs.choose_part
-    config = tiny.get_config()
-    assert choose(config, tmp_path, run=2, merge=False, iteration=0) == (1, 2)
+    settings = settings_of()
+    assert choose(settings, tmp_path, run=2, merge=False, iteration=0) == (1, 2)
     (tmp_path / "iteration_1" / "merged").mkdir(parents=True)
-    assert choose(config, tmp_path, run=2, merge=False, iteration=0) == (2, 2)
-    assert choose(config, tmp_path, run=2, merge=False, iteration=1) == (1, 2)
-    assert choose(config, tmp_path, run=0, merge=False, iteration=0) == jobs.WHOLE
+    assert choose(settings, tmp_path, run=2, merge=False, iteration=0) == (2, 2)
+    assert choose(settings, tmp_path, run=2, merge=False, iteration=1) == (1, 2)
+    assert choose(settings, tmp_path, run=0, merge=False, iteration=0) == jobs.WHOLE
 
 
 def test_steps_of_each_part():
     """Fails when the time left of a job counts steps that other jobs make."""
-    config = tiny.get_config()
-    config.warp.steps_per_iteration = (6, 9)
-    assert jobs.total_steps(config) == 20 + 2 * 15
-    assert jobs.total_steps(config, jobs.Part(2, 1)) == 20 + 9
-    assert jobs.total_steps(config, jobs.Part(1, 0)) == 20
+    settings = settings_of({"warp.steps_per_iteration": (6, 9)})
+    assert jobs.total_steps(settings) == 20 + 2 * 15
+    assert jobs.total_steps(settings, jobs.Part(2, 1)) == 20 + 9
+    assert jobs.total_steps(settings, jobs.Part(1, 0)) == 20

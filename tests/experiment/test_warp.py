@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import tiny
+from tests.settings_of import settings_of
 from warp_jax import files
 from warp_jax.evaluation.measure import Evaluation
 from warp_jax.experiment import warp
+from warp_jax.experiment.preparation import Setup
 from warp_jax.storage import checkpoint
 
 SFT = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
@@ -40,17 +41,16 @@ def _vector(tree):
 def job(monkeypatch):
     """Runs Algorithm 1 with policies that end at init + STEPS; returns its points, and the params it used."""
 
-    def run(workdir, **settings):
-        config = tiny.get_config()
-        config.warp.update({"num_iterations": 3, "steps_per_iteration": (6, 6, 6), **settings})
-        config.evaluation.every = 6
-        config.front.etas = (0.3, 1.0)
+    def run(workdir, **changes):
+        changes = {"num_iterations": 3, "steps_per_iteration": (6, 6, 6), **changes}
+        changes = {f"warp.{name}": value for name, value in changes.items()}
+        settings = settings_of({**changes, "evaluation.every": 6, "front.etas": (0.3, 1.0)})
         starts, measured, planned = {}, {}, set()
 
-        def train_policy(init_params, frozen_params, *, iteration, run, num_steps, after_step, **_):
+        def train_policy(trainer, init_params, frozen_params, *, iteration, run, schedule):
             starts[iteration, run] = _vector(init_params)
             policy = _tree(_vector(init_params) + STEPS[iteration, run])
-            after_step(num_steps, types.SimpleNamespace(params=policy))
+            schedule.after_step(schedule.num_steps, types.SimpleNamespace(params=policy))
             return policy
 
         class Store:
@@ -65,14 +65,12 @@ def job(monkeypatch):
                 measured.setdefault(name, _vector(make_params()))
                 return _evaluation(0.0)
 
-        monkeypatch.setattr(warp.train, "run_policy", train_policy)
+        monkeypatch.setattr(warp.reinforce, "run_policy", train_policy)
         monkeypatch.setattr(warp, "EvaluationStore", Store)
-        programs = types.SimpleNamespace(train=None, sampler=None)
+        programs = types.SimpleNamespace(train=None, sampler=None, kl_to_sft=None)
         monkeypatch.setattr(warp, "make_programs", lambda *args, **kwargs: programs)
-        monkeypatch.setattr(warp, "_make_evaluate", lambda *args: None)
-        names = ("frozen_params", "train_reward_fn", "train_prompts", "mesh", "model", "sampling_config")
-        setup = types.SimpleNamespace(sft_params=_tree(SFT), **dict.fromkeys(names))
-        run.made = warp.make_job(config, setup, workdir, _Progress())
+        setup = Setup(**{**dict.fromkeys(Setup._fields), "sft_params": _tree(SFT)})
+        run.made = warp.make_job(settings, setup, workdir, _Progress())
         points = warp.run_warp(run.made)
         assert planned == measured.keys()
         return points, starts, measured

@@ -22,11 +22,12 @@ from configs import (
     tiny,
 )
 from tests.commands import main_command, run, script_command
+from tests.settings_of import typed
 from tests.test_main import _leaves
 from warp_jax import main, trees
 from warp_jax.data import corpus
 from warp_jax.data.tokenizer import Tokenizer
-from warp_jax.experiment import export, ingredients, jobs, validation
+from warp_jax.experiment import export, ingredients, jobs, stages
 from warp_jax.models.apply import make_apply_fn
 from warp_jax.parallel import meshes
 from warp_jax.rewards import from_folder
@@ -101,9 +102,9 @@ def _config(models):
 @pytest.fixture(scope="module")
 def job(models, tmp_path_factory):
     """A finished workdir."""
-    config, workdir = _config(models), tmp_path_factory.mktemp("job") / "run"
-    line = jobs.run_part(config, main.check(config, workdir), workdir)
-    return config, workdir, line
+    settings, workdir = typed(_config(models)), tmp_path_factory.mktemp("job") / "run"
+    line = jobs.run_part(settings, main.check(settings, workdir), workdir)
+    return settings, workdir, line
 
 
 def test_only_the_trained_layer_is_stored_and_measured(job):
@@ -136,7 +137,7 @@ def test_every_stage_loads_in_transformers(job, models, tmp_path, stage):
     export.export_stage(workdir, stage, tmp_path / "out")
     ids = np.array([[1, 5, 40, 77, 100, 6, 9, 200]])
     got = _transformers_logits(tmp_path / "out", ids)
-    opened = export.Workdir(workdir)
+    opened = stages.Workdir(workdir)
     params, model = opened.load(stage)
     want, _ = make_apply_fn(model)(params, ids.astype(np.int32), np.ones_like(ids, bool))
     assert np.abs(got - np.asarray(want)).max() < 1e-4 * np.abs(got).max()
@@ -149,7 +150,7 @@ def test_every_stage_loads_in_transformers(job, models, tmp_path, stage):
 def test_liti_lies_between_sft_and_the_last_merge(job):
     """Fails when eta is turned round, or the merge of another iteration is taken."""
     _, workdir, _ = job
-    opened = export.Workdir(workdir)
+    opened = stages.Workdir(workdir)
     sft, merged, mixed = (
         {trees.path_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(opened.load(s)[0])}
         for s in ("sft", "iteration_2/merged", "liti:0.2")
@@ -202,7 +203,9 @@ def test_a_reward_model_reads_the_filled_template(models):
     config.data.prompt_template = "Answer in one word: {messages}"
     row = {"messages": "what is 3 and 4?"}
     assert corpus.asked(row, "messages", config.data.prompt_template) == "Answer in one word: what is 3 and 4?"
-    found = ingredients.Maker(config, models, None, meshes.make_mesh((-1, 1, 1)), None).text_fn(str(models / "reward"))
+    found = ingredients.Maker(typed(config), models, None, meshes.make_mesh((-1, 1, 1)), None).text_fn(
+        str(models / "reward")
+    )
     plain = from_folder.load(models / "reward", meshes.make_mesh((-1, 1, 1)), "float32", lambda row: row["whole"])
     want = plain(["-"], ["7"], [{"whole": "Answer in one word: what is 3 and 4?"}])
     np.testing.assert_allclose(found(["-"], ["7"], [row]), want, rtol=1e-6)
@@ -213,10 +216,11 @@ def test_other_files_of_the_model_are_refused(models, tmp_path):
     shutil.copytree(models / "policy", tmp_path / "policy")
     config = _config(models)
     config.model.source = str(tmp_path / "policy")
-    main.check(config, tmp_path / "run")
-    main.check(config, tmp_path / "run")
+    settings = typed(config)
+    main.check(settings, tmp_path / "run")
+    main.check(settings, tmp_path / "run")
     _damage_weights(lambda w: w[QUERY].add_(1.0))(tmp_path / "policy")
-    for again in (lambda: main.check(config, tmp_path / "run"), lambda: export.Workdir(tmp_path / "run")):
+    for again in (lambda: main.check(settings, tmp_path / "run"), lambda: stages.Workdir(tmp_path / "run")):
         with pytest.raises(ValueError, match=r"other files of .*policy"):
             again()
 
@@ -285,8 +289,7 @@ def test_configs_of_pretrained_models(module):
         config.warp.ema_rat = 0.5
     extra = set(_leaves(config)) - set(_leaves(default.get_config()))
     assert all(name.startswith("rewards.") for name in extra)
-    for path, is_good, want in validation.CHECKS:
-        assert is_good(validation._leaf(config, path)), f"{path}: want {want}"
+    typed(config)
 
 
 BAD = [
@@ -308,7 +311,7 @@ def test_bad_values_leave_nothing(models, tmp_path, changes, message):
         {path: value.format(models=models) if "{models}" in str(value) else value for path, value in changes.items()}
     )
     with pytest.raises(ValueError, match=message.replace("(", "\\(")):
-        main.check(config, tmp_path / "run")
+        main.check(typed(config), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -370,7 +373,7 @@ def test_a_malformed_checkpoint_leaves_nothing(models, tmp_path, damage, kind):
     path = {"policy": "model.source", "reward": "rewards.preference.source"}[kind]
     config.update_from_flattened_dict({path: str(tmp_path / kind)})
     with pytest.raises(ValueError, match=message) as caught:
-        main.check(config, tmp_path / "run")
+        main.check(typed(config), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert str(tmp_path / kind) in str(caught.value)
     assert not (tmp_path / "run").exists()
@@ -393,4 +396,4 @@ def test_settings_that_would_be_ignored_are_refused(models):
     config = tiny.get_config()
     config.model.source = str(models / "policy")
     with pytest.raises(ValueError, match="would be ignored"):
-        validation.check_config(config)
+        typed(config)

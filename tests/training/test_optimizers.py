@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.settings_of import settings_of
 from warp_jax.training import optimizers
 
-SETTINGS = {"learning_rate": 0.02, "b1": 0.9, "b2": 0.99, "eps": 1e-8}
+TINY = settings_of({"rl.learning_rate": 0.02, "adam.b1": 0.9, "adam.b2": 0.99, "adam.eps": 1e-8})
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +17,7 @@ def _strict_promotion():
 
 
 def _run(gradients, **settings):
-    optimizer = optimizers.make_optimizer(**SETTINGS, **settings)
+    optimizer = optimizers.make_optimizer(TINY.rl.model_copy(update=settings), TINY.adam)
     params = jnp.zeros(2)
     state = optimizer.init(params)
     moves = []

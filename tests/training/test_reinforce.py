@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.settings_of import settings_of
 from warp_jax import trees
 from warp_jax.data import batches
 from warp_jax.models import apply, freezing, partitioning
@@ -54,27 +55,24 @@ def _params(mesh):
     return jax.device_put(params, partitioning.param_shardings(mesh, params))
 
 
+RL = {"rl.batch_size": BATCH, "rl.samples_per_prompt": 2, "rl.learning_rate": 1e-2, "rl.warmup_steps": 0}
+SETTINGS = settings_of({**RL, "adam.eps": 1e-5})
+
+
+def _score_fn(apply_fn):
+    return functools.partial(scoring.per_token_logps, apply_fn, temperature=SAMPLING.temperature)
+
+
 @functools.lru_cache
-def _programs(mesh, **settings):
+def _programs(mesh, ema_rate=0.01, **rl):
     """Compiled once for each mesh and setting."""
-    params = _params(mesh)
-    defaults = {
-        "kl_coef": 0.1,
-        "ema_rate": 0.01,
-        "advantage": "leave_one_out",
-        "group_size": 2,
-        "whiten": False,
-        "num_microbatches": 1,
-        "logits_chunk": 0,
-    }
-    optimizer = optimizers.make_optimizer(learning_rate=1e-2, warmup_steps=0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-5)
     return reinforce.make_programs(
         mesh,
-        params,
-        apply_fn=_apply_fn(mesh),
-        optimizer=optimizer,
-        temperature=SAMPLING.temperature,
-        **{**defaults, **settings},
+        _params(mesh),
+        optimizer=optimizers.make_optimizer(SETTINGS.rl, SETTINGS.adam),
+        score_fn=_score_fn(_apply_fn(mesh)),
+        rl=SETTINGS.rl.model_copy(update=rl),
+        ema_rate=ema_rate,
     )
 
 
@@ -101,25 +99,19 @@ def _run(directory, mesh=None, num_steps=4, *, stop_after=None, checkpoint_every
         if step == stop_after:
             raise KeyboardInterrupt
 
-    final = reinforce.run_policy(
-        params,
-        {},
+    trainer = reinforce.Trainer(
         programs=_programs(mesh, **settings),
         sampler=_sampler(mesh),
         reward_fn=REWARD,
         train_prompts=_prompt_batch(),
         mesh=mesh,
+        rl=SETTINGS.rl,
         seed=7,
-        iteration=1,
-        run=2,
-        num_steps=num_steps,
-        batch_size=BATCH,
-        group_size=2,
-        checkpoint_every=checkpoint_every,
-        directory=directory,
-        on_step=lambda step, values: metrics.append(values),
-        after_step=after_step,
     )
+    schedule = loop.Schedule(
+        num_steps, directory, checkpoint_every, lambda step, values: metrics.append(values), after_step
+    )
+    final = reinforce.run_policy(trainer, params, {}, iteration=1, run=2, schedule=schedule)
     return jax.device_get(final), [m for m in metrics if m]
 
 
@@ -226,10 +218,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         loop.run_steps(
             lambda state, step: (state, {"loss": next(values)}),
             lambda: {"w": jnp.zeros(2)},
-            num_steps=3,
-            directory=tmp_path,
-            checkpoint_every=100,
-            on_step=lambda *args: None,
+            loop.Schedule(3, tmp_path, checkpoint_every=100, on_step=lambda *args: None),
         )
 
 
@@ -256,10 +245,7 @@ def test_no_room_for_two_states_is_asked(tmp_path, monkeypatch):
         return loop.run_steps(
             lambda state, step: ({"w": state["w"] + 1}, {"loss": 0.0}),
             init,
-            num_steps=num_steps,
-            directory=tmp_path,
-            checkpoint_every=1,
-            on_step=lambda *args: None,
+            loop.Schedule(num_steps, tmp_path, checkpoint_every=1, on_step=lambda *args: None),
         )
 
     go_on(1)
@@ -273,7 +259,7 @@ def test_no_room_for_two_states_is_asked(tmp_path, monkeypatch):
     assert go_on(3)["w"].tolist() == [5.0] * 3
 
 
-def _draws(directory, **names):
+def _draws(directory, seed, iteration, run):
     """The prompts and keys of two steps, of a run that trains nothing."""
     seen = []
     rollout = types.SimpleNamespace()
@@ -282,9 +268,7 @@ def _draws(directory, **names):
         seen.append((np.asarray(batch.example_ids).tolist(), jax.random.key_data(key).tolist()))
         return rollout
 
-    reinforce.run_policy(
-        {"w": jnp.zeros(2)},
-        {},
+    trainer = reinforce.Trainer(
         programs=reinforce.Programs(
             init=lambda params: types.SimpleNamespace(params=params), update=lambda state, *rest: (state, {})
         ),
@@ -292,15 +276,11 @@ def _draws(directory, **names):
         reward_fn=lambda rollout: types.SimpleNamespace(total=np.zeros(BATCH, np.float32), parts={}),
         train_prompts=_prompt_batch(),
         mesh=ONE_DEVICE,
-        num_steps=2,
-        batch_size=BATCH,
-        group_size=2,
-        checkpoint_every=100,
-        directory=directory,
-        on_step=lambda *args: None,
-        after_step=lambda *args: None,
-        **names,
+        rl=SETTINGS.rl,
+        seed=seed,
     )
+    schedule = loop.Schedule(2, directory, checkpoint_every=100, on_step=lambda *args: None)
+    reinforce.run_policy(trainer, {"w": jnp.zeros(2)}, {}, iteration=iteration, run=run, schedule=schedule)
     return seen
 
 
@@ -337,16 +317,10 @@ def _partly_frozen(pattern):
     programs = reinforce.make_programs(
         ONE_DEVICE,
         trained,
-        apply_fn=apply_fn,
         optimizer=optax.sgd(0.1),
-        temperature=SAMPLING.temperature,
-        kl_coef=0.1,
+        score_fn=_score_fn(apply_fn),
+        rl=SETTINGS.rl,
         ema_rate=0.01,
-        advantage="leave_one_out",
-        group_size=2,
-        whiten=False,
-        num_microbatches=1,
-        logits_chunk=0,
     )
     batch = batches.take(_prompt_batch(), np.repeat(np.arange(BATCH // 2), 2))
     batch = meshes.put_batch(ONE_DEVICE, batch)

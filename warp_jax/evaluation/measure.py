@@ -1,4 +1,4 @@
-"""Measuring a policy on held-out prompts: reward, gold reward, KL to SFT, length, diversity."""
+"""Measures a policy on held-out prompts: reward, gold reward, KL to SFT, length, diversity."""
 
 import io
 import time
@@ -14,8 +14,8 @@ from warp_jax import files, trees
 from warp_jax.data import batches
 from warp_jax.evaluation import statistics
 from warp_jax.parallel import hosts, meshes
-from warp_jax.training import sampling, scoring
-from warp_jax.types import ApplyFn, Array, Params, PromptBatch, RewardFn, Rollout
+from warp_jax.training import sampling
+from warp_jax.types import Array, Params, PromptBatch, RewardFn, Rollout
 
 
 class Evaluation(NamedTuple):
@@ -34,67 +34,69 @@ class Evaluation(NamedTuple):
     completion_mask: np.ndarray
 
 
-EVALUATION_STREAM = 2**31 - 1  # apart from those of the iterations of training
+EVALUATION_STREAM = 2**31 - 1  # in random keys; no iteration of training has this number
 EvaluateFn = Callable[[Params], Evaluation]
-KlFn = Callable[[Params, Params, Params, Rollout], Array]  # trained of the policy, of SFT, frozen -> [B], nats
-OnEvaluation = Callable[[str, Evaluation, float], None]
+KlFn = Callable[[Params, Params, Params, Rollout], Array]  # trained policy, trained SFT, frozen -> float32 [B], nats
+OnEvaluation = Callable[[str, Evaluation, float], None]  # name, result, seconds
 
 
-def make_kl_to_sft(apply_fn: ApplyFn, temperature: float, logits_chunk: int) -> KlFn:
-    """Jit `scoring.sequence_kl` of a policy and SFT. They are joined with the frozen weights inside, so that XLA sees
-    that frozen layers below the first trained one are the same in both.
+class Examiner(NamedTuple):
+    """What every policy is measured with and on: two policies get the same prompts and random keys, so that their
+    differences are paired.
+
+    reward_fn, gold_fn: rewards of a rollout; gold_fn gives float32 [B]. sft_params, frozen_params: trained leaves of
+    SFT, and the other leaves of the model. batch_size: divides the number of prompts.
+    """
+
+    mesh: Mesh
+    sampler: sampling.Sampler
+    kl_to_sft: KlFn
+    reward_fn: RewardFn
+    gold_fn: Callable[[Rollout], np.ndarray]
+    sft_params: Params
+    frozen_params: Params
+    eval_prompts: PromptBatch
+    batch_size: int
+    seed: int
+
+
+def make_kl_to_sft(score_kl: Callable[[Params, Params, Rollout], Array]) -> KlFn:
+    """Jit the KL of a policy to SFT, given that of two whole models.
+
+    Both are joined with the frozen weights inside, so XLA sees that frozen layers below the first trained one are the
+    same in both.
     """
 
     @jax.jit
     def kl_to_sft(params: Params, sft_params: Params, frozen_params: Params, rollout: Rollout) -> Array:
-        policy, reference = (trees.join(trained, frozen_params) for trained in (params, sft_params))
-        return scoring.sequence_kl(apply_fn, policy, reference, rollout, temperature, chunk=logits_chunk)
+        return score_kl(trees.join(params, frozen_params), trees.join(sft_params, frozen_params), rollout)
 
     return kl_to_sft
 
 
-def make_evaluate(
-    mesh: Mesh,
-    *,
-    sampler: sampling.Sampler,
-    kl_to_sft: KlFn,
-    sft_params: Params,
-    frozen_params: Params,
-    reward_fn: RewardFn,
-    gold_fn: Callable[[Rollout], np.ndarray],
-    eval_prompts: PromptBatch,
-    batch_size: int,
-    seed: int,
-) -> EvaluateFn:
-    """A function params -> Evaluation over all eval_prompts, whose number must be a multiple of batch_size.
+def evaluate(examiner: Examiner, params: Params) -> Evaluation:
+    """Sample one completion for each held-out prompt and measure it; params: trained leaves of the policy."""
+    laid_out = examiner.sampler.lay_out(trees.join(params, examiner.frozen_params))
+    count = len(examiner.eval_prompts.example_ids) // examiner.batch_size
+    measured = [_evaluate_batch(examiner, params, laid_out, number) for number in range(count)]
+    columns = {name: np.concatenate([batch[name] for batch in measured]) for name in measured[0]}
+    mask = columns["completion_mask"]
+    rows = [ids[keep].tolist() for ids, keep in zip(columns["completion_ids"], mask, strict=True)]
+    return Evaluation(length=mask.sum(1), distinct_2=np.array(statistics.distinct_n(rows, 2)), **columns)
 
-    params and sft_params are what is trained of the model, frozen_params the rest.
-    Every policy gets the same prompts and random keys, so that differences between two policies are paired.
-    """
-    key = jax.random.fold_in(jax.random.key(seed), EVALUATION_STREAM)
 
-    def evaluate_batch(params: Params, laid_out: Params, number: int) -> dict[str, np.ndarray]:
-        rows = np.arange(number * batch_size, (number + 1) * batch_size)
-        batch = meshes.put_batch(mesh, batches.take(eval_prompts, rows))
-        rollout = sampler.generate(laid_out, batch, jax.random.fold_in(key, number))
-        measured = {
-            "reward": reward_fn(rollout).total,
-            "sft_kl": kl_to_sft(params, sft_params, frozen_params, rollout),
-            "completion_ids": rollout.completion_ids,
-            "completion_mask": rollout.completion_mask,
-        }
-        return {**hosts.fetch(measured), "gold_reward": gold_fn(rollout)}
-
-    def evaluate(params: Params) -> Evaluation:
-        count = len(eval_prompts.example_ids) // batch_size
-        laid_out = sampler.lay_out(trees.join(params, frozen_params))
-        batches = [evaluate_batch(params, laid_out, number) for number in range(count)]
-        columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-        mask = columns["completion_mask"]
-        rows = [ids[keep].tolist() for ids, keep in zip(columns["completion_ids"], mask, strict=True)]
-        return Evaluation(length=mask.sum(1), distinct_2=np.array(statistics.distinct_n(rows, 2)), **columns)
-
-    return evaluate
+def _evaluate_batch(examiner: Examiner, params: Params, laid_out: Params, number: int) -> dict[str, np.ndarray]:
+    key = jax.random.fold_in(jax.random.key(examiner.seed), EVALUATION_STREAM)
+    rows = np.arange(number * examiner.batch_size, (number + 1) * examiner.batch_size)
+    batch = meshes.put_batch(examiner.mesh, batches.take(examiner.eval_prompts, rows))
+    rollout = examiner.sampler.generate(laid_out, batch, jax.random.fold_in(key, number))
+    measured = {
+        "reward": examiner.reward_fn(rollout).total,
+        "sft_kl": examiner.kl_to_sft(params, examiner.sft_params, examiner.frozen_params, rollout),
+        "completion_ids": rollout.completion_ids,
+        "completion_mask": rollout.completion_mask,
+    }
+    return {**hosts.fetch(measured), "gold_reward": examiner.gold_fn(rollout)}
 
 
 def summary(evaluation: Evaluation) -> dict[str, float]:
@@ -106,7 +108,7 @@ def summary(evaluation: Evaluation) -> dict[str, float]:
 
 
 class EvaluationStore:
-    """Evaluations on disk by name, so that none is made twice. on_new hears name, result and seconds of a new one."""
+    """Evaluations saved by name, so that none is made twice. on_new is called with each new one."""
 
     def __init__(self, directory: Path, evaluate: EvaluateFn, on_new: OnEvaluation):
         directory.mkdir(parents=True, exist_ok=True)
@@ -115,11 +117,11 @@ class EvaluationStore:
         self._on_new = on_new
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """The names that have no evaluation yet."""
+        """The names without a saved evaluation, sorted."""
         return [name for name in sorted(names) if not hosts.exists(self._path(name))]
 
     def get(self, name: str, make_params: Callable[[], Params]) -> Evaluation:
-        """The stored evaluation called `name`; if there is none, that of make_params()."""
+        """The saved evaluation called `name`; if it is missing, evaluate make_params() and save the result."""
         path = self._path(name)
         if not hosts.exists(path):
             started = time.monotonic()
@@ -140,6 +142,6 @@ def _save(path: Path, evaluation: Evaluation) -> None:
 
 
 def load_evaluation(path: Path) -> Evaluation:
-    """A stored evaluation."""
+    """Read a saved evaluation."""
     with np.load(path) as arrays:
         return Evaluation(**arrays)

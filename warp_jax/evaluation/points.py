@@ -1,16 +1,15 @@
-"""Which policies of a job are evaluated, and under which names."""
+"""The policies of a job that are evaluated, and the names of their evaluations."""
 
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
-
 from warp_jax import merging
 from warp_jax.evaluation.measure import Evaluation, EvaluationStore
+from warp_jax.settings import Settings
 from warp_jax.types import Params
 
 
 class Point(NamedTuple):
-    """One evaluated policy: a row of front.csv. iteration and run count from 1; 0, or nan for eta, does not apply."""
+    """One evaluated policy, a row of front.csv. iteration and run count from 1; 0 (nan for eta) = does not apply."""
 
     stage: str  # sft, policy, merged or liti
     iteration: int
@@ -21,7 +20,7 @@ class Point(NamedTuple):
 
 
 def evaluation_name(stage: str, iteration: int, run: int, eta: float, step: int) -> str:
-    """Under which the evaluation of a point is stored; the same policy has one name, as SFT and eta = 0 of a front."""
+    """Key of a saved evaluation. The same policy has one name: eta = 0 of a front is 'sft', eta = 1 the merge."""
     if stage == "policy":
         return f"policy_i{iteration}_r{run}_s{step}"
     if stage == "merged" or eta == 1.0:
@@ -29,32 +28,32 @@ def evaluation_name(stage: str, iteration: int, run: int, eta: float, step: int)
     return f"liti_i{iteration}_e{eta:g}" if eta else "sft"
 
 
-def evaluation_names(config: ConfigDict) -> set[str]:
-    """Of all evaluations that a job makes."""
+def evaluation_names(settings: Settings) -> set[str]:
+    """Names of all evaluations that a job makes."""
     names = {"sft"}
-    for iteration in range(1, len(config.warp.steps_per_iteration) + 1):
-        for run in range(1, config.warp.num_runs + 1):
-            names.update(trajectory(config, iteration, run).values())
-        names |= front_names(config, iteration)
+    for iteration in range(1, len(settings.warp.steps_per_iteration) + 1):
+        for run in range(1, settings.warp.num_runs + 1):
+            names.update(trajectory(settings, iteration, run).values())
+        names |= front_names(settings, iteration)
     return names
 
 
-def trajectory(config: ConfigDict, iteration: int, run: int) -> dict[int, str]:
-    """After which steps of a run its policy is evaluated, every so many and at the end, and under which name."""
-    num_steps, every = config.warp.steps_per_iteration[iteration - 1], config.evaluation.every
+def trajectory(settings: Settings, iteration: int, run: int) -> dict[int, str]:
+    """Names of a run's evaluations by the step after which they are made: every `evaluation.every`, and the last."""
+    num_steps, every = settings.warp.steps_per_iteration[iteration - 1], settings.evaluation.every
     steps = sorted({*range(every, num_steps + 1, every), num_steps})
     return {step: evaluation_name("policy", iteration, run, float("nan"), step) for step in steps}
 
 
-def front_names(config: ConfigDict, iteration: int) -> set[str]:
-    """Of the evaluations of an iteration's merge and of its front."""
-    return {evaluation_name("liti", iteration, 0, eta, 0) for eta in (1.0, *config.front.etas)}
+def front_names(settings: Settings, iteration: int) -> set[str]:
+    """Names of the evaluations of an iteration's merge and of its front."""
+    return {evaluation_name("liti", iteration, 0, eta, 0) for eta in (1.0, *settings.front.etas)}
 
 
 def front_points(
     etas: tuple[float, ...], sft_params: Params, merged: Params, iteration: int, evaluations: EvaluationStore
 ) -> list[Point]:
-    """The merge, and the output family (1 - eta) sft + eta merged for every eta; the ends are not measured twice."""
+    """Evaluate the merge, and the front (1 - eta) sft + eta merged for every eta; its ends are not measured twice."""
 
     def measure(eta: float) -> Evaluation:
         return evaluations.get(

@@ -11,7 +11,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from ml_collections import ConfigDict
 
 from warp_jax import files
 from warp_jax.data import batches
@@ -19,31 +18,33 @@ from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.evaluation import plots, summary
 from warp_jax.evaluation.measure import Evaluation, load_evaluation
 from warp_jax.evaluation.points import Point, evaluation_name
+from warp_jax.settings import Settings
 from warp_jax.types import PromptBatch
 
 
 def write_report(
-    config: ConfigDict, tokenizer: Tokenizer, eval_prompts: PromptBatch, points: Sequence[Point], workdir: Path
+    settings: Settings, tokenizer: Tokenizer, eval_prompts: PromptBatch, points: Sequence[Point], workdir: Path
 ) -> str:
     """Write all files and return the summary line."""
     matplotlib.use("Agg")
     rows = [summary.as_row(point) for point in points]
     files.write_text(workdir / "front.csv", to_csv(rows))
-    numbers = summary.summarise(config, points)
+    numbers = summary.summarise(settings, points)
     files.write_json(workdir / "summary.json", numbers)
     front = plots.draw_fronts(rows)
     files.write_bytes(workdir / "front.png", front)
     geometries = [
-        files.read_json(workdir / f"iteration_{i}" / "geometry.json") for i in range(1, config.warp.num_iterations + 1)
+        files.read_json(workdir / f"iteration_{i}" / "geometry.json")
+        for i in range(1, settings.warp.num_iterations + 1)
     ]
     sections = [
         ("Fronts of reward against KL", _image(front)),
         ("Trajectory of each run", _image(plots.draw_trajectories(rows))),
-        ("Angles between the runs", _image(plots.draw_angles(geometries)) if config.warp.num_runs > 1 else "one run"),
+        ("Angles between the runs", _image(plots.draw_angles(geometries)) if settings.warp.num_runs > 1 else "one run"),
         ("Summary", f"<p>{html.escape(summary.one_line(numbers))}</p>" + _comparison_tables(numbers)),
-        ("Samples before and after", _samples_table(config, tokenizer, eval_prompts, points)),
+        ("Samples before and after", _samples_table(settings, tokenizer, eval_prompts, points)),
         ("All points", _table(rows)),
-        ("Config", f"<pre>{html.escape(json.dumps(json.loads(config.to_json()), indent=2))}</pre>"),
+        ("Config", f"<pre>{html.escape(json.dumps(settings.as_json(), indent=2))}</pre>"),
     ]
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections)
     files.write_text(workdir / "report.html", _PAGE.format(body=body))
@@ -69,16 +70,16 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _samples_table(config: ConfigDict, tokenizer: Tokenizer, eval_prompts: PromptBatch, points: Sequence[Point]) -> str:
+def _samples_table(settings: Settings, tokenizer: Tokenizer, eval_prompts: PromptBatch, points: Sequence[Point]) -> str:
     """The same prompts under SFT and under the final merge."""
-    chosen = np.linspace(0, config.evaluation.num_prompts - 1, config.report.num_samples).astype(int)
+    chosen = np.linspace(0, settings.evaluation.num_prompts - 1, settings.report.num_samples).astype(int)
     shown = batches.take(eval_prompts, chosen)
     asked = np.asarray(shown.prompt_ids), np.asarray(shown.prompt_mask)
     texts = tokenizer.decode(*asked)
     rows: list[dict[str, Any]] = [{"prompt": text} for text in texts]
     ends: dict[str, Evaluation] = {
         "SFT": points[0].evaluation,
-        "final merge": summary.merged_point(points, config.warp.num_iterations).evaluation,
+        "final merge": summary.merged_point(points, settings.warp.num_iterations).evaluation,
     }
     for name, evaluation in ends.items():
         _, texts = tokenizer.decode_answers(

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from warp_jax.evaluation import measure, pareto
 from warp_jax.evaluation.points import Point
+from warp_jax.settings import Settings
 
 COMPARED_KLS = 5  # number of KLs at which two fronts are compared
 
@@ -19,15 +19,15 @@ def as_row(point: Point) -> dict[str, Any]:
     return {**fields, **measure.summary(evaluation)}
 
 
-def summarise(config: ConfigDict, points: Sequence[Point]) -> dict[str, Any]:
+def summarise(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
     """The numbers of the summary line, and each iteration's front against the one before, at common KLs."""
-    sft, final = points[0], merged_point(points, config.warp.num_iterations)
+    sft, final = points[0], merged_point(points, settings.warp.num_iterations)
     gain = np.asarray(final.evaluation.reward, np.float64) - sft.evaluation.reward
-    front = front_members(points, config.warp.num_iterations)[1:]
+    front = front_members(points, settings.warp.num_iterations)[1:]
     chosen = None
-    if config.front.kl_budget:
+    if settings.front.kl_budget:
         kls, rewards = (column.mean(1) for column in _stacked(front))
-        index = pareto.best_under_budget(kls, rewards, config.front.kl_budget)
+        index = pareto.best_under_budget(kls, rewards, settings.front.kl_budget)
         chosen = None if index is None else as_row(front[index])
     return {
         "sft_reward": float(sft.evaluation.reward.mean()),
@@ -35,17 +35,17 @@ def summarise(config: ConfigDict, points: Sequence[Point]) -> dict[str, Any]:
         "final_gold_reward": _number(final.evaluation.gold_reward.mean()),
         "final_sft_kl": float(final.evaluation.sft_kl.mean()),
         "gain_in_standard_errors": float(gain.mean() / (gain.std(ddof=1) / np.sqrt(len(gain)))),
-        "kl_budget": config.front.kl_budget,
+        "kl_budget": settings.front.kl_budget,
         "best_eta_under_budget": chosen,
         "iterations_compared": [
-            {"iterations": [i - 1, i], "reward_difference": _compare(config, points, i)}
-            for i in range(2, config.warp.num_iterations + 1)
+            {"iterations": [i - 1, i], "reward_difference": _compare(settings, points, i)}
+            for i in range(2, settings.warp.num_iterations + 1)
         ],
         "front_against_runs": [
             row
-            for i in range(1, config.warp.num_iterations + 1)
+            for i in range(1, settings.warp.num_iterations + 1)
             for row in front_against_policies(
-                front_members(points, i), _runs(points, i), resamples=config.report.bootstrap_resamples
+                front_members(points, i), _runs(points, i), resamples=settings.report.bootstrap_resamples
             )
         ],
     }
@@ -66,12 +66,18 @@ def one_line(summary: dict[str, Any]) -> str:
     return line
 
 
-def _compare(config: ConfigDict, points: Sequence[Point], iteration: int) -> list[dict[str, float]]:
+def _compare(settings: Settings, points: Sequence[Point], iteration: int) -> list[dict[str, float]]:
     """Front of `iteration` minus the front before it, with 95 % bootstrap intervals over prompts."""
     (kl_a, reward_a), (kl_b, reward_b) = (_stacked(front_members(points, i)) for i in (iteration - 1, iteration))
     at = pareto.common_kls(kl_a.mean(1), reward_a.mean(1), kl_b.mean(1), reward_b.mean(1), COMPARED_KLS)
     found = pareto.compare_fronts(
-        kl_a, reward_a, kl_b, reward_b, at=at.tolist(), resamples=config.report.bootstrap_resamples, seed=config.seed
+        kl_a,
+        reward_a,
+        kl_b,
+        reward_b,
+        at=at.tolist(),
+        resamples=settings.report.bootstrap_resamples,
+        seed=settings.seed,
     )
     return [{"sft_kl": c.kl, **c.difference._asdict()} for c in found]
 

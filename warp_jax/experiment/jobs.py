@@ -1,20 +1,20 @@
-"""What one start of the program does: the whole job, one run, or one merge. They meet in the workdir."""
+"""Parts of a job that one start of the program runs: all of it, one run, or one merge. They meet in the workdir."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
-
 from warp_jax.data.corpus import Corpus
 from warp_jax.evaluation import report
-from warp_jax.experiment import preparation, validation, warp
+from warp_jax.experiment import preparation, warp
+from warp_jax.experiment.workdir import LOCK
 from warp_jax.parallel import hosts
 from warp_jax.progress import JobProgress
+from warp_jax.settings import Settings
 
 
 class Part(NamedTuple):
-    """Which part of a job: everything (iteration 0), or of one iteration a run, or its merge (run 0)."""
+    """A part of a job: everything (iteration 0), one run of an iteration, or its merge (run 0)."""
 
     iteration: int = 0
     run: int = 0
@@ -23,12 +23,12 @@ class Part(NamedTuple):
 WHOLE = Part()
 
 
-def choose_part(config: ConfigDict, workdir: Path, *, run: int, merge: bool, iteration: int) -> Part:
-    """The part that the flags name; without an iteration, the first that is not merged.
+def choose_part(settings: Settings, workdir: Path, *, run: int, merge: bool, iteration: int) -> Part:
+    """The part that the flags name; without --iteration, of the first iteration that is not merged.
 
-    ValueError if there is no such part, or what it starts from is not there yet.
+    Raises ValueError if the job has no such part, or if the part starts from something that is not saved yet.
     """
-    num_iterations, num_runs = config.warp.num_iterations, config.warp.num_runs
+    num_iterations, num_runs = settings.warp.num_iterations, settings.warp.num_runs
     if not run and not merge:
         if iteration:
             raise ValueError("iteration: got one without a part of it, want --run=M or --merge too")
@@ -50,33 +50,33 @@ def choose_part(config: ConfigDict, workdir: Path, *, run: int, merge: bool, ite
     return Part(iteration, run)
 
 
-def run_part(config: ConfigDict, corpora: Mapping[str, Corpus], workdir: Path, part: Part = WHOLE) -> str:
-    """Do what is missing of a part of the job; returns the line that tells of it."""
-    with JobProgress(total_steps(config, part), quiet=not hosts.is_first()) as progress:
+def run_part(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, part: Part = WHOLE) -> str:
+    """Run the unfinished part of a job; return a one-line summary."""
+    with JobProgress(total_steps(settings, part), quiet=not hosts.is_first()) as progress:
 
-        def tell() -> None:
+        def on_wait() -> None:
             progress.note("another process prepares this workdir: waiting for it")
 
-        with hosts.locked(workdir / validation.LOCK, tell):
-            setup = preparation.prepare(config, corpora, workdir, progress)
-        job = warp.make_job(config, setup, workdir, progress)
+        with hosts.locked(workdir / LOCK, on_wait):
+            setup = preparation.prepare(settings, corpora, workdir, progress)
+        job = warp.make_job(settings, setup, workdir, progress)
         if part.run:
             warp.run_one(job, part.iteration, part.run)
             return f"iteration {part.iteration} run {part.run}: finished"
-        if 0 < part.iteration < config.warp.num_iterations:
+        if 0 < part.iteration < settings.warp.num_iterations:
             warp.merge_one(job, part.iteration)
             return f"iteration {part.iteration}: merged"
         points = warp.run_warp(job)
         if not hosts.is_first():
             return ""
-        return report.write_report(config, setup.tokenizer, setup.eval_prompts, points, workdir)
+        return report.write_report(settings, setup.tokenizer, setup.eval_prompts, points, workdir)
 
 
-def total_steps(config: ConfigDict, part: Part = WHOLE) -> int:
-    """Optimiser steps of all stages of a part."""
-    steps = config.warp.steps_per_iteration[: config.warp.num_iterations]
+def total_steps(settings: Settings, part: Part = WHOLE) -> int:
+    """Optimizer steps of a part, SFT and reward model included."""
+    steps = settings.warp.steps_per_iteration[: settings.warp.num_iterations]
     if part.run:
         rl = steps[part.iteration - 1]
     else:
-        rl = sum(steps) * config.warp.num_runs if part.iteration in (0, config.warp.num_iterations) else 0
-    return rl + config.sft.num_steps + preparation.needs_reward_model(config) * config.reward_model.num_steps
+        rl = sum(steps) * settings.warp.num_runs if part.iteration in (0, settings.warp.num_iterations) else 0
+    return rl + settings.sft.num_steps + settings.needs_reward_model * settings.reward_model.num_steps

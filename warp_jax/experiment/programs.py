@@ -1,22 +1,21 @@
-"""The compiled programs of Algorithm 1, made from a config: those that run are those that are compiled for a pod."""
+"""The compiled programs of Algorithm 1; those that run are those that `tpu_fit` compiles for a pod."""
 
 import functools
 from typing import NamedTuple
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from warp_jax import trees
 from warp_jax.evaluation import measure
-from warp_jax.experiment import ingredients
 from warp_jax.models.apply import make_apply_fn
 from warp_jax.models.transformer import TransformerConfig, init_cache
-from warp_jax.training import reinforce, sampling
+from warp_jax.settings import Settings
+from warp_jax.training import optimizers, reinforce, sampling, scoring
 from warp_jax.types import Params
 
 
 class Programs(NamedTuple):
-    """Sampler: generation, in training and in evaluation; train: a step of RL; kl_to_sft: of an evaluation."""
+    """sampler: generation, in training and evaluation. train: a step of RL. kl_to_sft: the KL of an evaluation."""
 
     sampler: sampling.Sampler
     train: reinforce.Programs
@@ -24,7 +23,7 @@ class Programs(NamedTuple):
 
 
 def make_programs(
-    config: ConfigDict,
+    settings: Settings,
     mesh: Mesh,
     model: TransformerConfig,
     *,
@@ -32,22 +31,16 @@ def make_programs(
     trained: Params,
     frozen: Params,
 ) -> Programs:
-    """For the policy `model`, whose trained and frozen weights are shaped like these trees (arrays or shapes)."""
+    """Jit the programs for a policy `model`, whose trained and frozen leaves are shaped like these trees."""
     apply_fn = make_apply_fn(model, mesh)
-    temperature, chunk = sampling_config.temperature, config.model.logits_chunk
+    temperature, chunk = sampling_config.temperature, settings.model.logits_chunk
     update = reinforce.make_programs(
         mesh,
         trained,
-        apply_fn=apply_fn,
-        optimizer=ingredients.make_optimizer(config.rl, config.adam),
-        temperature=temperature,
-        kl_coef=config.rl.kl_coef,
-        ema_rate=config.warp.ema_rate,
-        advantage=config.rl.advantage,
-        group_size=config.rl.samples_per_prompt,
-        whiten=config.rl.whiten,
-        num_microbatches=config.rl.num_microbatches,
-        logits_chunk=chunk,
+        optimizer=optimizers.make_optimizer(settings.rl, settings.adam),
+        score_fn=functools.partial(scoring.per_token_logps, apply_fn, temperature=temperature, chunk=chunk),
+        rl=settings.rl,
+        ema_rate=settings.warp.ema_rate,
     )
     sampler = sampling.make_sampler(
         mesh,
@@ -57,4 +50,5 @@ def make_programs(
         dtype=model.dtype,
         config=sampling_config,
     )
-    return Programs(sampler, update, measure.make_kl_to_sft(apply_fn, temperature, chunk))
+    score_kl = functools.partial(scoring.sequence_kl, apply_fn, temperature=temperature, chunk=chunk)
+    return Programs(sampler, update, measure.make_kl_to_sft(score_kl))

@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from warp_jax import files, merging
 from warp_jax.evaluation import measure
@@ -16,27 +16,28 @@ from warp_jax.experiment.preparation import Setup
 from warp_jax.experiment.programs import Programs, make_programs
 from warp_jax.parallel import hosts
 from warp_jax.progress import JobProgress
+from warp_jax.settings import Settings
 from warp_jax.storage import checkpoint
-from warp_jax.training import reinforce
+from warp_jax.training import loop, reinforce
 from warp_jax.types import Params, TrainState
 
 
 class BusyError(Exception):
-    """Another process is making what this one was asked for."""
+    """Another process is making the requested run or merge."""
 
 
 class JobError(Exception):
-    """The job cannot go on as it is configured, or as its workdir is."""
+    """The config or the workdir makes it impossible to continue."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One workdir of Algorithm 1. Runs and merges meet through its checkpoints, so each may be made by another process.
+    """Algorithm 1 in one workdir. Each run and each merge may be made by another process: they meet in its checkpoints.
 
     init_params of an iteration follows from SFT and the merges before; every result is made once, then restored.
     """
 
-    config: ConfigDict
+    settings: Settings
     setup: Setup
     workdir: Path
     progress: JobProgress
@@ -48,39 +49,39 @@ class Job:
         return self.workdir / f"iteration_{iteration}"
 
     def init_params(self, iteration: int) -> Params:
-        """theta_init of an iteration, from the merges before it, which must be there (line 13)."""
+        """theta_init of an iteration, from the saved merges of all iterations before it (line 13)."""
         init_params = self.setup.sft_params
         for before in range(1, iteration):
             merged = checkpoint.restore_params(self.directory(before) / "merged", init_params)
-            init_params = merging.liti(init_params, merged, self.config.warp.liti_rate)
+            init_params = merging.liti(init_params, merged, self.settings.warp.liti_rate)
         return init_params
 
     def run_policy(self, init_params: Params, iteration: int, run: int) -> list[Point]:
         """Train one run of one iteration (lines 4 to 9), and return the points of its trajectory."""
         directory = self.directory(iteration) / f"run_{run}"
-        num_steps = self.config.warp.steps_per_iteration[iteration - 1]
+        num_steps = self.settings.warp.steps_per_iteration[iteration - 1]
         finished = checkpoint.has_params(directory / "params")
         self.progress.start_stage(f"iteration {iteration} run {run}", num_steps, finished=finished)
         if not finished:
             with hosts.locked(directory / "lock", functools.partial(_refuse, f"run {run}", iteration)):
-                if not checkpoint.has_params(directory / "params"):  # made by another job in between
+                if not checkpoint.has_params(directory / "params"):  # another job may have finished it meanwhile
                     self._train(init_params, iteration, run, directory)
             self.progress.end_stage(num_steps)
-        checkpoint.forget_state(directory)  # also what a kill has left
+        checkpoint.forget_state(directory)  # also after a kill
 
         def params_at(step: int, name: str) -> Params:
             if step != num_steps:
-                raise JobError(f"evaluation {name} is gone, and so is its policy; delete {directory}")
+                raise JobError(f"evaluation {name} is missing, and its policy is not saved; delete {directory}")
             return checkpoint.restore_params(directory / "params", init_params)
 
         points = []
-        for step, name in trajectory(self.config, iteration, run).items():
+        for step, name in trajectory(self.settings, iteration, run).items():
             evaluation = self.evaluations.get(name, functools.partial(params_at, step, name))
             points.append(Point("policy", iteration, run, float("nan"), step, evaluation))
         return points
 
     def merge(self, init_params: Params, iteration: int) -> Params:
-        """theta_slerp of one iteration (line 12), stored with the angles and norms of its task vectors per unit."""
+        """theta_slerp of one iteration (line 12), saved with the angles and norms of its task vectors per unit."""
         directory = self.directory(iteration)
         if not checkpoint.has_params(directory / "merged"):
             with hosts.locked(directory / "lock", functools.partial(_refuse, "the merge", iteration)):
@@ -89,13 +90,13 @@ class Job:
         return checkpoint.restore_params(directory / "merged", init_params)
 
     def _merge(self, init_params: Params, directory: Path) -> Params:
-        config = self.config.warp
-        paths = [directory / f"run_{run}" / "params" for run in range(1, config.num_runs + 1)]
+        warp = self.settings.warp
+        paths = [directory / f"run_{run}" / "params" for run in range(1, warp.num_runs + 1)]
         policies = [checkpoint.restore_params(path, init_params) for path in paths]
-        gram = merging.gram(init_params, policies, config.unit)
+        gram = merging.gram(init_params, policies, warp.unit)
         try:
-            merged = merging.merge(init_params, policies, config.merge, unit=config.unit)
-        except ValueError as error:  # as of opposite task vectors, in every process
+            merged = merging.merge(init_params, policies, warp.merge, unit=warp.unit)
+        except ValueError as error:  # opposite task vectors, for example; raised in every process
             raise JobError(f"merge: {error}") from error
         if hosts.is_first():
             geometry = {
@@ -108,117 +109,109 @@ class Job:
         return merged
 
     def front(self, merged: Params, iteration: int) -> list[Point]:
-        """The points of an iteration's merge and of its output family, all etas between SFT and the merge."""
-        return front_points(self.config.front.etas, self.setup.sft_params, merged, iteration, self.evaluations)
+        """The points of an iteration's merge and of its output family: every eta between SFT and the merge."""
+        return front_points(self.settings.front.etas, self.setup.sft_params, merged, iteration, self.evaluations)
 
     def _train(self, init_params: Params, iteration: int, run: int, directory: Path) -> None:
-        config, setup = self.config, self.setup
-        evaluated = trajectory(config, iteration, run)
+        settings, setup = self.settings, self.setup
+        evaluated = trajectory(settings, iteration, run)
 
         def after_step(step: int, state: TrainState) -> None:
             if step in evaluated:
                 self.evaluations.get(evaluated[step], lambda: state.params)
 
-        params = reinforce.run_policy(
-            init_params,
-            setup.frozen_params,
+        num_steps = settings.warp.steps_per_iteration[iteration - 1]
+        schedule = loop.Schedule(num_steps, directory, settings.checkpoint_every, self.progress.on_step, after_step)
+        trainer = reinforce.Trainer(
             programs=self.programs.train,
             sampler=self.programs.sampler,
             reward_fn=setup.train_reward_fn,
             train_prompts=setup.train_prompts,
             mesh=setup.mesh,
-            seed=config.seed,
-            iteration=iteration,
-            run=run,
-            num_steps=config.warp.steps_per_iteration[iteration - 1],
-            batch_size=config.rl.batch_size,
-            group_size=config.rl.samples_per_prompt,
-            checkpoint_every=config.checkpoint_every,
-            directory=directory,
-            on_step=self.progress.on_step,
-            after_step=after_step,
+            rl=settings.rl,
+            seed=settings.seed,
+        )
+        params = reinforce.run_policy(
+            trainer, init_params, setup.frozen_params, iteration=iteration, run=run, schedule=schedule
         )
         checkpoint.save_params(directory / "params", params)
 
 
-def make_job(config: ConfigDict, setup: Setup, workdir: Path, progress: JobProgress) -> Job:
+def make_job(settings: Settings, setup: Setup, workdir: Path, progress: JobProgress) -> Job:
     """The job of a workdir, with its programs."""
 
     def on_new(name: str, evaluation: Evaluation, seconds: float) -> None:
-        progress.on_evaluation(f"{name}: {_in_words(evaluation)}", seconds)
+        row = measure.summary(evaluation)
+        measured = f"reward {row['reward']:.3f} (gold {row['gold_reward']:.3f}) at {row['sft_kl']:.2f} nats from SFT"
+        progress.on_evaluation(f"{name}: {measured}", seconds)
 
     programs = make_programs(
-        config,
+        settings,
         setup.mesh,
         setup.model,
         sampling_config=setup.sampling_config,
         trained=setup.sft_params,
         frozen=setup.frozen_params,
     )
-    evaluations = EvaluationStore(workdir / "evaluations", _make_evaluate(config, setup, programs), on_new)
-    return Job(config, setup, workdir, progress, programs, evaluations)
+    examiner = measure.Examiner(
+        mesh=setup.mesh,
+        sampler=programs.sampler,
+        kl_to_sft=programs.kl_to_sft,
+        reward_fn=setup.eval_reward_fn,
+        gold_fn=setup.gold_fn,
+        sft_params=setup.sft_params,
+        frozen_params=setup.frozen_params,
+        eval_prompts=setup.eval_prompts,
+        batch_size=settings.evaluation.batch_size,
+        seed=settings.seed,
+    )
+    evaluate = functools.partial(measure.evaluate, examiner)
+    return Job(settings, setup, workdir, progress, programs, EvaluationStore(workdir / "evaluations", evaluate, on_new))
 
 
 def run_warp(job: Job) -> list[Point]:
-    """Train, merge and evaluate everything the workdir does not hold yet; return all points in order."""
-    config, sft = job.config, job.setup.sft_params
-    job.progress.expect_evaluations(len(job.evaluations.missing(evaluation_names(config))))
+    """Train, merge and evaluate everything that the workdir lacks; return all points in order."""
+    warp, sft = job.settings.warp, job.setup.sft_params
+    _expect(job, evaluation_names(job.settings))
     points = [Point("sft", 0, 0, 0.0, 0, job.evaluations.get("sft", lambda: sft))]
     init_params = sft
-    for iteration in range(1, config.warp.num_iterations + 1):
-        for run in range(1, config.warp.num_runs + 1):
+    for iteration in range(1, warp.num_iterations + 1):
+        for run in range(1, warp.num_runs + 1):
             points += job.run_policy(init_params, iteration, run)
         merged = job.merge(init_params, iteration)
         points += job.front(merged, iteration)
-        init_params = merging.liti(init_params, merged, config.warp.liti_rate)
-        del merged  # the runs have other use for its memory
+        init_params = merging.liti(init_params, merged, warp.liti_rate)
+        del merged  # free its memory for the next runs
     return points
 
 
 def run_one(job: Job, iteration: int, run: int) -> None:
-    """One run of one iteration, as a job of its own."""
-    names = trajectory(job.config, iteration, run).values()
-    job.progress.expect_evaluations(len(job.evaluations.missing(names)))
+    """Make one run of one iteration, as a job of its own."""
+    _expect(job, trajectory(job.settings, iteration, run).values())
     job.run_policy(job.init_params(iteration), iteration, run)
 
 
 def merge_one(job: Job, iteration: int) -> None:
-    """The merge of one iteration, whose runs must be there, and its front, as a job of its own."""
-    names = front_names(job.config, iteration)
-    job.progress.expect_evaluations(len(job.evaluations.missing(names)))
+    """Make the merge of one iteration, whose runs must be finished, and its front, as a job of its own."""
+    _expect(job, front_names(job.settings, iteration))
     job.front(job.merge(job.init_params(iteration), iteration), iteration)
 
 
 def is_merged(workdir: Path, iteration: int) -> bool:
-    """True if the merge of an iteration is there."""
+    """True if the merge of an iteration is saved."""
     return checkpoint.has_params(workdir / f"iteration_{iteration}" / "merged")
 
 
 def missing_runs(workdir: Path, iteration: int, num_runs: int) -> list[int]:
-    """The runs of an iteration that are not finished."""
+    """The unfinished runs of an iteration."""
     folder = workdir / f"iteration_{iteration}"
     return [run for run in range(1, num_runs + 1) if not checkpoint.has_params(folder / f"run_{run}" / "params")]
 
 
+def _expect(job: Job, names: Iterable[str]) -> None:
+    """Let the progress bar count the evaluations that are still to be made."""
+    job.progress.expect_evaluations(len(job.evaluations.missing(names)))
+
+
 def _refuse(what: str, iteration: int) -> NoReturn:
     raise BusyError(f"{what} of iteration {iteration} is being made by another process; wait for it, or stop it")
-
-
-def _make_evaluate(config: ConfigDict, setup: Setup, programs: Programs) -> measure.EvaluateFn:
-    return measure.make_evaluate(
-        setup.mesh,
-        sampler=programs.sampler,
-        kl_to_sft=programs.kl_to_sft,
-        sft_params=setup.sft_params,
-        frozen_params=setup.frozen_params,
-        reward_fn=setup.eval_reward_fn,
-        gold_fn=setup.gold_fn,
-        eval_prompts=setup.eval_prompts,
-        batch_size=config.evaluation.batch_size,
-        seed=config.seed,
-    )
-
-
-def _in_words(evaluation: Evaluation) -> str:
-    row = measure.summary(evaluation)
-    return f"reward {row['reward']:.3f} (gold {row['gold_reward']:.3f}) at {row['sft_kl']:.2f} nats from SFT"

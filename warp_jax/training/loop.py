@@ -1,10 +1,10 @@
-"""The loop of every optimisation: step, log, checkpoint, resume to the bit."""
+"""The loop of every optimisation: step, log, save, resume bit-for-bit."""
 
 import contextlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -17,22 +17,32 @@ StepFn = Callable[[State, int], tuple[State, Mapping[str, Any]]]
 OnStep = Callable[[int, Mapping[str, float]], None]  # steps done, latest metrics
 
 
-def run_steps(
-    step_fn: StepFn[State],
-    init: Callable[[], State],
-    *,
-    num_steps: int,
-    directory: Path,
-    checkpoint_every: int,
-    on_step: OnStep,
-    after_step: Callable[[int, State], None] = lambda step, state: None,
-) -> State:
-    """Apply `step_fn(state, step)` to init() for step = 0 .. num_steps - 1, or go on from the newest in `directory`.
+class Schedule(NamedTuple):
+    """How long an optimisation runs, where and how often its state is saved, and who follows it.
 
-    `step_fn` must depend on its arguments only, then a killed loop started again ends with the same bits as an
-    unbroken one. Metrics of a step are read after the next one is dispatched, so the device never waits for the host.
-    `after_step(done, state)` is called with the number of steps done, and again for a step repeated after a kill.
+    directory: holds the saved state and the metrics. checkpoint_every: steps between two saves. on_step(done, metrics):
+    called after each step is logged. after_step(done, state): called after each step, and again for a step that is
+    repeated after a kill.
     """
+
+    num_steps: int
+    directory: Path
+    checkpoint_every: int
+    on_step: OnStep
+    after_step: Callable[[int, Any], None] = lambda done, state: None
+
+
+def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Schedule) -> State:
+    """Apply `step_fn(state, step)` for step = 0 .. num_steps - 1 to init(), or resume from the newest saved state.
+
+    `step_fn` must depend on its arguments only: then a loop that was killed and started again ends with the same bits
+    as an unbroken one. Metrics of a step are read after the next one is dispatched, so the device never waits for the
+    host.
+
+    Raises:
+        FloatingPointError: a metric is not finite.
+    """
+    directory, on_step = schedule.directory, schedule.on_step
     store = checkpoint.StateStore(directory / "state")
     start = store.latest_step()
     state = init()
@@ -45,17 +55,18 @@ def run_steps(
     with contextlib.closing(store), metrics_file as writer:
         pending: Mapping[str, Any] = {}
         try:
-            for step in range(start, num_steps):
+            for step in range(start, schedule.num_steps):
                 state, metrics = step_fn(state, step)
                 if pending:
                     _log(writer, step - 1, pending, on_step)
                 pending = metrics
                 done = step + 1
-                after_step(done, state)
-                if done == num_steps or done % checkpoint_every == 0:
+                schedule.after_step(done, state)
+                is_saved = done % schedule.checkpoint_every == 0
+                if done == schedule.num_steps or is_saved:
                     _log(writer, step, pending, on_step)
                     pending = {}
-                if done % checkpoint_every == 0:
+                if is_saved:
                     store.save(done, state)
         except FloatingPointError:  # in every process
             raise

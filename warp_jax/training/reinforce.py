@@ -1,8 +1,7 @@
-"""One run of RL: Algorithm 1 of WARP, lines 4 to 9, as a pure function of (init_params, iteration, run)."""
+"""Policy-gradient training of one policy: lines 4 to 9 of Algorithm 1 of WARP."""
 
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +14,15 @@ from warp_jax import merging, trees
 from warp_jax.data import batches
 from warp_jax.models import partitioning
 from warp_jax.parallel import meshes
-from warp_jax.training import loop, objective, sampling, scoring
-from warp_jax.types import ApplyFn, Array, Params, PromptBatch, RewardFn, Rollout, TrainState
+from warp_jax.settings.groups import Rl
+from warp_jax.training import loop, objective, sampling
+from warp_jax.types import Array, Params, PromptBatch, RewardFn, Rollout, TrainState
+
+ScoreFn = Callable[[Params, Rollout], Array]  # a whole model's params -> log-probability of each token [B, C], nats
 
 
 class Programs(NamedTuple):
-    """The compiled parts of a training step but for generation, shared by all runs.
+    """The compiled parts of a training step except generation, shared by all runs.
 
     init: trained params -> TrainState.
     update: TrainState (donated), frozen params, Rollout, rewards [B] -> TrainState, metrics.
@@ -30,17 +32,23 @@ class Programs(NamedTuple):
     update: Callable[[TrainState, Params, Rollout, Array], tuple[TrainState, Mapping[str, Array]]]
 
 
-def make_programs(
-    mesh: Mesh,
-    params: Params,
-    *,
-    optimizer: optax.GradientTransformation,
-    **settings: Any,
-) -> Programs:
-    """Jit the parts for trained parameters shaped like `params`; `settings` are those of `policy_update`."""
+class Trainer(NamedTuple):
+    """What all runs share. seed: of prompt order and sampling, together with iteration, run and step."""
+
+    programs: Programs
+    sampler: sampling.Sampler
+    reward_fn: RewardFn
+    train_prompts: PromptBatch
+    mesh: Mesh
+    rl: Rl
+    seed: int
+
+
+def make_programs(mesh: Mesh, params: Params, *, optimizer: optax.GradientTransformation, **options: Any) -> Programs:
+    """Jit the parts for trained parameters shaped like `params`; options are those of `policy_update`."""
     init_fn = functools.partial(init_state, optimizer)
     layout = partitioning.param_shardings(mesh, jax.eval_shape(init_fn, params))
-    update = functools.partial(policy_update, optimizer=optimizer, **settings)
+    update = functools.partial(policy_update, optimizer=optimizer, **options)
     return Programs(
         init=jax.jit(init_fn, out_shardings=layout),
         update=jax.jit(update, donate_argnums=0, out_shardings=(layout, meshes.replicated(mesh))),
@@ -48,7 +56,7 @@ def make_programs(
 
 
 def init_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
-    """Policy and anchor start at `params` in buffers of their own, so that donating the state leaves `params` alive."""
+    """Start policy and anchor at copies of `params`, so that donating the state leaves `params` alive."""
     policy = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     anchor = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
     return TrainState(jnp.zeros((), jnp.int32), policy, anchor, optimizer.init(policy))
@@ -60,45 +68,38 @@ def policy_update(
     rollout: Rollout,
     rewards: Array,
     *,
-    apply_fn: ApplyFn,
+    score_fn: ScoreFn,
     optimizer: optax.GradientTransformation,
-    temperature: float,
-    kl_coef: float,
+    rl: Rl,
     ema_rate: float,
-    advantage: str,
-    group_size: int,
-    whiten: bool,
-    num_microbatches: int,
-    logits_chunk: int,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step on a rollout and its raw rewards [B]: lines 7 to 9. The state holds what is trained; frozen_params, the
-    other leaves of the same model, are part of policy and anchor alike.
+    """One training step on a rollout: lines 7 to 9 of Algorithm 1.
 
-    The batch is cut into num_microbatches, whose gradients are averaged; advantages are of the whole batch.
-    Policy and anchor are scored by the same function, so that the KL of the first step is exactly 0, and side by side,
-    so that XLA computes frozen layers below the first trained one once for both.
+    The batch is cut into rl.num_microbatches, whose gradients are averaged; advantages are of the whole batch.
+    Policy and anchor are scored by the same function, so the KL of the first step is exactly 0, and side by side, so
+    XLA computes frozen layers below the first trained one once for both.
+
+    Args:
+        state: the trained weights, their anchor and the optimizer's state.
+        frozen_params: the other leaves of the model, shared by policy and anchor.
+        rollout: completions sampled from the policy.
+        rewards: float32 [B], raw.
+        score_fn: params of the whole model, rollout -> log-probability of each token, float32 [B, C], nats.
+        optimizer: the one that made state.opt_state.
+        rl: settings of the update.
+        ema_rate: mu, the weight of the new policy in the anchor.
     """
 
     def score(params: Params, rollout: Rollout) -> Array:
-        whole = trees.join(params, frozen_params)
-        return scoring.per_token_logps(apply_fn, whole, rollout, temperature, chunk=logits_chunk)
+        return score_fn(trees.join(params, frozen_params), rollout)
 
-    chunks = _split(rollout, num_microbatches)
+    chunks = _split(rollout, rl.num_microbatches)
     both = jax.lax.map(lambda chunk: (score(state.params, chunk), score(state.anchor_params, chunk)), chunks)
     policy_logps, anchor_logps = (_join(logps) for logps in both)
     ratio = objective.log_ratio(policy_logps, anchor_logps, rollout.completion_mask)
-    shaped = objective.shaped_rewards(rewards, ratio, kl_coef)
-    weights = objective.advantages(shaped, advantage, group_size, whiten)
-
-    def loss_fn(params: Params, chunk: Rollout, chunk_weights: Array) -> Array:
-        return objective.reinforce_loss(score(params, chunk), chunk.completion_mask, chunk_weights)
-
-    def accumulate(total: Params, chunk: tuple[Rollout, Array]) -> tuple[Params, Array]:
-        loss, grads = jax.value_and_grad(loss_fn)(state.params, *chunk)
-        return jax.tree.map(lambda a, b: a + b / num_microbatches, total, grads), loss
-
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    grads, losses = jax.lax.scan(accumulate, zeros, (chunks, _split(weights, num_microbatches)))
+    shaped = objective.shaped_rewards(rewards, ratio, rl.kl_coef)
+    weights = objective.advantages(shaped, rl.advantage, rl.samples_per_prompt, rl.whiten)
+    losses, grads = _accumulate(score, state.params, chunks, _split(weights, rl.num_microbatches))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     anchor = merging.ema_update(state.anchor_params, params, ema_rate)
@@ -115,51 +116,48 @@ def policy_update(
     return TrainState(state.step + 1, params, anchor, opt_state), metrics
 
 
+def _accumulate(score: ScoreFn, params: Params, chunks: Rollout, weights: Array) -> tuple[Array, Params]:
+    """Loss of each microbatch, and the mean of their gradients."""
+
+    def loss_fn(params: Params, chunk: Rollout, chunk_weights: Array) -> Array:
+        return objective.reinforce_loss(score(params, chunk), chunk.completion_mask, chunk_weights)
+
+    def add(total: Params, chunk: tuple[Rollout, Array]) -> tuple[Params, Array]:
+        loss, grads = jax.value_and_grad(loss_fn)(params, *chunk)
+        return jax.tree.map(lambda a, b: a + b / len(weights), total, grads), loss
+
+    grads, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (chunks, weights))
+    return losses, grads
+
+
 def run_policy(
+    trainer: Trainer,
     init_params: Params,
     frozen_params: Params,
     *,
-    programs: Programs,
-    sampler: sampling.Sampler,
-    reward_fn: RewardFn,
-    train_prompts: PromptBatch,
-    mesh: Mesh,
-    seed: int,
     iteration: int,
     run: int,
-    num_steps: int,
-    batch_size: int,
-    group_size: int,
-    checkpoint_every: int,
-    directory: Path,
-    on_step: loop.OnStep,
-    after_step: Callable[[int, TrainState], None],
+    schedule: loop.Schedule,
 ) -> Params:
-    """The policy after num_steps steps from init_params. Prompts and keys follow from (seed, iteration, run, step)."""
+    """Train one policy from init_params; prompts and keys follow from (seed, iteration, run, step) alone."""
     stream = f"iteration {iteration} run {run}"
-    run_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), iteration), run)
+    run_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(trainer.seed), iteration), run)
+    group_size, mesh = trainer.rl.samples_per_prompt, trainer.mesh
+    num_prompts = trainer.rl.batch_size // group_size
 
     def step_fn(state: TrainState, step: int) -> tuple[TrainState, Mapping[str, Any]]:
-        count = len(train_prompts.example_ids)
-        rows = batches.epoch_rows(count, batch_size // group_size, step, seed=seed, stream=stream)
-        batch = batches.take(train_prompts, np.repeat(rows, group_size))
+        count = len(trainer.train_prompts.example_ids)
+        rows = batches.epoch_rows(count, num_prompts, step, seed=trainer.seed, stream=stream)
+        batch = batches.take(trainer.train_prompts, np.repeat(rows, group_size))
         params = trees.join(state.params, frozen_params)
-        rollout = sampler(params, meshes.put_batch(mesh, batch), jax.random.fold_in(run_key, step))
-        rewards = reward_fn(rollout)
-        state, metrics = programs.update(state, frozen_params, rollout, meshes.put_batch(mesh, rewards.total))
+        rollout = trainer.sampler(params, meshes.put_batch(mesh, batch), jax.random.fold_in(run_key, step))
+        rewards = trainer.reward_fn(rollout)
+        total = meshes.put_batch(mesh, rewards.total)
+        state, metrics = trainer.programs.update(state, frozen_params, rollout, total)
         parts = {f"reward/{name}": jnp.mean(values) for name, values in rewards.parts.items()}
         return state, {**metrics, **parts}
 
-    state = loop.run_steps(
-        step_fn,
-        lambda: programs.init(init_params),
-        num_steps=num_steps,
-        directory=directory,
-        checkpoint_every=checkpoint_every,
-        on_step=on_step,
-        after_step=after_step,
-    )
-    return state.params
+    return loop.run_steps(step_fn, lambda: trainer.programs.init(init_params), schedule).params
 
 
 def _split(tree: Any, parts: int) -> Any:

@@ -1,7 +1,6 @@
-"""Supervised stages: fine-tuning the policy on text (SFT), and a reward model on human labels."""
+"""Supervised training: fine-tuning the policy on text (SFT), and a reward model on human labels."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -43,8 +42,9 @@ def label_loss(apply_fn: ApplyFn, params: Params, batch: Batch) -> tuple[Array, 
 
 
 def bradley_terry_loss(apply_fn: ApplyFn, params: Params, batch: Batch) -> tuple[Array, Mapping[str, Array]]:
-    """-log sigmoid(score of the preferred - score of the other). batch: as in `label_loss`, rows in pairs: the
-    preferred sequences (label 1) first, then as many others (label 0).
+    """-log sigmoid(score of the preferred - score of the other), averaged over pairs.
+
+    batch: as in `label_loss`; its first half holds the preferred sequences (label 1), its second half the others.
     """
     scores = reward_functions.sequence_scores(apply_fn, params, batch["token_ids"], batch["mask"])
     preferred, other = jnp.split(scores, 2)
@@ -56,14 +56,14 @@ REWARD_LOSSES = {"label": label_loss, "bradley_terry": bradley_terry_loss}
 
 
 def text_batch(token_rows: Sequence[np.ndarray], chosen: np.ndarray, length: int, step: int, **names: Any) -> Batch:
-    """Random windows of the chosen rows; names: seed, stream, bos_id, pad_id."""
+    """Random windows of the chosen rows; names: seed, stream, bos_id and pad_id of `batches.random_windows`."""
     rows = [token_rows[i] for i in chosen]
     token_ids, mask = batches.random_windows(rows, length, step, **names)
     return {"token_ids": token_ids, "mask": mask}
 
 
 def paired_rows(labels: np.ndarray, batch_size: int, step: int, *, seed: int, stream: str) -> np.ndarray:
-    """batch_size / 2 rows with label 1, then as many with label 0: the layout of every reward model batch."""
+    """Rows of one reward model batch: batch_size / 2 with label 1, then as many with label 0."""
     halves = []
     for label in (1, 0):
         rows = np.flatnonzero(labels == label)
@@ -72,9 +72,9 @@ def paired_rows(labels: np.ndarray, batch_size: int, step: int, *, seed: int, st
 
 
 class Programs(NamedTuple):
-    """The compiled parts of a stage.
+    """The compiled parts of a supervised optimisation.
 
-    init: trained params -> state, a pair of params and the optimizer's state.
+    init: trained params -> state: params and the optimizer's state.
     update: state (donated), frozen params, batch -> state, metrics.
     """
 
@@ -111,28 +111,19 @@ def fit(
     *,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    num_steps: int,
-    checkpoint_every: int,
-    directory: Path,
-    on_step: loop.OnStep,
+    schedule: loop.Schedule,
 ) -> Params:
-    """Minimise loss_fn over `params`, the trained part of a model with frozen_params, on batch_fn(step); resumes from
-    `directory`.
-    """
+    """Minimise loss_fn over `params`, the trained weights of a model, on batch_fn(step); resumes from a saved state."""
     programs = make_programs(mesh, loss_fn, params, optimizer)
-    state = loop.run_steps(
-        lambda state, step: programs.update(state, frozen_params, meshes.put_batch(mesh, batch_fn(step))),
-        lambda: programs.init(params),
-        num_steps=num_steps,
-        directory=directory,
-        checkpoint_every=checkpoint_every,
-        on_step=on_step,
-    )
-    return state[0]
+
+    def step_fn(state: State, step: int) -> tuple[State, Mapping[str, Array]]:
+        return programs.update(state, frozen_params, meshes.put_batch(mesh, batch_fn(step)))
+
+    return loop.run_steps(step_fn, lambda: programs.init(params), schedule)[0]
 
 
 def held_out(loss_fn: LossFn, params: Params, batches: Sequence[Batch], mesh: Mesh) -> dict[str, float]:
-    """Mean of the loss's metrics over batches that were not trained on."""
+    """Mean of the loss's metrics over held-out batches."""
     metrics_fn = jax.jit(lambda params, batch: loss_fn(params, batch)[1])
     rows = [jax.device_get(metrics_fn(params, meshes.put_batch(mesh, batch))) for batch in batches]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

@@ -1,0 +1,185 @@
+"""Typed settings: what is accepted, what is refused in which words, and configs of earlier versions."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from configs import default, pretrained, tiny
+from tests.settings_of import settings_of, typed
+from warp_jax import merging
+from warp_jax.models.transformer import REMAT
+from warp_jax.settings import check_devices, from_config, groups, legacy
+from warp_jax.training import objective, supervised
+
+CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py") if path.stem != "__init__")
+NAN, INF = float("nan"), float("inf")
+
+
+def _config(path, value, module=tiny):
+    """A config as plain mappings, with a value that ml_collections itself might refuse."""
+    config = module.get_config().to_dict()
+    *parents, name = path.split(".")
+    group = config
+    for parent in parents:
+        group = group[parent]
+    group[name] = value
+    return config
+
+
+BAD = [  # path, value, what the message says
+    ("front.etas", (0.1, NAN), "config.front.etas.1: got nan, want a finite number"),
+    ("front.etas", ("x",), "config.front.etas.0: got 'x', want a valid number"),
+    ("front.etas", (None,), "config.front.etas.0: got None"),
+    ("front.etas", ((0.1,),), "config.front.etas.0: got (0.1,)"),
+    ("front.etas", (1e999,), "config.front.etas.0: got inf"),
+    ("front.etas", (1e308,), "config.front.etas.0: got 1e+308, want at most 100"),
+    ("front.etas", (0.3, -0.1), "config.front.etas.1: got -0.1, want at least 0"),
+    ("front.etas", (0.1, 0.3, 0.1), "want distinct numbers: 0.1 is there twice"),
+    ("front.etas", (0.3, 0.3000000001), "want distinct numbers: 0.3 is there twice"),
+    ("front.etas", (0.0, -0.0), "want distinct numbers: 0 is there twice"),
+    ("front.etas", (), "config.front.etas: got (), want at least 1 item"),
+    ("front.etas", 0.3, "config.front.etas: got 0.3, want a valid tuple"),
+    ("warp.steps_per_iteration", (6.5, 6), "config.warp.steps_per_iteration.0: got 6.5, want a valid integer"),
+    ("warp.steps_per_iteration", ("6", "6"), "config.warp.steps_per_iteration.0: got '6'"),
+    ("warp.steps_per_iteration", (None, 6), "config.warp.steps_per_iteration.0: got None"),
+    ("warp.steps_per_iteration", (0, 6), "config.warp.steps_per_iteration.0: got 0, want at least 1"),
+    ("warp.num_iterations", 3, "want warp.num_iterations = 3 numbers"),
+    ("mesh", ("a", 1, 1), "config.mesh.0: got 'a', want a valid integer"),
+    ("mesh", (1.0, 1, 1), "config.mesh.0: got 1.0, want a valid integer"),
+    ("mesh", (1, 1), "config.mesh.2: missing"),
+    ("mesh", (-1, -1, 1), "of which one may be -1"),
+    ("mesh", (0, 1, 1), "want three sizes of at least 1"),
+    ("seed", 10**23, "config.seed: got 100000000000000000000000, want less than 4294967296"),
+    ("seed", -1, "config.seed: got -1, want at least 0"),
+    ("seed", True, "config.seed: got True, want a valid integer"),
+    ("rl.kl_coef", INF, "config.rl.kl_coef: got inf, want a finite number"),
+    ("rl.kl_coef", -0.1, "config.rl.kl_coef: got -0.1, want at least 0"),
+    ("rl.learning_rate", INF, "config.rl.learning_rate: got inf"),
+    ("rl.learning_rate", 0.0, "config.rl.learning_rate: got 0.0, want greater than 0"),
+    ("sft.learning_rate", 1e30, "config.sft.learning_rate: got 1e+30, want at most 100"),
+    ("rl.batch_size", 2**40, "config.rl.batch_size: got 1099511627776, want at most 2147483647"),
+    ("rl.whiten", 1, "config.rl.whiten: got 1, want a valid boolean"),
+    ("rl.advantage", "mean", "want 'none', 'batch_mean' or 'leave_one_out'"),
+    ("rl.samples_per_prompt", 3, "config.rl.batch_size: got 8, want a multiple of samples_per_prompt = 3"),
+    ("rl.samples_per_prompt", 1, "config.rl.samples_per_prompt: got 1, want at least 2 for advantage leave_one_out"),
+    ("sampling.temperature", INF, "config.sampling.temperature: got inf"),
+    ("sampling.temperature", 1e-30, "config.sampling.temperature: got 1e-30, want at least 0.01"),
+    ("sampling.prompt_tokens", 1, "config.sampling.prompt_tokens: got 1, want at least 2"),
+    ("warp.ema_rate", 1.2, "config.warp.ema_rate: got 1.2, want at most 1"),
+    ("warp.liti_rate", -0.1, "config.warp.liti_rate: got -0.1, want at least 0"),
+    ("warp.num_runs", 0, "config.warp.num_runs: got 0, want at least 1"),
+    ("warp.merge", "slrp", "config.warp.merge: got 'slrp', want 'slerp'"),
+    ("adam.b1", 1.0, "config.adam.b1: got 1.0, want less than 1"),
+    ("reward_model.batch_size", 7, "config.reward_model.batch_size: got 7, want a multiple of 2"),
+    ("reward_model.trainable", "layers/", "config.reward_model.trainable: got 'layers/'"),
+    ("model.trainable", "layers/(", "config.model.trainable: got 'layers/(', which is not a regular expression"),
+    ("model.architecture.rope_scaling.kind", "ntk", "config.model.architecture.rope_scaling.kind: got 'ntk'"),
+    ("model.architecture.local_pattern", (0,), "config.model.architecture.local_pattern.0: got 0"),
+    ("evaluation.num_prompts", 40, "config.evaluation.num_prompts: got 40, want a multiple of"),
+    ("data.gold_fraction", 0.6, "want less than 1: the rest is for evaluation"),
+    ("data.source", None, "config.data.source: got None, want a valid string"),
+    ("data.chat", True, "config.data.chat: got True, want False"),
+    ("data.label_field", "", "config.data.label_field: got ''"),
+    ("data.task", {"size": 3}, "config.data.task: got {'size': 3}, want none"),
+    ("tokenizer.vocab_size", 258, "config.tokenizer.vocab_size: got 258, want at least 259"),
+    ("sft.num_steps", 0, "config.sft.num_steps: got 0, want at least 1"),
+    ("model.source", "models/mine", "config.model.architecture and config.tokenizer would be ignored"),
+    ("rewards", {}, "config.rewards: no part has a weight other than 0"),
+    ("rewards", [1], "config.rewards: got [1]"),
+    ("rewards.sentiment.weight", NAN, "config.rewards.sentiment.weight: got nan"),
+    ("rl", 3, "config.rl: got 3, want a group of settings"),
+    ("warp.ema_rat", 0.1, "config.warp.ema_rat: no such setting; did you mean ema_rate?"),
+    ("modle", {}, "config.modle: no such setting; did you mean model?"),
+    ("rewards.sentiment.wieght", 1.0, "config.rewards.sentiment.wieght: no such setting; did you mean weight?"),
+    ("model.architecture.widht", 8, "config.model.architecture.widht: no such setting; did you mean width?"),
+    ("model.architecture.rope_scaling.factr", 8, "did you mean factor?"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), BAD, ids=str)
+def test_bad_values_are_refused_in_one_line(path, value, message):
+    """Fails when the rule of this value is taken out, or its message loses the path, the value or what is wanted."""
+    with pytest.raises(ValueError, match=r"^config") as error:
+        from_config(_config(path, value))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_merge_of_too_few_is_refused_before_they_are_trained():
+    """Fails when model_stock of one run is found out at the merge."""
+    with pytest.raises(ValueError, match=r"config\.warp\.num_runs: got 1, want at least 2 for warp\.merge model_stock"):
+        settings_of({"warp.merge": "model_stock", "warp.num_runs": 1})
+
+
+def test_a_missing_group_is_named():
+    """Fails when a config file that forgot a group ends in a KeyError."""
+    config = tiny.get_config().to_dict()
+    del config["adam"]
+    with pytest.raises(ValueError, match=r"config\.adam: missing"):
+        from_config(config)
+    with pytest.raises(ValueError, match=r"config\.model\.source: got '', want a model folder"):
+        settings_of(module=pretrained)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_file_is_accepted_and_kept(name):
+    """Fails when a config file breaks a rule, or config.json does not hold all of it."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    if name == "pretrained":
+        config.model.source = "models/mine"
+    settings = typed(config)
+    assert from_config(json.loads(json.dumps(settings.as_json()))) == settings
+    assert legacy.upgrade(json.loads(config.to_json())) == settings.as_json()
+
+
+def test_whole_numbers_are_accepted_for_decimal_ones():
+    """Fails when --config.rl.kl_coef=1 is refused."""
+    assert settings_of({"rl.kl_coef": 1}).rl.kl_coef == 1.0
+
+
+def test_settings_cannot_be_changed():
+    """Fails when a run could change the settings that the workdir was claimed with."""
+    settings = typed(default.get_config())
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.rl.kl_coef = 0.3
+
+
+def test_choices_are_those_of_the_code():
+    """Fails when a method, an advantage, a loss or a remat policy is added in one place only."""
+
+    def choices(group, name):
+        return set(group.model_fields[name].annotation.__args__)
+
+    assert choices(groups.Warp, "merge") == set(merging.METHODS)
+    assert choices(groups.Rl, "advantage") == set(objective.ADVANTAGES)
+    assert choices(groups.RewardModel, "loss") == set(supervised.REWARD_LOSSES)
+    assert choices(groups.Model, "remat") == set(REMAT)
+
+
+def test_batches_are_multiples_of_the_devices():
+    """Fails when a batch that the mesh cannot split is found out by the first step."""
+    settings = settings_of()
+    check_devices(settings, 8)
+    with pytest.raises(ValueError, match=r"config\.evaluation\.batch_size: got 16, want a multiple of 32"):
+        check_devices(settings.replace({"sft.batch_size": 32, "reward_model.batch_size": 32}), 32)
+    with pytest.raises(ValueError, match=r"config\.rl\.batch_size: got 8, want a multiple of 16"):
+        check_devices(settings.replace({"rl.num_microbatches": 2}), 8)
+
+
+def test_an_old_config_is_brought_up_to_date():
+    """Fails when a workdir made before the folders, or a config with a task in its source, is refused."""
+    config = default.get_config().to_dict()
+    del config["data"]["task"]
+    config["data"]["source"] = "reasoning_gym:chain_sum?size=2000&seed=0&min_terms=2&ratio=0.5&b=true&operators=+,-"
+    config["rewards"]["right"] = {"source": "warp_jax.reasoning:solved", "weight": 1.0}
+    config["gold"]["source"] = "warp_jax.math_answers:score"
+    settings = from_config(config)
+    assert settings.data.source == "reasoning_gym:chain_sum"
+    task = {"size": 2000, "seed": 0, "min_terms": 2, "ratio": 0.5, "b": True, "operators": ["+", "-"]}
+    assert settings.data.task == task
+    assert settings.rewards["right"].source == "warp_jax.data.reasoning_gym:solved"
+    assert settings.gold.source == "warp_jax.rewards.math_answers:score"
+    assert from_config(settings.as_json()) == settings

@@ -1,0 +1,109 @@
+"""The stages of a workdir by name: sft, the policies of its runs, their merges, and LITI between sft and a merge."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from warp_jax import files, merging, trees
+from warp_jax.data.tokenizer import Tokenizer
+from warp_jax.experiment import architecture, workdir
+from warp_jax.models import apply, freezing, partitioning
+from warp_jax.models.transformer import TransformerConfig
+from warp_jax.parallel import meshes
+from warp_jax.pretrained import hf_weights, sources
+from warp_jax.settings import from_config
+from warp_jax.storage import checkpoint
+from warp_jax.types import Params
+
+NAMES = "sft, reward_model, iteration_I/run_M, iteration_I/merged, or liti:ETA (from sft to the last merge)"
+_SAVED = re.compile(r"sft|reward_model|iteration_\d+/(run_\d+|merged)")
+
+
+class Workdir:
+    """A workdir that `warp_jax.main` made, opened for reading. source: folder of its pretrained model, or None."""
+
+    def __init__(self, path: Path):
+        if not (path / workdir.CONFIG).is_file():
+            raise ValueError(f"workdir: {path} has no config.json, want a folder that warp_jax.main made")
+        self.path = path
+        self.settings = from_config(files.read_json(path / workdir.CONFIG))
+        self.mesh: Mesh = meshes.make_mesh((1, -1, 1))
+        self.source = sources.find(self.settings.model.source) if self.settings.model.source else None
+        workdir.check_models_unchanged(self.settings, path)
+        self.tokenizer = self._load_tokenizer()
+        self.policy = architecture.policy_config(self.settings.model, self.tokenizer.vocab_size)
+
+    def stages(self) -> list[str]:
+        """Names of the saved stages."""
+        folders = sorted(p.parent for p in self.path.glob("iteration_*/run_*/params"))
+        merged = sorted(self.path.glob("iteration_*/merged"))
+        return ["sft", *(str(p.relative_to(self.path)) for p in [*folders, *merged])]
+
+    def load(self, stage: str) -> tuple[Params, TransformerConfig]:
+        """All weights of a stage, and its architecture. Raises ValueError if the stage is unknown or not saved."""
+        if stage == "reward_model":
+            return self._reward_model()
+        sft = self._sft()
+        trained, frozen = freezing.split(sft, self.settings.model.trainable)
+        kind, _, number = stage.partition(":")
+        if kind == "liti" and number:
+            last = self._restore(f"iteration_{self.settings.warp.num_iterations}/merged", trained)
+            trained = merging.liti(trained, last, _eta(stage, number))
+        elif stage != "sft":
+            trained = self._restore(stage, trained)
+        return trees.join(trained, frozen), self.policy
+
+    def _load_tokenizer(self) -> Tokenizer:
+        if self.source is not None:
+            return Tokenizer.from_folder(self.source)
+        path = self.path / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"workdir: {self.path} has no tokenizer.json yet; let warp_jax.main begin first")
+        return Tokenizer.load(path)
+
+    def _sft(self) -> Params:
+        like = partitioning.with_shardings(self.mesh, apply.param_shapes(self.policy))
+
+        def source_params() -> Params:
+            assert self.source is not None  # only a pretrained model goes without SFT, or has frozen weights before it
+            return hf_weights.load_params(self.source, self.policy, like)
+
+        if not self.settings.sft.num_steps:
+            return source_params()
+        return self._restore_part("sft", like, self.settings.model.trainable, source_params)
+
+    def _reward_model(self) -> tuple[Params, TransformerConfig]:
+        model = architecture.reward_model_config(self.settings.reward_model, self.policy)
+        like = partitioning.with_shardings(self.mesh, apply.param_shapes(model))
+        pattern = self.settings.reward_model.trainable
+        return self._restore_part("reward_model", like, pattern, lambda: freezing.restacked(self._sft(), like)), model
+
+    def _restore_part(self, stage: str, like: Params, trainable: str, start: Callable[[], Params]) -> Params:
+        """The trained leaves of a stage from its checkpoint, and the others from start(), where its training began."""
+        trained, frozen = freezing.split(like, trainable)
+        restored = self._restore(stage, trained)
+        if not jax.tree.leaves(frozen):
+            return restored
+        return trees.join(restored, freezing.split(start(), trainable)[1])
+
+    def _restore(self, stage: str, like: Params) -> Params:
+        path = self.path / stage if stage.endswith("merged") else self.path / stage / "params"
+        if not _SAVED.fullmatch(stage) or not checkpoint.has_params(path):
+            raise ValueError(
+                f"stage: {stage!r} is not in {self.path}, which has {', '.join(self.stages())}; want {NAMES}"
+            )
+        return checkpoint.restore_params(path, like)
+
+
+def _eta(stage: str, text: str) -> float:
+    try:
+        eta = float(text)
+    except ValueError:
+        eta = math.nan
+    if not math.isfinite(eta):
+        raise ValueError(f"stage: got {stage!r}, want liti:ETA with a number, such as liti:0.3")
+    return eta

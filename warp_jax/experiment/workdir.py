@@ -1,0 +1,90 @@
+"""A workdir: which config it belongs to, and the files of the models that were used in it."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from warp_jax import files
+from warp_jax.parallel import hosts
+from warp_jax.pretrained import sources
+from warp_jax.settings import Settings, legacy
+
+CONFIG = "config.json"
+FINGERPRINTS = "models.json"
+LOCK = "lock"  # held while the workdir is claimed, and while what all runs share is made
+MAY_CHANGE = ("report.", "front.", "mesh ")  # settings that may change on resume; another mesh changes rounding only
+
+
+def claim(settings: Settings, workdir: Path) -> None:
+    """Write config.json, if the workdir is new or belongs to the same config, apart from MAY_CHANGE.
+
+    Jobs of one workdir may start together. Raises ValueError if the workdir belongs to another config or holds other
+    files, or if it cannot be written.
+    """
+
+    def on_wait() -> None:
+        print(f"another process prepares {workdir}: waiting for it", file=sys.stderr)
+
+    def claim_locked() -> None:
+        _check_owner(settings, workdir)  # before the lock, which is a file in there
+        with files.locked(workdir / LOCK, on_wait):
+            _check_owner(settings, workdir)
+            fingerprints = check_models_unchanged(settings, workdir)
+            files.write_json(workdir / CONFIG, settings.as_json())
+            if fingerprints:
+                files.write_json(workdir / FINGERPRINTS, fingerprints)
+
+    try:
+        hosts.on_first_process(claim_locked)
+    except OSError as error:
+        raise ValueError(f"workdir: cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
+
+
+def check_models_unchanged(settings: Settings, workdir: Path) -> dict[str, str]:
+    """Fingerprint of every pretrained model's folder, by its name in the config.
+
+    Raises ValueError if a model's files have changed since the workdir was made.
+    """
+    found, path = _fingerprints(settings), workdir / FINGERPRINTS
+    before = files.read_json(path) if path.exists() else {}
+    for source, fingerprint in found.items():
+        if before.get(source, fingerprint) != fingerprint:
+            raise ValueError(
+                f"workdir {workdir} was made with other files of {source}, whose task vectors it holds; "
+                "bring them back, or choose another --workdir"
+            )
+    return found
+
+
+def _fingerprints(settings: Settings) -> dict[str, str]:
+    names = [part.source for part in settings.reward_parts.values()]
+    folders = {name: Path(name) for name in (*names, settings.gold.source) if name and Path(name).is_dir()}
+    if settings.model.source:
+        folders[settings.model.source] = sources.find(settings.model.source)
+    return {name: files.fingerprint(folder) for name, folder in folders.items()}
+
+
+def _check_owner(settings: Settings, workdir: Path) -> None:
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"workdir: {workdir} is a file, want a folder")
+    found = {path.name for path in workdir.iterdir()} if workdir.exists() else set()  # once: others may write there
+    if CONFIG in found:
+        before = legacy.upgrade(files.read_json(workdir / CONFIG))
+        changed = sorted(_differences(before, settings.as_json()))
+        refused = [line for line in changed if not line.startswith(MAY_CHANGE)]
+        if refused:
+            raise ValueError(
+                f"workdir {workdir} was made by another config: {'; '.join(refused)}; choose another --workdir"
+            )
+    elif any(name != LOCK and not name.startswith(".") for name in found):
+        raise ValueError(f"workdir: {workdir} holds other files and no config.json, want a new or empty folder")
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key} was {before!r}, now {after!r}"

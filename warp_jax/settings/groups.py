@@ -1,0 +1,276 @@
+"""The groups of a config, one class each: the type, range and rules of every setting.
+
+Units, Greek letters, paper lines and default values stand beside each setting in `configs/default.py`.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+LARGEST = 2**31 - 1  # of a count: what int32 holds
+
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+CountOrZero = Annotated[int, Field(ge=0, le=LARGEST)]
+Length = Annotated[int, Field(ge=2, le=LARGEST)]  # tokens of a sequence
+NotNegative = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Moment = Annotated[float, Field(ge=0, lt=1)]  # decay of one of Adam's moving averages
+LearningRate = Annotated[float, Field(gt=0, le=100)]
+Temperature = Annotated[float, Field(ge=0.01, le=100)]
+Eta = Annotated[float, Field(ge=0, le=100)]
+Lax = Field(strict=False)  # lists count as tuples, because JSON has no tuples
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"got {text!r}, which is not a regular expression: {error}") from error
+    return text
+
+
+def _distinct(etas: tuple[float, ...]) -> tuple[float, ...]:
+    names = [f"{abs(eta):g}" for eta in etas]  # 6 digits, as evaluations are named
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"got {etas!r}, want distinct numbers: {name} is there twice, to 6 digits")
+    return etas
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
+class Group(BaseModel):
+    """A frozen group of settings. Values are not converted, numbers are finite, and unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Data(Group):
+    """Rows of text, their fields and the sizes of their splits."""
+
+    source: Annotated[str, Field(min_length=1)]
+    task: dict[str, Any] = {}  # missing in older workdirs
+    split: str
+    text_field: Annotated[str, Field(min_length=1)]
+    prompt_template: str
+    chat: bool
+    label_field: str
+    reward_fraction: Fraction
+    gold_fraction: Fraction
+    prompts_fraction: Fraction
+
+    @model_validator(mode="after")
+    def _leave_rows_for_evaluation(self) -> "Data":
+        total = self.reward_fraction + self.gold_fraction + self.prompts_fraction
+        if total >= 1:
+            raise ValueError(
+                f"reward_fraction + gold_fraction + prompts_fraction: got {total:g}, want less than 1: the rest is for "
+                "evaluation"
+            )
+        return self
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """Share of the rows of each split except the last, `eval`."""
+        return {"reward": self.reward_fraction, "gold": self.gold_fraction, "prompts": self.prompts_fraction}
+
+
+class Tokenizer(Group):
+    """A byte-level BPE tokenizer trained on the texts."""
+
+    vocab_size: Annotated[int, Field(ge=259, le=LARGEST)]  # 256 bytes and 3 special tokens
+
+
+class RopeScaling(Group):
+    """See `warp_jax.models.rope.RopeScaling`."""
+
+    kind: Literal["none", "linear", "llama3", "yarn"]
+    factor: Annotated[float, Field(gt=0)]
+    original_length: Count
+    low_frequency_factor: NotNegative
+    high_frequency_factor: NotNegative
+    beta_fast: NotNegative
+    beta_slow: NotNegative
+    attention_factor: NotNegative
+
+
+class Architecture(Group):
+    """Sizes of a model trained from scratch; see `warp_jax.models.transformer.TransformerConfig`."""
+
+    width: Count
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    mlp_dim: Count
+    activation: Literal["silu", "gelu"]
+    norm_eps: Annotated[float, Field(gt=0)]
+    norm_offset: float
+    post_norms: bool
+    qk_norm: bool
+    qkv_bias: bool
+    query_scale: NotNegative
+    attention_softcap: NotNegative
+    final_softcap: NotNegative
+    scale_embedding: bool
+    tied_head: bool
+    rope_theta: Annotated[float, Field(gt=0)]
+    rope_theta_local: NotNegative
+    local_pattern: Annotated[tuple[bool, ...], Lax, Field(min_length=1)]
+    sliding_window: CountOrZero
+    rope_scaling: RopeScaling
+
+
+class Model(Group):
+    """The policy: where it comes from, what of it is trained, and how it is computed."""
+
+    source: str
+    size: str
+    trainable: Pattern
+    dtype: Literal["float32", "bfloat16"]
+    remat: Literal["none", "dots", "full"]
+    logits_chunk: CountOrZero
+    architecture: Architecture | None = None  # only without a source
+
+
+class Adam(Group):
+    """Adam's settings, shared by SFT, reward model and RL."""
+
+    b1: Moment
+    b2: Moment
+    eps: Annotated[float, Field(gt=0)]
+
+
+class Optimization(Group):
+    """Learning rate, warm-up and clipping of one optimisation."""
+
+    batch_size: Count
+    learning_rate: LearningRate
+    warmup_steps: CountOrZero
+    clip_norm: NotNegative
+
+
+class Sft(Optimization):
+    """Supervised fine-tuning."""
+
+    num_steps: CountOrZero
+    sequence_tokens: Length
+
+
+class RewardModel(Optimization):
+    """Training of the reward model on labelled texts."""
+
+    batch_size: Annotated[int, Field(ge=2, le=LARGEST, multiple_of=2)]  # half of a batch has label 1
+    loss: Literal["label", "bradley_terry"]
+    num_layers: CountOrZero
+    trainable: Pattern
+    num_steps: Count
+    sequence_tokens: Length
+
+    @model_validator(mode="after")
+    def _train_the_head(self) -> "RewardModel":
+        if not re.search(self.trainable, "score/kernel"):
+            raise ValueError(
+                f"trainable: got {self.trainable!r}, want a pattern that also matches score/kernel: the head starts "
+                "at 0, and would stay there"
+            )
+        return self
+
+
+class RewardPart(Group):
+    """One part of the reward."""
+
+    source: Annotated[str, Field(min_length=1)]
+    weight: float
+
+
+class Gold(Group):
+    """The gold reward."""
+
+    source: str
+    max_terms: Count
+    fragments_per_text: Count
+
+
+class Sampling(Group):
+    """Lengths of prompts and completions, and the temperature of the policy."""
+
+    prompt_tokens: Length
+    max_new_tokens: Count
+    temperature: Temperature
+
+
+class Rl(Optimization):
+    """Policy gradient: lines 5 to 9 of Algorithm 1."""
+
+    samples_per_prompt: Count
+    num_microbatches: Count
+    advantage: Literal["none", "batch_mean", "leave_one_out"]
+    whiten: bool
+    kl_coef: NotNegative
+
+    @model_validator(mode="after")
+    def _batch_holds_whole_groups(self) -> "Rl":
+        if self.batch_size % self.samples_per_prompt:
+            raise ValueError(
+                f"batch_size: got {self.batch_size}, want a multiple of samples_per_prompt = {self.samples_per_prompt}"
+            )
+        if self.advantage == "leave_one_out" and self.samples_per_prompt < 2:
+            raise ValueError("samples_per_prompt: got 1, want at least 2 for advantage leave_one_out")
+        return self
+
+
+class Warp(Group):
+    """Iterations, runs, anchor and merge of Algorithm 1."""
+
+    num_iterations: Count
+    num_runs: Count
+    steps_per_iteration: Annotated[tuple[Count, ...], Lax]
+    ema_rate: Rate
+    merge: Literal["slerp", "slerp_symmetric", "lerp", "task_arithmetic", "model_stock", "slerp_full_weights"]
+    unit: Literal["layer", "tensor", "model"]
+    liti_rate: Rate
+
+    @model_validator(mode="after")
+    def _iterations_and_runs_suffice(self) -> "Warp":
+        if len(self.steps_per_iteration) != self.num_iterations:
+            raise ValueError(
+                f"steps_per_iteration: got {self.steps_per_iteration}, want warp.num_iterations = "
+                f"{self.num_iterations} numbers"
+            )
+        if self.merge == "model_stock" and self.num_runs < 2:
+            raise ValueError("num_runs: got 1, want at least 2 for warp.merge model_stock")
+        return self
+
+
+class Front(Group):
+    """The points of the reported front."""
+
+    etas: Annotated[tuple[Eta, ...], Lax, Field(min_length=1), AfterValidator(_distinct)]
+    kl_budget: NotNegative
+
+
+class Evaluation(Group):
+    """Held-out prompts, and how often a run is evaluated."""
+
+    num_prompts: Count
+    batch_size: Count
+    every: Count
+
+    @model_validator(mode="after")
+    def _batches_are_full(self) -> "Evaluation":
+        if self.num_prompts % self.batch_size:
+            raise ValueError(
+                f"num_prompts: got {self.num_prompts}, want a multiple of evaluation.batch_size = {self.batch_size}"
+            )
+        return self
+
+
+class Report(Group):
+    """Contents of the report."""
+
+    num_samples: Count
+    bootstrap_resamples: Count

@@ -1,0 +1,177 @@
+"""A whole config as one frozen, typed object, and the rules between its groups."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from warp_jax.settings import groups, legacy
+
+PLAIN = {  # pydantic's phrases in ours
+    r"^Input should be ": "",
+    r"^\w+ should have ": "",
+    r"a valid dictionary or instance of \w+": "a group of settings",
+    r"greater than or equal to": "at least",
+    r"less than or equal to": "at most",
+    r" after validation, not \d+": "",
+}
+
+
+class Settings(groups.Group):
+    """Everything that a config says. `from_config` makes it; `as_json` is what a workdir's config.json holds."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    checkpoint_every: groups.Count
+    mesh: Annotated[tuple[int, int, int], groups.Lax]
+    data: groups.Data
+    tokenizer: groups.Tokenizer | None = None  # only without model.source
+    model: groups.Model
+    adam: groups.Adam
+    sft: groups.Sft
+    reward_model: groups.RewardModel
+    rewards: dict[str, groups.RewardPart]
+    gold: groups.Gold
+    sampling: groups.Sampling
+    rl: groups.Rl
+    warp: groups.Warp
+    front: groups.Front
+    evaluation: groups.Evaluation
+    report: groups.Report
+
+    @property
+    def reward_parts(self) -> dict[str, groups.RewardPart]:
+        """The parts of the reward with a weight other than 0."""
+        return {name: part for name, part in self.rewards.items() if part.weight}
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """True if a part of the reward is the model trained here."""
+        return any(part.source == "reward_model" for part in self.reward_parts.values())
+
+    @property
+    def needs_labels(self) -> bool:
+        """True if the reward model or the gold reward learns from the labels of the rows."""
+        return self.needs_reward_model or self.gold.source == "tfidf"
+
+    @property
+    def learned_splits(self) -> tuple[str, ...]:
+        """Splits that SFT, the reward model and the gold reward are trained or measured on."""
+        return ("reward", "gold", "eval") if self.sft.num_steps or self.needs_labels else ()
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary trained here; 0 with a pretrained model, which has its own."""
+        return self.tokenizer.vocab_size if self.tokenizer else 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values, from which `from_config` makes the same settings."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def replace(self, changes: Mapping[str, Any]) -> "Settings":
+        """The same settings with new values by path, such as {"rl.batch_size": 64}; validated like any config."""
+        tree = self.as_json()
+        for path, value in changes.items():
+            *parents, name = path.split(".")
+            group = tree
+            for parent in parents:
+                group = group[parent]
+            group[name] = value
+        return from_config(tree)
+
+    @model_validator(mode="after")
+    def _mesh_has_one_rest(self) -> "Settings":
+        if self.mesh.count(-1) > 1 or any(size < 1 and size != -1 for size in self.mesh):
+            raise ValueError(f"mesh: got {self.mesh}, want three sizes of at least 1, of which one may be -1")
+        return self
+
+    @model_validator(mode="after")
+    def _model_comes_from_one_place(self) -> "Settings":
+        own = {"model.architecture": self.model.architecture, "tokenizer": self.tokenizer}
+        unused = [f"config.{name}" for name, value in own.items() if value is not None]
+        if self.model.source and unused:
+            raise ValueError(
+                f"model.source: got {self.model.source!r}, but {' and '.join(unused)} would be ignored; start from "
+                "configs/pretrained.py, which has neither"
+            )
+        if not self.model.source and len(unused) < 2:
+            raise ValueError("model.source: got '', want a model folder, a .gguf file or package:NAME")
+        if not self.model.source and not self.sft.num_steps:
+            raise ValueError("sft.num_steps: got 0, want at least 1: a model without model.source starts random")
+        if not self.model.source and self.data.chat:
+            raise ValueError("data.chat: got True, want False: a tokenizer trained here has no chat template")
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_can_be_made(self) -> "Settings":
+        if not self.reward_parts:
+            raise ValueError("rewards: no part has a weight other than 0, want at least one")
+        if not self.data.label_field and self.needs_labels:
+            raise ValueError("data.label_field: got '', want the field of the 0/1 labels that the rewards learn from")
+        return self
+
+    @model_validator(mode="after")
+    def _options_have_a_task(self) -> "Settings":
+        if self.data.task and not self.data.source.startswith(legacy.REASONING):
+            raise ValueError(f"data.task: got {self.data.task}, want none: data.source is no reasoning_gym task")
+        return self
+
+
+def from_config(config: Mapping[str, Any]) -> Settings:
+    """Validate a config, as plain nested mappings (`ConfigDict.to_dict()`, or the content of a config.json).
+
+    Raises:
+        ValueError: the first value that is missing, unknown, of a wrong type or out of range, or does not fit others;
+            one line: its path, what was given and what is wanted.
+    """
+    try:
+        return Settings.model_validate(legacy.upgrade(config))
+    except ValidationError as error:
+        raise ValueError(_first_line(error)) from error
+
+
+def check_devices(settings: Settings, devices: int) -> None:
+    """Raise ValueError if a batch cannot be split over this number of devices (mesh data x fsdp)."""
+    sizes = {
+        "sft.batch_size": (settings.sft.batch_size, devices, "mesh data x fsdp"),
+        "reward_model.batch_size": (settings.reward_model.batch_size, devices, "mesh data x fsdp"),
+        "evaluation.batch_size": (settings.evaluation.batch_size, devices, "mesh data x fsdp"),
+        "rl.batch_size": (
+            settings.rl.batch_size,
+            devices * settings.rl.num_microbatches,
+            "mesh data x fsdp x rl.num_microbatches",
+        ),
+    }
+    for path, (size, factor, meaning) in sizes.items():
+        if size % factor:
+            raise ValueError(f"config.{path}: got {size}, want a multiple of {factor} = {meaning}")
+
+
+def _first_line(error: ValidationError) -> str:
+    """The first of pydantic's errors; unknown names first, since they explain missing ones."""
+    errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first = errors[0]
+    path = ".".join(str(part) for part in ("config", *first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return f"{path}: no such setting; {_suggestion(first['loc'])}"
+    if first["type"] == "missing":
+        return f"{path}: missing; start from configs/default.py, which has every setting"
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        return f"{path}: {message}" if message.startswith("got") else f"{path}.{message}"
+    wanted = first["msg"]
+    for theirs, ours in PLAIN.items():
+        wanted = re.sub(theirs, ours, wanted)
+    return f"{path}: got {repr(first['input'])[:100]}, want {wanted}"
+
+
+def _suggestion(place: tuple[int | str, ...]) -> str:
+    group: Any = Settings
+    for part in place[:-1]:
+        kinds = [group.model_fields[part].annotation] if part in getattr(group, "model_fields", {}) else []
+        nested = [k for kind in kinds for k in (kind, *getattr(kind, "__args__", ())) if hasattr(k, "model_fields")]
+        group = nested[0] if nested else groups.RewardPart
+    names = sorted(group.model_fields)
+    close = difflib.get_close_matches(str(place[-1]), names, n=3)
+    return f"did you mean {', '.join(close)}?" if close else f"want one of {', '.join(names)}"
