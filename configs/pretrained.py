@@ -2,7 +2,8 @@
 
   python -m warp_jax.main --config=configs/pretrained.py --config.model.source=path/to/model --workdir=runs/mine
 
-All weights are trained, and theta_sft is the model as it is. Film reviews are the prompts; set data.* for others.
+All weights are trained. theta_sft is the model without further training. The prompts are beginnings of film reviews;
+set data.* for others. Run time and result depend on the model; see docs/pretrained.md.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from configs import default
 
 def get_config() -> ConfigDict:
     config = default.get_config()
-    with config.unlocked():  # the model brings both
+    with config.unlocked():  # the model folder defines both
         del config.model.architecture
         del config.tokenizer
     config.sft.num_steps = 0

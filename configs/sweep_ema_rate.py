@@ -1,12 +1,12 @@
-"""A sweep over mu, the rate of the EMA anchor, on the quickstart: frozen at init (0), slow, the paper's 0.01 and fast.
+"""A sweep over mu, the rate of the EMA anchor, on configs/quickstart.py: 0 (frozen), 0.003, 0.01 (the paper's), 0.03.
 
-python scripts/sweep.py --config=configs/sweep_ema_rate.py --out=runs/sweep_ema_rate
+  python scripts/sweep.py --config=configs/sweep_ema_rate.py --out=runs/sweep_ema_rate
 
-Four times the quickstart, one after another: each makes the same SFT policy and reward model in a workdir of its own.
-After the 300 steps of a run, init still has the weight (1 - mu)^300 in the anchor: 1, 0.41, 0.05 and 0.0001. Expect
-(not measured yet) the runs' reward and KL to SFT to rise with mu, as the penalty lets go of init; compare the fronts at
-equal KL. The paper has the rates 0.01 and 0.005 [P Fig. 15]: the slower anchor climbs slower, to a marginally better
-front.
+Run time: four times that of the quickstart, one point after another; each point trains the same SFT policy and reward
+model in its own workdir. After the 300 steps of a run, the start of the run still has the weight (1 - mu)^300 in the
+anchor: 1, 0.41, 0.05 and 0.0001. Expected (not measured yet): reward and KL to SFT of the runs rise with mu, because
+the penalty moves away from the start; so compare the fronts at equal KL. The paper compares the rates 0.01 and 0.005
+[P Fig. 15]: with the slower one, the reward rises more slowly, to a marginally better front.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Everything once in a few seconds, for tests: the numbers mean nothing.
+"""Every part of WARP once, as small as possible, for tests. The numbers of its report mean nothing.
 
 python -m warp_jax.main --config=configs/tiny.py --workdir=runs/tiny
 """
