@@ -15,7 +15,7 @@ from configs import pretrained
 
 def get_config() -> ConfigDict:
     config = pretrained.get_config()
-    config.mesh = (1, -1, 8)  # groups of 8 chips split heads and MLPs; batch and weights over all groups [ours]
+    config.mesh = (1, -1, 8)  # heads split over 8 chips, the batch over groups of 8, weights over all chips [ours]
     config.checkpoint_every = 100  # [ours]
 
     config.model.source = "models/gemma-7b-sft"  # Gemma "7B", 28 layers, fine-tuned [P s4 Setup]
