@@ -1,7 +1,7 @@
 """Run WARP: python -m warp_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Any value of the config can be set on the command line: --config.warp.ema_rate=0.005. Started again with the same config
-and workdir, it goes on where it stopped.
+Any setting can be changed on the command line: --config.warp.ema_rate=0.005. Started again with the same config and
+workdir, it resumes. configs/default.py explains every setting.
 """
 
 import functools
@@ -19,14 +19,14 @@ from warp_jax.parallel import hosts, supervisor
 from warp_jax.settings import Settings, from_config
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/quickstart.py.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is made; reused when it exists.")
-RUN = flags.DEFINE_integer("run", 0, "Make this run of one iteration only, 1 to warp.num_runs: one job for each run.")
-MERGE = flags.DEFINE_bool("merge", False, "Merge the finished runs of one iteration only; after the last, report.")
-ITERATION = flags.DEFINE_integer("iteration", 0, "Of --run or --merge; 0 = the first that is not merged.")
-MULTIHOST = flags.DEFINE_bool("multihost", False, "One of several processes, each started with the same command.")
-COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of the first process, if JAX does not find it itself.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes, if JAX does not find it itself.")
-PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0, if JAX does not find it itself.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all results; a job in an existing one is resumed.")
+RUN = flags.DEFINE_integer("run", 0, "Train only this run of one iteration, 1 to warp.num_runs; 0 = the whole job.")
+MERGE = flags.DEFINE_bool("merge", False, "Only merge the finished runs of one iteration; the last merge reports.")
+ITERATION = flags.DEFINE_integer("iteration", 0, "Iteration of --run or --merge; 0 = the first that is not merged.")
+MULTIHOST = flags.DEFINE_bool("multihost", False, "Run as one of several processes, all started by this command.")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, if JAX does not find it itself.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes, if JAX does not find it itself.")
+PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this process, from 0, if JAX does not find it itself.")
 
 
 def check(settings: Settings, workdir: Path) -> Mapping[str, Corpus]:

@@ -74,7 +74,7 @@ def test_a_run_is_not_trained_twice_at_once(tmp_path):
         ({"run": 3}, r"run: got 3, want 1 to warp.num_runs = 2"),
         ({"run": 1, "merge": True}, "want one of them"),
         ({"run": 1, "iteration": 3}, r"iteration: got 3, want 1 to warp.num_iterations = 2"),
-        ({"run": 1, "iteration": 2}, r"2 starts from the merge of 1; start its runs and --merge"),
+        ({"run": 1, "iteration": 2}, r"2 starts from the merge of 1, which is missing; make its runs, then --merge"),
         ({"merge": True}, r"run 1 of iteration 1 is not finished; start it again: --run=1"),
         ({"iteration": 1}, r"want --run=M or --merge too"),
     ],

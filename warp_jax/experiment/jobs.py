@@ -31,7 +31,7 @@ def choose_part(settings: Settings, workdir: Path, *, run: int, merge: bool, ite
     num_iterations, num_runs = settings.warp.num_iterations, settings.warp.num_runs
     if not run and not merge:
         if iteration:
-            raise ValueError("iteration: got one without a part of it, want --run=M or --merge too")
+            raise ValueError("iteration: got --iteration alone, want --run=M or --merge too")
         return WHOLE
     if run and merge:
         raise ValueError("run: got --run and --merge, want one of them")
@@ -42,7 +42,10 @@ def choose_part(settings: Settings, workdir: Path, *, run: int, merge: bool, ite
     unmerged = [i for i in range(1, num_iterations + 1) if not warp.is_merged(workdir, i)]
     iteration = iteration or (unmerged[0] if unmerged else num_iterations)
     if [i for i in unmerged if i < iteration]:
-        raise ValueError(f"iteration: {iteration} starts from the merge of {unmerged[0]}; start its runs and --merge")
+        raise ValueError(
+            f"iteration: {iteration} starts from the merge of {unmerged[0]}, which is missing; make its runs, "
+            "then --merge"
+        )
     if merge and iteration in unmerged and (missing := warp.missing_runs(workdir, iteration, num_runs)):
         raise ValueError(
             f"merge: run {missing[0]} of iteration {iteration} is not finished; start it again: --run={missing[0]}"
