@@ -32,7 +32,7 @@ from ml_collections import ConfigDict, config_flags
 from warp_jax import cli, files
 from warp_jax.experiment import architecture
 from warp_jax.parallel import meshes
-from warp_jax.tpu_fit import chips, compile, memory
+from warp_jax.tpu_fit import chips, compile, memory, tables
 
 DOES_NOT_FIT = 3  # exit code
 
@@ -88,20 +88,20 @@ def main(argv: Sequence[str]) -> None:
         say(f"{done.name}: {done.seconds:.0f} s ({time.monotonic() - started:.0f} s in all)")
 
     found = memory.check(plan, limit, names, on_program)
-    table = memory.table(found, chip, SPARE.value)
+    table = tables.table(found, chip, SPARE.value)
     print(_title(config), table, sep="\n\n")
     if not names and not found.failing:
         print("\nA step of RL at the chip's published peaks, a lower bound and no measurement:\n")
-        print(memory.step_table(config, *architecture.planned(config), found, chip))
+        print(tables.step_table(config, *architecture.planned(config), found, chip))
     changes = None
     if found.failing and SUGGEST.value:
         say("looking for the nearest setting that fits")
         try_plan = functools.partial(make_plan, devices)
         changes = memory.search(config, try_plan, found.failing, limit, names=names, on_program=on_program)
-        print(memory.advice(changes))
+        print(tables.advice(changes))
     if JSON.value:
         about = {"command": " ".join(sys.argv), "mesh": config.mesh, "versions": _versions(), "suggestion": changes}
-        files.write_json(Path(JSON.value), about | memory.as_json(found, chip))
+        files.write_json(Path(JSON.value), about | tables.as_json(found, chip))
     if found.failing:
         sys.exit(DOES_NOT_FIT)
 

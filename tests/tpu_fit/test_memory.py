@@ -1,9 +1,6 @@
-"""Whether programs fit, on eight devices that are here: sums by hand, and the search for a setting that fits."""
+"""Plans on eight simulated devices: memory by hand, and the search for a setting that fits."""
 
-import importlib
-import json
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +10,7 @@ from jax.sharding import AbstractMesh
 from configs import gemma_7b, tiny
 from warp_jax.experiment import architecture, validation
 from warp_jax.parallel import meshes
-from warp_jax.tpu_fit import chips, compile, hlo, memory, roofline
+from warp_jax.tpu_fit import compile, memory
 
 
 def _config(**settings):
@@ -45,7 +42,7 @@ def test_the_checks_are_of_the_mesh_that_is_planned():
         validation.check_values(config, AbstractMesh((1, 64, 8), meshes.AXES))
 
 
-# Of configs/tiny.py, bytes on a chip of mesh 2, 2, 2: matrices are split over fsdp and tensor, keys and values (one
+# Bytes per chip of configs/tiny.py on mesh 2, 2, 2: matrices are split over fsdp and tensor, keys and values (one
 # head) over fsdp, norms not at all.
 EMBED, QO, KV, MLP, NORMS = 300 * 16, 2 * 16 * 16, 2 * 16 * 8, 3 * 16 * 32, 5 * 16
 POLICY = 4 * (EMBED / 4 + 2 * (QO + MLP) / 4 + 2 * KV / 2 + NORMS)
@@ -65,12 +62,12 @@ SUPERVISED = ("SFT step", "reward model step")
 
 @pytest.fixture(scope="module")
 def plan():
-    """Of configs/tiny.py on eight devices."""
+    """The plan of configs/tiny.py on eight devices."""
     return _plan(_config())
 
 
-def _beside(plan):
-    return {p.name: sum(compile.chip_bytes(plan.resident[name]) for name in p.beside) for p in plan.programs}
+def _co_resident(plan):
+    return {p.name: sum(compile.chip_bytes(plan.resident[name]) for name in p.co_resident) for p in plan.programs}
 
 
 def test_what_is_alive_by_hand(plan):
@@ -78,11 +75,11 @@ def test_what_is_alive_by_hand(plan):
     assert {name: compile.chip_bytes(tree) for name, tree in plan.resident.items()} == RESIDENT
 
 
-def test_what_is_beside_each_program_by_hand(plan):
+def test_co_resident_memory_of_each_program_by_hand(plan):
     """Fails when something alive is forgotten, or an argument counts twice."""
     every = sum(RESIDENT.values())
     between = RESIDENT["SFT"] + RESIDENT["reward model"]
-    assert _beside(plan) == {
+    assert _co_resident(plan) == {
         "start of a run": between,
         compile.COPY: every - POLICY,
         "generation": every - COPY,
@@ -120,15 +117,15 @@ def test_a_supervised_stage_has_moments_of_what_it_trains():
     (step,) = [p for p in plan.programs if p.name in SUPERVISED]
     layer = 4 * ((QO + MLP) / 4 + KV / 2 + 2 * 16)
     assert compile.chip_bytes(step.args) == POLICY + 2 * layer + 8 + 8 / 4 * 16 * 5
-    assert step.beside == ("SFT",)
+    assert step.co_resident == ("SFT",)
 
 
 def test_without_a_copy_generation_reads_the_policy_itself():
-    """Fails when the policy counts as an argument of generation and as beside it."""
+    """Fails when the policy counts twice: as an argument of generation and as co-resident."""
     plan = _plan(_config(mesh=(4, 1, 2), **{"model.trainable": "layers/1/"}))
     generation = next(p for p in plan.programs if p.name == "generation")
     assert compile.COPY not in plan.resident
-    assert generation.beside == ("anchor", "Adam moments", "init", "SFT", "reward model")
+    assert generation.co_resident == ("anchor", "Adam moments", "init", "SFT", "reward model")
 
 
 def test_names_can_be_given_in_a_list(plan):
@@ -136,18 +133,11 @@ def test_names_can_be_given_in_a_list(plan):
     assert not [p.name for p in plan.programs if "," in p.name]
 
 
-def test_advice_is_for_a_shell():
-    """Fails when brackets are not quoted, which a shell would read as its own."""
-    advice = memory.advice({"model.remat": "full", "mesh": (1, 4, 16)})
-    assert advice == "It fits with --config.model.remat=full '--config.mesh=(1,4,16)'"
-    assert "No nearby setting" in memory.advice(None)
-
-
 MODEL_NAMES = ("start of a run", "generation", "reward", "update", "KL to SFT")
 
 
 def _search(monkeypatch, settings, needs, **options):
-    """`fit.search` for a limit of 1 byte where a program needs needs(name, config); at most two chips along tensor."""
+    """Run `memory.search` with a limit of 1 byte, `needs(name, config)` bytes per program, and tensor at most 2."""
     tried = []
 
     def make_plan(config):
@@ -270,45 +260,16 @@ def test_a_program_that_gets_a_twin_is_not_lost(monkeypatch):
     assert found == {"evaluation.batch_size": 8, "rl.batch_size": 8}
 
 
-def _traffic(once=0.0, per_loop_step=0.0):
-    return hlo.Collectives({"all-gather": hlo.Traffic(2, once)}, {"all-reduce": hlo.Traffic(3, per_loop_step)})
-
-
-HALF_GIB = chips.GIB // 2
-FITS = compile.Compiled("generation", 1.5, HALF_GIB, HALF_GIB, 4 * HALF_GIB, 2 * HALF_GIB, _traffic(3e9, 2e6))
-OVER = compile.Compiled("update", 61.0, HALF_GIB, 0, 5 * HALF_GIB, 2 * HALF_GIB, compile.NO_TRAFFIC)
-REFUSED_BY_XLA = compile.Compiled("merge", 2.0, HALF_GIB, 0, 0, HALF_GIB, compile.NO_TRAFFIC, "Used 9.0G of 4.0G hbm")
-CHIP = chips.CHIPS["v5e"]._replace(hbm_bytes=4 * chips.GIB)
-FOUND = memory.Fit(
-    (FITS, OVER, REFUSED_BY_XLA), {"policy": HALF_GIB, "frozen weights": 0, "SFT": chips.GIB}, 6 * HALF_GIB, 4
-)
-
-
-def test_what_is_beside_counts():
+def test_co_resident_memory_counts():
     """Fails when a program is judged by what XLA sees alone, or not by the limit, or not by what the compiler says."""
-    assert [FITS.total, OVER.total] == [3 * chips.GIB, 3.5 * chips.GIB]
-    assert FOUND.failing == ["update", "merge"]
-    assert FOUND._replace(limit=3 * chips.GIB - 1).failing == ["generation", "update", "merge"]
-    assert FOUND._replace(limit=3.5 * chips.GIB).failing == ["merge"]
-
-
-def test_table_by_hand():
-    """Fails when a column is another figure, or the verdict hides a program."""
-    sent = "3 GB (all-gather 3 GB in 2); 2 MB a token (all-reduce 2 MB in 3)"
-    assert memory.table(FOUND, CHIP, 0.25).splitlines()[2:] == [
-        f"| generation | 2 | 0.50 | 0.50 | 2.00 | 1.00 | 3.00 | 75 % | {sent} |",
-        "| update | 61 | 0.50 | 0.00 | 2.50 | 1.00 | 3.50 | 88 % | nothing |",
-        "| merge | 2 | 0.50 | - | - | 0.50 | - | TOO LARGE | nothing |",
-        "",
-        "Between programs, GiB a chip: policy 0.50, SFT 1.00; together 1.50.",
-        "A chip of v5e has 4.00 GiB, of which 25 % stay free.",
-        "",
-        "merge alone is too large:",
-        "  Used 9.0G of 4.0G hbm",
-        "",
-        "DOES NOT FIT: update, merge.",
-    ]
-    assert memory.table(FOUND._replace(programs=(FITS,)), CHIP, 0.25).endswith("All programs fit.")
+    fits = compile.Compiled("generation", 1.5, 1, 1, 4, 2, compile.NO_TRAFFIC)
+    over = compile.Compiled("update", 61.0, 1, 0, 5, 2, compile.NO_TRAFFIC)
+    refused_by_xla = compile.Compiled("merge", 2.0, 1, 0, 0, 1, compile.NO_TRAFFIC, "Used 9.0G of 4.0G hbm")
+    found = memory.Fit((fits, over, refused_by_xla), {}, 6, 4)
+    assert [fits.total, over.total] == [6, 7]
+    assert found.failing == ["update", "merge"]
+    assert found._replace(limit=5).failing == ["generation", "update", "merge"]
+    assert found._replace(limit=7).failing == ["merge"]
 
 
 class _Fake:
@@ -334,7 +295,7 @@ class _Fake:
 
 @pytest.fixture
 def small_plan():
-    """Two programs beside 32 and 48 bytes a chip: a row of 8 float32 is split over 4 chips, or whole."""
+    """Two programs with 32 and 48 co-resident bytes per chip: a row of 8 float32 is split over 4 chips, or whole."""
     mesh = meshes.make_mesh((2, 2, 2), jax.devices()[:8])
     split, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
     arrays = {
@@ -349,12 +310,12 @@ def small_plan():
 
 
 def test_compiled_programs_are_weighed(small_plan):
-    """Fails when what is beside is not added, or an out-of-memory error of the compiler ends the program."""
+    """Fails when co-resident memory is not added, or an out-of-memory error of the compiler ends the program."""
     heard = []
     found = memory.check(small_plan, 45, on_program=heard.append)
     one, two = found.programs
-    assert (one.arguments, one.temporaries, one.peak, one.beside, one.total) == (7, 11, 13, 32, 45)
-    assert (two.arguments, two.beside, two.error) == (32, 16 + 32, "RESOURCE_EXHAUSTED: too large")
+    assert (one.arguments, one.temporaries, one.peak, one.co_resident, one.total) == (7, 11, 13, 32, 45)
+    assert (two.arguments, two.co_resident, two.error) == (32, 16 + 32, "RESOURCE_EXHAUSTED: too large")
     assert (found.resident, found.chips, found.limit) == ({"split": 16, "whole": 32}, 8, 45)
     assert heard == [one, two]
     assert [p.name for p in memory.check(small_plan, 45, ["one"], heard.append).programs] == ["one"]
@@ -367,78 +328,3 @@ def test_other_errors_of_the_compiler_are_not_hidden(small_plan):
     """Fails when a bug is reported as a program that is too large."""
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         compile.compile_program(small_plan, compile.Program("one", _Fake("INTERNAL"), (), ()))
-
-
-def test_network_traffic_of_a_token_counts_for_every_token():
-    """Fails when the loop's traffic counts once: 3 GB + 6 tokens x 2 MB over 200 GB/s."""
-    config = _config()
-    policy, _ = architecture.planned(config)
-    table = memory.step_table(config, policy, None, FOUND, CHIP)
-    generation, update = [line.split(" | ") for line in table.splitlines()[2:4]]
-    assert (generation[0], generation[3]) == ("| generation", f"{1000 * (3e9 + 6 * 2e6) / 200e9:.3g}")
-    assert (update[0], update[3]) == ("| update", "0")
-    assert "reward" not in table
-    assert "reward" in memory.step_table(config, *architecture.planned(config), FOUND, CHIP)
-
-
-def test_settings_of_the_config_reach_the_bound():
-    """Fails when sizes are swapped, or remat and pieces of the logits are not passed on."""
-    model = {"model.remat": "full", "model.logits_chunk": 4}
-    config = _config(mesh=(4, 1, 2), **{"rl.batch_size": 16, **model})
-    policy, _ = architecture.planned(config)
-    sizes = roofline.Sizes(batch=16, prompt=4, completion=6, batch_chips=4, tensor=2)
-    works = {
-        "generation": roofline.generation(policy, sizes),
-        "update": roofline.update(policy, sizes, remat=True, in_pieces=True),
-    }
-    want = roofline.table(works, {"generation": 3e9 + 6 * 2e6}, CHIP)
-    assert memory.step_table(config, policy, None, FOUND, CHIP) == want
-
-
-def test_the_largest_buffers_are_named():
-    """Fails when the lines of XLA's error that help are not found."""
-    error = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.
-    Used 24.14G of 15.75G hbm. Exceeded hbm capacity by 8.39G.
-    Largest program allocations in hbm:
-      1. Size: 4.00G
-         Operator: op_name="jit(update)/mul"
-         Shape: f32[4096,512]
-      2. Size: 1.00G
-         Shape: f32[4096]
-         Unpadded size: 1.00G"""
-    assert memory.biggest_buffers(error) == [
-        "Used 24.14G of 15.75G hbm. Exceeded hbm capacity by 8.39G.",
-        'Size: 4.00G, "jit(update)/mul", f32[4096,512]',
-        "Size: 1.00G, f32[4096], Unpadded size: 1.00G",
-    ]
-
-
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-@pytest.mark.parametrize("path", sorted((DOCS / "scaling").glob("*.json")), ids=lambda path: path.stem)
-def test_tables_of_the_docs_are_those_of_their_figures(path):
-    """Fails when docs/scaling.md is not what the code makes of docs/scaling/*.json: paste what is missing."""
-    text, figures = (DOCS / "scaling.md").read_text(), json.loads(path.read_text())
-    found, chip = _fit_of(figures), chips.CHIPS[figures["chip"]]
-    name, _, slice_ = path.stem.rpartition("_v")
-    config = importlib.import_module(f"configs.{name}").get_config()
-    config.mesh = tuple(figures["mesh"])
-    assert memory.table(found, chip, 0.1) in text
-    table = memory.step_table(config, *architecture.planned(config), found, chip)
-    step = f"{name} on v{slice_.replace('_', ':')}:\n\n{table}"
-    assert f"\n{step}\n\n" in text, step
-    assert memory.as_json(found, chip).items() <= figures.items()
-
-
-def _fit_of(figures):
-    """The inverse of `fit.as_json`."""
-    programs = []
-    for figure in figures["programs"]:
-        shares = [
-            {kind: hlo.Traffic(**t) for kind, t in figure["traffic"][share].items()}
-            for share in ("once", "per_loop_step")
-        ]
-        values = {name: figure[name] for name in compile.Compiled._fields}
-        programs.append(compile.Compiled(**{**values, "traffic": hlo.Collectives(*shares)}))
-    return memory.Fit(tuple(programs), figures["resident"], figures["limit_bytes"], figures["chips"])

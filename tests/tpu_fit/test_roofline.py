@@ -79,17 +79,3 @@ def test_the_limit_is_the_slowest_resource():
     chip = CHIPS["v5e"]
     work = roofline.Work(flops=chip.bf16_flops, hbm=3 * chip.hbm_bandwidth)
     assert roofline.seconds(work, 2 * chip.ici_bandwidth, chip) == {"compute": 1, "memory": 3, "network": 2}
-
-
-def test_the_table_adds_the_limits():
-    """Fails when the sum is of the last program alone, or of another resource than each program's limit."""
-    chip = CHIPS["v5e"]
-    works = {
-        "generation": roofline.Work(flops=chip.bf16_flops, hbm=3 * chip.hbm_bandwidth),
-        "update": roofline.Work(flops=4 * chip.bf16_flops, hbm=chip.hbm_bandwidth),
-    }
-    assert roofline.table(works, {"generation": 2 * chip.ici_bandwidth}, chip).splitlines()[2:] == [
-        "| generation | 1e+03 | 3e+03 | 2e+03 | 3e+03 | memory |",
-        "| update | 4e+03 | 1e+03 | 0 | 4e+03 | compute |",
-        "| together | | | | 7e+03 | |",
-    ]

@@ -1,7 +1,8 @@
 """The programs of a config compiled ahead of time, from shapes alone, for the chips of a mesh; and what they need.
 
 Nothing is run and no weight is made. A chip must hold the arguments, results and temporaries of the program that runs,
-and every array that is alive meanwhile without being its argument: XLA sees the first, `Program.beside` tells the rest.
+and every array that is alive meanwhile without being its argument: XLA sees the first, `Program.co_resident`
+names the rest.
 """
 
 import functools
@@ -36,7 +37,7 @@ class Program(NamedTuple):
     name: str
     call: Any
     args: tuple[Any, ...]
-    beside: tuple[str, ...]
+    co_resident: tuple[str, ...]
 
 
 class Plan(NamedTuple):
@@ -57,14 +58,14 @@ class Compiled(NamedTuple):
     arguments: int
     temporaries: int
     peak: int
-    beside: int
+    co_resident: int
     traffic: hlo.Collectives
     error: str = ""
 
     @property
     def total(self) -> int:
         """Bytes in use on a chip while the program runs."""
-        return self.peak + self.beside
+        return self.peak + self.co_resident
 
 
 COPY = "copy for generation"
@@ -202,7 +203,7 @@ def chip_bytes(tree: Any) -> int:
 
 def compile_program(plan: Plan, program: Program) -> Compiled:
     """Compile one program of a plan."""
-    beside = sum(chip_bytes(plan.resident[name]) for name in program.beside)
+    co_resident = sum(chip_bytes(plan.resident[name]) for name in program.co_resident)
     started = time.monotonic()
     try:
         compiled = program.call.lower(*program.args).compile()
@@ -210,7 +211,7 @@ def compile_program(plan: Plan, program: Program) -> Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         seconds = time.monotonic() - started
-        return Compiled(program.name, seconds, chip_bytes(program.args), 0, 0, beside, NO_TRAFFIC, str(error))
+        return Compiled(program.name, seconds, chip_bytes(program.args), 0, 0, co_resident, NO_TRAFFIC, str(error))
     seconds = time.monotonic() - started
     memory = compiled.memory_analysis()
     return Compiled(
@@ -219,7 +220,7 @@ def compile_program(plan: Plan, program: Program) -> Compiled:
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
-        beside=beside,
+        co_resident=co_resident,
         traffic=hlo.collectives(compiled.as_text()),
     )
 

@@ -5,7 +5,6 @@ A lower bound from published figures, never a measurement. S = P + C tokens a ro
 update does less, it is no lower bound.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from warp_jax.models.transformer import TransformerConfig
@@ -93,19 +92,6 @@ def seconds(work: Work, sent: float, chip: Chip) -> dict[str, float]:
         "memory": work.hbm / chip.hbm_bandwidth,
         "network": sent / chip.ici_bandwidth,
     }
-
-
-def table(works: Mapping[str, Work], sent: Mapping[str, float], chip: Chip) -> str:
-    """Markdown: each program's times at the chip's peaks; the largest is its limit, their sum that of a step."""
-    lines = ["| program | compute ms | memory ms | network ms | at least | limit |", "|---|---|---|---|---|---|"]
-    total = 0.0
-    for name, work in works.items():
-        times = seconds(work, sent.get(name, 0.0), chip)
-        limit = max(times, key=lambda resource: times[resource])
-        total += times[limit]
-        cells = " | ".join(f"{1000 * time:.3g}" for time in times.values())
-        lines.append(f"| {name} | {cells} | {1000 * times[limit]:.3g} | {limit} |")
-    return "\n".join([*lines, f"| together | | | | {1000 * total:.3g} | |"])
 
 
 def _attention_flops(model: TransformerConfig, queries: float, keys: float) -> float:
