@@ -1,8 +1,7 @@
-"""The programs of a config compiled ahead of time, from shapes alone, for the chips of a mesh; and what they need.
+"""Ahead-of-time compilation of all programs of a config for the chips of a mesh, from shapes alone.
 
-Nothing is run and no weight is made. A chip must hold the arguments, results and temporaries of the program that runs,
-and every array that is alive meanwhile without being its argument: XLA sees the first, `Program.co_resident`
-names the rest.
+Nothing is run and no weights are made. While a program runs, a chip must hold its arguments, results and temporaries,
+which XLA counts, and the co-resident arrays: those that stay in memory but are no argument of it.
 """
 
 import functools
@@ -28,20 +27,20 @@ from warp_jax.tpu_fit import hlo
 from warp_jax.training import sampling, supervised
 from warp_jax.types import Params, PromptBatch, Rollout
 
+Names = tuple[str, ...]  # keys of Plan.resident
+
 
 class Program(NamedTuple):
-    """What to compile. call: a jitted function; args: its arguments as shapes with shardings; beside: names in
-    `Plan.resident` of what is alive meanwhile without being an argument.
-    """
+    """A jitted function, its arguments as shapes with shardings, and the names of its co-resident trees."""
 
     name: str
     call: Any
     args: tuple[Any, ...]
-    co_resident: tuple[str, ...]
+    co_resident: Names
 
 
 class Plan(NamedTuple):
-    """The programs of a config on a mesh. resident: trees of what is alive between programs, by name."""
+    """The programs of a config on a mesh, and the trees that stay in memory between programs, by name."""
 
     mesh: Mesh
     programs: tuple[Program, ...]
@@ -49,18 +48,16 @@ class Plan(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What one program needs, in bytes per chip. peak: as XLA plans it, arguments included; beside: what is alive
-    without being an argument; error: the compiler's words if the program alone is too large, all else then being 0.
-    """
+    """What one program needs, in bytes per chip. If `error` is set, temporaries, peak and traffic are unknown (0)."""
 
     name: str
-    seconds: float
+    seconds: float  # of compilation
     arguments: int
     temporaries: int
-    peak: int
+    peak: int  # as planned by XLA, arguments included
     co_resident: int
     traffic: hlo.Collectives
-    error: str = ""
+    error: str = ""  # of the compiler, if the program alone is too large
 
     @property
     def total(self) -> int:
@@ -69,127 +66,154 @@ class Compiled(NamedTuple):
 
 
 COPY = "copy for generation"
-EVALUATION = " (evaluation)"  # end of the name of a program that evaluation runs with a batch of its own
+EVALUATION = " (evaluation)"  # suffix of the programs that evaluation runs with its own batch size
 STATE = ("policy", "anchor", "Adam moments")
-WHOLE = ("policy", "frozen weights")  # the model
+WHOLE = ("policy", "frozen weights")  # all weights of the policy
+RUN_ONLY = ("init", *STATE, COPY)  # in memory only during a run
 NO_TRAFFIC = hlo.Collectives({}, {})
 
 
 def make_plan(
     config: ConfigDict, mesh: Mesh, policy: TransformerConfig, reward_model: TransformerConfig | None
 ) -> Plan:
-    """All programs of Algorithm 1 and of what is trained before it, for models with these settings, the policy's stacks
-    being cut for config.model.trainable. What is alive is that of an iteration after the first, whose init is not SFT.
-    ValueError for values that the program would refuse.
+    """Plan the programs of Algorithm 1 and of the supervised training before it, for models of these sizes.
+
+    The policy's stacks of layers must be cut for config.model.trainable. The resident trees are those of an iteration
+    after the first, whose init differs from SFT. Raises ValueError if a job would refuse this config on this mesh.
     """
     validation.check_values(config, mesh)
-    whole = partitioning.with_shardings(mesh, param_shapes(policy))
-    trained, frozen = freezing.split(whole, config.model.trainable)
-    sampling_config = sampling.SamplingConfig(
-        config.sampling.max_new_tokens, config.sampling.temperature, stop_ids=(1,), pad_id=0
-    )
-    programs = make_programs(config, mesh, policy, sampling_config=sampling_config, trained=trained, frozen=frozen)
-    state = partitioning.with_shardings(mesh, jax.eval_shape(programs.train.init, trained))
-    resident = dict(zip(STATE, (state.params, state.anchor_params, state.opt_state), strict=True))
-    resident |= {"init": trained, "SFT": trained, "frozen weights": frozen}
-    copies, laid_out = _copy(mesh, programs.sampler, whole)
-    generates: tuple[str, ...] = WHOLE  # what generation reads
-    if copies:
-        resident[COPY], generates = laid_out, (COPY,)
-    scores = []
-    if reward_model is not None:
-        resident["reward model"] = partitioning.with_shardings(mesh, param_shapes(reward_model))
-        scores = [functools.partial(_score, mesh, reward_model, resident["reward model"])]
-    entries = [("start of a run", programs.train.init, (trained,), ("init", *STATE, COPY)), *copies]
-    sizes = {"": config.rl.batch_size, EVALUATION: config.evaluation.batch_size}
-    rows = {suffix: _rows(config, mesh, batch) for suffix, batch in sizes.items()}
-    for suffix in sizes if len({*sizes.values()}) > 1 else ("",):
-        prompts = PromptBatch(*rows[suffix][:3])
-        entries.append((f"generation{suffix}", programs.sampler.generate, (laid_out, prompts, _key(mesh)), generates))
-        entries += [(f"reward{suffix}", *score(rows[suffix])) for score in scores]
-    rewards_ = _batch(mesh, jnp.float32, config.rl.batch_size)
-    entries += [
-        ("update", programs.train.update, (state, frozen, rows[""], rewards_), (*STATE, "frozen weights")),
-        (
-            "KL to SFT",
-            programs.kl_to_sft,
-            (trained, trained, frozen, rows[EVALUATION]),
-            ("policy", "SFT", "frozen weights"),
-        ),
-        *_merging(config.warp, trained),
-    ]
-    entries += _supervised(config, mesh, policy, whole, reward_model)
-    found = [Program(*entry[:3], tuple(name for name in resident if name not in entry[3])) for entry in entries]
-    return Plan(mesh, tuple(found), resident)
-
-
-# A program before what lives beside it is known: name, function, arguments, and what of `resident` these are.
-Entry = tuple[str, Any, tuple[Any, ...], tuple[str, ...]]
-
-
-def _copy(mesh: Mesh, sampler: sampling.Sampler, whole: Params) -> tuple[list[Entry], Params]:
-    """The program that lays weights out for generation, if there is one, and its result."""
-    if not isinstance(sampler.lay_out, jax.stages.Wrapped):
-        return [], whole
-    shapes = jax.eval_shape(sampler.lay_out, whole)
-    laid_out = partitioning.shaped(shapes, partitioning.decode_shardings(mesh, shapes))
-    return [(COPY, sampler.lay_out, (whole,), WHOLE)], laid_out
-
-
-def _score(mesh: Mesh, model: TransformerConfig, params: Params, rollout: Rollout) -> tuple[Any, Any, Any]:
-    """The reward model on prompts and completions."""
-    score = jax.jit(functools.partial(reward_functions.sequence_scores, make_apply_fn(model, mesh)))
-    batch, prompt = rollout.prompt_ids.shape
-    shape = batch, prompt + rollout.completion_ids.shape[1]
-    return score, (params, _batch(mesh, jnp.int32, *shape), _batch(mesh, jnp.bool_, *shape)), ("reward model",)
-
-
-def _supervised(
-    config: ConfigDict, mesh: Mesh, policy: TransformerConfig, whole: Params, reward_model: TransformerConfig | None
-) -> list[Entry]:
-    """Steps of SFT and of the reward model's training, where a config has them: before RL, when there is no state of a
-    run. Beside each are the weights that it started from; beside the second, SFT too.
-    """
-    unused = ("init", *STATE, COPY)
-    found: list[Entry] = []
+    planner = _Planner(config, mesh, policy, reward_model)
+    programs = [planner.start_of_run()]
+    if COPY in planner.resident:
+        programs.append(planner.copy())
+    batches = {"": config.rl.batch_size, EVALUATION: config.evaluation.batch_size}
+    if batches[""] == batches[EVALUATION]:
+        del batches[EVALUATION]
+    for suffix, batch in batches.items():
+        programs.append(planner.generation(suffix, batch))
+        if reward_model is not None:
+            programs.append(planner.reward(suffix, batch, reward_model))
+    programs += [planner.update(), planner.kl_to_sft(), planner.gram_matrix(), planner.merge(), planner.liti()]
     if config.sft.num_steps:
-        loss_fn = ingredients.sft_loss(config, make_apply_fn(policy, mesh))
-        call, args = _step(config, mesh, "sft", loss_fn, freezing.split(whole, config.model.trainable))
-        found.append(("SFT step", call, args, (*unused, "frozen weights", "reward model")))
+        programs.append(planner.sft_step(policy))
     if reward_model is not None and preparation.needs_reward_model(config):
-        loss_fn = ingredients.reward_loss(config, make_apply_fn(reward_model, mesh))
-        start = partitioning.with_shardings(mesh, param_shapes(reward_model))
-        parts = freezing.split(start, config.reward_model.trainable)
-        call, args = _step(config, mesh, "reward_model", loss_fn, parts)
-        found.append(("reward model step", call, args, unused))
-    return found
+        programs.append(planner.reward_model_step(reward_model))
+    return Plan(mesh, tuple(programs), planner.resident)
 
 
-def _step(
-    config: ConfigDict, mesh: Mesh, name: str, loss_fn: supervised.LossFn, parts: tuple[Params, Params]
-) -> tuple[Any, tuple[Any, ...]]:
-    """The program of a step of a supervised stage on what is trained and what is frozen, and its arguments."""
-    stage, (trained, frozen) = config[name], parts
-    programs = supervised.make_programs(mesh, loss_fn, trained, ingredients.make_optimizer(stage, config.adam))
-    state = partitioning.with_shardings(mesh, jax.eval_shape(programs.init, trained))
-    shape = stage.batch_size, stage.sequence_tokens
-    batch = {"token_ids": _batch(mesh, jnp.int32, *shape), "mask": _batch(mesh, jnp.bool_, *shape)}
-    if name == "reward_model":
-        batch["labels"] = _batch(mesh, jnp.int32, stage.batch_size)
-    return programs.update, (state, frozen, batch)
+class _Planner:
+    """Makes the programs of a plan, one per method. Its trees hold shapes with shardings instead of arrays."""
 
+    def __init__(
+        self, config: ConfigDict, mesh: Mesh, policy: TransformerConfig, reward_model: TransformerConfig | None
+    ) -> None:
+        self.config, self.mesh = config, mesh
+        self.weights = partitioning.with_shardings(mesh, param_shapes(policy))
+        self.trained, self.frozen = freezing.split(self.weights, config.model.trainable)
+        sizes = config.sampling
+        sampler = sampling.SamplingConfig(sizes.max_new_tokens, sizes.temperature, stop_ids=(1,), pad_id=0)
+        self.functions = make_programs(
+            config, mesh, policy, sampling_config=sampler, trained=self.trained, frozen=self.frozen
+        )
+        self.state = partitioning.with_shardings(mesh, jax.eval_shape(self.functions.train.init, self.trained))
+        trees = (self.state.params, self.state.anchor_params, self.state.opt_state)
+        self.resident: dict[str, Any] = dict(zip(STATE, trees, strict=True))
+        self.resident |= {"init": self.trained, "SFT": self.trained, "frozen weights": self.frozen}
+        if isinstance(self.functions.sampler.lay_out, jax.stages.Wrapped):  # else generation reads the policy itself
+            shapes = jax.eval_shape(self.functions.sampler.lay_out, self.weights)
+            self.resident[COPY] = partitioning.shaped(shapes, partitioning.decode_shardings(mesh, shapes))
+        if reward_model is not None:
+            self.resident["reward model"] = partitioning.with_shardings(mesh, param_shapes(reward_model))
 
-def _merging(config: ConfigDict, trained: Params) -> list[Entry]:
-    """Between runs, when there is no state of one. A merge is two passes, between which the host finds coefficients;
-    the second is a sum, whatever the method. They run leaf by leaf, which needs no more than all leaves at once.
-    """
-    gram = jax.jit(lambda init, policies: merging.gram(init, policies, config.unit).matrix)
-    policies, used = [trained] * config.num_runs, ("init", *STATE, COPY)
-    return [
-        ("Gram matrix", gram, (trained, policies), used),
-        ("merge", jax.jit(merging.lerp), (trained, policies), used),
-        ("LITI", jax.jit(functools.partial(merging.liti, liti_rate=config.liti_rate)), (trained, trained), used),
-    ]
+    def program(self, name: str, call: Any, args: tuple[Any, ...], *, reads: Names, absent: Names = ()) -> Program:
+        """Return a program that gets the resident trees `reads` as arguments, and runs when `absent` do not exist."""
+        return Program(name, call, args, tuple(tree for tree in self.resident if tree not in (*reads, *absent)))
+
+    def start_of_run(self) -> Program:
+        init = self.functions.train.init
+        return self.program("start of a run", init, (self.trained,), reads=("init",), absent=RUN_ONLY)
+
+    def copy(self) -> Program:
+        """The copy of the weights for generation. The copy before it counts as co-resident."""
+        return self.program(COPY, self.functions.sampler.lay_out, (self.weights,), reads=WHOLE)
+
+    def generation(self, suffix: str, batch: int) -> Program:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=meshes.replicated(self.mesh))
+        args = self.resident.get(COPY, self.weights), PromptBatch(*self._rollout(batch)[:3]), key
+        reads = (COPY,) if COPY in self.resident else WHOLE
+        return self.program(f"generation{suffix}", self.functions.sampler.generate, args, reads=reads)
+
+    def reward(self, suffix: str, batch: int, model: TransformerConfig) -> Program:
+        score = jax.jit(functools.partial(reward_functions.sequence_scores, make_apply_fn(model, self.mesh)))
+        shape = batch, self.config.sampling.prompt_tokens + self.config.sampling.max_new_tokens
+        args = self.resident["reward model"], self._rows(jnp.int32, *shape), self._rows(jnp.bool_, *shape)
+        return self.program(f"reward{suffix}", score, args, reads=("reward model",))
+
+    def update(self) -> Program:
+        batch = self.config.rl.batch_size
+        args = self.state, self.frozen, self._rollout(batch), self._rows(jnp.float32, batch)
+        return self.program("update", self.functions.train.update, args, reads=(*STATE, "frozen weights"))
+
+    def kl_to_sft(self) -> Program:
+        args = self.trained, self.trained, self.frozen, self._rollout(self.config.evaluation.batch_size)
+        return self.program("KL to SFT", self.functions.kl_to_sft, args, reads=(*WHOLE, "SFT"))
+
+    def gram_matrix(self) -> Program:
+        """First pass of a merge, on all leaves at once. A job merges leaf by leaf and needs no more memory."""
+        unit, policies = self.config.warp.unit, [self.trained] * self.config.warp.num_runs
+        gram = jax.jit(lambda init, policies: merging.gram(init, policies, unit).matrix)
+        return self.program("Gram matrix", gram, (self.trained, policies), reads=("init",), absent=RUN_ONLY)
+
+    def merge(self) -> Program:
+        """Second pass of a merge: a weighted sum, whatever the method."""
+        policies = [self.trained] * self.config.warp.num_runs
+        return self.program("merge", jax.jit(merging.lerp), (self.trained, policies), reads=("init",), absent=RUN_ONLY)
+
+    def liti(self) -> Program:
+        liti = jax.jit(functools.partial(merging.liti, liti_rate=self.config.warp.liti_rate))
+        return self.program("LITI", liti, (self.trained, self.trained), reads=("init",), absent=RUN_ONLY)
+
+    def sft_step(self, model: TransformerConfig) -> Program:
+        """Step of SFT. Its start weights are co-resident, under the name SFT."""
+        loss_fn = ingredients.sft_loss(self.config, make_apply_fn(model, self.mesh))
+        call, args = self._supervised_step("sft", loss_fn, self.trained, self.frozen)
+        return self.program("SFT step", call, args, reads=("frozen weights",), absent=(*RUN_ONLY, "reward model"))
+
+    def reward_model_step(self, model: TransformerConfig) -> Program:
+        """Step of the reward model's training. Its start weights are co-resident, under the name reward model."""
+        loss_fn = ingredients.reward_loss(self.config, make_apply_fn(model, self.mesh))
+        trained, frozen = freezing.split(self.resident["reward model"], self.config.reward_model.trainable)
+        call, args = self._supervised_step("reward_model", loss_fn, trained, frozen)
+        return self.program("reward model step", call, args, reads=(), absent=RUN_ONLY)
+
+    def _supervised_step(
+        self, group: str, loss_fn: supervised.LossFn, trained: Params, frozen: Params
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """The step function that is configured in `group`, and its arguments."""
+        settings = self.config[group]
+        optimizer = ingredients.make_optimizer(settings, self.config.adam)
+        programs = supervised.make_programs(self.mesh, loss_fn, trained, optimizer)
+        state = partitioning.with_shardings(self.mesh, jax.eval_shape(programs.init, trained))
+        shape = settings.batch_size, settings.sequence_tokens
+        batch = {"token_ids": self._rows(jnp.int32, *shape), "mask": self._rows(jnp.bool_, *shape)}
+        if group == "reward_model":
+            batch["labels"] = self._rows(jnp.int32, settings.batch_size)
+        return programs.update, (state, frozen, batch)
+
+    def _rollout(self, batch: int) -> Rollout:
+        prompt, completion = self.config.sampling.prompt_tokens, self.config.sampling.max_new_tokens
+        return Rollout(
+            prompt_ids=self._rows(jnp.int32, batch, prompt),
+            prompt_mask=self._rows(jnp.bool_, batch, prompt),
+            example_ids=self._rows(jnp.int32, batch),
+            completion_ids=self._rows(jnp.int32, batch, completion),
+            completion_mask=self._rows(jnp.bool_, batch, completion),
+            per_token_logps=self._rows(jnp.float32, batch, completion),
+        )
+
+    def _rows(self, dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(self.mesh))
 
 
 def chip_bytes(tree: Any) -> int:
@@ -223,24 +247,3 @@ def compile_program(plan: Plan, program: Program) -> Compiled:
         co_resident=co_resident,
         traffic=hlo.collectives(compiled.as_text()),
     )
-
-
-def _rows(config: ConfigDict, mesh: Mesh, batch: int) -> Rollout:
-    prompt, completion = config.sampling.prompt_tokens, config.sampling.max_new_tokens
-    return Rollout(
-        prompt_ids=_batch(mesh, jnp.int32, batch, prompt),
-        prompt_mask=_batch(mesh, jnp.bool_, batch, prompt),
-        example_ids=_batch(mesh, jnp.int32, batch),
-        completion_ids=_batch(mesh, jnp.int32, batch, completion),
-        completion_mask=_batch(mesh, jnp.bool_, batch, completion),
-        per_token_logps=_batch(mesh, jnp.float32, batch, completion),
-    )
-
-
-def _batch(mesh: Mesh, dtype: Any, *shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(mesh))
-
-
-def _key(mesh: Mesh) -> Any:
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=meshes.replicated(mesh))
