@@ -1,11 +1,11 @@
-"""Compile every program of a config for TPUs, on a machine without one, and see whether they fit.
+"""Compile all programs of a config for TPUs, on a machine without one, and check that they fit in memory.
 
   pip install 'warp_jax[tpu-aot]'
   python scripts/compile_for_tpu.py --config=configs/gemma_7b.py --topology=v5e:8x8
   python scripts/compile_for_tpu.py --config=configs/gemma_7b.py --topology=v5e:16x16 --mesh=1,16,16 --json=fit.json
 
-Exit code 0: everything fits; 3: something does not, and the table says what, and which setting would; 2: bad input.
-Nothing is run: speed and numbers are not tested. A model whose files are missing has the sizes of config.model.size.
+Exit code 0: all programs fit; 3: some do not fit, and the output names them and the nearest setting that fits; 2: bad
+input. Nothing is run, so speed and numbers are not tested. If a model's files are missing, config.model.size is used.
 """
 
 import functools
@@ -36,18 +36,20 @@ from warp_jax.tpu_fit import chips, compile, memory, tables
 
 DOES_NOT_FIT = 3  # exit code
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/gemma_7b.py.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Chip and shape of the slice, such as v5e:8x8 or v5p:4x4x4.")
-SLICES = flags.DEFINE_integer("slices", 1, "Such slices, joined by the data centre's network.", lower_bound=1)
-MESH = flags.DEFINE_list("mesh", None, "Chips along data, fsdp and tensor, or the last two; default: config.mesh.")
-PROGRAMS = flags.DEFINE_list("programs", ["all"], "Names of programs, as in the table.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/gemma_7b.py.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "Chip type and shape of the slice, such as v5e:8x8 or v5p:4x4x4.")
+SLICES = flags.DEFINE_integer("slices", 1, "Number of slices, connected by the data centre's network.", lower_bound=1)
+MESH = flags.DEFINE_list(
+    "mesh", None, "Chips along data, fsdp and tensor (or only the last two); default: config.mesh."
+)
+PROGRAMS = flags.DEFINE_list("programs", ["all"], "Programs to compile, by their names in the table.")
 SPARE = flags.DEFINE_float("spare", 0.1, "Share of a chip's memory to leave free.", lower_bound=0, upper_bound=0.9)
-SUGGEST = flags.DEFINE_bool("suggest", True, "If it does not fit, look for the nearest setting that does.")
-JSON = flags.DEFINE_string("json", "", "File for all figures.")
+SUGGEST = flags.DEFINE_bool("suggest", True, "If a program does not fit, search for the nearest setting that fits.")
+JSON = flags.DEFINE_string("json", "", "JSON file to write all figures to.")
 
 
 def get_devices(chip: chips.Chip, topology: str, slices: int) -> Sequence[jax.Device]:
-    """The devices of a topology that is not here. Raises ValueError without libtpu, or for an unknown topology."""
+    """Return the devices of a topology that need not exist. Raises ValueError for bad names, or without libtpu."""
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if chip.config_name:
         options["chip_config_name"] = chip.config_name
@@ -55,12 +57,12 @@ def get_devices(chip: chips.Chip, topology: str, slices: int) -> Sequence[jax.De
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except (RuntimeError, jax.errors.JaxRuntimeError) as error:
         raise ValueError(
-            f"topology: {topology}: {error}; want libtpu (pip install 'warp_jax[tpu-aot]') and a name like v5e:8x8"
+            f"topology: {topology}: {error}; want a name like v5e:8x8, and libtpu (pip install 'warp_jax[tpu-aot]')"
         ) from error
 
 
 def make_plan(devices: Sequence[jax.Device], config: ConfigDict) -> compile.Plan:
-    """The plan of a config on a mesh of these devices."""
+    """Plan the programs of a config on a mesh of these devices."""
     mesh: Mesh = meshes.make_mesh(config.mesh, devices)
     return compile.make_plan(config, mesh, *architecture.planned(config))
 
@@ -85,24 +87,23 @@ def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
 
     def on_program(done: compile.Compiled) -> None:
-        say(f"{done.name}: {done.seconds:.0f} s ({time.monotonic() - started:.0f} s in all)")
+        say(f"{done.name}: compiled in {done.seconds:.0f} s ({time.monotonic() - started:.0f} s in total)")
 
-    found = memory.check(plan, limit, names, on_program)
-    table = tables.table(found, chip, SPARE.value)
-    print(_title(config), table, sep="\n\n")
-    if not names and not found.failing:
-        print("\nA step of RL at the chip's published peaks, a lower bound and no measurement:\n")
-        print(tables.step_table(config, *architecture.planned(config), found, chip))
+    fit = memory.check(plan, limit, names, on_program)
+    print(_title(config), tables.table(fit, chip, SPARE.value), sep="\n\n")
+    if not names and not fit.failing:
+        print("\nLower bound on the time of an RL step, from the chip's published peaks (not a measurement):\n")
+        print(tables.step_table(config, *architecture.planned(config), fit, chip))
     changes = None
-    if found.failing and SUGGEST.value:
-        say("looking for the nearest setting that fits")
+    if fit.failing and SUGGEST.value:
+        say("searching for the nearest setting that fits")
         try_plan = functools.partial(make_plan, devices)
-        changes = memory.search(config, try_plan, found.failing, limit, names=names, on_program=on_program)
+        changes = memory.search(config, try_plan, fit.failing, limit, names=names, on_program=on_program)
         print(tables.advice(changes))
     if JSON.value:
         about = {"command": " ".join(sys.argv), "mesh": config.mesh, "versions": _versions(), "suggestion": changes}
-        files.write_json(Path(JSON.value), about | tables.as_json(found, chip))
-    if found.failing:
+        files.write_json(Path(JSON.value), about | tables.as_json(fit, chip))
+    if fit.failing:
         sys.exit(DOES_NOT_FIT)
 
 
@@ -116,16 +117,11 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
 
 
-def _load_config() -> None:
-    if CONFIG.value is not None:
-        _ = CONFIG.value.seed
-
-
 if __name__ == "__main__":
     parse = functools.partial(
         cli.parse_flags,
         required=("config", "topology"),
         example="--config=configs/gemma_7b.py --topology=v5e:8x8",
-        load=_load_config,
+        load=lambda: CONFIG.value is None or CONFIG.value.seed,
     )
     app.run(main, flags_parser=parse)

@@ -60,7 +60,7 @@ def test_a_topology_is_a_chip_and_a_number_of_chips(topology, name, count):
         ("v5e:4x4\n", "want 2 sizes"),
         ("v5e:4x4x4", "want 2 sizes"),
         ("v5p:8x8", "want 3 sizes for v5p, such as v5p:4x4x4"),
-        ("v5e:32x32", "1024 chips, want a slice of v5e: 256 at most"),
+        ("v5e:32x32", "1024 chips, want at most 256 for v5e"),
     ],
 )
 def test_other_names_are_refused_in_one_line(topology, want):

@@ -1,1 +1,1 @@
-"""Whether a config fits a TPU slice: its programs compiled without a TPU."""
+"""Memory, network traffic and time bounds of a config on a TPU slice, from programs compiled without a TPU."""

@@ -1,10 +1,10 @@
-"""TPU chips: memory, peaks and links; and the names of slices of them.
+"""Memory, peak rates and links of TPU chips, and the names of TPU slices.
 
-Figures are of what JAX calls a device: a chip, or on tpu7x one of its two halves. Where they come from:
-- hbm_bytes: libtpu 0.0.42.1, whose out-of-memory errors for 2x2 or 2x2x1 chips name the limit ("exceeds available HBM
-  (15.75G)"). A chip has a little more, which the system keeps.
-- v5e, v5p, v6e, tpu7x: https://docs.cloud.google.com/tpu/docs/v5e and so on. Versions of the page of v5e differ on its
-  memory, 819 GB/s or 800 GiB/s; here the lower.
+All figures are per JAX device: a chip, or on tpu7x one of the two halves of a chip. Sources:
+- hbm_bytes: the limit in out-of-memory errors of libtpu 0.0.42.1 on 2x2 or 2x2x1 chips ("exceeds available HBM
+  (15.75G)"). A chip has a little more, which is reserved for the system.
+- v5e, v5p, v6e, tpu7x: https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and so on. For the memory bandwidth of v5e,
+  versions of that page say 819 GB/s or 800 GiB/s; the lower is used here.
 - v4: https://docs.cloud.google.com/tpu/docs/v4; its links: https://arxiv.org/abs/2304.01433, table 4.
 """
 
@@ -16,24 +16,20 @@ GIB = 1 << 30
 
 
 class Chip(NamedTuple):
-    """Of one JAX device; the peaks are the published ones, of which programs reach a part.
+    """Figures of one JAX device. Peaks are the published ones; real programs reach only a part of them.
 
-    hbm_bytes: memory for programs. hbm_bandwidth: bytes/s. bf16_flops: FLOP/s in products of matrices.
-    ici_bandwidth: bytes/s sent over all links at once, one way: half of the pages' bidirectional bandwidth per chip. A
-    collective along one axis of the torus has two links of these, and one where that axis is no ring.
-    links: of a chip to neighbours, two for each axis of a slice. slice_chips: chips of the largest slice.
-    config_name: chip_config_name for `jax.experimental.topologies.get_topology_desc`, if it needs one to give the
-    devices that JAX has on the hardware.
+    ici_bandwidth is the rate over all links at once, in one direction: half of the published bidirectional bandwidth
+    per chip. A collective along one axis of the torus uses two of the links, or one if that axis is not a ring.
     """
 
     name: str
-    hbm_bytes: int
-    hbm_bandwidth: float
-    bf16_flops: float
-    ici_bandwidth: float
-    links: int
-    slice_chips: int
-    config_name: str = ""
+    hbm_bytes: int  # memory for programs
+    hbm_bandwidth: float  # bytes/s
+    bf16_flops: float  # FLOP/s of matrix products
+    ici_bandwidth: float  # bytes/s sent to other chips
+    links: int  # of a chip to its neighbours, two for each axis of a slice
+    slice_chips: int  # in the largest slice
+    config_name: str = ""  # chip_config_name of `jax.experimental.topologies.get_topology_desc`, if required
 
 
 CHIPS = {
@@ -49,7 +45,7 @@ CHIPS = {
 
 
 def parse_topology(name: str) -> tuple[Chip, int]:
-    """The chip and the number of chips of a slice such as v5e:8x8 or v5p:4x4x4. Raises ValueError for other names."""
+    """Return the chip type and number of chips of a slice, such as v5e:8x8. Raises ValueError for unknown names."""
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
         raise ValueError(f"topology: got {name!r}, want one of {', '.join(CHIPS)} and a shape, such as v5e:8x8")
@@ -58,5 +54,5 @@ def parse_topology(name: str) -> tuple[Chip, int]:
         raise ValueError(f"topology: got {name!r}, want {axes} sizes for {kind}, such as {kind}:{'x'.join('4' * axes)}")
     chips = math.prod(map(int, shape.split("x")))
     if chips > chip.slice_chips:
-        raise ValueError(f"topology: got {name!r}, {chips} chips, want a slice of {kind}: {chip.slice_chips} at most")
+        raise ValueError(f"topology: got {name!r}, {chips} chips, want at most {chip.slice_chips} for {kind}")
     return chip, chips

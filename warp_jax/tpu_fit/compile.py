@@ -189,7 +189,7 @@ class _Planner:
 
     def _supervised_step(
         self, group: str, loss_fn: supervised.LossFn, trained: Params, frozen: Params
-    ) -> tuple[Any, tuple[Any, ...]]:
+    ) -> tuple[Any, Any]:
         """The step function that is configured in `group`, and its arguments."""
         settings = self.config[group]
         optimizer = ingredients.make_optimizer(settings, self.config.adam)

@@ -1,10 +1,10 @@
-"""The collectives of an optimized HLO module, and the bytes that one chip sends in them.
+"""Number of collectives in an optimized HLO module, and bytes that one chip sends in them.
 
-Reads `jax.stages.Compiled.as_text()` of TPU and CPU, from the entry down: fusions, calls, the costlier branch of a
-conditional, loops times their iterations. With n chips in a group a chip sends, as on a ring:
+The input is `jax.stages.Compiled.as_text()` of a TPU or CPU program. Counted are the entry and all that it calls, the
+costlier branch of a conditional, and a loop's body times its iterations. In a ring of n chips, one chip sends:
     all-gather: (n - 1) / n of its result; all-reduce: 2 (n - 1) / n of its operand;
     reduce-scatter and all-to-all: (n - 1) / n of the operand; collective-permute and send: the operand.
-Sizes are those of the values, without the padding of tiled layouts. A group of one chip counts nothing.
+Sizes exclude the padding of tiled layouts. Groups of one chip are not counted.
 """
 
 import math
@@ -14,22 +14,20 @@ from typing import NamedTuple
 
 
 class Traffic(NamedTuple):
-    """Of one kind of collective. count: executions; bytes: sent by one chip in all of them."""
+    """Executions of one kind of collective, and the bytes that one chip sends in all of them."""
 
     count: int  # type: ignore[assignment]  # tuples have a method of this name
     bytes: float
 
 
 class Collectives(NamedTuple):
-    """By kind, as in SENT. once: in one run of the module, but for loops that may end early; per_loop_step: in one
-    iteration of such a loop, added up over these loops.
-    """
+    """Traffic by kind of collective, with the keys of SENT."""
 
-    once: Mapping[str, Traffic]
-    per_loop_step: Mapping[str, Traffic]
+    once: Mapping[str, Traffic]  # in one run of the module, without loops whose number of iterations is unknown
+    per_loop_step: Mapping[str, Traffic]  # in one iteration of these loops, summed over them
 
 
-# Bytes that a chip sends among n chips, over the bytes of its operand.
+# Bytes that one of n chips sends per byte of its operand.
 SENT: Mapping[str, Callable[[int], float]] = {
     "all-gather": lambda n: n - 1,  # its result is n operands
     "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -46,7 +44,7 @@ CALLED = re.compile(r"\b(?:calls|to_apply|branch_computations|true_computation|f
 
 
 class _Op(NamedTuple):
-    """An instruction. shape, operands, attributes: its text before, in and after the parentheses."""
+    """An instruction as text: its shape before the parentheses, its operands inside, its attributes after them."""
 
     kind: str
     shape: str
@@ -58,42 +56,42 @@ class _Op(NamedTuple):
         return re.findall(r"%([\w.-]+)", self.operands)
 
     def attribute(self, name: str) -> str:
-        """The text of an attribute: a word, without %, or lists such as {{0,1},{1,0}}; "" if there is none."""
+        """Text of an attribute: a word without %, or lists such as {{0,1},{1,0}}; "" if missing."""
         return (re.findall(rf"\b{name}=%?([\w.-]+|\{{[{{}},\d]*)", self.attributes) or [""])[0]
 
 
 class _Computation(NamedTuple):
-    """Instructions by name, and the name of the one that is the result."""
+    """Instructions by name, and the name of the one that returns the result."""
 
     name: str
     ops: Mapping[str, _Op]
     root: str
 
     def source(self, name: str) -> _Op:
-        """The instruction that makes a value, copies aside."""
+        """The instruction that computes a value, ignoring copies."""
         op = self.ops[name]
         return self.source(op.inputs[0]) if op.kind in COPIES else op
 
     def constant(self, name: str) -> int | None:
-        """A value that is an integer constant, else None."""
+        """The value of an integer constant; None for other instructions."""
         op = self.source(name)
         return int(op.operands) if op.kind == "constant" and re.fullmatch(r"-?\d+", op.operands) else None
 
     def carried(self, name: str) -> int | None:
-        """Which element of what a loop carries a value is, None if it is something else."""
+        """The index of a value in the tuple that a loop carries; None for other values."""
         op = self.source(name)
         from_loop = op.kind == "get-tuple-element" and self.ops[op.inputs[0]].kind == "parameter"
         return int(op.attribute("index")) if from_loop else None
 
 
 def collectives(text: str) -> Collectives:
-    """Count the collectives of a module. Raises ValueError if the text is none."""
+    """Count the collectives of a module. Raises ValueError if the text is not an optimized HLO module."""
     chips = math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0])))
     return _walk(*_parse(text.replace("replica_groups={}", f"replica_groups=[1,{chips}]<=[{chips}]")))
 
 
 def _parse(text: str) -> tuple[Mapping[str, _Computation], str]:
-    """All computations of a module by name, and the name of the entry."""
+    """Return all computations of a module by name, and the name of the entry."""
     computations, ops, entry, name = dict[str, _Computation](), dict[str, _Op](), "", ""
     for line in text.splitlines():
         if header := HEADER.match(line):
@@ -109,7 +107,7 @@ def _parse(text: str) -> tuple[Mapping[str, _Computation], str]:
 
 
 def _walk(module: Mapping[str, _Computation], name: str) -> Collectives:
-    """What a computation and all that it calls send."""
+    """Traffic of a computation and all that it calls."""
     computation = module[name]
     once, per_step = dict[str, Traffic](), dict[str, Traffic]()
     for op in computation.ops.values():
@@ -120,7 +118,7 @@ def _walk(module: Mapping[str, _Computation], name: str) -> Collectives:
 
 
 def _sent(module: Mapping[str, _Computation], computation: _Computation, op: _Op) -> Collectives:
-    """What an instruction sends, by itself or in what it calls: of the branches of a conditional the costlier."""
+    """Traffic of an instruction and what it calls. Of the branches of a conditional, the costlier one counts."""
     if op.kind.removesuffix("-start") in SENT:
         return Collectives(_own(computation, op), {})
     if op.kind.endswith(("-done", "-update")):  # counted at their -start
@@ -130,7 +128,7 @@ def _sent(module: Mapping[str, _Computation], computation: _Computation, op: _Op
 
 
 def _loop(module: Mapping[str, _Computation], outside: _Computation, op: _Op) -> Collectives:
-    """What a loop sends: `once` if its iterations are known. The condition runs once more than the body."""
+    """Traffic of a loop: `once` if its number of iterations is known. The condition runs once more than the body."""
     condition, body = op.attribute("condition"), op.attribute("body")
     trips = _trips(outside, op, module[condition], module[body])
     once, per_step = dict[str, Traffic](), dict[str, Traffic]()
@@ -142,7 +140,7 @@ def _loop(module: Mapping[str, _Computation], outside: _Computation, op: _Op) ->
 
 
 def _trips(outside: _Computation, op: _Op, condition: _Computation, body: _Computation) -> int | None:
-    """Iterations of a loop: as XLA notes them, or of a counter below a constant; None if it may end early."""
+    """Iterations of a loop, as noted by XLA or from a counter with a constant bound; None if it may end early."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', op.attributes):
         return int(known[1])
     test, start, after = condition.ops[condition.root], outside.ops[op.inputs[0]], body.ops[body.root]
@@ -159,20 +157,20 @@ def _trips(outside: _Computation, op: _Op, condition: _Computation, body: _Compu
 
 
 def _own(computation: _Computation, op: _Op) -> dict[str, Traffic]:
-    """What a collective sends. XLA:TPU repeats one in each of the fusions that overlap it; the first counts."""
+    """Traffic of a collective. XLA:TPU repeats it in every fusion that overlaps it; only the first one counts."""
     first = any("AsyncCollectiveStart" in other.attributes for other in computation.ops.values())
     n = _chips(op)
     if n < 2 or ("async_collective_fusion_config" in op.attributes and not first):
         return {}
     kind = op.kind.removesuffix("-start")
-    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):  # a chip keeps a slice of it
+    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):  # each chip keeps a slice
         kind = "reduce-scatter"
     return {kind: Traffic(1, SENT[kind](n) * sum(_bytes(computation.ops[name].shape) for name in op.inputs))}
 
 
 def _chips(op: _Op) -> int:
-    """In the group of a collective; 1 if it sends nothing to another chip."""
-    if op.kind == "send":  # to the host, if not by way of the host to another slice
+    """Number of chips in the group of a collective; 1 if it sends nothing to another chip."""
+    if op.kind == "send":  # to the host, or through the host to another slice
         return 1 if "is_host_transfer=true" in op.attributes and "megascale" not in op.attributes else 2
     if op.kind.startswith("collective-permute"):
         pairs = re.findall(r"\{(\d+),(\d+)\}", op.attribute("source_target_pairs"))
@@ -185,11 +183,12 @@ def _chips(op: _Op) -> int:
         sizes = dict(re.findall(r"([\w.-]+)'?=(\d+)", found[1]))
         axes = re.findall(r"([\w.-]+)'?(?::\(\d+\)(\d+))?", found[2])  # 'x':(2)4 is a part of 'x', of size 4
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    raise ValueError(f"hlo: replica_groups: want {{{{0,1}}}}, [1,2]<=[2], mesh['x'=2] {{'x'}}; got{op.attributes[:99]}")
+    got = op.attributes.lstrip(", ")[:99]
+    raise ValueError(f"hlo: replica_groups: got {got}; want {{{{0,1}}}}, [1,2]<=[2] or mesh['x'=2] {{'x'}}")
 
 
 def _bytes(shape: str) -> float:
-    """Of an array or a tuple of arrays, such as (bf16[8,128]{1,0:T(8,128)(2,1)}, pred[])."""
+    """Bytes of an array or a tuple of arrays, such as (bf16[8,128]{1,0:T(8,128)(2,1)}, pred[])."""
     arrays = re.findall(r"(pred|[a-z]+(\d+)\w*)\[([\d,<=]*)\]", shape)
     return sum(int(bits or 8) / 8 * math.prod(map(int, re.findall(r"\d+", dims))) for _, bits, dims in arrays)
 

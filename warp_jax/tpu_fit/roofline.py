@@ -1,8 +1,8 @@
-"""What a step of RL takes at least: operations and bytes from sizes alone, and the time of each at a chip's peaks.
+"""Lower bound on the time of an RL step: operations and bytes from the model's sizes, divided by a chip's peak rates.
 
-A lower bound from published figures, never a measurement. S = P + C tokens a row; N parameters in products of matrices
-(the embedding's lookup is none, a tied head is one). All weights are taken as trained: with `model.trainable`, whose
-update does less, it is no lower bound.
+The peaks are published figures; nothing is measured. A row has S = P + C tokens. N counts the parameters in matrix
+products: a tied head counts, the embedding lookup does not. All weights are assumed to be trained, so with
+`model.trainable`, which makes the update cheaper, the result is not a lower bound.
 """
 
 from typing import NamedTuple
@@ -12,50 +12,48 @@ from warp_jax.tpu_fit.chips import Chip
 
 
 class Work(NamedTuple):
-    """Of one program on one chip. flops: floating-point operations; hbm: bytes from and to its memory."""
+    """Work of one program on one chip."""
 
-    flops: float
-    hbm: float
+    flops: float  # floating-point operations
+    hbm: float  # bytes read from and written to the chip's memory
 
 
 class Sizes(NamedTuple):
-    """Of one step: completions, tokens of prompt and completion, and chips along data x fsdp and along tensor."""
+    """Sizes of one RL step."""
 
-    batch: int
-    prompt: int
-    completion: int
-    batch_chips: int
-    tensor: int
+    batch: int  # completions
+    prompt: int  # tokens of a prompt
+    completion: int  # tokens of a completion
+    batch_chips: int  # data x fsdp
+    tensor: int  # chips along tensor
 
     @property
     def chips(self) -> int:
-        """All chips of the mesh."""
+        """Number of chips in the mesh."""
         return self.batch_chips * self.tensor
 
 
 def matmul_parameters(model: TransformerConfig) -> int:
-    """N: weights that a token is multiplied by."""
+    """N, the number of parameters in matrix products."""
     heads = 2 * model.num_heads + 2 * model.num_kv_heads
     layer = model.width * model.head_dim * heads + 3 * model.width * model.mlp_dim
     return model.num_layers * layer + head_parameters(model)
 
 
 def head_parameters(model: TransformerConfig) -> int:
-    """Those of N that only a token with an output is multiplied by."""
+    """The part of N that is in the head, which only tokens with an output pass through."""
     return model.width * (model.vocab_size if model.head == "language" else 1)
 
 
 def forward_flops(model: TransformerConfig, batch: int, length: int, outputs: int) -> float:
-    """One forward pass over whole sequences: 2 N a token, and causal attention; the head at `outputs` tokens a row."""
+    """FLOPs of a forward pass: 2 N per token plus causal attention; the head runs on `outputs` tokens per row."""
     head = head_parameters(model)
     products = 2.0 * batch * ((matmul_parameters(model) - head) * length + head * outputs)
     return products + _attention_flops(model, batch * length, length / 2)
 
 
 def generation(model: TransformerConfig, sizes: Sizes, weight_bytes: int = 2) -> Work:
-    """A prefill, which gives the first token; then for every token the chip's part of all weights and of the keys and
-    values so far is read.
-    """
+    """Work of sampling: a prefill gives the first token; each token reads the chip's weights, keys and values."""
     tokens, seen = sizes.batch * (sizes.completion - 1), sizes.prompt + sizes.completion / 2
     flops = forward_flops(model, sizes.batch, sizes.prompt, 1)
     flops += 2.0 * matmul_parameters(model) * tokens + _attention_flops(model, tokens, seen)
@@ -66,17 +64,17 @@ def generation(model: TransformerConfig, sizes: Sizes, weight_bytes: int = 2) ->
 
 
 def scoring(model: TransformerConfig, sizes: Sizes) -> Work:
-    """One forward pass over prompt and completion, as the reward model makes."""
+    """Work of the reward model: one forward pass over prompt and completion."""
     length = sizes.prompt + sizes.completion
     flops = forward_flops(model, sizes.batch, length, length)
     return Work(flops / sizes.chips, 4 * matmul_parameters(model) / sizes.chips)
 
 
 def update(model: TransformerConfig, sizes: Sizes, *, remat: bool, in_pieces: bool) -> Work:
-    """Scores of policy and anchor (2 forward passes), the gradient (3), of the completion's tokens; Adam and EMA, which
-    read policy, anchor, two moments and gradient, and write all but the gradient, in float32.
+    """Work of the update: log-probs of policy and anchor (2 forward passes), gradient (3 passes), Adam and EMA.
 
-    remat: the layers are computed once more for the gradient; in_pieces: so is the head, a piece of the logits at once.
+    Adam and EMA read policy, anchor, two moments and gradient, and write all but the gradient, in float32. The gradient
+    needs one more forward pass of the layers with `remat`, and of the head with `in_pieces` (chunked logits).
     """
     length = sizes.prompt + sizes.completion
     layers = forward_flops(model, sizes.batch, length, 0)
@@ -86,7 +84,7 @@ def update(model: TransformerConfig, sizes: Sizes, *, remat: bool, in_pieces: bo
 
 
 def seconds(work: Work, sent: float, chip: Chip) -> dict[str, float]:
-    """Time that each resource alone would take; sent: bytes that the chip sends to others."""
+    """Seconds that each resource alone would take, if the chip sends `sent` bytes to other chips."""
     return {
         "compute": work.flops / chip.bf16_flops,
         "memory": work.hbm / chip.hbm_bandwidth,
@@ -95,5 +93,5 @@ def seconds(work: Work, sent: float, chip: Chip) -> dict[str, float]:
 
 
 def _attention_flops(model: TransformerConfig, queries: float, keys: float) -> float:
-    """Scores and weighted sums of queries that see `keys` keys on average."""
+    """FLOPs of scores and weighted sums, for queries that attend to `keys` keys on average."""
     return 4.0 * queries * keys * model.num_heads * model.head_dim * model.num_layers

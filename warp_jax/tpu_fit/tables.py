@@ -19,31 +19,22 @@ UNKNOWN = ("temporaries", "peak", "total")  # if the compiler refused the progra
 
 
 def table(fit: Fit, chip: Chip, spare: float) -> str:
-    """Memory and network traffic of each program as Markdown, then the arrays between programs, and the verdict.
-
-    `spare` is the share of the chip's memory that must stay free.
-    """
+    """Memory and traffic of all programs and the verdict, as Markdown. `spare`: share of memory to leave free."""
     header = ["program", "compile s", *(f"{name} GiB" for name in FIGURES), "share of chip", "sent per chip"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for p in fit.programs:
         cells = ["-" if p.error and name in UNKNOWN else f"{getattr(p, name) / GIB:.2f}" for name in FIGURES]
         share = "TOO LARGE" if p.error else f"{100 * p.total / chip.hbm_bytes:.0f} %"
         lines.append(f"| {p.name} | {p.seconds:.0f} | {' | '.join(cells)} | {share} | {traffic(p)} |")
-    lines += ["", f"In memory between programs, GiB per chip: {resident_line(fit)}"]
-    lines += [
-        f"A {chip.name} chip has {chip.hbm_bytes / GIB:.2f} GiB for programs; {100 * spare:.0f} % must stay free."
-    ]
+    resident = ", ".join(f"{name} {count / GIB:.2f}" for name, count in fit.resident.items() if count)
+    lines += ["", f"In memory between programs, GiB per chip: {resident}; sum {sum(fit.resident.values()) / GIB:.2f}."]
+    capacity = f"{chip.hbm_bytes / GIB:.2f} GiB for programs"
+    lines += [f"A {chip.name} chip has {capacity}; {100 * spare:.0f} % must stay free."]
     for p in fit.programs:
         if p.error:
             lines += ["", f"{p.name} alone is too large:", *(f"  {line}" for line in biggest_buffers(p.error))]
     verdict = "All programs fit." if not fit.failing else f"DOES NOT FIT: {', '.join(fit.failing)}."
     return "\n".join([*lines, "", verdict])
-
-
-def resident_line(fit: Fit) -> str:
-    """GiB of each tree that stays in memory between programs, and their sum."""
-    parts = [f"{name} {size / GIB:.2f}" for name, size in fit.resident.items() if size]
-    return f"{', '.join(parts)}; sum {sum(fit.resident.values()) / GIB:.2f}."
 
 
 def traffic(program: Compiled) -> str:
@@ -93,10 +84,7 @@ def step_table(
 
 
 def bounds_table(works: Mapping[str, roofline.Work], sent: Mapping[str, float], chip: Chip) -> str:
-    """Lower bound on the time of each program as Markdown: its slowest resource at the chip's peak; then their sum.
-
-    `works` and `sent` (bytes sent by a chip) are by program name.
-    """
+    """Lower bounds on the time of programs and their sum as Markdown. `sent`: bytes that a chip sends per program."""
     lines = [
         "| program | compute ms | memory ms | network ms | lower bound ms | limited by |",
         "|---|---|---|---|---|---|",
