@@ -45,6 +45,11 @@ MESH = flags.DEFINE_list(
 PROGRAMS = flags.DEFINE_list("programs", ["all"], "Programs to compile, by their names in the table.")
 SPARE = flags.DEFINE_float("spare", 0.1, "Share of a chip's memory to leave free.", lower_bound=0, upper_bound=0.9)
 SUGGEST = flags.DEFINE_bool("suggest", True, "If a program does not fit, search for the nearest setting that fits.")
+flags.register_validator(
+    "mesh",
+    lambda sizes: not sizes or (len(sizes) in (2, 3) and all(size.lstrip("-").isdigit() for size in sizes)),
+    message="want two or three whole numbers, such as 8,8",
+)
 JSON = flags.DEFINE_string("json", "", "JSON file to write all figures to.")
 
 

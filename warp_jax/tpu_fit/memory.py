@@ -27,10 +27,7 @@ class Fit(NamedTuple):
 
 
 def check(plan: Plan, limit: float, names: Sequence[str] = (), on_program: Callable[[Compiled], None] = print) -> Fit:
-    """Compile the programs of a plan, or only those of `names`, and compare their memory with `limit` bytes per chip.
-
-    `on_program` is called after each compilation.
-    """
+    """Compile the programs of a plan, or those of `names`, and compare their memory with `limit` bytes per chip."""
     compiled = []
     for program in plan.programs:
         if not names or program.name in names:
@@ -84,9 +81,8 @@ def _failing(
     """Return the suspects that do not fit, or else the other programs that do not fit."""
     first = _of_names(plan, suspects)
     rest = [name for name in _of_names(plan, names) if name not in first]
-    return check(plan, limit, first, on_program).failing or (
-        check(plan, limit, rest, on_program).failing if rest else []
-    )
+    failing = check(plan, limit, first, on_program).failing
+    return failing or (check(plan, limit, rest, on_program).failing if rest else [])
 
 
 def _of_names(plan: Plan, names: Sequence[str]) -> list[str]:
