@@ -1,4 +1,4 @@
-"""Side-by-side comparison, against hand arithmetic, scipy and scikit-learn."""
+"""Side-by-side comparison, against arithmetic by hand and scipy."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.optimize import minimize
-from sklearn.linear_model import LogisticRegression
+from sklearn.exceptions import ConvergenceWarning
 
 from warp_jax import cli
 from warp_jax.benchmarks import side_by_side
@@ -162,49 +162,52 @@ def test_other_prompts_are_refused(mine, other, message):
         side_by_side.match([_row(p, 0) for p in mine], [_row(p, 0) for p in other])
 
 
-def test_fit_is_that_of_scikit_learn():
-    """Fails when the ridge is halved or divided by N, the curvature lacks a factor, or Newton stops early."""
-    rng = np.random.default_rng(3)
-    features = np.column_stack([np.ones(80), np.tanh(rng.normal(0.7, 1, 80))])
-    targets = rng.choice([0, 0.5, 1], 80, p=[0.2, 0.3, 0.5])
-    model = LogisticRegression(C=1 / 0.7, fit_intercept=False, tol=1e-10, max_iter=1000)
-    twice = np.concatenate([features, features]), np.repeat([1, 0], 80)  # a tie is half a win and half a loss
-    model.fit(*twice, sample_weight=np.concatenate([targets, 1 - targets]))
-    assert side_by_side.fit_logistic(features, targets, 0.7) == pytest.approx(model.coef_[0], abs=1e-6)
-
-
-@pytest.mark.parametrize("scale", [1, 1e3])
-def test_fit_of_separable_data_reaches_the_minimum(scale):
-    """Fails when the ridge is missing from the curvature, or there are too few steps."""
-    effect = scale * np.array([-0.9, -0.5, 0.1, 0.3, 0.6])
-    features, targets = np.column_stack([np.ones(5), effect]), np.array([0.0, 0, 1, 1, 1])
-    weights = side_by_side.fit_logistic(features, targets, 0.01)
-    gradient = features.T @ (1 / (1 + np.exp(-features @ weights)) - targets) + 0.01 * weights
-    assert gradient == pytest.approx(0, abs=1e-8)
-    assert weights[1] > 0
-
-
-def test_a_fit_that_does_not_arrive_is_no_result(monkeypatch):
-    """Fails when the weights of the last step are returned."""
-    monkeypatch.setattr(side_by_side, "NEWTON_STEPS", 2)
-    with pytest.raises(FloatingPointError, match="no minimum after 2"):
-        side_by_side.fit_logistic(np.array([[1.0, 0.3], [1, -0.4], [1, 0.8]]), np.array([1.0, 0, 1]), 0.01)
-
-
-def test_length_control_is_the_documented_formula():
-    """Fails when d is centred, tanh or the deviation is left out, or the rate is read at the mean length difference."""
-    difference = np.array([40.0, 25, -10, 60, 5, -30, 80, 15])
-    wins = np.array([1.0, 1, 0.5, 1, 0, 0, 1, 0])
+def _by_scipy(wins, difference):
+    """The win rate at equal length, from a general minimiser."""
     effect = np.tanh(difference / np.sqrt(((difference - difference.mean()) ** 2).mean()))
 
     def loss(weights):
-        chances = 1 / (1 + np.exp(-weights[0] - weights[1] * effect))
-        entropy = -(wins * np.log(chances) + (1 - wins) * np.log(1 - chances)).sum()
+        log_odds = weights[0] + weights[1] * effect
+        entropy = (np.logaddexp(0, log_odds) - wins * log_odds).sum()
         return entropy + 0.05 * (weights**2).sum()
 
-    intercept = minimize(loss, [0.0, 0.0], method="BFGS", options={"gtol": 1e-9}).x[0]
+    intercept = minimize(loss, [0.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-14}).x[0]
+    return 1 / (1 + np.exp(-intercept))
+
+
+DIFFERENCE = np.array([40.0, 25, -10, 60, 5, -30, 80, 15])
+
+
+@pytest.mark.parametrize(
+    "wins",
+    [
+        [1, 1, 0.5, 1, 0, 0, 1, 0],
+        [1, 1, 0, 1, 0, 0, 1, 1],  # the longer always wins
+        [0.5] * 8,
+        [1] * 8,
+        [0.5, 0.5, 0, 0.5, 0, 0, 0.5, 0.5],  # no win
+    ],
+)
+def test_length_control_is_the_documented_formula(wins):
+    """Fails when d is centred, tanh, deviation or ridge is wrong, a tie is no half win, or the fit stops early."""
+    wins = np.array(wins, float)
+    found = side_by_side.length_controlled_win_rate(wins, DIFFERENCE)
+    assert found == pytest.approx(_by_scipy(wins, DIFFERENCE), abs=1e-6)
+
+
+def test_length_control_of_many_pairs_is_the_documented_formula():
+    """Fails when the ridge or the tolerance depends on the number of pairs."""
+    rng = np.random.default_rng(3)
+    wins, difference = rng.choice([0, 0.5, 1], 2000, p=[0.1, 0.2, 0.7]), rng.normal(30, 40, 2000)
     found = side_by_side.length_controlled_win_rate(wins, difference)
-    assert found == pytest.approx(1 / (1 + np.exp(-intercept)), abs=1e-5)
+    assert found == pytest.approx(_by_scipy(wins, difference), abs=1e-6)
+
+
+def test_a_fit_that_does_not_converge_is_no_result(monkeypatch):
+    """Fails when the weights of the last step are returned."""
+    monkeypatch.setattr(side_by_side, "MAX_STEPS", 2)
+    with pytest.warns(ConvergenceWarning), pytest.raises(FloatingPointError, match="no minimum after 2"):
+        side_by_side.length_controlled_win_rate(np.ones(8), DIFFERENCE)
 
 
 def _synthetic(quality, slope, count=4000):

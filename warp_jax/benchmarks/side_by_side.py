@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import sklearn
+from sklearn.linear_model import LogisticRegression
 
 from warp_jax.evaluation import pareto
 from warp_jax.evaluation.pareto import Interval
@@ -32,7 +34,8 @@ LENGTHS: dict[str, Callable[[str], int]] = {"characters": len, "words": lambda t
 # Of pairs drawn from one normal distribution, 14 % are then ties and 26, 31 and 29 % get grades 0.5, 1 and 1.5.
 MARGINS_IN_DEVIATIONS: Margins = (0.25, 0.75, 1.5)
 RIDGE = 0.1  # a normal prior of standard deviation 3.2 log-odds on each weight
-NEWTON_STEPS = 50  # at most 13 were needed, by 100,000 equal answers
+TOLERANCE = 1e-8  # on the gradient of the mean loss
+MAX_STEPS = 50  # Newton steps; at most 14 were needed, by 100,000 equal answers
 
 
 class Comparison(NamedTuple):
@@ -131,24 +134,16 @@ def length_controlled_win_rate(wins: np.ndarray, length_difference: np.ndarray) 
     if spread == 0 and length_difference.any():
         return float("nan")
     effect = np.tanh(length_difference / spread) if spread else np.zeros(len(wins))
-    intercept, _ = fit_logistic(np.column_stack([np.ones(len(wins)), effect]), wins, RIDGE)
-    return float(_sigmoid(intercept))
-
-
-def fit_logistic(features: np.ndarray, targets: np.ndarray, ridge: float) -> np.ndarray:
-    """Weights [K] that minimise the summed cross-entropy of targets [N] in [0, 1] plus ridge/2 |weights|^2.
-
-    Newton steps from 0 on features [N, K]; FloatingPointError if they do not arrive.
-    """
-    weights = np.zeros(features.shape[1])
-    for _ in range(NEWTON_STEPS):
-        chances = _sigmoid(features @ weights)
-        gradient = features.T @ (chances - targets) + ridge * weights
-        if np.abs(gradient).max() <= 1e-10 * len(targets):
-            return weights
-        curvature = (features.T * (chances * (1 - chances))) @ features + ridge * np.eye(len(weights))
-        weights = weights - np.linalg.solve(curvature, gradient)
-    raise FloatingPointError(f"logistic regression: no minimum after {NEWTON_STEPS} Newton steps, ridge {ridge:g}")
+    features = np.tile(np.column_stack([np.ones(len(wins)), effect]), (2, 1))  # each pair as a win and as a loss,
+    outcomes, weights = np.repeat([1, 0], len(wins)), np.concatenate([wins, 1 - wins])  # weighted: a tie is 1/2 each
+    model = LogisticRegression(
+        C=1 / RIDGE, fit_intercept=False, solver="newton-cholesky", tol=TOLERANCE, max_iter=MAX_STEPS
+    )
+    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):  # they cost more than the fit
+        intercept = model.fit(features, outcomes, weights).coef_[0, 0]
+    if model.n_iter_[0] >= MAX_STEPS:
+        raise FloatingPointError(f"logistic regression: got no minimum after {MAX_STEPS} Newton steps")
+    return float(1 / (1 + np.exp(-intercept)))
 
 
 def compare(
@@ -227,7 +222,3 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
 
 def _shown(prompt: str, width: int = 60) -> str:
     return repr(prompt if len(prompt) <= width else prompt[:width] + "...")
-
-
-def _sigmoid(log_odds: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(log_odds / 2))
