@@ -353,7 +353,7 @@ def test_bad_input_is_one_line(tmp_path, arguments, before, message):
 
 
 @pytest.mark.parametrize(
-    ("what", "message"), [("settings", "has settings"), ("weights", "has fingerprint"), ("nothing", "")]
+    ("what", "message"), [("settings", "got settings"), ("weights", "got fingerprint"), ("nothing", "")]
 )
 def test_results_measured_otherwise_are_not_mixed(tmp_path, what, message):
     """Fails when a result of other weights or settings counts as finished, or one of the same does not."""

@@ -1,1 +1,1 @@
-"""Answers and benchmarks of exported policies."""
+"""Compare trained policies: sampled answers, side-by-side judging, lm-evaluation-harness."""

@@ -1,4 +1,4 @@
-"""Answers of one policy to prompts in words."""
+"""Sample answers of a policy to text prompts and conversations."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -16,26 +16,26 @@ from warp_jax.parallel import meshes
 from warp_jax.training import sampling
 from warp_jax.types import Params
 
-BATCH = 32  # prompts at once
+BATCH = 32  # prompts per batch
 
 
 def read_prompts(path: Path, field: str) -> list[Any]:
-    """The texts or conversations in a field of each line of a JSONL file."""
+    """Read one field, a text or a conversation, from each line of a JSONL file."""
     if path.suffix != ".jsonl":
-        raise ValueError(f"{path}: want a .jsonl file, one JSON object a line")
+        raise ValueError(f"{path}: want a .jsonl file with one JSON object per line")
     rows = corpus.load_rows(str(path), "")
     for number, row in enumerate(rows, start=1):
         if field not in row:
-            raise ValueError(f"{path} row {number}: has {sorted(row)}, want the field {field!r}")
+            raise ValueError(f"{path} row {number}: got fields {sorted(row)}, want the field {field!r}")
     return [row[field] for row in rows]
 
 
 def encode(tokenizer: Tokenizer, values: Sequence[Any], *, use_chat: bool) -> list[np.ndarray]:
-    """Ids of each prompt: a text after bos, or a conversation in the model's chat template."""
+    """Tokenize prompts. With use_chat, apply the chat template; else put the bos token before the text."""
     if use_chat:
         return tokenizer.encode_with_special([chat.prompt_text(tokenizer, value) for value in values])
     if others := [value for value in values if not isinstance(value, str)]:
-        raise ValueError(f"prompt: got {str(others[0])[:60]!r}, want a text; for conversations use the chat template")
+        raise ValueError(f"prompt: got {str(others[0])[:60]!r}, want a text; use the chat template for conversations")
     bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
     return [np.append(bos, ids) for ids in tokenizer.encode(values)]
 
@@ -50,7 +50,10 @@ def sample_answers(
     seed: int,
     settings: Mapping[str, Any],
 ) -> list[str]:
-    """One answer to each prompt in `rows`; settings: max_new_tokens, temperature, top_k, top_p of SamplingConfig."""
+    """Sample one answer to each prompt in `rows` (token ids from `encode`).
+
+    `settings` holds max_new_tokens, temperature, top_k and top_p of SamplingConfig.
+    """
     config = sampling.SamplingConfig(stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, **settings)
     sample = jax.jit(
         functools.partial(sampling.sample, make_apply_fn(model), functools.partial(init_cache, model), config=config)

@@ -1,6 +1,6 @@
-"""Results of lm-evaluation-harness: one JSON file for each model and task, and one table of them all.
+"""Results of lm-evaluation-harness: JSON records for each model and task, and tables that compare the models.
 
-Nothing here imports the harness: `make_record` takes what `lm_eval.simple_evaluate` returned.
+This file does not import the harness: `make_record` takes the output of `lm_eval.simple_evaluate`.
 """
 
 import csv
@@ -16,18 +16,18 @@ import numpy as np
 
 from warp_jax import files
 
-# The paper's Table 2 in the harness's names. It does not say whether BBH was asked step by step; `bbh_zeroshot` is not.
+# The tasks of the paper's Table 2. The paper does not say if BBH used step-by-step prompts; `bbh_zeroshot` does not.
 TABLE_2 = ("mbpp", "mmlu", "gsm8k", "minerva_math", "humaneval", "bbh_cot_zeroshot")
-RUN_CODE = ("mbpp", "humaneval")  # tasks whose name starts so run what the model wrote
+RUN_CODE = ("mbpp", "humaneval")  # prefixes of the tasks that execute code written by the model
 CSV_COLUMNS = (
     *("task", "metric", "filter", "documents", "model", "value", "stderr"),
-    *("difference", "difference_stderr"),  # from the first model
+    *("difference", "difference_stderr"),  # to the first model
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a result depends on, beside the model and the task. num_fewshot: None is the task's own."""
+    """Settings of an evaluation, saved with each result. num_fewshot None: the task's default."""
 
     num_fewshot: int | None = 0
     limit: float | None = None
@@ -39,7 +39,8 @@ class Settings:
 class Score:
     """One metric of one model on one task.
 
-    stderr: None if the harness gives none. values: of each document, by subtask; empty unless their mean is the value.
+    stderr: standard error, None if the harness gives none. values: one value per document, by subtask; empty if their
+    mean differs from `value`.
     """
 
     task: str
@@ -52,41 +53,41 @@ class Score:
 
     @property
     def row(self) -> tuple[str, str, str]:
-        """What makes scores of two models comparable."""
+        """Key of the table row: scores of different models with the same key are comparable."""
         return self.task, self.metric, self.filter
 
 
 def parse_folders(items: Sequence[str]) -> dict[str, Path]:
-    """NAME=FOLDER items to folders by name."""
+    """Parse NAME=FOLDER items; raise ValueError for a bad name or a folder without config.json."""
     wrong = [item for item in items if "=" not in item]
     if wrong:
-        raise ValueError(f"--folders: got {wrong[0]!r}, want NAME=FOLDER separated by commas")
+        raise ValueError(f"--folders: got {wrong[0]!r}, want NAME=FOLDER items separated by commas")
     pairs = [item.split("=", 1) for item in items]
     check_names("--folders", [name for name, _ in pairs])
     for name, folder in pairs:
         if not (Path(folder) / "config.json").is_file():
-            raise ValueError(f"--folders: {name}: no config.json in {folder}; want a Hugging Face folder")
+            raise ValueError(f"--folders: {name}: no config.json in {folder}; want a Hugging Face model folder")
     return {name: Path(folder) for name, folder in pairs}
 
 
 def check_names(flag: str, names: Sequence[str]) -> None:
-    """Names become those of files and columns: plain and each once."""
+    """Raise ValueError unless the names are unique and usable as file names."""
     for number, name in enumerate(names):
         if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
-            raise ValueError(f"{flag}: got the name {name!r}, want letters, digits, '_', '.', '+' and '-'")
+            raise ValueError(f"{flag}: got the name {name!r}, want only letters, digits, '_', '.', '+' and '-'")
         if name in names[:number]:
-            raise ValueError(f"{flag}: the name {name} is given twice; every column needs its own")
+            raise ValueError(f"{flag}: the name {name} is given twice; want a different name for each column")
 
 
 def stage_name(stage: str) -> str:
-    """The column of a stage: liti:0.3 -> liti_0.3, iteration_1/run_2 -> iteration_1_run_2."""
+    """Column name of a stage: liti:0.3 -> liti_0.3, iteration_1/run_2 -> iteration_1_run_2."""
     return re.sub(r"[:/]", "_", stage)
 
 
 def make_record(
     model: str, task: str, settings: Settings, model_hash: str, output: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The content of a result file. output: what the harness returned, with samples."""
+    """Content of a result file, from the output of the harness with its samples."""
     return {
         "model": model,
         "task": task,
@@ -98,18 +99,18 @@ def make_record(
 
 
 def load_record(path: Path, settings: Settings, model_hash: str) -> dict[str, Any] | None:
-    """A finished result, None if there is none, ValueError if it was measured otherwise."""
+    """Read a saved result, None if missing; raise ValueError if it has other settings or other weights."""
     if not path.is_file():
         return None
     record: dict[str, Any] = files.read_json(path)
     for name, want in (("settings", dataclasses.asdict(settings)), ("fingerprint", model_hash)):
         if record[name] != want:
-            raise ValueError(f"{path}: has {name} {record[name]}, want {want}; delete it or choose another --out")
+            raise ValueError(f"{path}: got {name} {record[name]}, want {want}; delete it or choose another --out")
     return record
 
 
 def scores(record: Mapping[str, Any]) -> list[Score]:
-    """All metrics of a result: those of the task or group itself, or of each task of a tag."""
+    """All metrics of a result: of the task or group, or of every task with a tag."""
     results, task = record["harness"]["results"], record["task"]
     names = [task] if task in results else sorted(results)
     return [_score(record, name, key) for name in names for key in results[name] if _is_metric(key)]
@@ -118,8 +119,8 @@ def scores(record: Mapping[str, Any]) -> list[Score]:
 def difference(score: Score, base: Score) -> tuple[float, float | None]:
     """Score minus base, and its standard error.
 
-    Paired where the value of every document is known (subtasks are strata): both models answered the same documents,
-    and neighbours on a front answer most of them alike. Otherwise as if the two were independent.
+    The error is paired over documents, with subtasks as strata, if both scores have the value of every document: models
+    that are close on a front give mostly the same answers. Otherwise the two scores are treated as independent.
     """
     change = score.value - base.value
     shape, base_shape = ({name: len(v) for name, v in s.values.items()} for s in (score, base))
@@ -133,7 +134,7 @@ def difference(score: Score, base: Score) -> tuple[float, float | None]:
 
 
 def markdown(columns: Mapping[str, Sequence[Score]]) -> str:
-    """A row for each task and metric, a column for each model, then each model minus the first."""
+    """Markdown table: a row for each task and metric, a column for each model, then each model minus the first."""
     first, *others = columns
     head = ["task", "metric", "documents", *columns, *(f"{name} - {first}" for name in others)]
     lines = [head, ["---"] * len(head)]
@@ -148,7 +149,7 @@ def markdown(columns: Mapping[str, Sequence[Score]]) -> str:
 
 
 def csv_text(columns: Mapping[str, Sequence[Score]]) -> str:
-    """A line for each task, metric and model, for plots."""
+    """CSV table for plots: a line for each task, metric and model."""
     first, text = next(iter(columns)), io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -160,7 +161,7 @@ def csv_text(columns: Mapping[str, Sequence[Score]]) -> str:
 
 
 def _values(samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, dict[str, list[float]]]:
-    """metric,filter -> subtask -> the value of each document, in the order of the documents."""
+    """Values of the documents, in order, by "metric,filter" and subtask."""
     values: dict[str, dict[str, list[float]]] = {}
     for name, documents in samples.items():
         for document in sorted(documents, key=lambda document: document["doc_id"]):
@@ -194,7 +195,7 @@ def _is_metric(key: str) -> bool:
 
 
 def _rows(columns: Mapping[str, Sequence[Score]]) -> list[tuple[tuple[str, str, str], dict[str, Score]]]:
-    """Scores by row, then by model; rows in the order of their first appearance."""
+    """Group scores by table row, then by model; rows keep the order in which they first appear."""
     rows: dict[tuple[str, str, str], dict[str, Score]] = {}
     for model, column in columns.items():
         for score in column:

@@ -1,7 +1,7 @@
-"""Two policies side by side on the same prompts: graded score, win rate, and win rate at equal length.
+"""Side-by-side comparison of two policies on the same prompts: mean grade, win rate, length-controlled win rate.
 
-The grades are those of the paper's Table 1 (arXiv 2406.16768, section 4.5); here a judge's two scores give them.
-Everything is seen from `ours`: a positive score and a rate above 1/2 speak for it.
+The grades are those of the paper's Table 1 (arXiv 2406.16768, section 4.5), computed from a judge's two scores.
+All results are from the view of `ours`: a positive score or a rate above 1/2 means that `ours` is better.
 """
 
 import functools
@@ -18,8 +18,8 @@ from warp_jax.evaluation import pareto
 from warp_jax.evaluation.pareto import Interval
 from warp_jax.rewards.reward_functions import TextFn
 
-Row = Mapping[str, Any]  # one answer: "prompt", "completion" and whatever else its file holds
-Margins = tuple[float, float, float]
+Row = Mapping[str, Any]  # one answer: "prompt", "completion" and any further fields of its line
+Margins = tuple[float, float, float]  # tie, slightly, better: see grade()
 
 GRADES = {
     "much better": 1.5,
@@ -31,18 +31,18 @@ GRADES = {
     "much worse": -1.5,
 }
 LENGTHS: dict[str, Callable[[str], int]] = {"characters": len, "words": lambda text: len(text.split())}
-# Of pairs drawn from one normal distribution, 14 % are then ties and 26, 31 and 29 % get grades 0.5, 1 and 1.5.
+# If all scores come from one normal distribution, 14 % of pairs are ties and 26, 31 and 29 % get grade 0.5, 1 and 1.5.
 MARGINS_IN_DEVIATIONS: Margins = (0.25, 0.75, 1.5)
-RIDGE = 0.1  # a normal prior of standard deviation 3.2 log-odds on each weight
-TOLERANCE = 1e-8  # on the gradient of the mean loss
+RIDGE = 0.1  # L2 penalty: a normal prior with standard deviation 3.2 log-odds on each weight
+TOLERANCE = 1e-8  # largest gradient of the mean loss at the minimum
 MAX_STEPS = 50  # Newton steps; at most 14 were needed, by 100,000 equal answers
 
 
 class Comparison(NamedTuple):
-    """What is known of two policies. Pairs are (ours, theirs); intervals are 95 % bootstrap intervals over prompts.
+    """Results of a comparison. Tuples of two are (ours, theirs); intervals are 95 % bootstrap intervals over prompts.
 
-    score: mean grade in [-1.5, 1.5]. Rates in [0, 1]. margins: judge units. grades: answers by grade of ours.
-    longer: number of pairs in which (ours, theirs) is the longer answer.
+    score: mean grade, from -1.5 to 1.5. Rates: from 0 to 1. margins: in the judge's unit. grades: number of answers of
+    ours with each grade. longer: number of pairs in which ours, or theirs, is the longer answer.
     """
 
     prompts: int
@@ -58,8 +58,8 @@ class Comparison(NamedTuple):
 
 
 def parse_answers(text: str, name: str) -> list[dict[str, Any]]:
-    """The answers in JSON lines; blank lines are skipped. ValueError names `name` and the line of what is wrong."""
-    lines = enumerate(text.split("\n"), start=1)  # not splitlines: JSON strings may hold other line separators
+    """Parse answers from JSONL text, skipping blank lines. Raises ValueError with `name` and the line number."""
+    lines = enumerate(text.split("\n"), start=1)  # not splitlines(): it also splits at separators inside JSON strings
     rows = [_parse_line(line, f"{name} line {number}") for number, line in lines if line.strip()]
     if not rows:
         raise ValueError(f'{name}: got no answers, want one {{"prompt": "...", "completion": "..."}} a line')
@@ -67,9 +67,9 @@ def parse_answers(text: str, name: str) -> list[dict[str, Any]]:
 
 
 def match(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Row]:
-    """The rows of theirs in the order of ours, by prompt; the k-th answer to a prompt meets the k-th.
+    """Reorder `theirs` so that row i has the prompt of ours[i]; the k-th answers to one prompt form a pair.
 
-    Raises ValueError with the first prompt that is not answered as often by both.
+    Raises ValueError if a prompt has more answers in one of the two than in the other.
     """
     ours_count, theirs_count = (Counter(row["prompt"] for row in rows) for rows in (ours, theirs))
     for prompt in [*ours_count, *theirs_count]:
@@ -85,12 +85,12 @@ def match(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Row]:
 
 
 def judge_scores(judge: TextFn, ours: Sequence[Row], theirs: Sequence[Row]) -> np.ndarray:
-    """The judge's scores: float64 [2, N], ours first. It is called once, so that it may not treat the two apart."""
+    """Score both sets of answers: float64 [2, N], ours first, from a single call of the judge."""
     rows = [*ours, *theirs]
     try:
         scores = judge([row["prompt"] for row in rows], [row["completion"] for row in rows], rows)
         values = np.asarray(scores, np.float64)
-    except Exception as error:  # whatever code of the user's raises
+    except Exception as error:  # the judge is user code
         raise ValueError(f"judge: {type(error).__name__}: {error}") from error
     if values.shape != (len(rows),):
         raise ValueError(f"judge: returned shape {values.shape}, want ({len(rows)},), one number a text")
@@ -101,45 +101,52 @@ def judge_scores(judge: TextFn, ours: Sequence[Row], theirs: Sequence[Row]) -> n
 
 
 def check_margins(margins: Sequence[float]) -> Margins:
-    """The margins (tie, slightly, better), or ValueError."""
+    """Return the margins (tie, slightly, better); raise ValueError unless 0 <= tie < slightly < better."""
     if len(margins) != 3 or not 0 <= margins[0] < margins[1] < margins[2] < np.inf:
-        raise ValueError(f"margins: got {list(margins)}, want three rising numbers from 0 on: tie, slightly, better")
+        raise ValueError(f"margins: got {list(margins)}, want three increasing numbers >= 0: tie, slightly, better")
     return margins[0], margins[1], margins[2]
 
 
 def default_margins(scores: np.ndarray) -> Margins:
-    """MARGINS_IN_DEVIATIONS times the standard deviation of all scores of both policies together."""
+    """Margins from the standard deviation of the scores of both policies together, times MARGINS_IN_DEVIATIONS."""
     tie, slightly, better = (float(scores.std() * margin) for margin in MARGINS_IN_DEVIATIONS)
     return tie, slightly, better
 
 
 def grade(difference: np.ndarray, margins: Margins) -> np.ndarray:
-    """Grades of ours, [N] of {0, +-0.5, +-1, +-1.5}, for its scores minus theirs [N].
+    """Grade each pair: 0, +-0.5, +-1 or +-1.5, [N], from the score of ours minus the score of theirs, [N].
 
-    |difference| <= tie is a tie, <= slightly is 0.5, <= better is 1, above that is 1.5.
+    The size of a grade is 0 up to margin `tie`, 0.5 up to `slightly`, 1 up to `better`, and 1.5 above.
     """
     return np.sign(difference) * 0.5 * np.searchsorted(margins, np.abs(difference), side="left")
 
 
 def length_controlled_win_rate(wins: np.ndarray, length_difference: np.ndarray) -> float:
-    """The win rate that a logistic regression expects at equal length. wins [N] of {0, 1/2, 1}, 1/2 for a tie.
+    """Win rate at equal length, predicted by a logistic regression as in AlpacaEval 2 (arXiv 2404.04475).
 
-    As in AlpacaEval 2 (arXiv 2404.04475):  log-odds(win) = a + b tanh(d / s),  d = length of ours minus theirs,
-    s = standard deviation of d, not centred, so that d = 0 is equal length;  result = 1 / (1 + exp(-a)).
-    a and b minimise the cross-entropy plus RIDGE/2 (a^2 + b^2). AlpacaEval's further term, the difficulty of each
-    prompt, is learned from many policies and left out.
-    nan if all d are equal and not 0: then length and quality cannot be told apart.
+    The model is log-odds(win) = a + b tanh(d / s), with d the length difference and s its standard deviation; d is not
+    centred, so d = 0 means equal length, and the win rate there is 1 / (1 + exp(-a)). a and b minimise the summed
+    cross-entropy plus RIDGE/2 (a^2 + b^2). AlpacaEval's third term, the difficulty of each prompt, needs the answers of
+    many policies and is left out.
+
+    Args:
+      wins: [N], 1 where ours wins, 1/2 for a tie, 0 where theirs wins.
+      length_difference: [N], length of ours minus length of theirs.
+
+    Returns:
+      A rate from 0 to 1; nan if all differences are equal and not 0: length cannot be separated from quality then.
     """
     spread = length_difference.std()
     if spread == 0 and length_difference.any():
         return float("nan")
     effect = np.tanh(length_difference / spread) if spread else np.zeros(len(wins))
-    features = np.tile(np.column_stack([np.ones(len(wins)), effect]), (2, 1))  # each pair as a win and as a loss,
-    outcomes, weights = np.repeat([1, 0], len(wins)), np.concatenate([wins, 1 - wins])  # weighted: a tie is 1/2 each
+    features = np.tile(np.column_stack([np.ones(len(wins)), effect]), (2, 1))
+    outcomes = np.repeat([1, 0], len(wins))  # each pair twice: as a win with weight w, as a loss with weight 1 - w
+    weights = np.concatenate([wins, 1 - wins])
     model = LogisticRegression(
         C=1 / RIDGE, fit_intercept=False, solver="newton-cholesky", tol=TOLERANCE, max_iter=MAX_STEPS
     )
-    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):  # they cost more than the fit
+    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):  # checks are slow
         intercept = model.fit(features, outcomes, weights).coef_[0, 0]
     if model.n_iter_[0] >= MAX_STEPS:
         raise FloatingPointError(f"logistic regression: got no minimum after {MAX_STEPS} Newton steps")
@@ -156,15 +163,16 @@ def compare(
     resamples: int,
     seed: int,
 ) -> Comparison:
-    """Compare two sets of answers to the same prompts, in any order. margins None: `default_margins`.
+    """Compare two sets of answers to the same prompts, in any order; raise ValueError if an input is wrong.
 
-    The bootstrap draws prompts, each with all its answers; margins stay as they are. ValueError for bad input.
+    `margins` (tie, slightly, better) are in the judge's unit; None takes `default_margins`. `length_unit` is a name in
+    LENGTHS. The bootstrap draws prompts, each with all its answers, and does not change the margins.
     """
     given = None if margins is None else check_margins(margins)
     theirs = match(ours, theirs)
     members = _members([row["prompt"] for row in ours])
     if len(members) < 2:
-        raise ValueError(f"prompts: got {len(members)}, want at least 2: the intervals are over prompts")
+        raise ValueError(f"prompts: got {len(members)}, want at least 2 different ones, to resample them")
     scores = judge_scores(judge, ours, theirs)
     used = given or default_margins(scores)
     grades = grade(scores[0] - scores[1], used)
@@ -189,7 +197,7 @@ def compare(
 def _interval(
     statistic: Callable[[np.ndarray], float], *, members: Sequence[np.ndarray], resamples: int, seed: int
 ) -> Interval:
-    """The bootstrap interval of statistic(rows) when whole prompts are drawn; members[prompt] are its rows."""
+    """Bootstrap interval of statistic(rows) over prompts; members[i] are the row numbers of prompt i."""
     return pareto.bootstrap(
         lambda drawn: statistic(np.concatenate([members[prompt] for prompt in drawn])),
         len(members),
@@ -199,11 +207,11 @@ def _interval(
 
 
 def _members(prompts: Sequence[str]) -> list[np.ndarray]:
-    """The rows of each distinct prompt."""
+    """Group row numbers by prompt."""
     rows: dict[str, list[int]] = defaultdict(list)
     for row, prompt in enumerate(prompts):
         rows[prompt].append(row)
-    return [np.array(found) for found in rows.values()]
+    return [np.array(numbers) for numbers in rows.values()]
 
 
 def _parse_line(line: str, where: str) -> dict[str, Any]:
@@ -212,7 +220,9 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: broken JSON: {getattr(error, 'msg', error)}; want one object a line") from error
     if not isinstance(row, dict):
-        raise ValueError(f'{where}: got {type(row).__name__}, want an object {{"prompt": ..., "completion": ...}}')
+        raise ValueError(
+            f'{where}: got {type(row).__name__}, want an object such as {{"prompt": ..., "completion": ...}}'
+        )
     for name in ("prompt", "completion"):
         if not isinstance(row.get(name), str):
             got = type(row[name]).__name__ if name in row else f"fields {sorted(row)}"
