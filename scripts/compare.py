@@ -1,10 +1,11 @@
-"""Print one table over finished workdirs, for example of several seeds or of WARP and its baselines.
+"""Compare finished workdirs in one Markdown table, for example several seeds, or WARP and its baselines.
 
   python scripts/compare.py runs/seed0 runs/seed1 runs/seed2
   python scripts/compare.py --baseline=runs/sft_anchor --picture=compared.png runs/warp
 
-With a baseline of the same SFT policy, prompts and seed, a second table sets the last front of each workdir against the
-trajectory of the baseline: at the KL of each of its points, and at its reward (95 % bootstrap intervals over prompts).
+With --baseline, a second table compares the last front of each workdir with every policy that the baseline saved: the
+difference of reward at equal KL, and the KL saved at equal reward (95 % bootstrap intervals over prompts). Both
+workdirs need the same SFT policy, reward, prompts and seed.
 """
 
 import statistics
@@ -18,8 +19,8 @@ from absl import app, flags
 from warp_jax import cli, files
 from warp_jax.evaluation import plots, report, summary
 
-_BASELINE = flags.DEFINE_string("baseline", "", "Finished workdir whose trajectory the other fronts are set against.")
-_PICTURE = flags.DEFINE_string("picture", "", "PNG for the fronts of one workdir and the baseline's trajectory.")
+_BASELINE = flags.DEFINE_string("baseline", "", "Finished workdir to compare each front with, point by point.")
+_PICTURE = flags.DEFINE_string("picture", "", "Path of a PNG to write: the fronts of one workdir, and the baseline.")
 RESAMPLES = 1000
 
 COLUMNS = (
@@ -29,7 +30,7 @@ COLUMNS = (
 
 
 def read_row(workdir: Path) -> list[str]:
-    """The cells of one workdir."""
+    """Cells of the row of one workdir."""
     numbers = files.read_json(workdir / "summary.json")
     seed = files.read_json(workdir / "config.json")["seed"]
     geometries = [files.read_json(path) for path in _iterations(workdir)]
@@ -50,7 +51,7 @@ def _iterations(workdir: Path) -> list[Path]:
 
 
 def _median_angle(geometry: dict[str, Any]) -> float | None:
-    """Degrees, median over the units and the pairs of runs; None with one run."""
+    """Median angle in degrees over all units and pairs of runs; None with a single run."""
     angles = [angle for unit in geometry["angles_degrees"] for m, row in enumerate(unit) for angle in row[:m]]
     return statistics.median(angles) if angles else None
 
@@ -69,13 +70,13 @@ BASELINE_COLUMNS = (
 
 
 def baseline_rows(workdir: Path, baseline: Path) -> list[list[str]]:
-    """Cells of the second table: one row for each point of the baseline's trajectory."""
+    """Rows of the second table, one for each policy that the baseline saved."""
     points, others = report.read_points(workdir), report.read_points(baseline)
     ours, theirs = points[0].evaluation, others[0].evaluation
     same_reward = ours.reward.shape == theirs.reward.shape and np.allclose(ours.reward, theirs.reward, atol=1e-4)
     if not (same_reward and np.array_equal(ours.completion_ids, theirs.completion_ids)):
         cli.fail(
-            f"want one SFT policy, reward, prompts and seed, for paired differences; {workdir} and {baseline} differ"
+            f"--baseline: want the same SFT policy, reward, prompts and seed in both; {workdir} and {baseline} differ"
         )
     front = summary.front_members(points, max(p.iteration for p in points))
     policies = [p for p in others if p.stage == "policy"]
@@ -101,21 +102,21 @@ def _interval(row: dict[str, Any], name: str, style: str) -> str:
 
 
 def print_table(columns: str, rows: list[list[str]]) -> None:
-    """Markdown."""
+    """Print a Markdown table."""
     print(f"| {columns} |\n|{'---|' * (columns.count('|') + 1)}")
     for row in rows:
         print(f"| {' | '.join(row)} |")
 
 
 def main(argv: list[str]) -> None:
-    """Entry point."""
+    """Check the workdirs, print the tables and draw the picture."""
     workdirs = [Path(name) for name in argv[1:]]
     baselines = [Path(_BASELINE.value)] if _BASELINE.value else []
     unfinished = [str(path) for path in [*workdirs, *baselines] if not (path / "summary.json").is_file()]
     if unfinished or not workdirs:
-        cli.fail(f"want finished workdirs; no summary.json in: {', '.join(unfinished) or 'none given'}")
+        cli.fail(f"want finished workdirs; no summary.json in: {', '.join(unfinished) or '(no workdir given)'}")
     if _PICTURE.value and not (baselines and len(workdirs) == 1):
-        cli.fail("--picture: want --baseline and one workdir")
+        cli.fail("--picture: want --baseline and exactly one workdir")
     print_table(COLUMNS, [read_row(workdir) for workdir in [*workdirs, *baselines]])
     for baseline in baselines:
         print()

@@ -1,15 +1,14 @@
-"""Evaluate Hugging Face folders, or stages of a workdir, with lm-evaluation-harness.
+"""Evaluate stages of a workdir, or Hugging Face model folders, with lm-evaluation-harness.
 
   python scripts/evaluate_harness.py --workdir=runs/x --stages=sft,liti:0.3,liti:1.0 --trust_code --out=runs/x/harness
   python scripts/evaluate_harness.py --folders=sft=exports/sft,other=exports/other --tasks=gsm8k,mmlu --out=comparison
 
-writes OUT/results/MODEL/TASK.json as each task is finished, and OUT/table.md and OUT/table.csv over all of them.
-Started again, it evaluates only what is missing. Needs `pip install 'warp_jax[evaluation]'`. See docs/evaluation.md.
+Writes OUT/results/MODEL/TASK.json after each task, and a comparison of all models as OUT/table.md and OUT/table.csv.
+Start it again to evaluate only the missing results. Needs `pip install 'warp_jax[evaluation]'`. See docs/evaluation.md.
 
-The harness runs in this process, through `lm_eval.simple_evaluate`, and not as `python -m lm_eval`. The program writes
-results only when all tasks of a model are done, goes on with a warning when it cannot write them, and reads its 13,000
-task files at each start: one start for each model loses finished tasks to a kill, one for each task reads these files
-and the model every time. Here every error arrives with its type and is kept beside the results, and the rest goes on.
+The script calls `lm_eval.simple_evaluate` once per model and task instead of running `python -m lm_eval`, which saves
+its results only after the last task of a model and reads 13,000 task files at every start. If a task fails, its
+traceback is saved next to the results and the other tasks continue.
 """
 
 import difflib
@@ -24,33 +23,37 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 
 from warp_jax import cli, files
 from warp_jax.benchmarks import harness
 
 INSTALL = "lm-evaluation-harness is not installed: pip install 'warp_jax[evaluation]' (or 'lm_eval[hf,math]')"
-FOLDERS = flags.DEFINE_list("folders", [], "NAME=FOLDER of Hugging Face folders, separated by commas.")
-WORKDIR = flags.DEFINE_string("workdir", None, "A finished workdir, for --stages.")
+FOLDERS = flags.DEFINE_list("folders", [], "Model folders to evaluate, as NAME=FOLDER separated by commas.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir with the --stages.")
 STAGES = flags.DEFINE_list(
-    "stages", [], "sft, iteration_1/run_2, iteration_1/merged, liti:0.3: exported to OUT/models."
+    "stages", [], "Stages to evaluate: sft, iteration_1/run_2, iteration_1/merged, liti:0.3. Exported to OUT/models."
 )
-OUT = flags.DEFINE_string("out", None, "Folder for results, exports and the table.")
-TASKS = flags.DEFINE_list("tasks", list(harness.TABLE_2), "Names of the harness; default: the paper's Table 2.")
-INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Folder with task YAMLs of your own.")
-NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", 0, "Examples before each question; -1: each task's own.", -1)
-LIMIT = flags.DEFINE_float("limit", None, "Documents of each (sub)task, a share if below 1; for a trial.", 0)
-BATCH_SIZE = flags.DEFINE_string("batch_size", "1", "A number, or auto.")
-DEVICE = flags.DEFINE_string("device", None, "cuda, cuda:1, mps, cpu; default: cuda if there is one.")
+OUT = flags.DEFINE_string("out", None, "Folder to write: results, exported models and tables.")
+TASKS = flags.DEFINE_list("tasks", list(harness.TABLE_2), "Tasks of the harness; the default is the paper's Table 2.")
+INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Folder with YAML files of your own tasks.")
+NUM_FEWSHOT = flags.DEFINE_integer(
+    "num_fewshot", 0, "Examples before each question; -1 = the default of each task.", -1
+)
+LIMIT = flags.DEFINE_float("limit", None, "Documents per (sub)task, or a fraction if below 1; default: all.", 0)
+BATCH_SIZE = flags.DEFINE_string("batch_size", "1", "Documents per batch, or auto.")
+DEVICE = flags.DEFINE_string(
+    "device", None, "Device of torch, such as cuda:1, mps or cpu; default: cuda if available, else cpu."
+)
 DTYPE = flags.DEFINE_enum(
-    "dtype", "auto", ["auto", "bfloat16", "float16", "float32"], "Of the weights; auto: as saved."
+    "dtype", "auto", ["auto", "bfloat16", "float16", "float32"], "Dtype of the weights; auto = as saved."
 )
-CHAT = flags.DEFINE_bool("apply_chat_template", False, "Put questions into the tokenizer's chat template.")
-TRUST_CODE = flags.DEFINE_bool("trust_code", False, "Let mbpp and humaneval run what the model wrote, on this machine.")
+CHAT = flags.DEFINE_bool("apply_chat_template", False, "Apply the chat template of the tokenizer to questions.")
+TRUST_CODE = flags.DEFINE_bool("trust_code", False, "Let mbpp and humaneval run code written by the model.")
 
 
 class Model(NamedTuple):
-    """A column of the table: its folder, the folder's fingerprint and the finished results by task."""
+    """A column of the table; `records` holds the finished results by task."""
 
     name: str
     folder: Path
@@ -59,7 +62,7 @@ class Model(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    """Entry point."""
+    """Export the stages, evaluate what is missing, write the tables."""
     del argv
     out = Path(OUT.value)
     try:
@@ -74,7 +77,7 @@ def main(argv: list[str]) -> None:
     failed = sum(_evaluate(out, model, manager) for model in models)
     _write_tables(out, models)
     if failed:
-        print(f"{failed} evaluations failed: see the lines above and *.error.txt in {out / 'results'}", file=sys.stderr)
+        print(f"{failed} evaluations failed: see *.error.txt in {out / 'results'}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -83,20 +86,20 @@ def _check_flags() -> None:
     coded = [task for task in TASKS.value if task.startswith(harness.RUN_CODE)]
     if coded and not TRUST_CODE.value:
         raise ValueError(
-            f"{' and '.join(coded)} run code that the model wrote: add --trust_code, or choose other --tasks"
+            f"--tasks: {' and '.join(coded)} run code written by the model: add --trust_code, or choose other --tasks"
         )
     if bool(WORKDIR.value) != bool(STAGES.value) or not (FOLDERS.value or STAGES.value):
-        raise ValueError("want --folders=NAME=FOLDER,..., or --workdir and --stages")
+        raise ValueError("got no models, want --folders=NAME=FOLDER,..., or --workdir and --stages")
     if not BATCH_SIZE.value.isdecimal() and BATCH_SIZE.value.split(":")[0] != "auto":
         raise ValueError(f"--batch_size: got {BATCH_SIZE.value!r}, want a number or auto")
     if LIMIT.value == 0:
-        raise ValueError("--limit: got 0, want a number of documents, or a share below 1")
+        raise ValueError("--limit: got 0, want a number of documents, or a fraction below 1")
     if INCLUDE_PATH.value and not Path(INCLUDE_PATH.value).is_dir():
-        raise ValueError(f"--include_path: no folder {INCLUDE_PATH.value}")
+        raise ValueError(f"--include_path: got {INCLUDE_PATH.value}, want an existing folder")
 
 
 def _folders(out: Path) -> dict[str, Path]:
-    """Folders by name, first those of --folders; those of stages need not be there yet."""
+    """Model folders by name, first --folders, then the exports of --stages, which may be missing."""
     folders = harness.parse_folders(FOLDERS.value)
     names = [harness.stage_name(stage) for stage in STAGES.value]
     harness.check_names("--folders and --stages", [*folders, *names])
@@ -104,10 +107,10 @@ def _folders(out: Path) -> dict[str, Path]:
 
 
 def _check_origin(out: Path) -> None:
-    """Exports of another workdir, or of one made anew with another config, are not taken for this one's."""
+    """Raise ValueError if the exports in `out` are of another workdir or another config."""
     config = Path(WORKDIR.value) / "config.json"
     if not config.is_file():
-        raise ValueError(f"--workdir: {WORKDIR.value} has no config.json, want a folder that warp_jax.main made")
+        raise ValueError(f"--workdir: no config.json in {WORKDIR.value}; want the workdir of a run of warp_jax.main")
     origin, path = {"workdir": str(config.parent.resolve()), "config": files.read_json(config)}, out / "origin.json"
     if path.exists() and files.read_json(path) != origin:
         raise ValueError(f"--out: {out} holds exports of another workdir or config; choose another folder")
@@ -122,7 +125,7 @@ def _export(out: Path, folders: dict[str, Path]) -> None:
         if (folder / "config.json").is_file():
             continue
         _progress(f"{stage}: exporting to {folder}")
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX would take the accelerator's memory from torch
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # leaves the memory of the accelerator to torch
         from warp_jax.experiment import export  # noqa: PLC0415
 
         export.export_stage(Path(WORKDIR.value), stage, folder)
@@ -139,12 +142,12 @@ def _path(out: Path, name: str, task: str) -> Path:
 
 def _model(out: Path, name: str, folder: Path) -> Model:
     fingerprint = files.fingerprint(folder)
-    found = ((task, harness.load_record(_path(out, name, task), _settings(), fingerprint)) for task in TASKS.value)
-    return Model(name, folder, fingerprint, {task: record for task, record in found if record})
+    saved = ((task, harness.load_record(_path(out, name, task), _settings(), fingerprint)) for task in TASKS.value)
+    return Model(name, folder, fingerprint, {task: record for task, record in saved if record})
 
 
 def _task_manager() -> Any:
-    """The harness's index of tasks: of --include_path alone if that is enough, which saves a quarter of a minute."""
+    """Index of tasks: of --include_path only, if it has all --tasks (saves 15 s), else with those of the harness."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     if TRUST_CODE.value:
@@ -170,7 +173,7 @@ def _task_manager() -> Any:
 
 
 def _all_known(index: Any, tasks: list[Any]) -> bool:
-    """Whether the index holds the tasks and, of groups, all members."""
+    """Return True if the index has all tasks and all members of groups."""
     entries = [index.get(task) if isinstance(task, str) else None for task in tasks]
     if None in entries:
         return False
@@ -178,19 +181,19 @@ def _all_known(index: Any, tasks: list[Any]) -> bool:
 
 
 def _evaluate(out: Path, model: Model, manager: Any) -> int:
-    """Evaluate what is missing of one model; returns how many evaluations failed."""
+    """Evaluate the missing tasks of one model; return the number of failures."""
     failed = 0
     load = functools.cache(lambda: _load_model(model.folder))
     for number, task in enumerate(TASKS.value, 1):
         label = f"{model.name}, {task} ({number} of {len(TASKS.value)})"
         if task in model.records:
-            _progress(f"{label}: found, skipped")
+            _progress(f"{label}: already evaluated, skipped")
             continue
         _progress(f"{label}: started")
         started, path = time.monotonic(), _path(out, model.name, task)
         try:
             model.records[task] = _run_task(model, load(), task, manager)
-        except Exception as error:  # of any library below: the other tasks go on
+        except Exception as error:  # any library may raise; the other tasks continue
             files.write_text(path.with_suffix(".error.txt"), traceback.format_exc())
             _progress(f"{label}: failed: {type(error).__name__}: {error}"[:400])
             failed += 1
@@ -217,7 +220,7 @@ def _load_model(folder: Path) -> Any:
 
 
 def _run_task(model: Model, loaded: Any, task: str, manager: Any) -> dict[str, Any]:
-    """The record of one result, in plain JSON values."""
+    """Evaluate one task; return its record as JSON values."""
     import lm_eval  # noqa: PLC0415
     from lm_eval.utils import handle_non_serializable  # noqa: PLC0415
 
@@ -251,7 +254,4 @@ def _write_tables(out: Path, models: list[Model]) -> None:
 
 
 if __name__ == "__main__":
-    parse_flags = functools.partial(
-        cli.parse_flags, required=("out",), example="--folders=sft=exports/sft --tasks=gsm8k --out=results"
-    )
-    app.run(main, flags_parser=parse_flags)
+    cli.run(main, required=("out",), example="--folders=sft=exports/sft --tasks=gsm8k --out=results")

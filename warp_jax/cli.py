@@ -1,10 +1,11 @@
 """Command lines that answer bad input with one line and exit code 2."""
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from absl import flags
+from absl import app, flags
 
 BAD_INPUT = 2  # exit codes
 TRY_AGAIN = 75  # nothing is wrong with the input: the same command may work later
@@ -35,3 +36,14 @@ def parse_flags(
     if len(rest) > 1 and not asks_for_help:
         fail(f"unexpected argument {rest[1]!r}; options start with --, see --help")
     return rest
+
+
+def run(
+    main: Callable[[list[str]], object],
+    *,
+    required: Sequence[str],
+    example: str,
+    load: Callable[[], object] = lambda: None,
+) -> None:
+    """Run a script: parse its flags with `parse_flags`, then call main(argv)."""
+    app.run(main, flags_parser=functools.partial(parse_flags, required=required, example=example, load=load))

@@ -1,28 +1,24 @@
-"""Write a JobSet for GKE: for each iteration one TPU job for each run, and one that merges them.
+"""Write a JobSet manifest for GKE: in each iteration, one TPU job per run, and one job that merges the runs.
 
   python scripts/launch/jobset.py --config=configs/gemma_7b.py --workdir=/warp/runs/gemma_7b --claim=warp
       --accelerator=v5p --topology=4x4x4 --image=REGISTRY/warp_jax:TAG --name=gemma-7b --out=gemma.yaml
   kubectl apply -f gemma.yaml
 
-The image holds the project in its working directory, with `jax[tpu]`. The claim is a PersistentVolumeClaim that all
-pods can write (ReadWriteMany, such as Filestore), mounted at --mount, where the workdir lies. --config.x.y=value is
-handed on. The cluster has JobSet 0.9 or newer, and a node pool of this topology for each run; the merge takes one of
-them.
+Requirements: an image with this project in its working directory and `jax[tpu]` installed; a PersistentVolumeClaim
+that all pods can write (ReadWriteMany, such as Filestore), which is mounted at --mount and holds the workdir; JobSet
+0.9 or newer; one node pool of the topology per run. An override --config.x.y=value is passed to all jobs.
 
-- A run is a replicatedJob of its own, with one replica: GKE joins the replicas of one replicatedJob to one JAX program
-  on several slices. groupName and the MEGASCALE variables say one slice too, with the values that a public log of a
-  job on one slice of GKE shows.
-- dependsOn orders them: the merge waits until all runs of its iteration are Complete (at most 5, JobSet's limit), the
-  runs of the next iteration until the merge is.
-- A pod starts again and goes on where it stopped: always after an eviction or preemption, and when it lost the other
-  pods of its job (exit code 75); after other failures up to --restarts times for each host of its job. Bad input (exit
-  code 2) fails the job at once. With the first failed job the JobSet has failed, since it has no failurePolicy of its
-  own, and nothing of it starts again; delete and apply it to go on.
+- Every run is a separate replicatedJob with one replica, because GKE joins all replicas of one replicatedJob into one
+  multi-slice JAX program. groupName and the MEGASCALE variables also describe one slice.
+- The merge starts when all runs of its iteration are complete (dependsOn; JobSet allows at most 5), and the runs of the
+  next iteration start after the merge.
+- A pod restarts and resumes after an eviction, a preemption or the loss of another pod of its job (exit code 75), and
+  after other failures up to --restarts times per host of the job. Bad input (exit code 2) fails the job at once. When
+  one job has failed, the whole JobSet has failed and does not restart: delete it and apply it again to resume.
 
-Not run on a real cluster: checked against the schemas of JobSet 0.9.1 and 0.13 and the rules of its webhook.
+Not tested on a real cluster: checked against the schemas of JobSet 0.9.1 and 0.13 and the rules of its webhook.
 """
 
-import functools
 import json
 import re
 import sys
@@ -30,33 +26,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from warp_jax import cli, files
 from warp_jax.tpu_fit import chips
 
 ACCELERATORS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}  # GKE's names
-CHIPS_PER_HOST = 4  # ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t; 1x1 is a machine of one chip, ...-1t
+CHIPS_PER_HOST = 4  # ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t; topology 1x1 has one chip, ...-1t
 MAX_DEPENDENCIES = 5
 POD_NAME = 63  # characters
 CONTAINER = "warp"
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, in the image too.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder on the claim, below --mount.")
-ACCELERATOR = flags.DEFINE_enum("accelerator", None, list(ACCELERATORS), "TPU of each job.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Chips of each job's slice, such as 4x4 (v5e, v6e) or 4x4x4 (v5p).")
-IMAGE = flags.DEFINE_string("image", None, "Container image.")
-CLAIM = flags.DEFINE_string("claim", None, "PersistentVolumeClaim for the workdir.")
-MOUNT = flags.DEFINE_string("mount", "/warp", "Where the claim is mounted.")
-NAME = flags.DEFINE_string("name", None, "Of the JobSet: lower-case letters, digits and -.")
-RESTARTS = flags.DEFINE_integer("restarts", 20, "Failures of a job before it is given up, times its hosts.", 0)
-SPOT = flags.DEFINE_bool("spot", False, "On spot nodes.")
-OUT = flags.DEFINE_string("out", "", "File for the manifest; default: stdout.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; the image must hold it at the same path.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of the runs, a folder below --mount.")
+ACCELERATOR = flags.DEFINE_enum("accelerator", None, list(ACCELERATORS), "TPU generation.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Chips of the slice of each job, such as 4x4 (v5e, v6e) or 4x4x4 (v5p)."
+)
+IMAGE = flags.DEFINE_string("image", None, "Container image with this project.")
+CLAIM = flags.DEFINE_string("claim", None, "Name of the PersistentVolumeClaim that holds the workdir.")
+MOUNT = flags.DEFINE_string("mount", "/warp", "Folder at which the pods mount the claim.")
+NAME = flags.DEFINE_string("name", None, "Name of the JobSet: lower-case letters, digits and -.")
+RESTARTS = flags.DEFINE_integer("restarts", 20, "Restarts of a job after failures, per host, before it fails.", 0)
+SPOT = flags.DEFINE_bool("spot", False, "Use spot nodes.")
+OUT = flags.DEFINE_string("out", "", "File to write with the manifest; default: stdout.")
 
 
 class Slice(NamedTuple):
-    """What one job runs on."""
+    """TPU slice of one job."""
 
     accelerator: str
     topology: str
@@ -65,37 +63,37 @@ class Slice(NamedTuple):
 
 
 def find_slice(accelerator: str, topology: str) -> Slice:
-    """The slice of a TPU and topology, as GKE names them: hosts of 2x2 chips side by side, the smallest size first."""
+    """Find the slice of a TPU topology, in the names of GKE; a host has 2x2 chips."""
     _, count = chips.parse_topology(f"{accelerator}:{topology}")
     sizes = [int(size) for size in topology.split("x")]
     if topology not in ("1x1", "2x2x1") and (sizes != sorted(sizes) or any(size % 2 for size in sizes)):
-        raise ValueError(f"--topology: got {topology}, want even sizes, the smallest first (or 1x1, or 2x2x1)")
+        raise ValueError(f"--topology: got {topology}, want even sizes, the smallest first, or 1x1 or 2x2x1")
     chips_per_host = min(count, CHIPS_PER_HOST)
     return Slice(ACCELERATORS[accelerator], topology, chips_per_host, count // chips_per_host)
 
 
 def check_flags(num_iterations: int, num_runs: int, hosts: int) -> None:
-    """Raise ValueError at the first value that Kubernetes or JobSet would refuse."""
+    """Raise ValueError if Kubernetes or JobSet would reject a value."""
     longest = f"{NAME.value}-{merge_name(num_iterations)}-0-{hosts - 1}-abcde"
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", NAME.value) or len(longest) > POD_NAME:
         most = POD_NAME - len(longest) + len(NAME.value)
         raise ValueError(f"--name: got {NAME.value!r}, want at most {most} lower-case letters, digits and -")
     if num_runs > MAX_DEPENDENCIES:
-        raise ValueError(f"config.warp.num_runs: got {num_runs}, want at most {MAX_DEPENDENCIES}, JobSet's limit")
+        raise ValueError(f"config.warp.num_runs: got {num_runs}, want at most {MAX_DEPENDENCIES}, the limit of JobSet")
     if not MOUNT.value.startswith("/") or Path(MOUNT.value) not in Path(WORKDIR.value).parents:
         raise ValueError(f"--workdir: got {WORKDIR.value}, want a folder below --mount={MOUNT.value}")
 
 
 def config_arguments(argv: Sequence[str]) -> list[str]:
-    """--config and its overrides, as they were written."""
-    apart = [argument for argument in argv if re.fullmatch(r"--?(no)?config(\.[^=]+)?", argument)]
-    if apart:
-        raise ValueError(f"got {apart[0]}, want {apart[0]}=value in one word")
+    """Select --config and its overrides from the command line, unchanged."""
+    split = [argument for argument in argv if re.fullmatch(r"--?(no)?config(\.[^=]+)?", argument)]
+    if split:
+        raise ValueError(f"got {split[0]}, want {split[0]}=value in one word")
     return [argument for argument in argv if re.match(r"--?config[.=]", argument)]
 
 
 def make_jobset(arguments: list[str], num_iterations: int, num_runs: int, tpu: Slice) -> dict[str, Any]:
-    """The manifest; arguments: of warp_jax.main, for all jobs."""
+    """Make the manifest; `arguments` of warp_jax.main are common to all jobs."""
     jobs: list[dict[str, Any]] = []
     before: list[str] = []
     for i in range(1, num_iterations + 1):
@@ -105,7 +103,7 @@ def make_jobset(arguments: list[str], num_iterations: int, num_runs: int, tpu: S
         jobs.append(make_job(merge_name(i), [*arguments, "--merge", f"--iteration={i}"], runs, tpu))
         before = [merge_name(i)]
     metadata: dict[str, Any] = {"name": NAME.value}
-    if tpu.hosts > 1:  # the pods of a job belong on one slice
+    if tpu.hosts > 1:  # place all pods of a job on one slice
         metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -116,12 +114,12 @@ def make_jobset(arguments: list[str], num_iterations: int, num_runs: int, tpu: S
 
 
 def merge_name(iteration: int) -> str:
-    """Of a replicatedJob."""
+    """Name of the replicatedJob that merges an iteration."""
     return f"i{iteration}-merge"
 
 
 def make_job(name: str, arguments: list[str], after: Sequence[str], tpu: Slice) -> dict[str, Any]:
-    """A replicatedJob that runs main on one slice, once the jobs `after` are done."""
+    """Make a replicatedJob that runs warp_jax.main on one slice after the jobs in `after`."""
     spec = {
         "completionMode": "Indexed",
         "completions": tpu.hosts,
@@ -136,9 +134,9 @@ def make_job(name: str, arguments: list[str], after: Sequence[str], tpu: Slice) 
 
 
 def failure_rules() -> list[dict[str, Any]]:
-    """What a failed pod means, the first rule that fits; without one it counts towards backoffLimit.
+    """Rules for a failed pod; the first match applies, and without a match the failure counts towards backoffLimit.
 
-    One lost pod ends all others of its job with TRY_AGAIN: of these failures, only its own may count.
+    If one pod of a job is lost, all others exit with TRY_AGAIN; only the failure of the lost pod counts.
     """
 
     def on_exit(action: str, code: int) -> dict[str, Any]:
@@ -149,8 +147,8 @@ def failure_rules() -> list[dict[str, Any]]:
 
 
 def make_pod(name: str, arguments: list[str], tpu: Slice) -> dict[str, Any]:
-    """One host of a job."""
-    environment = {"JAX_PLATFORMS": "tpu,cpu"}  # without a TPU an error, not a run on the CPU
+    """Make the pod of one host of a job."""
+    environment = {"JAX_PLATFORMS": "tpu,cpu"}  # fail without a TPU, instead of running on the CPU
     if tpu.hosts > 1:
         arguments = [*arguments, "--multihost"]
         coordinator = f"{NAME.value}-{name}-0-0.{NAME.value}"
@@ -166,7 +164,7 @@ def make_pod(name: str, arguments: list[str], tpu: Slice) -> dict[str, Any]:
         "volumeMounts": [{"name": "work", "mountPath": MOUNT.value}],
     }
     return {
-        "restartPolicy": "Never",  # the job makes a new pod, which a podFailurePolicy asks for
+        "restartPolicy": "Never",  # required by podFailurePolicy; the job makes a new pod
         "nodeSelector": nodes | ({"cloud.google.com/gke-spot": "true"} if SPOT.value else {}),
         "containers": [container],
         "volumes": [{"name": "work", "persistentVolumeClaim": {"claimName": CLAIM.value}}],
@@ -174,14 +172,14 @@ def make_pod(name: str, arguments: list[str], tpu: Slice) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """Entry point."""
+    """Write the manifest to --out or stdout."""
     del argv
     warp = CONFIG.value.warp
     try:
         tpu = find_slice(ACCELERATOR.value, TOPOLOGY.value)
         check_flags(warp.num_iterations, warp.num_runs, tpu.hosts)
         arguments = [*config_arguments(sys.argv[1:]), f"--workdir={WORKDIR.value}"]
-        manifest = json.dumps(make_jobset(arguments, warp.num_iterations, warp.num_runs, tpu), indent=2)  # is YAML
+        manifest = json.dumps(make_jobset(arguments, warp.num_iterations, warp.num_runs, tpu), indent=2)  # JSON is YAML
         if OUT.value:
             files.write_text(Path(OUT.value), f"{manifest}\n")
     except (ValueError, OSError) as error:
@@ -190,11 +188,10 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, "")  # configs import one another from this folder, as under python -m warp_jax.main
-    parse_flags = functools.partial(
-        cli.parse_flags,
+    sys.path.insert(0, "")  # configs import other configs from this folder, as with python -m warp_jax.main
+    cli.run(
+        main,
         required=("config", "workdir", "accelerator", "topology", "image", "claim", "name"),
         example="the command in --help",
         load=lambda: CONFIG.value is None or CONFIG.value.warp,
     )
-    app.run(main, flags_parser=parse_flags)

@@ -257,7 +257,7 @@ def test_models_are_evaluated_once_and_compared(tmp_path):
 
     again = _run(*flags, folders, before="sys.modules['lm_eval'] = None")
     assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr
-    assert again.stderr.count("found, skipped") == 4
+    assert again.stderr.count("already evaluated, skipped") == 4
     times = [path.stat().st_mtime_ns for path in results]
 
     _model_folder(tmp_path / "model_of_stage", 3)
@@ -272,7 +272,7 @@ def test_models_are_evaluated_once_and_compared(tmp_path):
     assert third.returncode == 1, third.stderr
     assert "2 evaluations failed" in third.stderr
     assert "Traceback" in (out / "results" / "broken" / "words.error.txt").read_text()
-    assert third.stderr.count("found, skipped") == 4
+    assert third.stderr.count("already evaluated, skipped") == 4
     assert [path.stat().st_mtime_ns for path in results] == times
     models = {model for _, _, model in _table(out)}
     assert models == {"sft", "other", "liti_stage"}
@@ -328,7 +328,7 @@ def _folder(path):
         (["--folders={a}", "--tasks=gsm8k"], "", "want NAME=FOLDER"),
         (["--folders=../a={a}", "--tasks=gsm8k"], "", "got the name '../a'"),
         (["--folders=a={a}", "--workdir={a}", "--tasks=gsm8k"], "", "or --workdir and --stages"),
-        (["--folders=a={a}"], "", "mbpp and humaneval run code that the model wrote: add --trust_code"),
+        (["--folders=a={a}"], "", "mbpp and humaneval run code written by the model: add --trust_code"),
         (["--folders=a={a}", "--tasks=gsm8k", "--batch_size=many"], "", "--batch_size: got 'many'"),
         (["--folders=a={a}", "--tasks=gsm8k"], "sys.modules['lm_eval'] = None", "pip install 'warp_jax[evaluation]'"),
         (

@@ -140,7 +140,7 @@ def test_a_value_for_all_points(tmp_path):
     assert {(config.rl.kl_coef, config.rl.batch_size) for _, config in read} == {(0.25, 4)}
     done = _start(SWEEP, f"--config={tmp_path}/a sweep.py", f"--out={tmp_path}", "--only=s2,s9", "--print")
     assert (done.returncode, done.stdout) == (cli.BAD_INPUT, "")
-    assert done.stderr == "error: --only: the sweep has no s9; it has s1, s2, s3\n"
+    assert done.stderr == "error: --only: got s9, want names of the sweep: s1, s2, s3\n"
 
 
 @pytest.mark.parametrize(
