@@ -43,3 +43,30 @@ def test_json_there_and_back(tmp_path):
     assert path.read_text(encoding="utf-8").startswith('{\n  "b": [\n')
     assert path.read_text(encoding="utf-8").endswith("}\n")
     assert json.loads(path.read_bytes()) == value
+
+
+def test_jsonl_rows_know_their_place(tmp_path):
+    """Fails when blank lines count as rows or not as lines, U+2028 ends a line, or a byte order mark is broken JSON."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": "x\xe2\x80\xa8y"}\r\n \n{"a": "\xc3\xa9"}')
+    assert files.read_jsonl(path) == [(f"{path} line 1", {"a": "x\u2028y"}), (f"{path} line 3", {"a": "é"})]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1}\n\n{', "rows.jsonl line 3: broken JSON: Expecting property name"),
+        (b"[" * 100_000, "rows.jsonl line 1: broken JSON"),
+        (b'{"a": 1}\n[1]', "rows.jsonl line 2: got list, want a JSON object"),
+        ('{"a": "é"}'.encode("utf-16"), "rows.jsonl: not UTF-8 text"),
+        ('{"a": "é"}'.encode("utf-16-le"), "rows.jsonl: not UTF-8 text"),
+        ('{"a": "é"}'.encode("latin-1"), "rows.jsonl: not UTF-8 text"),
+        ('{"a": "e"}'.encode("utf-16-le"), "rows.jsonl line 1: broken JSON"),
+    ],
+)
+def test_bad_jsonl_is_named(tmp_path, content, message):
+    """Fails when the error of a codec or of JSON does not name the file and the line."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        files.read_jsonl(path)

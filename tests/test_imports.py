@@ -11,7 +11,7 @@ MAY_IMPORT = {  # folder, or file at the top: the folders and files that it may 
     **{name: set() for name in ("__init__", "types", "naming", "files", "cli", "progress", "settings")},
     "trees": set(),
     "parallel": {"files", "cli"},
-    "data": {"types"},
+    "data": {"types", "files"},
     "storage": {"parallel", "files", "naming", "types"},
     "models": {"parallel", "trees", "naming", "types"},
     "merging": {"storage", "trees", "naming", "types", "files", "progress"},

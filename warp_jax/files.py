@@ -38,6 +38,27 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Read the objects of a JSON Lines file, each with its place "PATH line N" for error messages.
+
+    Blank lines are skipped. Raises ValueError if the file is not UTF-8 text or a line is not a JSON object.
+    """
+    rows = []
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not splitlines: JSON texts may hold U+2028
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    for place, line in ((f"{path} line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place}: broken JSON: {getattr(error, 'msg', error)}; want one object a line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: got {type(row).__name__}, want a JSON object with fields")
+        rows.append((place, row))
+    return rows
+
+
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """A folder to fill, which then becomes `folder`; an error leaves nothing of it, a kill only a hidden `.partial`."""

@@ -63,7 +63,7 @@ def test_jsonl(tmp_path):
     path.write_text(json.dumps({"text": "a", "label": 1}) + "\n\n" + json.dumps({"text": "b", "label": 0}) + "\n")
     assert [row["text"] for row in corpus.load_rows(str(path), "train")] == ["a", "b"]
     path.write_text("{bad\n")
-    with pytest.raises(ValueError, match="line 1"):
+    with pytest.raises(ValueError, match=rf"{path} line 1: broken JSON"):
         corpus.load_rows(str(path), "train")
 
 

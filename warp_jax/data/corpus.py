@@ -8,7 +8,6 @@ import csv
 import functools
 import hashlib
 import importlib.util
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
+from warp_jax import files
 from warp_jax.data import reasoning_gym
 
 SPLITS = ("reward", "gold", "prompts", "eval")
@@ -84,7 +84,7 @@ def load_rows(source: str, split: str, data_dir: Path | None = None) -> list[dic
     if source.startswith(reasoning_gym.PREFIX):
         return reasoning_gym.load_rows(source)
     if source.endswith(".jsonl"):
-        return _read_jsonl(Path(source))
+        return [row for _, row in files.read_jsonl(Path(source))]
     try:
         return [_plain(row) for row in _open_tfds(source, data_dir).as_data_source(split=split)]
     except Exception as error:  # whatever TFDS raises: unknown name or split, no network, no space
@@ -167,21 +167,6 @@ def _split_of(digest: bytes, fractions: Mapping[str, float]) -> str:
         if place < 0:
             return name
     return SPLITS[-1]
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"data.source: {path} line {number} is not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"data.source: {path} line {number} is {row!r}, want an object with fields")
-                rows.append(row)
-    return rows
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
