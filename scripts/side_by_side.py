@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     try:
         margins = _numbers(MARGINS.value) if MARGINS.value is not None else None
         out = _checked_out(OUT.value) if OUT.value is not None else None
-        ours, theirs = (side_by_side.parse_answers(_read(path), path) for path in (OURS.value, THEIRS.value))
+        ours, theirs = (side_by_side.read_answers(Path(path)) for path in (OURS.value, THEIRS.value))
         comparison = side_by_side.compare(
             load_judge(JUDGE.value),
             ours,
@@ -152,13 +152,6 @@ def _numbers(values: list[str]) -> tuple[float, ...]:
         return tuple(float(value) for value in values)
     except ValueError:
         raise ValueError(f"--margins: got {','.join(values)!r}, want three numbers, for example 0.1,0.5,1") from None
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 if __name__ == "__main__":

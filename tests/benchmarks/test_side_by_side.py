@@ -245,10 +245,11 @@ def test_length_control_without_length_differences():
     assert np.isnan(side_by_side.length_controlled_win_rate(wins, np.full(40, 7)))
 
 
-def test_lines_are_parsed():
+def test_lines_are_parsed(tmp_path):
     """Fails when blank lines are answers, a separator inside a text cuts its line, or further fields are dropped."""
     text = '{"prompt": "a", "completion": "x\u2028y", "id": 3}\r\n\n{"prompt": "b", "completion": ""}'
-    first, second = side_by_side.parse_answers(text, "ours.jsonl")
+    (tmp_path / "ours.jsonl").write_bytes(text.encode())
+    first, second = side_by_side.read_answers(tmp_path / "ours.jsonl")
     assert first == {"prompt": "a", "completion": "x\u2028y", "id": 3}
     assert second["completion"] == ""
 
@@ -270,10 +271,11 @@ GOOD = '{"prompt": "a", "completion": "x"}\n\n'
         ("[" * 100_000, "f.jsonl line 1: broken JSON"),
     ],
 )
-def test_bad_lines_are_named(text, message):
+def test_bad_lines_are_named(tmp_path, text, message):
     """Fails when a check is left out, or lines are counted from 0 or without the blank ones."""
+    (tmp_path / "f.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
-        side_by_side.parse_answers(text, "f.jsonl")
+        side_by_side.read_answers(tmp_path / "f.jsonl")
 
 
 @pytest.mark.parametrize("margins", [(1, 2), (1, 2, 2), (2, 1, 3), (-1, 1, 2), (0, 1, np.inf), (0, np.nan, 2)])

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from warp_jax.data import batches, chat, corpus
+from warp_jax import files
+from warp_jax.data import batches, chat
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.models.apply import make_apply_fn
 from warp_jax.models.transformer import TransformerConfig, init_cache
@@ -21,13 +22,11 @@ BATCH = 32  # prompts per batch
 
 def read_prompts(path: Path, field: str) -> list[Any]:
     """Read one field, a text or a conversation, from each line of a JSONL file."""
-    if path.suffix != ".jsonl":
-        raise ValueError(f"{path}: want a .jsonl file with one JSON object per line")
-    rows = corpus.load_rows(str(path), "")
-    for number, row in enumerate(rows, start=1):
+    rows = files.read_jsonl(path)
+    for place, row in rows:
         if field not in row:
-            raise ValueError(f"{path} row {number}: got fields {sorted(row)}, want the field {field!r}")
-    return [row[field] for row in rows]
+            raise ValueError(f"{place}: got fields {sorted(row)}, want the field {field!r}")
+    return [row[field] for _, row in rows]
 
 
 def encode(tokenizer: Tokenizer, values: Sequence[Any], *, use_chat: bool) -> list[np.ndarray]:

@@ -5,15 +5,16 @@ All results are from the view of `ours`: a positive score or a rate above 1/2 me
 """
 
 import functools
-import json
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import sklearn
 from sklearn.linear_model import LogisticRegression
 
+from warp_jax import files
 from warp_jax.evaluation import pareto
 from warp_jax.evaluation.pareto import Interval
 from warp_jax.rewards.reward_functions import TextFn
@@ -57,13 +58,17 @@ class Comparison(NamedTuple):
     longer: tuple[int, int]
 
 
-def parse_answers(text: str, name: str) -> list[dict[str, Any]]:
-    """Parse answers from JSONL text, skipping blank lines. Raises ValueError with `name` and the line number."""
-    lines = enumerate(text.split("\n"), start=1)  # not splitlines(): it also splits at separators inside JSON strings
-    rows = [_parse_line(line, f"{name} line {number}") for number, line in lines if line.strip()]
+def read_answers(path: Path) -> list[dict[str, Any]]:
+    """Read answers from a JSONL file; raise ValueError with the line number if a prompt or completion is not a text."""
+    rows = files.read_jsonl(path)
+    for place, row in rows:
+        for name in ("prompt", "completion"):
+            if not isinstance(row.get(name), str):
+                got = type(row[name]).__name__ if name in row else f"fields {sorted(row)}"
+                raise ValueError(f'{place}: field "{name}": got {got}, want a text')
     if not rows:
-        raise ValueError(f'{name}: got no answers, want one {{"prompt": "...", "completion": "..."}} a line')
-    return rows
+        raise ValueError(f'{path}: got no answers, want one {{"prompt": "...", "completion": "..."}} per line')
+    return [row for _, row in rows]
 
 
 def match(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Row]:
@@ -212,22 +217,6 @@ def _members(prompts: Sequence[str]) -> list[np.ndarray]:
     for row, prompt in enumerate(prompts):
         rows[prompt].append(row)
     return [np.array(numbers) for numbers in rows.values()]
-
-
-def _parse_line(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: broken JSON: {getattr(error, 'msg', error)}; want one object a line") from error
-    if not isinstance(row, dict):
-        raise ValueError(
-            f'{where}: got {type(row).__name__}, want an object such as {{"prompt": ..., "completion": ...}}'
-        )
-    for name in ("prompt", "completion"):
-        if not isinstance(row.get(name), str):
-            got = type(row[name]).__name__ if name in row else f"fields {sorted(row)}"
-            raise ValueError(f'{where}: field "{name}": got {got}, want a text')
-    return row
 
 
 def _shown(prompt: str, width: int = 60) -> str:
