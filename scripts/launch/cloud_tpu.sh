@@ -1,39 +1,44 @@
 #!/usr/bin/env bash
-# Runs warp_jax.main on every host of a Cloud TPU slice, and goes on after a preemption; see usage() below.
-# Not run on a real slice: tested with a stand-in for gcloud; flags and states are those of gcloud 528. Needs bash 4.4.
+# Runs warp_jax.main on every host of a Cloud TPU slice and resumes it after a preemption; see usage() below.
+# Not tested on a real slice, only with a fake gcloud (flags and states of gcloud 528). Needs bash 4.4.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-VARIABLE=value ... scripts/launch/cloud_tpu.sh [--dry_run] run --config=FILE --workdir=FOLDER [--config.x.y=value ...]
-VARIABLE=value ... scripts/launch/cloud_tpu.sh [--dry_run] status | delete
+Run warp_jax.main on every host of a Cloud TPU slice.
 
-run     asks for the slice if it is not there (a queued resource and a node, both named SLICE), waits until it is ACTIVE,
-        installs the project on all its hosts, and starts the same command on all of them, with --multihost. It stays
-        in the foreground, follows what they write, and tries again what failed. The command does not need it: without
-        a connection it goes on, with all that it writes in ~/warp_jax.log on each host. Started again, run finds what
-        is there and goes on; a command that still runs there is waited for. To end one, delete the slice, or end
-        warp_jax.main on the hosts. Exit code 0 when the job is done, 1 when it failed, 2 on bad input.
+  VARIABLE=value ... scripts/launch/cloud_tpu.sh [--dry_run] run --config=FILE --workdir=FOLDER [--config.x.y=value ...]
+  VARIABLE=value ... scripts/launch/cloud_tpu.sh [--dry_run] status | delete
+
+run     creates the slice if it is missing (a queued resource and a node, both named SLICE), waits until it is ACTIVE,
+        installs the project on all hosts, and starts the command with --multihost on each. It stays in the foreground,
+        prints the output of the hosts, and retries after failures. The command keeps running if the connection is lost;
+        its output is in ~/warp_jax.log on each host. Start run again to reconnect: it waits for a command that is
+        still running. To stop the command, delete the slice, or kill warp_jax.main on the hosts.
+        Exit codes: 0 the job is done, 1 it failed, 2 bad input.
 status  prints the state of the request.
-delete  deletes the request and its slice. Nothing else here does, but for RECREATE=1: a slice costs until then.
+delete  deletes the request and its slice. The slice costs money until you delete it (or RECREATE=1 replaces it).
 
-SLICE             its name: lower-case letters, digits and -
-PROJECT, ZONE     of Google Cloud
+Variables (defaults in brackets; those without one are required):
+SLICE             name of the slice: lower-case letters, digits and -
+PROJECT, ZONE     project and zone of Google Cloud
 ACCELERATOR_TYPE  such as v5litepod-16 (v5e), v5p-32, v6e-16
 RUNTIME_VERSION   such as v2-alpha-tpuv5-lite, v2-alpha-tpuv5, v2-alpha-tpuv6e
-REPO, REF         git address of the project that the hosts can read, and a branch, tag or commit (main)
-NFS               HOST:/SHARE that all hosts mount at /mnt/warp, where --workdir then lies (a Filestore share);
-                  empty: the hosts have a shared file system already
-SPOT              1: preemptible, which costs less (0)
-RECREATE          1: after a preemption, delete the request, whose slice is gone, and ask for another (0)
-CREATE_FLAGS      more flags of gcloud compute tpus queued-resources create, separated by blanks
-PYTHON            version for the hosts, which uv fetches (3.12)
-RETRIES           failures of the command in a row on an ACTIVE slice, lost connections too (3); exit code 75 is none
-STEADY            seconds after which a try that fails is the first in a row again (1800)
-POLL              seconds between two looks at the slice (30)
-DRY_RUN           1: as --dry_run: print the gcloud commands of a first run, start nothing
+REPO              address of a git repository with this project, readable by the hosts
+REF               branch, tag or commit to install (main)
+NFS               HOST:/SHARE to mount at /mnt/warp on all hosts, such as a Filestore share; --workdir must be in it
+                  (empty: the hosts already share a file system)
+SPOT              1: use a spot slice, which is cheaper and may be preempted (0)
+RECREATE          1: after a preemption, delete the request and create a new one (0)
+CREATE_FLAGS      more flags for gcloud compute tpus queued-resources create, separated by spaces (none)
+PYTHON            Python version to install on the hosts with uv (3.12)
+RETRIES           consecutive failures on an ACTIVE slice before run stops, lost connections included; exit code 75
+                  does not count (3)
+STEADY            seconds after which a failure no longer counts as consecutive (1800)
+POLL              seconds between checks of the state (30)
+DRY_RUN           1: as --dry_run: print the gcloud commands of a first run and execute none (0)
 
-ssh to all hosts needs your key in the agent: ssh-add ~/.ssh/google_compute_engine
+gcloud connects to all hosts with your ssh key: run ssh-add ~/.ssh/google_compute_engine first.
 TEXT
 }
 
@@ -42,21 +47,21 @@ fail() {
   exit 2
 }
 
-check() { # the name of a variable, the pattern of its whole value, what is wanted
+check() { # name of a variable, regular expression for its value, description of a valid value
   [[ ${!1-} =~ ^($2)$ ]] || fail "$1: got '${!1-}', want $3; see --help"
 }
 
 check_variables() {
   check SLICE '[a-z]([a-z0-9-]{0,48}[a-z0-9])?' 'lower-case letters, digits and -'
-  check PROJECT '[a-z][a-z0-9:.-]+' 'a project of Google Cloud'
+  check PROJECT '[a-z][a-z0-9:.-]+' 'the id of a Google Cloud project'
   check ZONE '[a-z]+-[a-z]+[0-9]+-[a-z]' 'a zone such as us-central1-a'
   check DRY_RUN '[01]' '0 or 1'
   [[ $1 == run ]] || return 0
   check ACCELERATOR_TYPE 'v[0-9][a-z]*-[0-9]+' 'a type such as v5p-32'
   check RUNTIME_VERSION '[a-z0-9.-]+' 'a version such as v2-alpha-tpuv5'
-  check REPO '[^[:space:]]+' 'the git address of the project'
+  check REPO '[^[:space:]]+' 'the address of a git repository'
   check REF '[^[:space:]]+' 'a branch, tag or commit'
-  check NFS '|[^[:space:]:]+:/[^[:space:]]*' 'HOST:/SHARE or nothing'
+  check NFS '|[^[:space:]:]+:/[^[:space:]]*' 'HOST:/SHARE, or empty'
   check SPOT '[01]' '0 or 1'
   check RECREATE '[01]' '0 or 1'
   check PYTHON '3\.[0-9]+' 'a version such as 3.12'
@@ -65,15 +70,15 @@ check_variables() {
   check POLL '[0-9]+' 'seconds'
 }
 
-check_arguments() { # what goes to warp_jax.main
+check_arguments() { # arguments of warp_jax.main
   local all=" $* " workdir="" argument
   [[ $all == *" --config="* ]] || fail "--config is missing; see --help"
   for argument; do [[ $argument != --workdir=* ]] || workdir=${argument#--workdir=}; done
   [[ -n $workdir ]] || fail "--workdir is missing; see --help"
-  [[ -z $NFS || $workdir == /mnt/warp/?* ]] || fail "--workdir: got $workdir, want a folder in /mnt/warp, where NFS is"
+  [[ -z $NFS || $workdir == /mnt/warp/?* ]] || fail "--workdir: got $workdir, want a folder in /mnt/warp, where NFS is mounted"
 }
 
-tpus() { # gcloud compute tpus, or with DRY_RUN its command line
+tpus() { # run gcloud compute tpus; with DRY_RUN=1, print the command
   local command=(gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE")
   if [[ $DRY_RUN == 0 ]]; then
     "${command[@]}"
@@ -87,18 +92,18 @@ tpus() { # gcloud compute tpus, or with DRY_RUN its command line
   echo "${line# }"
 }
 
-state() { # of the request; ABSENT if there is none
+state() { # print the state of the request; ABSENT if it does not exist
   if [[ $DRY_RUN == 1 ]]; then
     echo "$dry_state"
     return
   fi
-  local errors # what describe says on stderr; on stdout, it answers
+  local errors # stderr of describe; its stdout goes to the caller
   until { errors=$(tpus queued-resources describe "$SLICE" --format='value(state.state)' 2>&1 >&3); } 3>&1; do
     if [[ $errors == *' NOT_FOUND: '* ]]; then
       echo ABSENT
       return
     fi
-    echo "$errors" >&2 # no network, no login: nothing is known
+    echo "$errors" >&2 # no network or no login: the state is unknown, so try again
     sleep "$POLL"
   done
 }
@@ -121,7 +126,7 @@ wait_until_active() {
     case $now in
     ABSENT) create ;;
     SUSPENDED | FAILED)
-      [[ $RECREATE == 1 ]] || fail "$SLICE is $now, its slice is gone: delete it and run again, or set RECREATE=1"
+      [[ $RECREATE == 1 ]] || fail "$SLICE is $now and its slice is lost: delete it and run again, or set RECREATE=1"
       delete
       ;;
     esac
@@ -130,7 +135,7 @@ wait_until_active() {
   done
 }
 
-install_script() { # what each host does first; every line may run again
+install_script() { # first commands on each host; safe to repeat
   echo 'set -eu'
   if [[ -n $NFS ]]; then
     echo 'command -v mount.nfs >/dev/null || sudo apt-get -o DPkg::Lock::Timeout=300 install -qq -y nfs-common'
@@ -144,25 +149,25 @@ install_script() { # what each host does first; every line may run again
   printf '[ -d .venv ] || uv venv --quiet --python %q; uv pip install --quiet -e . "jax[tpu]"\n' "$PYTHON"
 }
 
-job_script() { # what runs in the background of a host; its exit code goes to a file
+job_script() { # background job on a host; it writes its exit code to a file
   echo "trap 'echo \$? >~/$1/code' EXIT"
   shift
   echo '('
   install_script
-  printf ')\n[ $? = 0 ] || exit 1 # not the 2 of uv, say: it would be bad input\n'
+  printf ')\n[ $? = 0 ] || exit 1 # not the code of the failed tool: 2 would mean bad input\n'
   printf 'cd warp_jax; JAX_PLATFORMS=tpu,cpu .venv/bin/python -m warp_jax.main'
   printf ' %q' "$@" --multihost
 }
 
-host_script() { # what a host does: it starts the job, which outlives the connection, and shows what it writes
+host_script() { # command on a host: start the job, which survives a lost connection, and print its output
   local try job
   try=warp_jax_$(date +%s)
   job=$(job_script "$try" "$@")
   # shellcheck disable=SC2016 # expanded on the hosts
   echo 'touch warp_jax.log; seen=$(wc -c <warp_jax.log)'
-  # a lost connection is made again by gcloud, with the same script: the job is there already
+  # after a lost connection, gcloud runs the same script again: start the job only once
   echo "if mkdir $try 2>/dev/null; then"
-  # the lock makes the job wait for one of another start
+  # the lock makes the job wait for the job of an earlier start
   echo "  setsid nohup flock warp_jax.lock bash -c ${job@Q} >>warp_jax.log 2>&1 </dev/null &"
   echo "  echo \$! >$try/pid"
   echo 'fi'
@@ -186,16 +191,16 @@ run() {
       failures=0
       continue
     fi
-    [[ $code != 2 ]] || fail "bad input, see above; $SLICE is still there"
-    # a process was lost, or another job makes this very run
+    [[ $code != 2 ]] || fail "bad input, see above; $SLICE still exists"
+    # a process was lost, or another job is training the same run
     [[ $code != 75 ]] || continue
     failures=$((failures + 1))
     if ((failures == RETRIES)); then
-      echo "failed $failures times in a row, at last with exit code $code; $SLICE is still there" >&2
+      echo "failed $failures times in a row, the last time with exit code $code; $SLICE still exists" >&2
       exit 1
     fi
   done
-  [[ $DRY_RUN == 1 ]] || echo "done; $SLICE is still there, and costs: delete it with $0 delete" >&2
+  [[ $DRY_RUN == 1 ]] || echo "done; $SLICE still exists and costs money: delete it with $0 delete" >&2
 }
 
 dry_state=ABSENT

@@ -1,27 +1,30 @@
 #!/usr/bin/env bash
-# Submits WARP to Slurm: an array of runs and a merge for each iteration; see usage() below.
-# Not run on a real cluster: tested with stand-ins for sbatch, srun and scontrol. Needs bash 4.4.
+# Submits WARP to Slurm: for each iteration, an array job of the runs and a merge; see usage() below.
+# Not tested on a real cluster, only with fake sbatch, srun and scontrol. Needs bash 4.4.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-[VARIABLE=value ...] scripts/launch/slurm.sh [--dry_run] --config=FILE --workdir=FOLDER [--config.x.y=value ...]
+Submit WARP to Slurm: for each iteration, an array job of the runs and a job that merges them.
 
-For each iteration, an array job with one task for each run, and a job that merges them once all have succeeded; the
-next iteration starts when that has. All share the workdir, on a file system that all nodes see. How many iterations
-and runs there are is read from the config. Start it in the project's folder, its Python environment activated.
+  [VARIABLE=value ...] scripts/launch/slurm.sh [--dry_run] --config=FILE --workdir=FOLDER [--config.x.y=value ...]
 
-A job that is preempted or loses a node is put into the queue again (--requeue), and so is one that comes near its time
-limit (USR1 two minutes before), and one that failed, unless on bad input (exit code 2) or after RESTARTS starts; it
-goes on where it stopped. When a job fails for good, those that wait for it are cancelled; the same command submits all
-again, and what is finished ends at once.
+Start it in the folder of this project, in its Python environment. The workdir must be on a file system that all nodes
+share. The numbers of iterations and runs are read from the config. The merge starts when all runs of its iteration have
+succeeded, and the next iteration starts after the merge.
 
-NODES           hosts of each job (1); with more, srun starts one process on each, with --multihost
-SBATCH_OPTIONS  more options of sbatch, separated by blanks: "--partition=gpu --gpus-per-node=8 --time=12:00:00"
-RESTARTS        how often a job may have been started again, for whatever reason, before a failure is final (20)
-PAUSE           seconds between a failure and the queue (60); more than Slurm's KillWait
-PYTHON          of the jobs (python)
-DRY_RUN         1: as --dry_run: print the sbatch commands, submit nothing
+A job is requeued and resumes (sbatch --requeue) after a preemption, after the loss of a node, two minutes before its
+time limit, and after a failure, except on bad input (exit code 2) or after RESTARTS restarts. If a job fails finally,
+Slurm cancels the jobs that depend on it. Run the same command again to resume: finished parts end at once.
+
+Variables (defaults in brackets):
+NODES           hosts per job; with more than one, srun starts one process on each, with --multihost (1)
+SBATCH_OPTIONS  more options for sbatch, separated by spaces (none), such as
+                "--partition=gpu --gpus-per-node=8 --time=12:00:00"
+RESTARTS        number of restarts of a job, for any reason, after which a failure is final (20)
+PAUSE           seconds between a failure and the requeue; longer than KillWait of Slurm (60)
+PYTHON          Python of the jobs (python)
+DRY_RUN         1: as --dry_run: print the sbatch commands and submit nothing (0)
 TEXT
 }
 
@@ -30,7 +33,7 @@ fail() {
   exit 2
 }
 
-counts() { # iterations and runs of the config; an unknown or missing option is one line and exit code 2
+counts() { # print the numbers of iterations and runs; a wrong option ends with one line and exit code 2
   "$PYTHON" - "$@" <<'CODE'
 import sys
 from absl import flags
@@ -45,7 +48,7 @@ print(config.value.warp.num_iterations, config.value.warp.num_runs)
 CODE
 }
 
-queue() { # what is done (run_1, merge_1, ...), options of sbatch, --, arguments of inside(); sets job_id
+queue() { # submit a job and set job_id: name (runs_1, ...), options of sbatch, --, arguments of inside()
   local name=$1 more
   shift
   read -r -a more <<<"$SBATCH_OPTIONS"
@@ -67,7 +70,7 @@ queue() { # what is done (run_1, merge_1, ...), options of sbatch, --, arguments
     echo "${line# }"
   else
     job_id=$("${command[@]}")
-    job_id=${job_id%%;*} # the name of the cluster may follow
+    job_id=${job_id%%;*} # without the name of the cluster
     echo "warp_$name: job $job_id"
   fi
 }
@@ -83,21 +86,21 @@ submit() {
   done
 }
 
-requeue() { # why
+requeue() { # reason, for the log
   local job=$SLURM_JOB_ID
-  # a task's own id may be that of its array, whose other tasks would start again too
+  # SLURM_JOB_ID of a task may be the id of the whole array: requeue only this task
   [[ -z ${SLURM_ARRAY_JOB_ID-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-  echo "$1: into the queue again" >&2
+  echo "$1: requeued" >&2
   scontrol requeue "$job" && requeued=1
 }
 
-inside() { # run or merge, the iteration, arguments of main: what a job does
+inside() { # body of a job: run or merge, iteration, arguments of warp_jax.main
   local task=(--merge) iteration=$2 nodes=$SLURM_JOB_NUM_NODES multihost=() step signalled code requeued=0
   [[ $1 == merge ]] || task=(--run="$SLURM_ARRAY_TASK_ID")
   shift 2
   if ((nodes > 1)); then
     multihost=(--multihost)
-    # under Slurm, JAX would take one device for each process
+    # without this, JAX uses one device per process under Slurm
     [[ -z ${SLURM_GPUS_ON_NODE-} ]] || JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
     export JAX_LOCAL_DEVICE_IDS
   fi
@@ -108,11 +111,11 @@ inside() { # run or merge, the iteration, arguments of main: what a job does
   while true; do
     signalled=0 code=0
     wait "$step" || code=$?
-    ((signalled)) || break # a signal ends wait, and not the step
+    ((signalled)) || break # a signal interrupts wait, but not the step
   done
-  # any code but 2: with one killed task, srun's is the highest, and hides the 75 (try again) of those that lost it
+  # all codes except 2: srun returns the highest code, so that of a killed task hides 75 (try again) of the others
   if ((code != 0 && code != 2 && ! requeued && ${SLURM_RESTART_COUNT:-0} < RESTARTS)); then
-    sleep "$PAUSE" # one that is being cancelled or preempted dies here
+    sleep "$PAUSE" # a job that is being cancelled or preempted is killed during this pause
     ((requeued)) || requeue "exit code $code" || true
   fi
   exit "$code"
@@ -123,11 +126,11 @@ if [[ ${1-} == --dry_run ]]; then
   DRY_RUN=1
   shift
 fi
-[[ $NODES =~ ^[1-9][0-9]*$ ]] || fail "NODES: got '$NODES', want at least 1; see --help"
-[[ $RESTARTS =~ ^[0-9]+$ ]] || fail "RESTARTS: got '$RESTARTS', want a number; see --help"
-[[ $PAUSE =~ ^[0-9]+$ ]] || fail "PAUSE: got '$PAUSE', want seconds; see --help"
+[[ $NODES =~ ^[1-9][0-9]*$ ]] || fail "NODES: got '$NODES', want an integer >= 1; see --help"
+[[ $RESTARTS =~ ^[0-9]+$ ]] || fail "RESTARTS: got '$RESTARTS', want an integer >= 0; see --help"
+[[ $PAUSE =~ ^[0-9]+$ ]] || fail "PAUSE: got '$PAUSE', want a number of seconds; see --help"
 [[ $DRY_RUN =~ ^[01]$ ]] || fail "DRY_RUN: got '$DRY_RUN', want 0 or 1; see --help"
-command -v "$PYTHON" >/dev/null || fail "PYTHON: no program $PYTHON; see --help"
+command -v "$PYTHON" >/dev/null || fail "PYTHON: got '$PYTHON', want a Python program on PATH; see --help"
 case ${1-} in
 inside)
   shift

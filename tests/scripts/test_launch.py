@@ -477,7 +477,7 @@ def test_a_job_near_its_time_limit_is_queued_again(tmp_path):
         (ARGUMENTS, {"NODES": "0"}, "NODES: got '0'"),
         (ARGUMENTS, {"RESTARTS": "-1"}, "RESTARTS: got '-1'"),
         (ARGUMENTS, {"PAUSE": "1m"}, "PAUSE: got '1m'"),
-        (ARGUMENTS, {"PYTHON": "no_such_python"}, "no program no_such_python"),
+        (ARGUMENTS, {"PYTHON": "no_such_python"}, "PYTHON: got 'no_such_python'"),
     ],
 )
 def test_bad_input_of_slurm(arguments, variables, message, tmp_path):
