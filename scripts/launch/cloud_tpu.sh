@@ -75,7 +75,7 @@ check_arguments() { # arguments of warp_jax.main
   [[ $all == *" --config="* ]] || fail "--config is missing; see --help"
   for argument; do [[ $argument != --workdir=* ]] || workdir=${argument#--workdir=}; done
   [[ -n $workdir ]] || fail "--workdir is missing; see --help"
-  [[ -z $NFS || $workdir == /mnt/warp/?* ]] || fail "--workdir: got $workdir, want a folder in /mnt/warp, where NFS is mounted"
+  [[ -z $NFS || $workdir == /mnt/warp/?* ]] || fail "--workdir: got $workdir, want a folder in /mnt/warp, as NFS is set"
 }
 
 tpus() { # run gcloud compute tpus; with DRY_RUN=1, print the command
