@@ -17,10 +17,10 @@ from rich.text import Text
 
 from warp_jax import cli, files
 from warp_jax.benchmarks import answers
-from warp_jax.experiment import export
+from warp_jax.experiment import stages
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a run of warp_jax.main.")
-STAGES = flags.DEFINE_list("stages", ["sft"], f"Stages to sample, separated by commas: {export.WHAT}.")
+STAGES = flags.DEFINE_list("stages", ["sft"], f"Stages to sample, separated by commas: {stages.NAMES}.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text of a prompt.")
 PROMPTS = flags.DEFINE_string("prompts", None, "JSONL file of prompts, one object per line; see --field.")
 FIELD = flags.DEFINE_string("field", "prompt", "Field of --prompts that holds the text or the conversation.")
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
             raise ValueError("got no prompt, want --prompt=TEXT or --prompts=FILE.jsonl")
         if OUT.value and Path(OUT.value).exists():
             raise ValueError(f"--out: {OUT.value} exists and would be overwritten; choose another folder")
-        columns = sample_stages(export.Workdir(Path(WORKDIR.value)), prompts)
+        columns = sample_stages(stages.Workdir(Path(WORKDIR.value)), prompts)
         if OUT.value:
             write(Path(OUT.value), prompts, columns)
     except (ValueError, OSError) as error:
@@ -58,15 +58,15 @@ def main(argv: list[str]) -> None:
     Console().print(table)
 
 
-def sample_stages(job: export.Workdir, prompts: list[object]) -> dict[str, list[str]]:
+def sample_stages(job: stages.Workdir, prompts: list[object]) -> dict[str, list[str]]:
     """Answers to the prompts, by stage."""
-    use_chat = job.config.data.chat if CHAT.value is None else CHAT.value
-    if job.config.data.prompt_template:
+    use_chat = job.settings.data.chat if CHAT.value is None else CHAT.value
+    if job.settings.data.prompt_template:
         print("note: prompts are used as given, without data.prompt_template of the workdir", file=sys.stderr)
     rows = answers.encode(job.tokenizer, prompts, use_chat=use_chat)
     settings = {
         "max_new_tokens": MAX_NEW_TOKENS.value,
-        "temperature": TEMPERATURE.value or job.config.sampling.temperature,
+        "temperature": TEMPERATURE.value or job.settings.sampling.temperature,
         "top_k": TOP_K.value,
         "top_p": TOP_P.value,
     }

@@ -21,7 +21,6 @@ one line of it in this folder. With Slurm, and in an Indexed Job of Kubernetes:
 """
 
 import functools
-import json
 import re
 import shlex
 import subprocess
@@ -37,6 +36,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from warp_jax import cli, files
+from warp_jax.settings import from_config, legacy
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file that defines sweep(add), for example configs/sweep_ema_rate.py."
@@ -63,21 +63,21 @@ class Point(NamedTuple):
 
 def load_points(config_file: str, common: Mapping[str, Any], out: Path) -> list[Point]:
     """Read the points of a config file; raise ValueError if main would read another value for one of them."""
-    settings: dict[str, dict[str, Any]] = {}
+    values_of: dict[str, dict[str, Any]] = {}
 
     def add(name: str, values: Mapping[str, Any]) -> None:
         if not NAME.fullmatch(name):
             raise ValueError(
                 f"sweep: got the name {name!r}, want letters, digits and . _ = + -, since it names a folder"
             )
-        if name in settings:
+        if name in values_of:
             raise ValueError(f"sweep: two points have the name {name!r}, want different names")
-        settings[name] = {**common, **values}
+        values_of[name] = {**common, **values}
 
     find_sweep(config_file)(add)
-    if not settings:
+    if not values_of:
         raise ValueError(f"--config: sweep(add) of {config_file} adds no point, want add(name, values) for each point")
-    return [make_point(config_file, name, values, out) for name, values in settings.items()]
+    return [make_point(config_file, name, values, out) for name, values in values_of.items()]
 
 
 def find_sweep(config_file: str) -> Callable[[Any], None]:
@@ -140,12 +140,18 @@ def is_same(got: Any, want: Any) -> bool:
     return got == want and (type(got) is type(want) or (type(got), type(want)) == (float, int))
 
 
+def settings(point: Point) -> dict[str, Any]:
+    """Validate the config of a point; return it as main writes it to config.json. Raises ValueError."""
+    try:
+        return from_config(point.config.to_dict()).as_json()
+    except ValueError as error:
+        raise ValueError(f"sweep, point {point.name}: {error}") from error
+
+
 def is_finished(point: Point) -> bool:
     """Return True if the workdir holds the report of this config. A workdir of another config is left to main."""
     results = [point.workdir / name for name in ("report.html", "summary.json", "config.json")]
-    return all(path.is_file() for path in results) and files.read_json(results[-1]) == json.loads(
-        point.config.to_json()
-    )
+    return all(path.is_file() for path in results) and legacy.upgrade(files.read_json(results[-1])) == settings(point)
 
 
 def say(text: str) -> None:
@@ -185,6 +191,8 @@ def main(argv: list[str]) -> None:
         lines = [shlex.join(["python", *PROGRAM[1:], *point.arguments]) for point in points]
         if JOBS.value:
             files.write_text(Path(JOBS.value), "".join(f"{line}\n" for line in lines))
+        elif not PRINT.value:
+            _ = [settings(point) for point in points]  # raises before the first one starts
     except (ValueError, TypeError, OSError, ImportError) as error:
         cli.fail(str(error))
     if PRINT.value or JOBS.value:

@@ -22,6 +22,7 @@ import json, sys
 from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
+from warp_jax.settings import from_config
 sys.path.insert(0, "")
 config, workdir = config_flags.DEFINE_config_file("config"), flags.DEFINE_string("workdir", None, "")
 flags.FLAGS(sys.argv)
@@ -32,7 +33,8 @@ if folder.name == "bad":
     sys.exit(3)
 if folder.name != "empty":
     folder.mkdir()
-    for name, text in (("config.json", config.value.to_json()), ("summary.json", "{}"), ("report.html", "")):
+    settings = json.dumps(from_config(config.value.to_dict()).as_json())
+    for name, text in (("config.json", settings), ("summary.json", "{}"), ("report.html", "")):
         (folder / name).write_text(text)
 """
 COMPARE = ROOT / "scripts" / "compare.py"
@@ -152,6 +154,7 @@ def test_a_value_for_all_points(tmp_path):
         ("def sweep(add): add('a', {'warp.num_runs': 2.0})", "num_runs"),
         ("def sweep(add): add('a', {'seed': True})", "seed"),
         ("def sweep(add): add('a', {'data.chat': 1})", "config.data.chat: got 1"),
+        ("def sweep(add): add('a', {'warp.ema_rate': 1.5})", "point a: config.warp.ema_rate: got 1.5"),
         ("def sweep(add): add('a', {'data.source': 5})", "config.data.source: got 5"),
         ("def sweep(add): add('a', {'front.etas': 0.5})", "config.front.etas: got 0.5"),
         ("def sweep(add): add('a', {'data.source': 'x\\ny'})", "no line break"),
