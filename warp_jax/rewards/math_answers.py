@@ -1,220 +1,177 @@
-r"""Are two mathematical answers the same? As in GSM8K (Cobbe et al. 2021) and MATH (Hendrycks et al. 2021).
+r"""Reward for answers to math problems in the format of GSM8K or MATH, compared by the package math-verify.
 
-Numbers are compared exactly, as fractions: 0.5 is 1/2, 18.00 is 18, 0.333 is not 1/3. Nothing is evaluated: 9 + 9 is
-not 18. Signs of currency, percent and degrees are dropped, as gold answers drop them: 5% is 5, and so never 0.05.
-A unit (\text{m}, or a word after a space) counts only where both sides have one: 18 km is 18, but not 18 miles. Lists,
-tuples, intervals and sets are equal with equal brackets and equal parts in order; `x =` in front is dropped. All else
-is compared as text without spaces.
+As users of math-verify expect, answers are evaluated: 0.5 is 1/2, (x+1)^2 is x^2+2x+1, and an unfinished 9 + 9 is 18.
+Added here: signs of currency, percent and degrees are dropped (5% is 5, not 0.05); a unit counts only if both answers
+have one (18 km is 18, but not 18 miles); words are compared as text, ignoring case.
 
-A text is judged by one answer, the last that it marks; so a text that tries many numbers is right only if that one is.
+math-verify runs in a child process with limits on CPU time and memory: an answer that exceeds them is wrong.
 """
 
-import itertools
+import contextlib
+import functools
+import importlib.util
+import json
+import logging
+import math
+import numbers
 import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
-_LONGEST = 300  # characters of an answer that is looked into
-_BOX = re.compile(r"\\[{}]|\\f?box(?:ed)?\s*\{|\\boxed\s+(?P<bare>[^\s${}]+)|[{}]")
-_PHRASE = re.compile(r"answer\s*(?:is\b|:)[\s:]*", re.IGNORECASE)
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
-_DECIMAL = rf"(?:(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,3}}(?![0-9a-zA-Z]))?)"
-_IN_PROSE = re.compile(  # the minus of 5-3 is no sign
-    rf"(?:(?<![\w)}}\]])-)?\$?(?:(?:{_DIGITS}\s?)?\\[dt]?frac\{{-?[0-9]+\}}\{{[0-9]+\}}|"
-    rf"(?:{_DIGITS} )?[0-9]+/[0-9]+|{_DECIMAL})%?"
+LONGEST = 300  # characters; longer answers are compared as plain text
+CPU_SECONDS = 3.0  # for one comparison
+MEMORY = 2**32  # bytes
+_IN_BRACES = r"(?:\\.|[^{}\\])*+"
+for _ in range(8):  # levels of braces
+    _IN_BRACES = rf"(?:\\.|[^{{}}\\]|\{{{_IN_BRACES}\}})*+"
+_BOXED = re.compile(rf"\\f?box(?:ed)?\s*\{{({_IN_BRACES})\}}|\\boxed\s+([^\s${{}}]+)", re.DOTALL)
+_HASHED = re.compile(r"####((?:(?!####)[^\n])*?)[\s!.]*(?=\n|####|\Z)")
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_ANSWER_IS = r"answer\s*(?:is\b|:)"
+_PHRASED = re.compile(
+    rf"{_ANSWER_IS}[\s:*]*((?:(?!{_ANSWER_IS}).)*?)"
+    r"(?:[.!?]?\**(?=\s*\n|\s*\Z)|[.!?]\**(?=\s)|,?\s(?=(?:because|since|as|so|which|where)\b))",
+    re.IGNORECASE,
 )
-_QUANTITY = re.compile(
-    rf"(?P<sign>[+-]?)\s*(?:(?P<whole>{_DIGITS})\s+(?=[0-9]+/[0-9]))?(?P<top>-?{_DECIMAL})\.?"
-    rf"(?:\s*/\s*(?P<bottom>-?{_DECIMAL}))?(?P<unit>.*)"
+_LAST = re.compile(  # formulas in TeX's delimiters, 1 000, 2 1/2, any other word with a digit
+    r"((?<![\w$])\$(?:\\[a-zA-Z]+|[^$\n\\a-zA-Z]|[a-zA-Z](?![a-zA-Z]))+\$(?!\w)|\\\(.+?\\\)|\\\[.+?\\\]|"
+    r"(?<![\w.,])-?\d+ \d+/\d+|(?<![\w.,])-?\d{1,3}(?: \d{3})+(?![.,]?\w)|"
+    r"[^\s=(*\"']{0,300}\d(?:[^\s=)*]{0,300}[\w}\]%])?)"
 )
-_WORD = r"(?:[a-zA-Z]{3,}|am|cm|ft|hr|in|kg|km|lb|mg|mi|ml|mm|oz|pm)"
-_UNIT = re.compile(rf"\s*(?:\\text\{{\s*(?P<text>[a-zA-Z ]+)\}}|(?<=\s)(?P<words>{_WORD}(?: {_WORD})*))(?:\^[23])?\s*")
-_NO_UNIT = re.compile(  # words that make another number of it
-    r"\b(?:and|or|not|plus|minus|base|sin|cos|tan|log|squared|cubed|half|halves|quarters?|thirds?|fifths?|sixths?|"
-    r"sevenths?|eighths?|ninths?|tenths?|\w+(?:teen|ie|dred|sand)ths?|dozens?|\w*(?:hundred|thousand|illion)s?)\b"
+_UNITS = r"(?:am|cm|ft|hr|in|kg|km|lb|mg|mi|ml|mm|oz|pm|[a-z]+/(?:s|h|hr|min|[a-z]{3,}))"
+_UNIT = re.compile(
+    rf"(.*[\d)}}\]]|\\pi)\s*(?:\\text\{{\s*([a-z][a-z ./]*)\}}|({_UNITS}|\s[a-z]{{3,}}(?: (?:{_UNITS}|[a-z]{{3,}}))*))"
+    r"(?:\^\{?[23]\}?)?",
+    re.IGNORECASE,
 )
-_ARGUMENT = r"\s*(?:\{([^{}]*)\}|([0-9a-zA-Z]))"
-_FRACTION = re.compile(rf"\\[dt]?frac(?![a-zA-Z]){_ARGUMENT}{_ARGUMENT}")
-_REWRITES = [
-    (re.compile(pattern), replacement)
+_NO_UNIT = re.compile(  # words that change the number before them
+    r"\b(?:and|or|not|plus|minus|times|base|sin|cos|tan|log|squared|cubed|half|halves|quarters?|thirds?|fifths?|"
+    r"sixths?|sevenths?|eighths?|ninths?|tenths?|\w+(?:teen|ie|dred|sand)ths?|dozens?|\w*(?:hundred|thousand|illion)s?)\b"
+)
+_WORD = re.compile(r"(?<![\\a-zA-Z])(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|infty)\b)[a-zA-Z]{3,}")
+_REWRITES: list[tuple[re.Pattern[str], Any]] = [
+    (re.compile(pattern, re.IGNORECASE), replacement)
     for pattern, replacement in [
-        ("\N{MINUS SIGN}", "-"),
-        (r"\{,\}|,\\!", ","),  # thousands
-        (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;:]", ""),
-        (r"\\(?:quad|qquad)(?![a-zA-Z])|\\ |~", " "),
-        (r"\\?[$%]|[€£°]|\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})", ""),
+        ("[\u2212\u2013\u2014]", "-"),
+        (r"(?<!\w)\*\*(.+?)\*\*(?!\w)", r"\1"),  # bold
+        (r"(?<!\\)\\[()\[\]]|\\?[$%]|[€£°]|\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})", ""),
+        (r"(?<!\\)\\[,;: ]|~", " "),
         (r"\\(?:mbox|mathrm|mathbf|text(?:rm|bf|it))\s*(?=\{)", r"\\text"),
-        (r"^\s*[a-zA-Z]\s*(?:=|\\in(?![a-zA-Z]))", ""),  # x = 5
+        (r"^\W*(?:(?:the|final|answer|is|about|approximately|roughly|exactly)\b[\s:]*)+", ""),
+        (r"(?<![\w.,])\d{1,3}(?: \d{3})+(?![.,]?\w)", lambda match: match[0].replace(" ", "")),
+        (r"(?<![\w.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
+        (r"(\d)e([+-]?\d{1,3})(?!\w)", r"\1\\cdot 10^{\2}"),
     ]
 ]
-
-
-class Number(NamedTuple):
-    """A value and what it counts; '' without a unit."""
-
-    value: Fraction
-    unit: str
-
-
-class Parts(NamedTuple):
-    """The parts of a list, with its brackets; '' without."""
-
-    brackets: str
-    items: "tuple[Number | Parts | str, ...]"
+_LOCK = threading.Lock()
 
 
 def extract(text: str) -> str | None:
-    r"""The answer a text gives: its last whole \boxed{...}, else the rest of the line after its last '####', else the
-    rest of the sentence after its last 'the answer is' (or 'answer:'), else its last number. None if there is none, or
-    nothing after the mark.
+    r"""Find the answer that a text gives, or None.
+
+    The first of these that occurs counts: the last whole \boxed{...}; the line after the last '####'; the last
+    <answer>...</answer>; the phrase after the last 'answer is' or 'answer:'; the last formula or word with a digit.
     """
-    for find in (_boxed, _hashed, _phrased, _last_number):
-        found = find(text)
-        if found is not None:
-            return found.strip() or None
-    return None
+    found = (_last(pattern, text) for pattern in (_BOXED, _HASHED, _TAGGED, _PHRASED, _LAST))
+    return next((answer for answer in found if answer is not None), None) or None
 
 
-def equal(a: str, b: str) -> bool:
-    """Whether two answers are the same, by the rules of this module; an empty one equals nothing."""
-    return _same(_parse(a), _parse(b))
+@functools.lru_cache(maxsize=2**14)
+def equal(gold: str, answer: str) -> bool:
+    """Return True if two answers are the same by the rules of this module; an empty answer equals nothing."""
+    if max(len(gold), len(answer)) > LONGEST:
+        return gold == answer
+    (gold, gold_unit), (answer, unit) = _simplify(gold), _simplify(answer)
+    if not gold or not answer or (gold_unit and unit and gold_unit != unit):
+        return False
+    if gold == answer or _WORD.search(gold) or _WORD.search(answer):
+        return "".join(gold.split()).lower() == "".join(answer.split()).lower()
+    return _verify(gold, answer)
 
 
 def gold(row: Mapping[str, Any]) -> str:
-    r"""The right answer of a row: of its field 'answer', or if it has none of 'solution', what \boxed{} holds or what
-    follows '####'. An 'answer' without these marks is the answer itself.
+    r"""Return the right answer of a row: its field 'answer', or its field 'solution' if 'answer' is missing or None.
+
+    Only the part in \boxed{} or after '####' counts; an 'answer' without either is used whole. Raises ValueError.
     """
     name = "answer" if row.get("answer") is not None else "solution"
-    text = str(row.get(name, ""))
-    marked = _boxed(text) if _boxed(text) is not None else _hashed(text)
-    found = text if marked is None and name == "answer" else marked
-    if not found or not found.strip():
+    value = row.get(name)
+    text = str(value) if isinstance(value, str) or (isinstance(value, numbers.Real) and math.isfinite(value)) else ""
+    marked = [found for pattern in (_BOXED, _HASHED) if (found := _last(pattern, text)) is not None]
+    found = marked[0] if marked else text.strip() if name == "answer" else ""
+    if not found:
         raise ValueError(
-            f"warp_jax.math_answers: a row with fields {sorted(row)} has no gold answer, "
-            r"want it in the field 'answer', or marked by \boxed{} or #### in 'answer' or 'solution'"
+            f"warp_jax.rewards.math_answers: got {name} {value!r} in row {str(dict(row))[:200]}, want the right answer "
+            r"as text or number in the field 'answer', or after #### or in \boxed{} in 'answer' or 'solution'"
         )
-    return found.strip()
+    return found
 
 
 def score(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Text reward: 1 where the answer that a completion gives equals the gold answer of its row, else 0."""
+    """Text reward: 1 if the answer that a completion gives equals the right answer of its row, else 0."""
     del prompts
-    found = [extract(text) for text in completions]
-    return [float(answer is not None and equal(answer, gold(row))) for answer, row in zip(found, rows, strict=True)]
+    if importlib.util.find_spec("math_verify") is None:
+        raise ValueError("warp_jax.rewards.math_answers: math-verify is missing; run: pip install 'warp_jax[math]'")
+    pairs = [(gold(row), extract(text)) for row, text in zip(rows, completions, strict=True)]
+    return [float(answer is not None and equal(right, answer)) for right, answer in pairs]
 
 
-def _boxed(text: str) -> str | None:
-    boxes, opened = [], []
-    for token in _BOX.finditer(text):
-        if token["bare"]:
-            boxes.append((token.start(), token["bare"]))
-        elif token[0].endswith("{") and token[0] != r"\{":
-            opened.append((token.start(), token.end(), token[0] != "{"))
-        elif token[0] == "}" and opened:
-            start, end, is_box = opened.pop()
-            boxes += [(start, text[end : token.start()])] if is_box else []
-    return max(boxes)[1] if boxes else None
+def _last(pattern: re.Pattern[str], text: str) -> str | None:
+    found = [match[match.lastindex or 0] for match in pattern.finditer(text)]
+    return found[-1].strip(" *\n") if found else None
 
 
-def _hashed(text: str) -> str | None:
-    _, mark, rest = text.rpartition("####")
-    return rest.partition("\n")[0] if mark else None
-
-
-def _phrased(text: str) -> str | None:
-    _, *rests = _PHRASE.split(text)
-    return re.split(r"\.(?:\s|$)|\n", rests[-1].strip(" *"))[0].strip(" *") if rests else None
-
-
-def _last_number(text: str) -> str | None:
-    numbers = _IN_PROSE.findall(text.replace("\N{MINUS SIGN}", "-"))
-    return numbers[-1] if numbers else None
-
-
-def _same(a: Number | Parts | str, b: Number | Parts | str) -> bool:
-    if isinstance(a, Number) and isinstance(b, Number):
-        return a.value == b.value and (a.unit == b.unit or not a.unit or not b.unit)
-    if isinstance(a, Parts) and isinstance(b, Parts):
-        same_form = a.brackets == b.brackets and len(a.items) == len(b.items)
-        return same_form and all(map(_same, a.items, b.items))
-    return a == b != ""
-
-
-def _parse(text: str) -> Number | Parts | str:
-    if len(text) > _LONGEST:
-        return text
-    text = _simplify(text)
-    number = _number(text)
-    if number is not None:
-        return number
-    brackets, inside = _open(text)
-    items = _split(inside)
-    if brackets == "()" and len(items) == 1:
-        return _parse(inside)
-    return Parts(brackets, tuple(map(_parse, items))) if brackets or len(items) > 1 else _plain(text)
-
-
-def _simplify(text: str) -> str:
-    r"""Without what LaTeX adds for the eye; fractions as a/b with spaces around, so that 2\frac{1}{2} stays mixed."""
+def _simplify(text: str) -> tuple[str, str]:
+    """Rewrite an answer for math-verify and cut off its unit, '' if it has none."""
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    count = 1
-    while count:
-        text, count = _FRACTION.subn(_slash, text)
-    text = re.sub(r"(?<!\\text)\{([0-9a-zA-Z])\}", r"\1", text).strip().rstrip(".,;:")
-    return re.sub(r"^\\text\{([^{}]*)\}$", r"\1", text).strip()
+    text = text.strip().rstrip(".,;:")
+    match = _UNIT.fullmatch(text)
+    unit = (match[2] or match[3]).lower().strip() if match else ""
+    if match is None or _NO_UNIT.search(unit):
+        return re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip(), ""
+    return match[1].strip(), " ".join(unit.split()).removesuffix("s")
 
 
-def _slash(match: re.Match[str]) -> str:
-    parts = [match[1] or match[2] or "", match[3] or match[4] or ""]
-    simple = re.compile(r"\s*[+-]?(?:[0-9.]+|[a-zA-Z])\s*")
-    return " {}/{} ".format(*(part.strip() if simple.fullmatch(part) else f"({part})" for part in parts))
+def _verify(gold: str, answer: str) -> bool:
+    with _LOCK:
+        child = _child()
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps([gold, answer]), file=child.stdin, flush=True)
+        line = child.stdout.readline()
+        if not line:
+            _child.cache_clear()
+            child.communicate()
+            if child.returncode >= 0:  # negative: ended by a signal, such as that of the timer
+                raise ValueError(f"warp_jax.rewards.math_answers: math-verify ended with exit code {child.returncode}")
+    return line == "true\n"
 
 
-def _number(text: str) -> Number | None:
-    match = _QUANTITY.fullmatch(text)
-    unit = _unit(match["unit"]) if match else None
-    if match is None or unit is None:
-        return None
-    whole, top, bottom = (
-        Fraction((match[name] or default).replace(",", ""))
-        for name, default in (("whole", "0"), ("top", ""), ("bottom", "1"))
-    )
-    if bottom == 0:
-        return None
-    return Number((whole + top / bottom) * (-1 if match["sign"] == "-" else 1), unit)
+@functools.cache
+def _child() -> Any:
+    command = [sys.executable, "-P", __file__]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def _unit(rest: str) -> str | None:
-    """The unit that follows a number, '' for none; None if something else follows."""
-    match = _UNIT.fullmatch(rest)
-    if match is None:
-        return None if rest.strip() else ""
-    words = (match["text"] or match["words"]).lower()
-    return None if _NO_UNIT.search(words) else " ".join(words.split()).removesuffix("s")
+def _serve() -> None:
+    """Answer pairs (gold, answer), one JSON line each, with true or false."""
+    from math_verify import LatexExtractionConfig, parse, verify  # noqa: PLC0415
+
+    logging.disable()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    config = [LatexExtractionConfig()]
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # then SIGPROF ends this process
+        right, answer = (parse(f"${text}$", config, parsing_timeout=None) for text in json.loads(line))
+        same = verify(right, answer, timeout_seconds=None)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(bool(same)), flush=True)
 
 
-def _open(text: str) -> tuple[str, str]:
-    """The brackets around a text and what they hold; '' and the text if none hold all of it."""
-    match = re.fullmatch(r"(\\\{|[(\[])(.*)(\\\}|[)\]])", text, re.DOTALL)
-    if match is None or min(_depths(match[2]), default=0) < 0:
-        return "", text
-    return match[1][-1] + match[3][-1], match[2]
-
-
-def _split(text: str) -> list[str]:
-    """Cut at the commas outside all brackets."""
-    commas = [i for i, depth in enumerate(_depths(text)) if depth == 0 and text[i] == ","]
-    return [text[i + 1 : j] for i, j in zip([-1, *commas], [*commas, len(text)], strict=True)]
-
-
-def _depths(text: str) -> list[int]:
-    return list(itertools.accumulate((character in "([{") - (character in ")]}") for character in text))
-
-
-def _plain(text: str) -> str:
-    r"""Without \text{} and spaces, words of three letters or more in lower case."""
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}", lambda match: match[0].lower(), text)
-    return re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text)
+if __name__ == "__main__":
+    _serve()
