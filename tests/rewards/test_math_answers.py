@@ -75,7 +75,7 @@ SAME = [
     ("(x+1)^2", "x^2+2x+1"),
     (r"\sqrt{12}", r"2\sqrt{3}"),
     ("5!", "120"),
-    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"\begin{pmatrix} 1 \\ 1/2 \end{pmatrix}", r"\begin{pmatrix}1\\0.5\end{pmatrix}"),
     ("(1,2)", "1,2"),
     ("1, -2", "-2, 1"),
     ("X", "x"),

@@ -53,7 +53,9 @@ _NO_UNIT = re.compile(  # words that change the number before them
     r"\b(?:and|or|not|plus|minus|times|base|sin|cos|tan|log|squared|cubed|half|halves|quarters?|thirds?|fifths?|"
     r"sixths?|sevenths?|eighths?|ninths?|tenths?|\w+(?:teen|ie|dred|sand)ths?|dozens?|\w*(?:hundred|thousand|illion)s?)\b"
 )
-_WORD = re.compile(r"(?<![\\a-zA-Z])(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|infty)\b)[a-zA-Z]{3,}")
+_WORD = re.compile(
+    r"(?<![\\a-zA-Z])(?<!\\begin\{)(?<!\\end\{)(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|infty)\b)[a-zA-Z]{3,}"
+)
 _REWRITES: list[tuple[re.Pattern[str], Any]] = [
     (re.compile(pattern, re.IGNORECASE), replacement)
     for pattern, replacement in [
