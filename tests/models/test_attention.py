@@ -1,4 +1,4 @@
-"""The splash kernel, interpreted, against the plain attention."""
+"""The splash kernel in interpret mode, compared with plain attention."""
 
 import functools
 
@@ -24,16 +24,16 @@ def _inputs(groups):
 
 def _plain(query, key, value, window, softcap):
     positions = jnp.maximum(jnp.cumsum(LEFT_PADDED, axis=1) - 1, 0)
-    seen = attention.Seen(positions, positions, jnp.asarray(LEFT_PADDED))
+    positions = attention.Positions(positions, positions, jnp.asarray(LEFT_PADDED))
     local = jnp.array(True) if window else None
-    return attention.plain(query, key, value, attention.visible(seen, local, window), softcap)
+    return attention.plain(query, key, value, attention.visible(positions, local, window), softcap)
 
 
 @pytest.mark.parametrize(
     ("groups", "window", "softcap"), [(4, 0, 0.0), (2, 40, 0.0), (1, 0, 5.0)], ids=["all", "window", "softcap"]
 )
 def test_splash_equals_plain(groups, window, softcap):
-    """Fails when a window is one token off, padding is seen, the cap is left out, or heads are dealt out wrongly; in
+    """Fails when a window is one token off, padding is visible, the cap is missing, or heads are on the wrong chip; in
     values and in gradients."""
     inputs = _inputs(groups)
     weight = np.where(LEFT_PADDED[:, :, None, None], np.random.default_rng(4).normal(size=inputs[0].shape), 0)
@@ -57,7 +57,7 @@ def test_splash_equals_plain(groups, window, softcap):
 
 
 def test_cpu_meshes_and_cached_keys_use_the_plain_one():
-    """Fails when the kernel is asked for where there is no TPU, or for queries that are not the whole sequence."""
+    """Fails when the kernel is used without a TPU, or for queries that are not the whole sequence."""
     query, key, _ = _inputs(2)
     assert not attention.splash_fits(query, key, None)
     assert not attention.splash_fits(query, key, MESH)
@@ -65,14 +65,15 @@ def test_cpu_meshes_and_cached_keys_use_the_plain_one():
 
 @pytest.mark.parametrize("local", [None, False, True], ids=["no_windows", "whole", "window"])
 def test_the_kernel_sees_what_the_plain_one_does(monkeypatch, local):
-    """Fails when local and global layers change places on TPU, or the kernel's queries are not scaled."""
+    """Fails when local and global layers are swapped on TPU, or the kernel's queries are not scaled."""
     inputs = _inputs(2)
     positions = jnp.maximum(jnp.cumsum(LEFT_PADDED, axis=1) - 1, 0)
-    seen = attention.Seen(positions, positions, jnp.asarray(LEFT_PADDED))
+    positions = attention.Positions(positions, positions, jnp.asarray(LEFT_PADDED))
+    settings = attention.Settings(window=40, scale=0.3, softcap=0.0)
 
     @functools.partial(jax.jit, static_argnums=0)
     def attend(mesh, local):
-        return attention.attend(*inputs, seen, local, window=40, scale=0.3, softcap=0.0, mesh=mesh)
+        return attention.attend(*inputs, positions, local=local, settings=settings, mesh=mesh)
 
     local = None if local is None else jnp.array(local)
     want = attend(None, local)
@@ -82,7 +83,7 @@ def test_the_kernel_sees_what_the_plain_one_does(monkeypatch, local):
 
 
 class _TpuMesh:
-    """What splash_fits looks at, of a mesh of TPUs."""
+    """The attributes of a TPU mesh that splash_fits reads."""
 
     def __init__(self, tensor):
         self.devices = np.array([type("Chip", (), {"platform": "tpu"})])
@@ -100,7 +101,7 @@ class _TpuMesh:
     ],
     ids=["fits", "one_shared_head", "shared_heads", "small_heads", "cached"],
 )
-def test_which_shapes_the_kernel_takes(groups, size, queries, tensor, fits):
-    """Fails when a shape that the kernel does not take is sent to it."""
+def test_shapes_that_the_kernel_supports(groups, size, queries, tensor, fits):
+    """Fails when the kernel gets a shape that it does not support."""
     query, key = jnp.zeros((BATCH, queries, HEADS, size)), jnp.zeros((BATCH, LENGTH, groups, size))
     assert attention.splash_fits(query, key, _TpuMesh(tensor)) is fits

@@ -1,4 +1,4 @@
-"""Patterns on names, the stacks that they cut, and trees that are split and put together again."""
+"""Freezing by name patterns: how stacks are cut, and how trees are split and joined."""
 
 import dataclasses
 

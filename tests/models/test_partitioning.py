@@ -150,9 +150,9 @@ def test_mesh_of_chosen_devices():
         ((-1, -1, 1), "at most one -1"),
         ((0, 8, 1), "one positive size"),
         ((-2, 4, 1), "one positive size"),
-        ((4, 1, 1), r"\(4, 1, 1\) make 4 devices, this machine has 8"),
-        ((-1, 3, 1), r"\(2, 3, 1\) make 6 devices"),
-        ((-1, 16, 1), r"\(1, 16, 1\) make 16 devices"),
+        ((4, 1, 1), r"\(4, 1, 1\) need 4 devices, this machine has 8"),
+        ((-1, 3, 1), r"\(2, 3, 1\) need 6 devices"),
+        ((-1, 16, 1), r"\(1, 16, 1\) need 16 devices"),
     ],
 )
 def test_wrong_mesh_sizes_are_refused(sizes, message):

@@ -174,10 +174,11 @@ def test_attention_scale(scaling, want):
 def attend_one(keys, *, softcap=0.0):
     """One query of 2 with scale 0.5, values 8, 4 and an invisible 100."""
     key = jnp.asarray([*keys, 9.0], jnp.float32).reshape(1, 3, 1, 1)
-    seen = attention.Seen(jnp.array([[1]]), jnp.array([[0, 1, 0]]), jnp.array([[True, True, False]]))
+    positions = attention.Positions(jnp.array([[1]]), jnp.array([[0, 1, 0]]), jnp.array([[True, True, False]]))
     value = jnp.array([8.0, 4.0, 100.0]).reshape(1, 3, 1, 1)
     query = jnp.full((1, 1, 1, 1), 2.0)
-    return attention.attend(query, key, value, seen, None, window=0, scale=0.5, softcap=softcap, mesh=None).item()
+    settings = attention.Settings(window=0, scale=0.5, softcap=softcap)
+    return attention.attend(query, key, value, positions, local=None, settings=settings, mesh=None).item()
 
 
 def test_attend_by_hand():

@@ -9,16 +9,16 @@ from warp_jax.types import ApplyFn, Array, Params
 
 
 def make_apply_fn(config: TransformerConfig, mesh: Mesh | None = None) -> ApplyFn:
-    """`Transformer.apply` with the parameters as its first argument; on a mesh, its activations are laid out."""
+    """Make a function (params, token_ids, mask, ...) -> (outputs, cache), as in `Transformer`; mesh: shard them."""
     model = Transformer(config, mesh)
     return lambda params, *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
 
 
 def init_params(config: TransformerConfig, key: Array) -> Params:
-    """Random initial parameters."""
+    """Random initial parameters, float32."""
     return Transformer(config).init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
 
 
 def param_shapes(config: TransformerConfig) -> Params:
-    """Shape and dtype of every parameter, as jax.ShapeDtypeStruct."""
+    """Tree of jax.ShapeDtypeStruct: shape and dtype of every parameter, without computing any."""
     return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))

@@ -1,8 +1,9 @@
-"""Softmax attention: a plain one, and on TPU the Pallas splash kernel, which never holds the scores of a sequence.
+"""Softmax attention: a plain version, and for TPU the Pallas splash kernel, which never stores all scores at once.
 
 Axis letters: B batch, S query tokens, T keys, H heads, G key-value heads, K head size.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -14,67 +15,80 @@ from jax.sharding import Mesh, PartitionSpec
 from warp_jax.parallel import meshes
 from warp_jax.types import Array
 
-MASKED = -1e30  # finite, so that a row with no visible key stays finite
-LANES = 128  # of a TPU's vector unit: the kernel takes lengths and head sizes that are multiples of it
+MASKED = -1e30  # score of a masked key; finite, so that a row without any visible key gives no NaN
+LANES = 128  # width of a TPU's vector unit: the kernel needs lengths and head sizes that are multiples of it
 
 
-class Seen(NamedTuple):
-    """Which tokens ask and which can be seen: query_positions [B, S]; key_positions, key_valid [B, T]."""
+class Positions(NamedTuple):
+    """Positions of the queries and keys: query [B, S], key [B, T]; key_valid: bool [B, T], True = real token."""
 
-    query_positions: Array
-    key_positions: Array
+    query: Array
+    key: Array
     key_valid: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Fixed numbers of a model's attention."""
+
+    window: int  # tokens that a query of a local layer can see, itself included
+    scale: float  # factor on the queries
+    softcap: float  # scores become softcap * tanh(score / softcap); 0 = unchanged
 
 
 def attend(
     query: Array,
     key: Array,
     value: Array,
-    seen: Seen,
-    local: Array | None,
+    positions: Positions,
     *,
-    window: int,
-    scale: float,
-    softcap: float,
+    local: Array | None,
+    settings: Settings,
     mesh: Mesh | None,
 ) -> Array:
-    """Each query's mean of the values that it sees, weighted by softmax. query [B, S, H, K]; key, value [B, T, G, K].
+    """Mean of the values that each query can see, weighted by the softmax of its scores: [B, S, H, K].
 
-    A query sees the real tokens that are not in its future; if `local` (bool [], None = never), the last `window` of
-    these. softcap: 0 = none. On a TPU mesh, whole sequences that fit it go through the splash kernel.
+    Args:
+        query: [B, S, H, K].
+        key: [B, T, G, K].
+        value: [B, T, G, K].
+        positions: a query sees the valid keys at its own position and before.
+        local: bool []; if True, a query sees only the last `settings.window` of these. None if no layer is local.
+        settings: window, scale and softcap of the model.
+        mesh: on TPUs, whole sequences of a supported shape use the splash kernel.
     """
-    query = query * scale
+    query = query * settings.scale
     if not splash_fits(query, key, mesh):
-        return plain(query, key, value, visible(seen, local, window), softcap)
+        return plain(query, key, value, visible(positions, local, settings.window), settings.softcap)
     assert mesh is not None
-    kernel = functools.partial(splash, query, key, value, seen.key_valid, softcap=softcap, mesh=mesh)
+    kernel = functools.partial(splash, query, key, value, positions.key_valid, softcap=settings.softcap, mesh=mesh)
     if local is None:
         return kernel(window=0)
-    return jax.lax.cond(local, lambda: kernel(window=window), lambda: kernel(window=0))
+    return jax.lax.cond(local, lambda: kernel(window=settings.window), lambda: kernel(window=0))
 
 
-def visible(seen: Seen, local: Array | None, window: int) -> Array:
-    """Bool [B, S, T]: the key is a real token, not in the future, and inside the window of a local layer."""
-    distance = seen.query_positions[:, :, None] - seen.key_positions[:, None, :]
-    found = seen.key_valid[:, None, :] & (distance >= 0)
-    return found if local is None else found & (~local | (distance < window))
+def visible(positions: Positions, local: Array | None, window: int) -> Array:
+    """Mask bool [B, S, T]: the key is a real token, not after the query, and in a local layer inside the window."""
+    distance = positions.query[:, :, None] - positions.key[:, None, :]
+    mask = positions.key_valid[:, None, :] & (distance >= 0)
+    return mask if local is None else mask & (~local | (distance < window))
 
 
-def plain(query: Array, key: Array, value: Array, seen: Array, softcap: float) -> Array:
-    """Attention of scaled queries with all scores in memory; seen: bool [B, S, T]."""
+def plain(query: Array, key: Array, value: Array, mask: Array, softcap: float) -> Array:
+    """Attention of queries that are scaled already, with all scores in memory; mask: bool [B, S, T]."""
     batch, length, heads, size = query.shape
     groups = key.shape[2]
     query = query.reshape(batch, length, groups, heads // groups, size)
     scores = jnp.einsum("bsgqk,btgk->bgqst", query, key).astype(jnp.float32)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(seen[:, None, None], scores, MASKED)
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bgqst,btgk->bsgqk", weights, value).reshape(batch, length, heads, size)
 
 
 def splash_fits(query: Array, key: Array, mesh: Mesh | None) -> bool:
-    """True for whole sequences on TPUs whose head size and head count the kernel takes."""
+    """True on TPUs, for whole sequences (no cache) with a head size and head counts that the kernel supports."""
     if mesh is None or mesh.devices.flat[0].platform != "tpu":
         return False
     groups, tensor = key.shape[2], mesh.shape["tensor"]
@@ -94,31 +108,27 @@ def splash(
     mesh: Mesh,
     interpret: bool = False,
 ) -> Array:
-    """Attention of scaled queries of whole sequences by the splash kernel, each chip its own rows and heads.
+    """Attention of scaled queries of whole sequences by the splash kernel; each chip computes its own rows and heads.
 
-    valid: bool [B, S], real tokens. Places in the row stand for positions: padding is on one side only of the tokens
-    that see each other. window: 0 = all of the past.
+    valid: bool [B, S], True = real token. The real tokens of a row must be contiguous: the kernel measures distances in
+    columns. window: tokens that a query can see, itself included; 0 = all before it. interpret: run without a TPU.
     """
     length = query.shape[1]
-    spare = -length % LANES
-    query, key, value = (jnp.pad(x, ((0, 0), (0, spare), (0, 0), (0, 0))) for x in (query, key, value))
-    segments = jnp.pad(valid, ((0, 0), (0, spare))).astype(jnp.int32)
-    share = "tensor" if key.shape[2] % mesh.shape["tensor"] == 0 else None
-    batch = meshes.BATCH
-    in_specs = (
-        PartitionSpec(batch, None, "tensor", None),
-        *[PartitionSpec(batch, None, share, None)] * 2,
-        PartitionSpec(batch, None),
-    )
+    padding = -length % LANES
+    query, key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
+    segments = jnp.pad(valid, ((0, 0), (0, padding))).astype(jnp.int32)
+    key_axis = "tensor" if key.shape[2] % mesh.shape["tensor"] == 0 else None
+    query_spec, key_spec = (PartitionSpec(meshes.BATCH, None, axis, None) for axis in ("tensor", key_axis))
+    in_specs = (query_spec, key_spec, key_spec, PartitionSpec(meshes.BATCH, None))
 
     def on_chip(query: Array, key: Array, value: Array, segments: Array) -> Array:
-        attention = _kernel(query.shape[2], length + spare, window, softcap, interpret)
+        attention = _kernel(query.shape[2], length + padding, window, softcap, interpret)
         heads_first = (x.swapaxes(1, 2) for x in (query, key, value))
         mixed = jax.vmap(attention)(*heads_first, splash_attention.SegmentIds(segments, segments))
         return mixed.swapaxes(1, 2)
 
-    spread = jax.shard_map(on_chip, mesh=mesh, in_specs=in_specs, out_specs=in_specs[0], check_vma=False)
-    return spread(query, key, value, segments)[:, :length]
+    on_all_chips = jax.shard_map(on_chip, mesh=mesh, in_specs=in_specs, out_specs=query_spec, check_vma=False)
+    return on_all_chips(query, key, value, segments)[:, :length]
 
 
 def _kernel(heads: int, length: int, window: int, softcap: float, interpret: bool) -> Any:

@@ -1,7 +1,8 @@
-"""Which weights are trained: a pattern on their names. The rest is frozen and has no moments, anchor or task vector.
+"""Train part of a model: a regular expression selects weights by name. The others are frozen.
 
-Names are those of single layers, such as 'layers/20/attention/q/kernel' or 'embed/embedding'. Layers are stored in
-stacks; a stack is cut where the pattern changes between two layers, so that each leaf is trained or frozen whole.
+Frozen weights have no Adam moments, anchor or task vector. Names are those of single layers, such as
+'layers/20/attention/q/kernel' or 'embed/embedding'. A leaf stacks several layers and is trained or frozen as a whole,
+so a stack is cut wherever the pattern matches different weights in two neighbouring layers.
 """
 
 import itertools
@@ -16,26 +17,31 @@ from warp_jax.types import Params
 
 
 def layer_groups(pattern: str, shapes: Any) -> tuple[int, ...]:
-    """Sizes of the stacks into which `pattern` cuts the layers of a tree with one stack; () if it cuts nothing.
+    """Numbers of layers in the stacks that `pattern` needs; () if one stack is enough.
 
-    ValueError if the pattern is no regular expression, or no weight matches it.
+    Args:
+        pattern: regular expression, searched for in each name.
+        shapes: parameters (arrays or shapes) with all layers in one stack.
+
+    Raises:
+        ValueError: the pattern is not a regular expression, or matches no weight.
     """
     try:
         expression = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"trainable: {pattern!r} is not a regular expression: {error}") from error
-    names = [names_of(trees.path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)]
-    if not any(expression.search(name) for of_leaf in names for name in of_leaf):
-        examples = ", ".join(sorted(of_leaf[-1] for of_leaf in names)[:3])
-        raise ValueError(f"trainable: no weight matches {pattern!r}; names are like {examples}")
-    stacked = [of_leaf for of_leaf in names if naming.in_layer(of_leaf[0])]
-    per_layer = zip(*([bool(expression.search(name)) for name in of_leaf] for of_leaf in stacked), strict=True)
-    sizes = tuple(len(list(group)) for _, group in itertools.groupby(per_layer))
+    leaf_names = [names_of(trees.path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)]
+    if not any(expression.search(name) for names in leaf_names for name in names):
+        examples = ", ".join(sorted(names[-1] for names in leaf_names)[:3])
+        raise ValueError(f"trainable: no weight matches {pattern!r}; names look like {examples}")
+    layered = [names for names in leaf_names if naming.in_layer(names[0])]
+    trained_per_layer = zip(*([bool(expression.search(name)) for name in names] for names in layered), strict=True)
+    sizes = tuple(len(list(group)) for _, group in itertools.groupby(trained_per_layer))
     return sizes if len(sizes) > 1 else ()
 
 
 def split(params: Params, pattern: str) -> tuple[Params, Params]:
-    """The trained leaves and the frozen ones of a tree whose stacks are cut for `pattern`; `trees.join` undoes it."""
+    """Split parameters into (trained, frozen); `trees.join` is the inverse. Stacks must be cut as in `layer_groups`."""
     first_names = {
         trees.path_name(path): names_of(trees.path_name(path), leaf)[0]
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -44,7 +50,7 @@ def split(params: Params, pattern: str) -> tuple[Params, Params]:
 
 
 def restacked(source: Params, like: Params) -> Params:
-    """`like`, with each leaf whose layers are all in `source` taken from there, however the stacks of both are cut."""
+    """Copy the weights of `source` into the stacks and shardings of `like`; leaves that it lacks stay as in `like`."""
     slices = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(source):
         names = names_of(trees.path_name(path), leaf)
@@ -55,12 +61,13 @@ def restacked(source: Params, like: Params) -> Params:
         names = names_of(trees.path_name(path), leaf)
         if not all(name in slices for name in names):
             return leaf
-        found = [slices[name] for name in names]
-        return jax.device_put(jnp.stack(found) if naming.is_stacked(trees.path_name(path)) else found[0], leaf.sharding)
+        layers = [slices[name] for name in names]
+        values = jnp.stack(layers) if naming.is_stacked(trees.path_name(path)) else layers[0]
+        return jax.device_put(values, leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(take, like)
 
 
 def names_of(name: str, leaf: Any) -> list[str]:
-    """Names of the layers of a leaf, or its own name if it is not stacked."""
+    """One name for each layer of a stacked leaf; otherwise the leaf's own name."""
     return naming.layer_names(name, leaf.shape[0]) if naming.is_stacked(name) else [name]

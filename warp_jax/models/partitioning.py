@@ -1,6 +1,6 @@
-"""The table that says how every parameter lies on the mesh.
+"""Sharding rules: one table that maps each parameter's path to a PartitionSpec.
 
-It serves policy, anchor, init, Adam moments, task vectors and the reward model: all carry the same leaf paths.
+It applies to policy, anchor, init, Adam moments, task vectors and the reward model: their leaf paths are the same.
 """
 
 import re
@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from warp_jax import trees
 from warp_jax.parallel import meshes
 
-# Fewer key-value heads than chips along `tensor` stay whole there: every chip needs the head that its queries share.
+# With fewer key-value heads than chips along `tensor`, every chip keeps all of them: its queries need them.
 KEY_VALUE = r"layers(_from_\d+)?/attention/[kv]/"
 
-# (end of the leaf's path, how its axes are split). Leaves of a stack of layers have the layer axis first.
+# (pattern of the end of a leaf's path, mesh axis of each array axis). Stacked leaves have the layer axis first.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
     (r"layers(_from_\d+)?/attention/q/kernel", PartitionSpec(None, "fsdp", "tensor", None)),
@@ -35,17 +35,17 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def partition_spec(name: str, shape: Sequence[int]) -> PartitionSpec:
-    """The table's rule for a leaf path; scalars are whole. A path that no rule knows raises ValueError."""
+    """The PartitionSpec of a leaf path; scalars are not split. Raises ValueError if no rule matches."""
     if not shape:
         return PartitionSpec()
     for pattern, spec in RULES:
         if re.search(rf"(^|/){pattern}$", name):
             return spec
-    raise ValueError(f"sharding: no rule for leaf {name!r} of shape {tuple(shape)}; add one to sharding.RULES")
+    raise ValueError(f"sharding: no rule for leaf {name!r} of shape {tuple(shape)}; add one to partitioning.RULES")
 
 
 def param_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A NamedSharding for every leaf of a tree of arrays or shapes (parameters, TrainState, Adam moments)."""
+    """NamedSharding of every leaf of a tree of arrays or shapes (parameters, TrainState, Adam moments)."""
 
     def leaf_sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = trees.path_name(path)
@@ -59,7 +59,7 @@ def param_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def decode_shardings(mesh: Mesh, tree: Any) -> Any:
-    """As `param_shardings`, but whole along `fsdp`: generation reads every weight for every token."""
+    """Like `param_shardings`, but not split along `fsdp`, because generation reads every weight for every token."""
 
     def without_fsdp(leaf: NamedSharding) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in leaf.spec)))
@@ -68,12 +68,12 @@ def decode_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def with_shardings(mesh: Mesh, shapes: Any) -> Any:
-    """The same jax.ShapeDtypeStruct tree with the sharding of every leaf."""
+    """Tree of jax.ShapeDtypeStruct with the sharding of every leaf by the table."""
     return shaped(shapes, param_shardings(mesh, shapes))
 
 
 def shaped(shapes: Any, shardings: Any) -> Any:
-    """The jax.ShapeDtypeStruct of every leaf with the sharding in the same place of the other tree."""
+    """Tree of jax.ShapeDtypeStruct with the shapes of one tree and the shardings of the other."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 

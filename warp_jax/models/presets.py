@@ -1,6 +1,6 @@
-"""Sizes of published models: what a config expects its source to be, and what is compiled before there is a source.
+"""Sizes of published models, to check a model's files and to compile a program without them.
 
-From the config.json of each model's repository and, for Gemma, table 1 of arXiv 2403.08295.
+Sources: config.json in each model's repository and, for Gemma, table 1 of arXiv 2403.08295.
 """
 
 import dataclasses
@@ -41,19 +41,17 @@ SIZES = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError if no published model has this name."""
+    """Raise ValueError if the name is not in MODELS."""
     if name not in MODELS:
         raise ValueError(f"config.model.size: got {name!r}, want one of {', '.join(MODELS)}, or '' for any model")
 
 
 def check_size(settings: TransformerConfig, name: str) -> None:
-    """Raise ValueError if a model has other sizes than the published one of this name; '' = any."""
+    """Raise ValueError if a model's sizes differ from those of the published model; name '' = no check."""
     if not name:
         return
     check_name(name)
     for size in SIZES:
-        found, want = getattr(settings, size), getattr(MODELS[name], size)
-        if found != want:
-            raise ValueError(
-                f"config.model.size: got {name!r}, but the model has {size} {found}, not {want}; '' = any model"
-            )
+        got, want = getattr(settings, size), getattr(MODELS[name], size)
+        if got != want:
+            raise ValueError(f"config.model.size: {name!r} has {size} {want}, but the model has {got}; '' = any model")

@@ -1,8 +1,8 @@
-"""One decoder-only transformer, wide enough in its settings for Gemma 1-3, Llama, SmolLM2, Qwen 2.5/3 and Mistral.
+"""A decoder-only transformer whose settings cover Gemma 1-3, Llama, SmolLM2, Qwen 2.5/3 and Mistral.
 
 Axis letters: B batch, S query tokens, T cached keys, V vocabulary, D width, H heads, G key-value heads, K head size,
-F mlp width, L layers. Layers are stacked: each parameter of `layers` has a leading axis L and is scanned over. With
-several `layer_groups`, each group is a stack of its own, `layers_from_I`, I being its first layer.
+F mlp width, L layers. Layers are stacked and scanned: each parameter below `layers` has a leading axis L. With several
+`layer_groups`, each group is its own stack, `layers_from_I`, where I is its first layer.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from warp_jax.models import attention, rope
-from warp_jax.models.attention import Seen
+from warp_jax.models.attention import Positions
 from warp_jax.parallel import meshes
 from warp_jax.types import Array
 
 NO_SCALING = rope.RopeScaling()
-REMAT: dict[str, Any] = {  # what jax.checkpoint keeps
+REMAT: dict[str, Any] = {  # policies of jax.checkpoint: which values of a layer are kept for the gradient
     "none": None,
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -30,16 +30,7 @@ REMAT: dict[str, Any] = {  # what jax.checkpoint keeps
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Settings of the architecture.
-
-    norm_offset: added to every norm's scale (Gemma: 1). post_norms: a norm after attention and mlp too (Gemma 2, 3).
-    local_pattern: repeated over the layers, True = sees `sliding_window` tokens only. rope_theta_local: local layers
-    rotate by it, without scaling; 0 = they rotate as the others do. query_scale: factor on the queries, 0 = head_dim **
-    -0.5. *_softcap: 0 = none. head: "language" (logits over the vocabulary) or "scalar" (one number per token, a reward
-    model). layer_groups: sizes of the stacks of layers, () = all in one; the maths is the same, but leaves of one stack
-    can be frozen apart from those of another. dtype: of activations; parameters are float32. remat: what of a layer is
-    computed again for the gradient instead of kept: "none", "dots" (all but the products of matrices) or "full".
-    """
+    """Settings of the architecture."""
 
     vocab_size: int
     width: int
@@ -50,32 +41,32 @@ class TransformerConfig:
     mlp_dim: int
     activation: str = "silu"
     norm_eps: float = 1e-6
-    norm_offset: float = 0.0
-    post_norms: bool = False
+    norm_offset: float = 0.0  # added to every norm's scale (Gemma: 1)
+    post_norms: bool = False  # norms after attention and mlp too (Gemma 2, 3)
     qk_norm: bool = False
     qkv_bias: bool = False
-    query_scale: float = 0.0
-    attention_softcap: float = 0.0
-    final_softcap: float = 0.0
+    query_scale: float = 0.0  # factor on the queries; 0 = head_dim ** -0.5
+    attention_softcap: float = 0.0  # bound of the attention scores; 0 = none
+    final_softcap: float = 0.0  # bound of the logits; 0 = none
     scale_embedding: bool = False
     tied_head: bool = True
     rope_theta: float = 10_000.0
-    rope_theta_local: float = 0.0
+    rope_theta_local: float = 0.0  # theta of local layers, without scaling; 0 = the same as the other layers
     rope_scaling: rope.RopeScaling = NO_SCALING
-    local_pattern: tuple[bool, ...] = (False,)
-    sliding_window: int = 0
-    head: str = "language"
-    layer_groups: tuple[int, ...] = ()
-    dtype: str = "float32"
-    remat: str = "none"
+    local_pattern: tuple[bool, ...] = (False,)  # repeated over the layers; True = local: sees the sliding window only
+    sliding_window: int = 0  # tokens that a local layer sees
+    head: str = "language"  # logits over the vocabulary; "scalar": one number per token (reward model)
+    layer_groups: tuple[int, ...] = ()  # layers in each stack, so that some can be frozen; () = one stack
+    dtype: str = "float32"  # of activations; parameters are always float32
+    remat: str = "none"  # recompute layers in the backward pass: "none", "dots" (all but matrix products), "full"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads: got {self.num_heads}, want a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim: got {self.head_dim}, want an even number (rotary pairs)")
+            raise ValueError(f"head_dim: got {self.head_dim}, want an even number (rotary embeddings need pairs)")
         if any(self.local_pattern) and self.sliding_window < 1:
-            raise ValueError("sliding_window: got 0 with local layers, want at least 1 token")
+            raise ValueError(f"sliding_window: got {self.sliding_window} with local layers, want at least 1 token")
         if self.activation not in _ACTIVATIONS:
             raise ValueError(f"activation: got {self.activation!r}, want one of {', '.join(_ACTIVATIONS)}")
         if self.head not in ("language", "scalar"):
@@ -84,17 +75,17 @@ class TransformerConfig:
             raise ValueError(f"remat: got {self.remat!r}, want one of {', '.join(REMAT)}")
         if self.layer_groups and sum(self.layer_groups) != self.num_layers:
             raise ValueError(
-                f"layer_groups: {self.layer_groups} add to {sum(self.layer_groups)}, want {self.num_layers}"
+                f"layer_groups: got {self.layer_groups}, sum {sum(self.layer_groups)}, want sum {self.num_layers}"
             )
 
     @property
     def is_local(self) -> tuple[bool, ...]:
-        """For each layer, whether it sees the sliding window only."""
+        """One flag per layer: True = it sees the sliding window only."""
         return tuple(self.local_pattern[i % len(self.local_pattern)] for i in range(self.num_layers))
 
     @property
     def stacks(self) -> tuple[tuple[str, int, int], ...]:
-        """Name, first layer and end of each stack of layers."""
+        """(name, first layer, last layer + 1) of each stack of layers."""
         if len(self.layer_groups) < 2:
             return (("layers", 0, self.num_layers),)
         ends = tuple(itertools.accumulate(self.layer_groups))
@@ -103,7 +94,7 @@ class TransformerConfig:
         )
 
 
-# How activations are split: what is of a row goes with the batch, heads and vocabulary over `tensor`.
+# Sharding of activations: rows over the batch axes, heads and vocabulary over `tensor`.
 ROWS = PartitionSpec(meshes.BATCH, None, None)
 HEADS = PartitionSpec(meshes.BATCH, None, "tensor", None)
 LOGITS = PartitionSpec(meshes.BATCH, None, "tensor")
@@ -111,19 +102,17 @@ CACHE = PartitionSpec(None, meshes.BATCH, None, "tensor", None)
 
 
 class Cache(NamedTuple):
-    """Keys and values seen so far. keys, values: [L, B, T, G, K]; positions: int32 [B, T]; valid: bool [B, T];
-    length: int32 [], where the next token is written (the same for all rows: prompts are left-padded).
-    """
+    """Keys and values of the tokens so far; T is the capacity."""
 
-    keys: Array
-    values: Array
-    positions: Array
-    valid: Array
-    length: Array
+    keys: Array  # [L, B, T, G, K]
+    values: Array  # [L, B, T, G, K]
+    positions: Array  # int32 [B, T]
+    valid: Array  # bool [B, T], True = real token
+    length: Array  # int32 [], column of the next token in every row (prompts are left-padded)
 
 
 def init_cache(config: TransformerConfig, batch: int, capacity: int, mesh: Mesh | None = None) -> Cache:
-    """An empty cache for `capacity` tokens a row; on a mesh, rows and heads are split."""
+    """An empty cache for `capacity` tokens per row; with a mesh, rows and heads are sharded."""
     shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
     keys, values = (meshes.constrain(jnp.zeros(shape, config.dtype), mesh, CACHE) for _ in range(2))
     return Cache(
@@ -153,9 +142,9 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """x [B, S, *inputs] times a kernel [*inputs, *outputs], plus a bias [*outputs] if asked.
+    """x [B, S, *inputs] times a kernel [*inputs, *outputs], plus a bias [*outputs] with `use_bias`.
 
-    Computed as one product of two matrices: with B and S apart, XLA's CPU code for the gradient takes twice as long.
+    B and S are merged into one axis: otherwise XLA's gradient on a CPU takes twice as long.
     """
 
     outputs: tuple[int, ...]
@@ -186,31 +175,32 @@ class Attention(nn.Module):
     mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, x: Array, cache: Cache | None, layer: Array, local: Array, seen: Seen) -> tuple[Array, Any]:
+    def __call__(
+        self, x: Array, cache: Cache | None, layer: Array, local: Array, positions: Positions
+    ) -> tuple[Array, Any]:
         cfg = self.config
         query = self._project("q", cfg.num_heads, x)
         key = self._project("k", cfg.num_kv_heads, x)
         value = self._project("v", cfg.num_kv_heads, x)
         if cfg.qk_norm:
             query, key = RMSNorm(cfg, name="q_norm")(query), RMSNorm(cfg, name="k_norm")(key)
-        frequencies = _frequencies(cfg, local)
-        query, key = (
-            rope.rotate(y, seen.query_positions, frequencies, scale)
-            for y, scale in zip((query, key), (_rope_scale(cfg, local),) * 2, strict=True)
-        )
+        frequencies, scale = _rotary(cfg, local)
+        query = rope.rotate(query, positions.query, frequencies, scale)
+        key = rope.rotate(key, positions.query, frequencies, scale)
         if cache is not None:
             cache = _write(cache, layer, key, value)
             key = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
             value = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
+        settings = attention.Settings(
+            window=cfg.sliding_window, scale=cfg.query_scale or cfg.head_dim**-0.5, softcap=cfg.attention_softcap
+        )
         mixed = attention.attend(
             query,
             key,
             value,
-            seen,
-            local if any(cfg.local_pattern) else None,
-            window=cfg.sliding_window,
-            scale=cfg.query_scale or cfg.head_dim**-0.5,
-            softcap=cfg.attention_softcap,
+            positions,
+            local=local if any(cfg.local_pattern) else None,
+            settings=settings,
             mesh=self.mesh,
         )
         return Linear((cfg.width,), cfg.dtype, num_input_axes=2, name="o")(mixed), cache
@@ -235,18 +225,20 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and mlp, each with a norm before (and after, with post_norms) and a residual around."""
+    """Attention and mlp, each with a norm before it, a residual, and with `post_norms` a norm after it."""
 
     config: TransformerConfig
     mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, carry: tuple[Array, Any], numbers: tuple[Array, Array], seen: Seen) -> tuple[Any, None]:
+    def __call__(
+        self, carry: tuple[Array, Any], layer_and_local: tuple[Array, Array], positions: Positions
+    ) -> tuple[Any, None]:
         x, cache = carry
-        layer, local = numbers
+        layer, local = layer_and_local
         cfg = self.config
         mixed, cache = Attention(cfg, self.mesh, name="attention")(
-            RMSNorm(cfg, name="attention_norm")(x), cache, layer, local, seen
+            RMSNorm(cfg, name="attention_norm")(x), cache, layer, local, positions
         )
         x = x + (RMSNorm(cfg, name="attention_post_norm")(mixed) if cfg.post_norms else mixed)
         fed = Mlp(cfg, name="mlp")(RMSNorm(cfg, name="mlp_norm")(x))
@@ -255,12 +247,11 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids to logits (or to one number per token).
+    """Map token ids to logits, or with a scalar head to one number per token.
 
-    Call with token_ids int32 [B, S] and mask bool [B, S] (True = real token). Without a cache the tokens are the
-    whole sequence; with one they are appended to it. Returns (float32 [B, S, V], or [B, S] with a scalar head; cache);
-    num_outputs > 0 keeps the outputs of the last tokens only, before the costly head. On a mesh, activations are split
-    over batch and heads.
+    Call arguments: token_ids int32 [B, S]; mask bool [B, S], True = real token; cache, to which the tokens are
+    appended (None: they are the whole sequence); num_outputs > 0: outputs of the last num_outputs tokens only.
+    Returns (float32 [B, S, V], or [B, S] with a scalar head; the new cache). With a mesh, activations are sharded.
     """
 
     config: TransformerConfig
@@ -268,7 +259,7 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         cfg = self.config
-        self.embed = nn.Embed(cfg.vocab_size, cfg.width, dtype=cfg.dtype, embedding_init=_embedding_init)
+        self.embed = nn.Embed(cfg.vocab_size, cfg.width, dtype=cfg.dtype, embedding_init=nn.initializers.normal(0.02))
         layer = Layer if cfg.remat == "none" else nn.remat(Layer, prevent_cse=False, policy=REMAT[cfg.remat])
         for name, first, end in cfg.stacks:
             stack = nn.scan(
@@ -294,20 +285,20 @@ class Transformer(nn.Module):
     def hidden(
         self, token_ids: Array, mask: Array, cache: Cache | None = None, num_outputs: int = 0
     ) -> tuple[Array, Cache | None]:
-        """What the head reads: [B, S, D]; arguments and cache as in a call."""
+        """Normalised states of the last layer [B, S, D], the input of `head`, and the cache; arguments as in a call."""
         cfg = self.config
         x = self.embed(token_ids)
         if cfg.scale_embedding:
             x = x * jnp.asarray(cfg.width**0.5, cfg.dtype)
         x = meshes.constrain(x, self.mesh, ROWS)
-        seen, cache = _place(mask, cache)
+        positions, cache = _count_tokens(mask, cache)
         for name, first, end in cfg.stacks:
-            numbers = (jnp.arange(first, end), jnp.array(cfg.is_local[first:end]))
-            (x, cache), _ = getattr(self, name)((x, cache), numbers, seen)
+            layer_and_local = (jnp.arange(first, end), jnp.array(cfg.is_local[first:end]))
+            (x, cache), _ = getattr(self, name)((x, cache), layer_and_local, positions)
         return self.final_norm(x[:, -num_outputs:]), cache
 
     def head(self, x: Array) -> Array:
-        """Logits [B, S, V] (or one number per token [B, S]) of what `hidden` gives."""
+        """Logits [B, S, V], or one number per token [B, S], from the states that `hidden` returns."""
         cfg = self.config
         if cfg.head == "scalar":
             return self.score(x)[..., 0]
@@ -320,27 +311,23 @@ class Transformer(nn.Module):
         return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
 
 
-_embedding_init = nn.initializers.normal(0.02)
-
-
-def _place(mask: Array, cache: Cache | None) -> tuple[Seen, Cache | None]:
-    """Number the real tokens of each row from 0 (or on from the cache) and say which keys exist."""
-    if cache is None:
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-        return Seen(positions, positions, mask), None
-    before = cache.valid.sum(axis=1, dtype=jnp.int32)[:, None]
+def _count_tokens(mask: Array, cache: Cache | None) -> tuple[Positions, Cache | None]:
+    """Number the real tokens of each row from 0, or onwards from those in the cache, and add them to the cache."""
+    before = 0 if cache is None else cache.valid.sum(axis=1, dtype=jnp.int32, keepdims=True)
     positions = jnp.maximum(before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    if cache is None:
+        return Positions(positions, positions, mask), None
     start = (0, cache.length)
     cache = cache._replace(
         positions=jax.lax.dynamic_update_slice(cache.positions, positions, start),
         valid=jax.lax.dynamic_update_slice(cache.valid, mask, start),
         length=cache.length + mask.shape[1],
     )
-    return Seen(positions, cache.positions, cache.valid), cache
+    return Positions(positions, cache.positions, cache.valid), cache
 
 
 def _write(cache: Cache, layer: Array, key: Array, value: Array) -> Cache:
-    """Store the newest keys and values of one layer; `_place` has already counted them in `length`."""
+    """Store the newest keys and values of one layer. `length` includes them already (see `_count_tokens`)."""
     start = (layer, 0, cache.length - key.shape[1], 0, 0)
     return cache._replace(
         keys=jax.lax.dynamic_update_slice(cache.keys, key[None].astype(cache.keys.dtype), start),
@@ -348,14 +335,11 @@ def _write(cache: Cache, layer: Array, key: Array, value: Array) -> Cache:
     )
 
 
-def _frequencies(cfg: TransformerConfig, local: Array) -> Array:
-    everywhere = jnp.asarray(rope.inverse_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling))
-    if not (any(cfg.local_pattern) and cfg.rope_theta_local):
-        return everywhere
-    nearby = jnp.asarray(rope.inverse_frequencies(cfg.head_dim, cfg.rope_theta_local, NO_SCALING))
-    return jnp.where(local, nearby, everywhere)
-
-
-def _rope_scale(cfg: TransformerConfig, local: Array) -> Any:
+def _rotary(cfg: TransformerConfig, local: Array) -> tuple[Array, Array | float]:
+    """Rotary frequencies [K / 2] of a layer, and the factor on its rotated queries and keys; local: bool []."""
+    frequencies = jnp.asarray(rope.inverse_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling))
     scale = rope.attention_scale(cfg.rope_scaling)
-    return jnp.where(local, 1.0, scale) if any(cfg.local_pattern) and cfg.rope_theta_local else scale
+    if not (any(cfg.local_pattern) and cfg.rope_theta_local):
+        return frequencies, scale
+    local_frequencies = jnp.asarray(rope.inverse_frequencies(cfg.head_dim, cfg.rope_theta_local, NO_SCALING))
+    return jnp.where(local, local_frequencies, frequencies), jnp.where(local, 1.0, scale)
