@@ -1,4 +1,4 @@
-"""Several real processes on the loopback interface, against one process with as many devices."""
+"""Multi-host jobs: real processes on this machine, compared with one process that has the same number of devices."""
 
 import csv
 import os
@@ -28,11 +28,11 @@ def _free_port():
 
 
 def _launch(workdir, processes, *more, mesh=(2, 2, 1), last=()):
-    """The same command in each process, told apart by its number only, but for what the last one is asked."""
+    """Start the same command in each process; `last` are extra flags of the last one."""
     env = ENV | {"XLA_FLAGS": f"{FAST_COMPILE} --xla_force_host_platform_device_count={DEVICES // processes}"}
     multihost = ["--multihost", f"--coordinator=localhost:{_free_port()}", f"--num_processes={processes}"]
-    together = multihost if processes > 1 else []
-    arguments = (*SETTINGS, f"--config.mesh={mesh}", f"--workdir={workdir}", *together, *more)
+    multihost = multihost if processes > 1 else []
+    arguments = (*SETTINGS, f"--config.mesh={mesh}", f"--workdir={workdir}", *multihost, *more)
     own = [[f"--process_id={number}"] for number in range(processes)]
     own[-1] += last
     return [start(main_command(*arguments, *flags), env) for flags in own]
@@ -61,7 +61,7 @@ def _assert_same_front(workdir, one):
 
 
 def test_two_processes_equal_one(one, tmp_path):
-    """Fails when a process takes other prompts or keys than its share, or writes what the first one writes."""
+    """Fails when a process uses other prompts or keys than its share, or writes files that process 0 writes."""
     results = [finish(process) for process in _launch(tmp_path / "run", 2)]
     assert [code for code, *_ in results] == [0, 0], results
     _assert_same_front(tmp_path / "run", one)
@@ -72,9 +72,9 @@ def test_two_processes_equal_one(one, tmp_path):
 
 @pytest.mark.skipif("WARP_JAX_SLOW_TESTS" not in os.environ, reason="two minutes: set WARP_JAX_SLOW_TESTS=1")
 def test_a_lost_process_stops_the_others_and_the_restart_goes_on(one, tmp_path):
-    """Fails when the others hang, or say it in a traceback, or a checkpoint is bound to its processes or its mesh.
+    """Fails when the others hang or print a traceback, or a checkpoint needs the same processes or mesh.
 
-    The restart is on other processes, and on another mesh.
+    The restart uses another number of processes and another mesh.
     """
     workdir = tmp_path / "run"
     processes = _launch(workdir, 2)
@@ -84,7 +84,7 @@ def test_a_lost_process_stops_the_others_and_the_restart_goes_on(one, tmp_path):
     assert code == 75
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert "start all of them again with the same command" in lines[0]
+    assert "start all processes again with the same command" in lines[0]
     assert "Traceback" not in error
     assert not (workdir / "front.csv").exists()
     results = [finish(process) for process in _launch(workdir, 4, mesh=(1, 2, 2))]
@@ -93,7 +93,7 @@ def test_a_lost_process_stops_the_others_and_the_restart_goes_on(one, tmp_path):
 
 
 def test_a_run_that_another_job_trains_is_refused(one, tmp_path):
-    """Fails when the process that looks at the lock leaves the others waiting, or a scheduler would not try again."""
+    """Fails when a held lock leaves the other process waiting, or the exit code does not mean "try again"."""
     workdir = tmp_path / "run"
     shutil.copytree(one, workdir)
     shutil.rmtree(workdir / "iteration_1" / "run_1" / "params")
@@ -101,15 +101,15 @@ def test_a_run_that_another_job_trains_is_refused(one, tmp_path):
         results = [finish(process) for process in _launch(workdir, 2, "--run=1")]
     assert [code for code, *_ in results] == [75, 75], results
     assert "error: run 1 of iteration 1 is being made by another process" in results[0][2]
-    assert "error: process 0 of 2 cannot go on, and says why" in results[1][2]
+    assert "error: process 0 of 2 failed; its output has the reason" in results[1][2]
 
 
 def test_bad_input_of_one_process_stops_all(tmp_path):
-    """Fails when a process waits for one that has refused its input, as a model that one host has not."""
+    """Fails when a process waits for one that rejected its input, such as a model that is missing on one host."""
     processes = _launch(tmp_path / "run", 2, last=["--config.warp.ema_rate=1.2"])
     results = [finish(process) for process in processes]
     assert [code for code, *_ in results] == [2, 2], results
-    assert "error: process 1 of 2 cannot go on, and says why" in results[0][2]
+    assert "error: process 1 of 2 failed; its output has the reason" in results[0][2]
     assert "error: config.warp.ema_rate: got 1.2" in results[1][2]
     assert not (tmp_path / "run").exists()
 
@@ -136,8 +136,8 @@ except Exception as error:
 
 
 def test_what_two_processes_do_together(tmp_path):
-    """Fails when a host function is called by both, a path is looked for by both (NFS would remember that it was not
-    there), or an error in one leaves the other waiting.
+    """Fails when both processes call a host function or look for a path (NFS caches a failed look-up), or an error in
+    one leaves the other waiting.
     """
     port = str(_free_port())
     processes = [start([sys.executable, "-c", TWO, port, str(number), str(tmp_path)]) for number in (0, 1)]
@@ -148,7 +148,7 @@ def test_what_two_processes_do_together(tmp_path):
 
 
 def _in_child(line):
-    """A process that goes on in a child, which says so and then does the line."""
+    """Start a process whose child prints "child" and then runs the line."""
     program = (
         "import os, time; from warp_jax.parallel import supervisor; supervisor.continue_in_child(); "
         f"print('child', flush=True); {line}"
@@ -161,7 +161,7 @@ def _in_child(line):
     [("raise SystemExit(3)", 3, 0), ("os.kill(os.getpid(), 9)", 137, 0), ("os.abort()", 75, 1)],
 )
 def test_a_process_ends_as_its_child_does(line, want_code, want_errors):
-    """Fails when exit codes are lost, or when JAX's abort after the loss of a process is not said in one line."""
+    """Fails when exit codes are lost, or an abort by JAX does not print one line."""
     process = _in_child(line)
     code, _, error = finish(process)
     assert code == want_code
@@ -174,7 +174,7 @@ def test_a_child_ends_with_its_parent():
     process = _in_child("time.sleep(300)")
     assert process.stdout.readline() == "child\n"
     process.kill()
-    process.communicate(timeout=60)  # until nobody holds its output
+    process.communicate(timeout=60)  # returns when no process holds its output
 
 
 def test_bad_input_of_several_processes(tmp_path):

@@ -1,1 +1,1 @@
-"""Meshes of devices and jobs of several processes."""
+"""Device meshes and multi-host jobs."""

@@ -1,6 +1,6 @@
-"""Several processes of one job: what all agree on, what only the first does, and arrays that no process has whole.
+"""Multi-host helpers: broadcast, run on process 0, gather.
 
-With one process everything here is the plain operation. All processes must make the same calls in the same order.
+All processes of a job must make the same calls in the same order. With one process, each helper is the plain operation.
 """
 
 import contextlib
@@ -21,98 +21,102 @@ from warp_jax import cli, files
 
 Result = TypeVar("Result")
 
-_LOSS = re.compile(  # of the texts of JAX's errors
+_PEER_LOST = re.compile(  # texts of JAX's errors after another process is gone
     r"(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): |.*(gloo|barrier|heartbeat|coordination service|connection)",
     re.IGNORECASE | re.DOTALL,
 )
-RESTART_HINT = "start all of them again with the same command, and the job goes on where it stopped"
+RESTART_HINT = "start all processes again with the same command to resume the job"
 
 
 class PeerError(Exception):
-    """Another process of the job cannot go on, and says why."""
+    """Another process of the job failed; that one prints the reason."""
 
 
 def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
-    """Meet the other processes; without values, those of the environment (Cloud TPU, GKE, Slurm). Before any array.
+    """Connect this process to the others of the job. Call it before any array is made.
 
-    ValueError if they cannot be told apart; RuntimeError if they do not come.
+    coordinator "", num_processes 0 and process_id -1: detect the value (Cloud TPU, GKE, Slurm). Raises ValueError if
+    that fails, RuntimeError if the other processes do not connect in time.
     """
     given = (coordinator or None, num_processes or None, process_id if process_id >= 0 else None)
     try:
         jax.distributed.initialize(*given)
     except ValueError as error:
         raise ValueError(
-            f"multihost: {error}; on a machine that JAX does not know, give --coordinator=HOST:PORT, --num_processes "
-            "and --process_id"
+            f"multihost: {error}; JAX cannot detect the job on this machine: set --coordinator=HOST:PORT, "
+            "--num_processes and --process_id"
         ) from error
 
 
 def is_first() -> bool:
-    """True in the process that writes files and talks."""
+    """True in process 0, which writes the files and prints."""
     return jax.process_index() == 0
 
 
 def broadcast(value: Any) -> Any:
-    """The first process's value, a number or a numpy array, in every process."""
+    """Return process 0's value, a number or a numpy array, in every process."""
     return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
 
 
 def exists(path: Path) -> bool:
-    """Whether the first process sees the path: what it has just written may not be seen everywhere yet.
+    """True in every process if the path exists for process 0.
 
-    The others do not look: of a path that they did not find, NFS would tell them the same for half a minute.
+    The others do not look. On NFS a new file appears on other hosts late, and each failed look-up is cached there.
     """
     return bool(broadcast(np.array(is_first() and path.exists())))
 
 
 def all_or_none(action: Callable[[], Result]) -> Result:
-    """Its result in every process; then all go on, or none: the error where it failed, PeerError in the others.
+    """Run an action in every process and return its result. If it fails in any process, all stop.
 
-    Without this, one that fails leaves the others waiting for it. The action itself must not wait for another process.
+    Without this, the others would wait for the failed one. The action itself must not wait for another process.
+
+    Raises:
+        PeerError: the action failed in another process, which raises the action's own error.
     """
     try:
         result = action()
     except Exception:
-        _of_all(True)
+        _gather_flag(True)
         raise
-    failed = _of_all(False)
+    failed = _gather_flag(False)
     if any(failed):
-        raise PeerError(f"process {failed.index(True)} of {len(failed)} cannot go on, and says why")
+        raise PeerError(f"process {failed.index(True)} of {len(failed)} failed; its output has the reason")
     return result
 
 
 def make_if_missing(path: Path, make: Callable[[], None]) -> None:
-    """Let the first process make a file or folder that is not there; then all go on."""
+    """Make a file or folder on process 0 if it does not exist; the others wait."""
     if not exists(path):
         on_first_process(make)
 
 
 def on_first_process(make: Callable[[], None]) -> None:
-    """Let the first process do something; then all go on, or none."""
+    """Run a function on process 0; the others wait. If it fails, all stop (see `all_or_none`)."""
     all_or_none(lambda: make() if is_first() else None)
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays as numpy, whole in every process."""
+    """Gather every array of a tree as a complete numpy array in every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    return jax.tree.map(_whole, tree)
+    return jax.tree.map(_gather, tree)
 
 
 def computed_on_first_process(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """A host function of the same arguments in every process: the first one calls it, all get its values.
+    """Wrap a function so that only process 0 calls it and all processes get its result.
 
-    For functions that may answer differently when they are asked twice, such as a judge behind an API. The result is
-    float32 and has an entry for each of the first argument, else ValueError.
+    For functions that may return different values in each process, such as a judge behind an API. The result is
+    float32 [N], with N the length of the first argument; another shape raises ValueError.
     """
 
     def call(first: Any, *rest: Any) -> np.ndarray:
         values = np.zeros(len(first), np.float32)
         if is_first():
-            found = np.asarray(function(first, *rest), np.float32)
-            if found.shape != values.shape:
-                raise ValueError(f"function: returned shape {found.shape}, want {values.shape}, one number each")
-            values = found
+            result = np.asarray(function(first, *rest), np.float32)
+            if result.shape != values.shape:
+                raise ValueError(f"function: returned shape {result.shape}, want {values.shape}, one number each")
+            values = result
         return np.asarray(broadcast(values))
 
     return call
@@ -120,34 +124,34 @@ def computed_on_first_process(function: Callable[..., np.ndarray]) -> Callable[.
 
 @contextlib.contextmanager
 def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """`files.locked` by the first process, for all of them."""
+    """Hold a file lock on process 0 for all processes (see `files.locked`)."""
     with contextlib.ExitStack() as stack:
         on_first_process(lambda: stack.enter_context(files.locked(path, on_wait)))
         yield
 
 
 def exit_if_peer_lost(error: BaseException) -> None:
-    """If the error says that another process is gone, end this one with one line; without goodbyes, which would wait.
+    """Print one line and exit at once if the error means that another process is gone.
 
-    A failed operation between processes is a JaxRuntimeError or a ValueError, as it happens: the text tells.
+    JAX raises different types of error then, so the text decides. A normal exit would wait for the other processes.
     """
-    if jax.process_count() == 1 or not _LOSS.match(str(error)):
+    if jax.process_count() == 1 or not _PEER_LOST.match(str(error)):
         return
     reason = " ".join(str(error).split())[:200]
-    place = f"process {jax.process_index()} of {jax.process_count()}"
-    print(f"error: {place} lost the others: {RESTART_HINT} ({reason})", file=sys.stderr)
+    process = f"process {jax.process_index()} of {jax.process_count()}"
+    print(f"error: {process} lost the others: {RESTART_HINT} ({reason})", file=sys.stderr)
     _exit_at_once(cli.TRY_AGAIN)
 
 
 def exit_if_multihost(error: BaseException) -> None:
-    """Of several processes, end this one, which cannot go on, so that the others stop too; alone, do nothing.
+    """Exit at once after an error in a multi-host job, so that the other processes stop too.
 
-    At its usual end, JAX would wait here for the others while they wait for this one.
+    At a normal exit JAX would wait for the others, while they wait for this one. With one process, do nothing.
     """
     exit_if_peer_lost(error)
     if jax.process_count() == 1:
         return
-    if isinstance(error, SystemExit):  # said already
+    if isinstance(error, SystemExit):  # its message is printed already
         _exit_at_once(int(error.code or 0))
     traceback.print_exception(error)
     _exit_at_once(1)
@@ -157,18 +161,18 @@ def _exit_at_once(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if is_first():
-        time.sleep(1)  # for those that stop for the same reason: JAX aborts them when the first is gone
+        time.sleep(1)  # let the others exit for the same reason first: JAX aborts them when process 0 is gone
     os._exit(code)
 
 
-def _of_all(failed: bool) -> list[bool]:
-    """What each process says."""
+def _gather_flag(failed: bool) -> list[bool]:
+    """The flag of each process, in order."""
     if jax.process_count() == 1:
         return [failed]
     return multihost_utils.process_allgather(np.array([failed])).ravel().tolist()
 
 
-def _whole(x: Any) -> np.ndarray:
+def _gather(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(jax.device_get(x))

@@ -1,6 +1,6 @@
-"""The mesh of devices, and arrays laid out on it.
+"""The device mesh and sharding of batches and activations.
 
-Axes: `data` (copies of the weights), `fsdp` (weights split, batch split), `tensor` (heads and hidden units split).
+Axes: `data` (splits the batch), `fsdp` (splits the batch and the weights), `tensor` (splits heads and hidden units).
 """
 
 import math
@@ -13,11 +13,11 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # what a batch is split over
+BATCH = ("data", "fsdp")  # axes that split a batch
 
 
 def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with axes (data, fsdp, tensor); one size may be -1, which takes the devices that remain."""
+    """Make a mesh with axes (data, fsdp, tensor); one size may be -1: all remaining devices."""
     devices = jax.devices() if devices is None else devices
     sizes = list(sizes)
     if len(sizes) != len(AXES) or sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
@@ -25,58 +25,59 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> Mes
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(len(devices) // -int(np.prod(sizes)), 1)
     if np.prod(sizes) != len(devices):
-        raise ValueError(f"mesh: sizes {tuple(sizes)} make {np.prod(sizes)} devices, this machine has {len(devices)}")
-    return Mesh(_placed(tuple(sizes), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        raise ValueError(f"mesh: sizes {tuple(sizes)} need {np.prod(sizes)} devices, this machine has {len(devices)}")
+    return Mesh(_device_grid(tuple(sizes), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _placed(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """The devices as a grid: neighbours on TPU are neighbours in the grid, and only `data`, or `fsdp` where `data` is
-    too small, goes from one slice to another over the data centre's network.
+def _device_grid(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Arrange the devices as a grid in which neighbouring TPU chips are neighbours.
+
+    Traffic between TPU slices is slow, so only `data` spans slices, and `fsdp` if `data` is too small.
     """
     if devices[0].platform != "tpu":
         return np.array(devices).reshape(sizes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    over_data = math.gcd(sizes[0], slices)
-    between = (over_data, slices // over_data, 1)
-    if sizes[1] % between[1]:
-        raise ValueError(f"mesh: {slices} slices do not divide data x fsdp of {sizes}; choose sizes that they divide")
-    inside = tuple(size // count for size, count in zip(sizes, between, strict=True))
-    return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+    data_slices = math.gcd(sizes[0], slices)
+    across = (data_slices, slices // data_slices, 1)
+    if sizes[1] % across[1]:
+        raise ValueError(f"mesh: got sizes {sizes} on {slices} slices, want data x fsdp divisible by {slices}")
+    within = tuple(size // count for size, count in zip(sizes, across, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:
-    """The activation x laid out by `spec`; an axis whose size a mesh axis does not divide stays whole."""
+    """Shard the activation x by `spec`; an axis that is not divisible stays unsplit. mesh None = return x."""
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, divisible(mesh, x.shape, spec)))
 
 
 def divisible(mesh: Mesh, shape: Sequence[int], spec: PartitionSpec) -> PartitionSpec:
-    """The spec without the splits that `shape` does not allow."""
+    """The spec without the splits that do not divide `shape`."""
     return PartitionSpec(*(a if size % _devices(mesh, a) == 0 else None for size, a in zip(shape, spec, strict=False)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Sharding that keeps the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis split over all devices that hold different data."""
+    """Sharding that splits the first axis over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def batch_devices(mesh: Mesh | AbstractMesh) -> int:
-    """By how much a batch must be divisible."""
+    """Number of parts that a batch is split into; its rows must be a multiple of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Arrays [B, ...], the same in every process, onto the mesh, split over the batch: each process keeps its rows.
+    """Shard arrays [B, ...] over the batch axes. Every process passes the full arrays; its devices keep their rows.
 
-    What is on devices already does not come to the host, which would wait for it.
+    Arrays that are on devices already are not copied to the host, which would wait for them.
     """
     rows = batch_sharding(mesh)
 

@@ -1,4 +1,4 @@
-"""The parent process of a process of a multi-host job."""
+"""Run each process of a multi-host job as a child, so that its parent can report how it ended."""
 
 import faulthandler
 import os
@@ -10,27 +10,27 @@ import threading
 from warp_jax import cli
 from warp_jax.parallel.hosts import RESTART_HINT
 
-_PARENT = "WARP_JAX_PARENT"  # environment: a file descriptor that ends when the parent does
+_PARENT = "WARP_JAX_PARENT"  # environment variable: a pipe that closes when the parent ends
 
 
 def continue_in_child() -> None:
-    """Return in a child that runs the same command; the parent waits for it, and ends as it does.
+    """Start the same command in a child process and return there; the parent waits and exits with the child's code.
 
-    JAX's runtime aborts a process, past all Python, when it hears that another one is gone. The parent says so in one
-    line, with exit code TRY_AGAIN. However the parent is ended, the child ends too.
+    When another process of the job is gone, JAX aborts this one without a Python exception. The parent then prints one
+    line and exits with TRY_AGAIN. If the parent ends, for any reason, the child ends too.
     """
     if inherited := os.environ.pop(_PARENT, ""):
         threading.Thread(target=_end_with_parent, args=(int(inherited),), daemon=True).start()
-        faulthandler.disable()  # absl's, which would print every thread's stack when JAX aborts
+        faulthandler.disable()  # absl enabled it; it would print the stack of every thread when JAX aborts
         return
     watched, _held_open = os.pipe()
     command = [sys.executable, *sys.orig_argv[1:]]
     code = subprocess.call(command, env=os.environ | {_PARENT: str(watched)}, pass_fds=[watched])
     if code == -signal.SIGABRT:
-        cli.fail(f"aborted by JAX, most often because another process is gone: {RESTART_HINT}", cli.TRY_AGAIN)
-    sys.exit(code if code >= 0 else 128 - code)  # 128 + signal, as shells say it
+        cli.fail(f"aborted by JAX, usually because another process is gone: {RESTART_HINT}", cli.TRY_AGAIN)
+    sys.exit(code if code >= 0 else 128 - code)  # ended by a signal: 128 + its number, as in a shell
 
 
 def _end_with_parent(watched: int) -> None:
-    os.read(watched, 1)  # returns when the other end is closed
+    os.read(watched, 1)  # returns when the parent ends
     os._exit(cli.TRY_AGAIN)
