@@ -1,10 +1,13 @@
-"""Small random transformers models of every supported family: the oracle of the Hugging Face tests.
+"""Small random transformers models of every supported family: the reference for the Hugging Face tests.
 
-Weights are drawn so that an error shows. Matrices have deviation 1.5 / sqrt(fan-in): layers outweigh the embedding in
-the residual, else a tied head repeats the last token for ever. Embedding and head have 1 / sqrt(width): logits of
-deviation about 1, whose two largest lie apart by 10^-3 of the scale at worst over 64 greedy tokens, a thousand times
-the float32 error. Norm scales are uniform in 0.5 .. 1.5 (Gemma stores them less 1) and biases have deviation 0.5,
-since fresh ones are constant. Rotary bases are small, so that every pair turns within the 24 tokens of IDS.
+The weights are random, and chosen so that an error changes the outputs:
+- Matrices have standard deviation 1.5 / sqrt(fan-in). The layers then outweigh the embedding in the residual;
+  otherwise a tied head repeats the last token for ever.
+- Embedding and head have standard deviation 1 / sqrt(width), so that logits have about 1. Over 64 greedy tokens the two
+  largest logits differ by at least 10^-3 of the scale, a thousand times the float32 error.
+- Norm scales are uniform in 0.5 .. 1.5 (Gemma stores scale - 1) and biases have standard deviation 0.5; untrained ones
+  would be constant.
+- Rotary bases are small, so that every pair rotates visibly within the 24 tokens of IDS.
 """
 
 import copy
@@ -106,10 +109,10 @@ MULTIMODAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A transformers class, the settings of its config, the seed of its weights and the mesh it is tried on.
+    """A transformers class, the settings of its config, the seed of its weights and the mesh of its tests.
 
-    The seed is one of the first whose 3 x 64 greedy tokens are decided by 10^-3 of the logit scale or more, and are
-    no mere repetition. mesh: sizes of (data, fsdp, tensor).
+    seed: one whose 3 x 64 greedy tokens are each decided by at least 10^-3 of the logit scale and do not just repeat.
+    mesh: sizes of (data, fsdp, tensor).
     """
 
     architecture: str
@@ -155,7 +158,7 @@ ALL = {**FAMILIES, **REWARD_MODELS}
 
 @functools.cache
 def make_model(name: str) -> Any:
-    """The transformers model of a family, float32, with random weights; the same in every call."""
+    """The transformers model of a family with fixed random weights, float32."""
     family = ALL[name]
     architecture = getattr(transformers, family.architecture)
     config = architecture.config_class(**json.loads(json.dumps(family.settings)))
@@ -177,7 +180,7 @@ def _random(path: str, shape: torch.Size, gemma: bool, generator: torch.Generato
 
 
 def make_folder(name: str, folder: Path, *, dtype: str = "float32", max_shard_size: str = "50GB") -> Path:
-    """A family's checkpoint as transformers saves it."""
+    """Save a family's model with transformers."""
     model = copy.deepcopy(make_model(name)).to(getattr(torch, dtype))
     model.config.dtype = dtype
     model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -193,7 +196,7 @@ def edit_config(folder: Path, **changes: Any) -> Path:
 
 
 def load_model(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """transformers' own reading of a folder, by the class its config names, in float32, and its loading report."""
+    """Load a folder with transformers in float32, by the class in its config; also return the loading report."""
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
     model, report = getattr(transformers, architecture).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
@@ -211,7 +214,7 @@ def outputs(model: Any, ids: np.ndarray = IDS, mask: np.ndarray = MASK) -> np.nd
 
 
 def generate(model: Any, num_tokens: int, ids: np.ndarray = IDS, mask: np.ndarray = MASK) -> np.ndarray:
-    """Greedy completions [B, num_tokens], never stopped."""
+    """Greedy completions [B, num_tokens], without an end token."""
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=num_tokens, pad_token_id=0)
     ids, mask = (torch.from_numpy(np.asarray(x, np.int64)) for x in (ids, mask))
     completed = model.generate(input_ids=ids, attention_mask=mask)
@@ -285,6 +288,6 @@ RELEASED = {
 
 
 def released_config(name: str, folder: Path) -> Path:
-    """A folder with the config.json of a released model."""
+    """Write the config.json of a released model into a folder."""
     (folder / "config.json").write_text(json.dumps(json.loads(RELEASED[name])))
     return folder

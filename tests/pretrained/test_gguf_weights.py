@@ -339,8 +339,8 @@ def test_whoever_is_second_keeps_what_the_first_made(llama_file, cache, monkeypa
 def test_a_kill_leaves_nothing_that_looks_finished(llama_file, cache):
     """Fails when the weights are written where the finished folder will be."""
     code = (
-        "import os, sys; from warp_jax.models import gguf_import;"
-        "gguf_import.SafetensorsWriter.write = lambda *_: os._exit(9); gguf_import.resolve(sys.argv[1])"
+        "import os, sys; from warp_jax.pretrained import gguf_weights;"
+        "gguf_weights.SafetensorsWriter.write = lambda *_: os._exit(9); gguf_weights.resolve(sys.argv[1])"
     )
     assert subprocess.run([sys.executable, "-c", code, str(llama_file)], check=False).returncode == 9
     left = list(cache.iterdir())

@@ -64,14 +64,14 @@ def test_surplus_tensor(folder):
     """Fails if a tensor that the model has no place for is dropped."""
     name = "model.layers.1.self_attn.q_proj.bias"
     change_weights(folder, lambda weights: weights.update({name: hf_models.torch.ones(32)}))
-    assert f"{folder / WEIGHTS}: tensor {name!r} is surplus" in refusal(folder)
+    assert f"{folder / WEIGHTS}: tensor {name!r} is unexpected" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["vision_tower.x", "language_model.model.norm.weight"])
 def test_tensors_of_images_in_a_model_of_text(folder, name):
     """Fails if a text model's file may hold what only models with images have."""
     change_weights(folder, lambda weights: weights.update({name: hf_models.torch.ones(32)}))
-    assert f"tensor {name!r} is surplus" in refusal(folder)
+    assert f"tensor {name!r} is unexpected" in refusal(folder)
 
 
 @pytest.mark.parametrize(

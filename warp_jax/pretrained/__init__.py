@@ -1,1 +1,1 @@
-"""Models from outside: Hugging Face folders and GGUF files."""
+"""Load and export pretrained models: Hugging Face folders and GGUF files."""

@@ -1,4 +1,4 @@
-"""The vocabulary in a GGUF's metadata as a tokenizer of the `tokenizers` library and the JSON files beside it."""
+"""Convert the vocabulary of a GGUF file to a tokenizer of the `tokenizers` library and its JSON files."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ KEYS = re.compile(
     r"(ggml\.(model|pre|tokens|token_type|merges|scores|add_(bos|eos|sep)_token|add_space_prefix|\w+_token_id)"
     r"|chat_template.*)"
 )
-DEFAULTS: dict[str, dict[str, Any]] = {  # llama.cpp's; "gpt2": byte-level BPE, "llama": SentencePiece's
+DEFAULTS: dict[str, dict[str, Any]] = {  # those of llama.cpp; "gpt2": byte-level BPE, "llama": SentencePiece BPE
     "gpt2": {"ggml.add_bos_token": False, "ggml.add_space_prefix": False, "ggml.pre": None},
     "llama": {"ggml.add_bos_token": True, "ggml.add_space_prefix": True},
 }
@@ -21,14 +21,14 @@ PRE_TOKENIZERS = {
     "gpt-2": BYTE_LEVEL,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL]),
 }
-RANKING = {"gpt2": "ggml.merges", "llama": "ggml.scores"}  # what orders the merges
+RANKING = {"gpt2": "ggml.merges", "llama": "ggml.scores"}  # the field that orders the merges
 ROLES = ("bos", "eos", "eot", "padding", "unknown")
-NORMAL, SPECIAL, USER_DEFINED = 1, (2, 3), 4  # of ggml.token_type; special: unknown and control
-SPACE = "\u2581"  # SentencePiece's sign
+NORMAL, SPECIAL, USER_DEFINED = 1, (2, 3), 4  # values of ggml.token_type; special: unknown and control tokens
+SPACE = "\u2581"  # replaces a space in SentencePiece's tokens
 
 
 def read_vocabulary(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata below "tokenizer.", with llama.cpp's defaults. ValueError for what is not known."""
+    """Read the metadata "tokenizer.*", without this prefix and with llama.cpp's defaults; reject unknown fields."""
     given = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
     if unknown := [key for key in given if not KEYS.fullmatch(key)]:
         raise ValueError(f"metadata 'tokenizer.{unknown[0]}' is not supported")
@@ -44,9 +44,9 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> dict[str, Any]:
         if values.get(key):
             raise ValueError(f"metadata 'tokenizer.{key}' = True is not supported")
     if values["ggml.add_bos_token"] and values["ggml.bos_token_id"] is None:
-        raise ValueError("metadata 'tokenizer.ggml.bos_token_id' is missing, which add_bos_token asks for")
+        raise ValueError("metadata 'tokenizer.ggml.bos_token_id' is missing, but add_bos_token is true")
     if len(set(values["ggml.tokens"])) < len(values["ggml.tokens"]):
-        raise ValueError("metadata 'tokenizer.ggml.tokens' holds a token twice")
+        raise ValueError("metadata 'tokenizer.ggml.tokens' has a token twice")
     return values
 
 
@@ -56,14 +56,14 @@ def _token(vocabulary: Mapping[str, Any], role: str) -> str | None:
 
 
 def make_tokenizer(vocabulary: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer that the vocabulary describes."""
+    """Build the tokenizer of a vocabulary."""
     rows = list(zip(vocabulary["ggml.tokens"], vocabulary["ggml.token_type"], strict=True))
     if vocabulary["ggml.model"] == "gpt2":
         backend = _byte_level_bpe(vocabulary["ggml.tokens"], vocabulary["ggml.merges"], vocabulary["ggml.pre"])
-    else:  # llama.cpp writes the sign of a space as a space, where users define tokens of them
+    else:  # llama.cpp stores user-defined tokens with plain spaces
         rows = [(token.replace(" ", SPACE) if kind == USER_DEFINED else token, kind) for token, kind in rows]
         backend = _sentencepiece_bpe(rows, vocabulary["ggml.scores"], _token(vocabulary, "unknown"))
-    # normalized: looked for after spaces have become signs, as in SentencePiece
+    # normalized: matched after spaces are replaced, as in SentencePiece
     backend.add_tokens([AddedToken(token, normalized=True) for token, kind in rows if kind == USER_DEFINED])
     backend.add_special_tokens([AddedToken(token, normalized=False) for token, kind in rows if kind in SPECIAL])
     if vocabulary["ggml.add_bos_token"]:
@@ -75,13 +75,15 @@ def make_tokenizer(vocabulary: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], pre: str | None) -> tokenizers.Tokenizer:
-    """GPT-2's BPE over bytes. pre: how text is cut up first."""
+    """Byte-level BPE as in GPT-2; pre: name of the pre-tokenizer."""
     if pre not in PRE_TOKENIZERS:
         raise ValueError(f"tokenizer.ggml.pre {pre!r} is not supported; want one of {', '.join(PRE_TOKENIZERS)}")
     ids = {token: number for number, token in enumerate(tokens)}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     if wrong := [pair for pair in pairs if not {*pair, "".join(pair)} <= ids.keys()]:
-        raise ValueError(f"metadata 'tokenizer.ggml.merges' has {' '.join(wrong[0])!r}, whose parts are not all tokens")
+        raise ValueError(
+            f"metadata 'tokenizer.ggml.merges' has {' '.join(wrong[0])!r}, which joins parts that are not tokens"
+        )
     backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs))
     backend.pre_tokenizer = PRE_TOKENIZERS[pre]
     backend.decoder = decoders.ByteLevel()
@@ -91,7 +93,7 @@ def _byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], pre: str | Non
 def _sentencepiece_bpe(
     rows: Sequence[tuple[str, int]], scores: Sequence[float], unknown: str | None
 ) -> tokenizers.Tokenizer:
-    """SentencePiece's BPE of (token, type): spaces become signs, and what is in no token becomes its bytes."""
+    """SentencePiece BPE from rows (token, type); a character without a token becomes byte tokens."""
     ids = {token: number for number, (token, _) in enumerate(rows)}
     merges = _merges({token: score for (token, kind), score in zip(rows, scores, strict=True) if kind == NORMAL})
     bpe = models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
@@ -102,14 +104,14 @@ def _sentencepiece_bpe(
 
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """All pairs of tokens that make a token, the highest score first, then the longer left half."""
+    """All pairs of tokens that join to a token, ordered by its score (highest first), then by the longer left part."""
     cuts = ((token, cut) for token in scores for cut in range(1, len(token)))
     pairs = [(token[:cut], token[cut:]) for token, cut in cuts if token[:cut] in scores and token[cut:] in scores]
     return sorted(pairs, key=lambda pair: (-scores[pair[0] + pair[1]], -len(pair[0])))
 
 
 def make_generation_config(vocabulary: Mapping[str, Any]) -> dict[str, Any]:
-    """Ends of a text and of a turn both end a completion."""
+    """Content of generation_config.json; the ends of a text and of a turn both end a completion."""
     ends = [vocabulary[f"ggml.{role}_token_id"] for role in ("eos", "eot")]
     return {
         "bos_token_id": vocabulary["ggml.bos_token_id"],
@@ -119,7 +121,7 @@ def make_generation_config(vocabulary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_tokenizer_config(vocabulary: Mapping[str, Any], max_length: int) -> dict[str, Any]:
-    """tokenizer_config.json; max_length: tokens of the model's context."""
+    """Content of tokenizer_config.json; max_length: tokens in the model's context."""
     roles = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     config = {f"{name}_token": _token(vocabulary, role) for name, role in roles.items()}
     config = {key: token for key, token in config.items() if token is not None}

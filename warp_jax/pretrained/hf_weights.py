@@ -1,11 +1,11 @@
-"""Weights of a Hugging Face safetensors folder to our parameters, shard by shard onto a mesh, and back.
+"""Load the weights of a Hugging Face safetensors folder onto a mesh, and export them.
 
-One table says how each of our leaves is called there, with what Gemma 2 and 3 name otherwise. A linear layer is stored
-there as a matrix [outputs, inputs]; ours are [*inputs, *outputs], stacked over layers.
+NAMES maps our leaf paths to tensor names; POST_NORM_NAMES does so for Gemma 2 and 3. A stored linear layer is a matrix
+[outputs, inputs]; ours are [*inputs, *outputs], stacked over layers.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,43 +30,41 @@ NAMES = {
     **{f"attention/{x}_norm/scale": f"self_attn.{x}_norm.weight" for x in "qk"},
     **{f"mlp/{x}/kernel": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
 }
-POST_NORM_NAMES = {  # where every block has a norm before it and one after it
+POST_NORM_NAMES = {  # for models with `post_norms`
     **NAMES,
     "attention_post_norm/scale": "post_attention_layernorm.weight",
     "mlp_norm/scale": "pre_feedforward_layernorm.weight",
     "mlp_post_norm/scale": "post_feedforward_layernorm.weight",
 }
-# the same tensors as older and newer files of models with images call them
+# in models with images: prefixes of the text tensors, in older and newer files, and their names without images
 TEXT_TOWERS = (
     ("language_model.model.", "model."),
     ("model.language_model.", "model."),
     ("language_model.lm_head", "lm_head"),
 )
 NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-COMPUTED = ("rotary_emb.inv_freq",)  # ends of names that old files store and that follow from the config
+COMPUTED = ("rotary_emb.inv_freq",)  # suffixes of tensors in old files that are computed from the config
 SHARD_BYTES = 5_000_000_000
 
 
 class Slice(NamedTuple):
-    """One layer of a leaf, or a leaf that is not stacked. place: its number in the stack, None if not stacked;
-    shape: ours; num_inputs: how many of its first axes a linear layer sums over, 0 for what is no linear layer.
-    """
+    """One layer of a stacked leaf, or a whole leaf that is not stacked."""
 
-    leaf: str
-    place: int | None
-    shape: tuple[int, ...]
-    num_inputs: int
+    leaf: str  # our leaf path
+    layer: int | None  # index in the stack; None = not stacked
+    shape: tuple[int, ...]  # our shape
+    num_inputs: int  # number of leading input axes of a linear layer; 0 = not a linear layer
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Shape in the file."""
+        """Shape of the tensor in the file."""
         if not self.num_inputs:
             return self.shape if len(self.shape) == 2 and self.leaf == "embed/embedding" else (math.prod(self.shape),)
         inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
         return math.prod(outputs), math.prod(inputs)
 
     def from_stored(self, values: np.ndarray) -> np.ndarray:
-        """A view of the file's tensor with our axes."""
+        """View a stored tensor with our axes."""
         k = self.num_inputs
         if not k:
             return values.reshape(self.shape)
@@ -75,21 +73,21 @@ class Slice(NamedTuple):
         return values.reshape(*self.shape[k:], *self.shape[:k]).transpose(axes)
 
     def to_stored(self, values: np.ndarray) -> np.ndarray:
-        """The inverse, flat."""
+        """Values in the stored order, flattened: the inverse of `from_stored`."""
         k = self.num_inputs
         axes = (*range(k, len(self.shape)), *range(k))
         return (values.transpose(axes) if k else values).reshape(-1)
 
 
 def load_params(folder: Path, config: TransformerConfig, like: Params) -> Params:
-    """Parameters of the model in a folder, in the shapes, dtypes and shardings of `like` (jax.ShapeDtypeStruct).
+    """Load parameters from a folder, with the shapes, dtypes and shardings of `like` (jax.ShapeDtypeStruct).
 
-    Every device reads only its own part of each tensor, from a mapped file. ValueError as in `check_weights`.
+    Each device reads only its own part of each tensor, from a memory-mapped file. Raises as `check_weights`.
     """
     weights, slices, stored = check_weights(folder, config, like)
 
     def load_leaf(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-        parts = {s.place: (stored[name], s) for name, s in slices.items() if s.leaf == trees.path_name(path)}
+        parts = {s.layer: (stored[name], s) for name, s in slices.items() if s.leaf == trees.path_name(path)}
 
         def read(index: Any) -> np.ndarray:
             if None in parts:
@@ -105,9 +103,13 @@ def load_params(folder: Path, config: TransformerConfig, like: Params) -> Params
 def check_weights(
     folder: Path, config: TransformerConfig, like: Params
 ) -> tuple[WeightFolder, dict[str, Slice], dict[str, str]]:
-    """The files of a folder, opened; our slices by the name of their tensor; and the stored name of each tensor.
+    """Check that a folder has exactly the tensors of a model.
 
-    ValueError names the file, and the tensor that is missing, surplus, of another shape or no floating-point numbers.
+    Returns:
+        The open files; our slices by standard tensor name; the stored name by standard tensor name.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, of another shape or not floating-point; names file and tensor.
     """
     weights = open_weights(folder)
     slices = slices_of(like, config)
@@ -126,8 +128,10 @@ def export_params(
     config_json: Mapping[str, Any] | None = None,
     sidecars: Sequence[Path] = (),
 ) -> None:
-    """Write a folder that transformers and vLLM load: weights in `dtype` ('float32', 'bfloat16', 'float16'),
-    config.json (by default made from `config`) and copies of `sidecars`. One tensor at a time leaves the devices.
+    """Write a model folder for transformers and vLLM, copying one tensor at a time from the devices.
+
+    out: a new folder. dtype: of the written weights, 'float32', 'bfloat16' or 'float16'. config_json: content of
+    config.json, by default made from `config`. sidecars: files to copy, such as the tokenizer's.
     """
     if dtype not in OUTPUT_DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, want one of {', '.join(OUTPUT_DTYPES)}")
@@ -140,7 +144,7 @@ def export_params(
     writer = SafetensorsWriter(out, tensors)
     for name, part in slices.items():
         leaf = leaves[part.leaf]
-        values = np.asarray(jax.device_get(leaf if part.place is None else leaf[part.place]))
+        values = np.asarray(jax.device_get(leaf if part.layer is None else leaf[part.layer]))
         writer.write(name, 0, part.to_stored(values))
     writer.close()
     files.write_json(out / hf_config.CONFIG, content)
@@ -149,18 +153,18 @@ def export_params(
 
 
 def slices_of(tree: Params, config: TransformerConfig) -> dict[str, Slice]:
-    """The file's name of every layer of every leaf of `tree` (arrays or shapes)."""
+    """Map the standard tensor name of every layer to its slice; `tree` holds arrays or shapes."""
     table = POST_NORM_NAMES if config.post_norms else NAMES
-    found: dict[str, Slice] = {}
+    slices: dict[str, Slice] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = trees.path_name(path)
         if not naming.is_stacked(name):
-            found[table[name]] = Slice(name, None, leaf.shape, _num_inputs(name))
+            slices[table[name]] = Slice(name, None, leaf.shape, _num_inputs(name))
             continue
-        for place, layer_name in enumerate(naming.layer_names(name, leaf.shape[0])):
+        for layer, layer_name in enumerate(naming.layer_names(name, leaf.shape[0])):
             _, number, rest = layer_name.split("/", 2)
-            found[f"model.layers.{number}.{table[rest]}"] = Slice(name, place, leaf.shape[1:], _num_inputs(name))
-    return found
+            slices[f"model.layers.{number}.{table[rest]}"] = Slice(name, layer, leaf.shape[1:], _num_inputs(name))
+    return slices
 
 
 def _num_inputs(name: str) -> int:
@@ -175,8 +179,8 @@ def _read(weights: WeightFolder, name: str, part: Slice, index: tuple[slice, ...
 
 
 def _stored_names(weights: WeightFolder, *, has_images: bool) -> dict[str, str]:
-    """The name in the file of each text tensor, by the name that a text-only model would give it."""
-    found: dict[str, str] = {}
+    """Map the standard name (that of a text-only model) of each text tensor to its name in the file."""
+    names: dict[str, str] = {}
     for stored in weights.tensors:
         if stored.endswith(COMPUTED) or (has_images and stored.startswith(NOT_TEXT)):
             continue
@@ -185,10 +189,12 @@ def _stored_names(weights: WeightFolder, *, has_images: bool) -> dict[str, str]:
             if stored.startswith(prefix):
                 name = plain + stored.removeprefix(prefix)
                 break
-        if name in found:
-            raise ValueError(f"{weights.path}: tensors {found[name]!r} and {stored!r} are one and the same, want one")
-        found[name] = stored
-    return found
+        if name in names:
+            raise ValueError(
+                f"{weights.path}: {names[name]!r} and {stored!r} are the same weight, want only one of them"
+            )
+        names[name] = stored
+    return names
 
 
 def _check_tensors(
@@ -202,18 +208,20 @@ def _check_tensors(
         if tensor.shape != part.stored_shape:
             raise ValueError(f"{where} has shape {tensor.shape}, want {part.stored_shape} by {hf_config.CONFIG}")
         if tensor.dtype not in FLOATING:
-            raise ValueError(f"{where} is {tensor.dtype}, want a floating-point type: quantised weights are not read")
+            raise ValueError(
+                f"{where} is {tensor.dtype}, want a floating-point type: quantised weights are not supported"
+            )
     if config.tied_head and "lm_head.weight" in stored:
         _check_tied(weights, stored)
     for name in stored.keys() - slices.keys():
         tensor = weights.tensors[stored[name]]
         raise ValueError(
-            f"{weights.path / tensor.file}: tensor {stored[name]!r} is surplus: this model has no such weight"
+            f"{weights.path / tensor.file}: tensor {stored[name]!r} is unexpected: the model has no such weight"
         )
 
 
 def _check_tied(weights: WeightFolder, stored: dict[str, str]) -> None:
-    """A copy of the embedding that some files of tied models hold is left out; another tensor is refused."""
+    """Drop the output head that some files of tied models store; raise ValueError if it is not the embedding."""
     head, embedding = (stored[name] for name in ("lm_head.weight", NAMES["embed/embedding"]))
     first, second = (weights.view(name, 0, weights.tensors[name].size) for name in (head, embedding))
     if not np.array_equal(first, second):
@@ -223,7 +231,7 @@ def _check_tied(weights: WeightFolder, stored: dict[str, str]) -> None:
 
 
 def _shard(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: np.dtype) -> list[Tensor]:
-    """Deal tensors out to files of at most SHARD_BYTES, in order."""
+    """Assign (name, shape) tensors, in order, to files of at most SHARD_BYTES."""
     numbers, total, number = [], 0, 0
     for _, shape in tensors:
         size = math.prod(shape) * dtype.itemsize
@@ -231,12 +239,7 @@ def _shard(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: np.dtype) -> l
             number, total = number + 1, 0
         total += size
         numbers.append(number)
-    names = list(_file_names(number + 1))
+    count = number + 1
+    numbered = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    names = numbered if count > 1 else ["model.safetensors"]
     return [Tensor(name, dtype, shape, names[i]) for (name, shape), i in zip(tensors, numbers, strict=True)]
-
-
-def _file_names(count: int) -> Iterator[str]:
-    if count == 1:
-        yield "model.safetensors"
-    else:
-        yield from (f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1))
