@@ -90,7 +90,7 @@ def test_restacking_and_back_is_exact():
 
 
 def test_split_and_join():
-    """Fails when a leaf is in both parts or in none, or the pattern is turned round."""
+    """Fails when a leaf is in both parts or in none, or the two parts are swapped."""
     params = _random(_cut((3, 2)))
     trained, frozen = freezing.split(params, "layers/[34]/|final_norm")
     assert set(trained) == {"layers_from_3", "final_norm"}

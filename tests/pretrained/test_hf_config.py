@@ -181,8 +181,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "changes", "named"), REFUSED, ids=lambda x: x if isinstance(x, str) else "-")
-def test_what_is_not_computed_is_refused_by_name(folder_of, tmp_path, name, changes, named):
-    """Fails if a setting that changes the maths is read as if it were not there."""
+def test_unsupported_fields_are_refused_by_name(folder_of, tmp_path, name, changes, named):
+    """Fails if a field that changes the result is ignored."""
     edited(folder_of(name), tmp_path, **changes)
     with pytest.raises(ValueError, match=named) as caught:
         read_config(tmp_path)
@@ -192,12 +192,12 @@ def test_what_is_not_computed_is_refused_by_name(folder_of, tmp_path, name, chan
 
 @pytest.mark.parametrize("given", [{"hidden_act": "silu"}, {"hidden_act": "silu", "hidden_activation": None}], ids=str)
 def test_the_activation_of_the_first_gemma(folder_of, tmp_path, given):
-    """Fails if the default of hidden_activation goes before what hidden_act says."""
+    """Fails if the default of hidden_activation replaces the value of hidden_act."""
     edited(folder_of("gemma"), tmp_path, **{"hidden_activation": ..., **given})
     assert read_config(tmp_path).activation == "silu"
 
 
 def test_num_labels_counts_without_names(folder_of, tmp_path):
-    """Fails if a reward model that names no labels is taken to have two."""
+    """Fails if num_labels is ignored in a reward model without label names."""
     edited(folder_of("llama_reward"), tmp_path, id2label=..., label2id=..., num_labels=1)
     assert read_config(tmp_path).head == "scalar"

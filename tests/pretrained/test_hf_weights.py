@@ -181,7 +181,7 @@ def test_scores_equal_those_of_transformers(case, name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_eight_devices_equal_one(case, name):
-    """Fails if a device reads another part of a tensor than its own, or a forward pass mixes up what lies where."""
+    """Fails if a device reads another part of a tensor than its own, or a forward pass mixes up the shards."""
     folder, config, params = case(name)
     sharded = load(folder, config, ALL[name].mesh)
     assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(sharded))
@@ -216,7 +216,7 @@ def test_transformers_loads_an_export(case, tmp_path, name):
 
 
 def test_export_keeps_the_given_config_and_sidecars(case, tmp_path):
-    """Fails if config_json or a sidecar is dropped, or the config tells another dtype than the weights have."""
+    """Fails if config_json or a sidecar is dropped, or the config has another dtype than the weights."""
     folder, config, params = case("qwen2")
     (tmp_path / "tokenizer.json").write_text("{}")
     content = {**json.loads((folder / "config.json").read_text()), "eos_token_id": 17}
@@ -279,7 +279,7 @@ def test_older_names_of_a_text_tower(case, tmp_path):
 
 
 def test_what_old_files_store_beside_the_weights(case, tmp_path):
-    """Fails if inverse frequencies, which follow from the config, are refused as surplus tensors."""
+    """Fails if inverse frequencies, which are computed from the config, are rejected as unexpected tensors."""
     folder, config, params = case("llama2")
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": hf_models.torch.ones(4)}
     assert_trees_equal(load(rename(folder, tmp_path / "old", lambda weights: {**weights, **extra}), config), params)

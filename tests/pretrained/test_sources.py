@@ -132,7 +132,7 @@ def _transformers_logits(folder, ids):
 
 @pytest.mark.parametrize("stage", ["sft", "iteration_2/run_1", "iteration_1/merged", "liti:0.3"])
 def test_every_stage_loads_in_transformers(job, models, tmp_path, stage):
-    """Fails when a stage exports other weights than it has, or its tokenizer and chat template stay behind."""
+    """Fails when a stage exports other weights than its own, or without its tokenizer and chat template."""
     _, workdir, _ = job
     export.export_stage(workdir, stage, tmp_path / "out")
     ids = np.array([[1, 5, 40, 77, 100, 6, 9, 200]])
@@ -148,7 +148,7 @@ def test_every_stage_loads_in_transformers(job, models, tmp_path, stage):
 
 
 def test_liti_lies_between_sft_and_the_last_merge(job):
-    """Fails when eta is turned round, or the merge of another iteration is taken."""
+    """Fails when eta is reversed, or the merge of another iteration is taken."""
     _, workdir, _ = job
     opened = stages.Workdir(workdir)
     sft, merged, mixed = (
@@ -198,7 +198,7 @@ def test_padding_of_a_reward_model_is_what_its_config_says(models, tmp_path, pad
 
 
 def test_a_reward_model_reads_the_filled_template(models):
-    """Fails when the policy is asked by the template and the reward model sees the bare field."""
+    """Fails when the policy's prompt uses the template and the reward model gets the bare field."""
     config = _config(models)
     config.data.prompt_template = "Answer in one word: {messages}"
     row = {"messages": "what is 3 and 4?"}
@@ -226,7 +226,7 @@ def test_other_files_of_the_model_are_refused(models, tmp_path):
 
 
 def test_a_reward_model_judges_answers(models, tmp_path):
-    """Fails when a folder is no judge, or texts beyond the first batch are scored with other rows."""
+    """Fails when a model folder cannot be a judge, or texts beyond the first batch are scored with other rows."""
     rows = [{"prompt": text, "completion": text[-5:]} for text in QUESTIONS[:70]]
     other = [{**row, "completion": "four"} for row in rows]
     for name, content in (("ours", rows), ("theirs", other)):
@@ -242,7 +242,7 @@ def test_a_reward_model_judges_answers(models, tmp_path):
 
 
 def test_stages_are_asked_side_by_side(job, tmp_path):
-    """Fails when a stage is left out, or its answers are not written."""
+    """Fails when a stage is missing, or its answers are not written."""
     _, workdir, _ = job
     stages = "--stages=sft,liti:1.0"
     result = _run(
@@ -305,7 +305,7 @@ BAD = [
 
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=str)
 def test_bad_values_leave_nothing(models, tmp_path, changes, message):
-    """Fails when the check of this value is taken out."""
+    """Fails when the check of this value is removed."""
     config = _config(models)
     config.update_from_flattened_dict(
         {path: value.format(models=models) if "{models}" in str(value) else value for path, value in changes.items()}
@@ -365,7 +365,7 @@ DAMAGES = {
 @pytest.mark.parametrize("kind", ["policy", "reward"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_malformed_checkpoint_leaves_nothing(models, tmp_path, damage, kind):
-    """Fails when weights are first looked at in the run, after the workdir was claimed."""
+    """Fails when weights are checked only in the run, after the workdir was claimed."""
     change, message = DAMAGES[damage]
     shutil.copytree(models / kind, tmp_path / kind)
     change(tmp_path / kind)
