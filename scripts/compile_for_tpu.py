@@ -27,11 +27,12 @@ import jax
 from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from warp_jax import cli, files
 from warp_jax.experiment import architecture
 from warp_jax.parallel import meshes
+from warp_jax.settings import Settings, from_config
 from warp_jax.tpu_fit import chips, compile, memory, tables
 
 DOES_NOT_FIT = 3  # exit code
@@ -66,10 +67,10 @@ def get_devices(chip: chips.Chip, topology: str, slices: int) -> Sequence[jax.De
         ) from error
 
 
-def make_plan(devices: Sequence[jax.Device], config: ConfigDict) -> compile.Plan:
+def make_plan(devices: Sequence[jax.Device], settings: Settings) -> compile.Plan:
     """Plan the programs of a config on a mesh of these devices."""
-    mesh: Mesh = meshes.make_mesh(config.mesh, devices)
-    return compile.make_plan(config, mesh, *architecture.planned(config))
+    mesh: Mesh = meshes.make_mesh(settings.mesh, devices)
+    return compile.make_plan(settings, mesh, *architecture.planned(settings))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -77,12 +78,12 @@ def main(argv: Sequence[str]) -> None:
     del argv
     try:
         chip, _ = chips.parse_topology(str(TOPOLOGY.value))
-        config = CONFIG.value.copy_and_resolve_references()
+        settings = from_config(CONFIG.value.to_dict())
         if MESH.value:
-            config.mesh = tuple(map(int, ["1", *MESH.value][-3:]))
+            settings = settings.replace({"mesh": tuple(map(int, ["1", *MESH.value][-3:]))})
         devices = get_devices(chip, str(TOPOLOGY.value), SLICES.value)
-        plan = make_plan(devices, config)
-        config.mesh = tuple(plan.mesh.devices.shape)
+        plan = make_plan(devices, settings)
+        settings = settings.replace({"mesh": tuple(plan.mesh.devices.shape)})
         names = [] if PROGRAMS.value == ["all"] else PROGRAMS.value
         memory.check_names(plan, names)
     except (ValueError, OSError) as error:
@@ -95,27 +96,27 @@ def main(argv: Sequence[str]) -> None:
         say(f"{done.name}: compiled in {done.seconds:.0f} s ({time.monotonic() - started:.0f} s in total)")
 
     fit = memory.check(plan, limit, names, on_program)
-    print(_title(config), tables.table(fit, chip, SPARE.value), sep="\n\n")
+    print(_title(settings.mesh), tables.table(fit, chip, SPARE.value), sep="\n\n")
     if not names and not fit.failing:
         print("\nLower bound on the time of an RL step, from the chip's published peaks (not a measurement):\n")
-        print(tables.step_table(config, *architecture.planned(config), fit, chip))
+        print(tables.step_table(settings, *architecture.planned(settings), fit, chip))
     changes = None
     if fit.failing and SUGGEST.value:
         say("searching for the nearest setting that fits")
         try_plan = functools.partial(make_plan, devices)
-        changes = memory.search(config, try_plan, fit.failing, limit, names=names, on_program=on_program)
+        changes = memory.search(settings, try_plan, fit.failing, limit, names=names, on_program=on_program)
         print(tables.advice(changes))
     if JSON.value:
-        about = {"command": " ".join(sys.argv), "mesh": config.mesh, "versions": _versions(), "suggestion": changes}
+        about = {"command": " ".join(sys.argv), "mesh": settings.mesh, "versions": _versions(), "suggestion": changes}
         files.write_json(Path(JSON.value), about | tables.as_json(fit, chip))
     if fit.failing:
         sys.exit(DOES_NOT_FIT)
 
 
-def _title(config: ConfigDict) -> str:
+def _title(mesh: tuple[int, ...]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
     slices = f"{SLICES.value} x " if SLICES.value > 1 else ""
-    return f"{slices}{TOPOLOGY.value}, mesh (data, fsdp, tensor) = {config.mesh}; {versions}"
+    return f"{slices}{TOPOLOGY.value}, mesh (data, fsdp, tensor) = {mesh}; {versions}"
 
 
 def _versions() -> dict[str, str]:

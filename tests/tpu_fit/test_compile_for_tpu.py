@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import tiny
 from tests.commands import run, script_command
+from tests.settings_of import settings_of
 from warp_jax.experiment import architecture
 from warp_jax.parallel import meshes
 from warp_jax.tpu_fit import compile
@@ -42,9 +42,7 @@ SETTINGS = {
 
 
 def _config(**settings):
-    config = tiny.get_config()
-    config.update_from_flattened_dict({**SETTINGS, **settings})
-    return config
+    return settings_of({**SETTINGS, **settings})
 
 
 def _plan(topology, config, **options):

@@ -1,5 +1,6 @@
 """Plans on eight simulated devices: memory by hand, and the search for a setting that fits."""
 
+import operator
 import types
 
 import jax
@@ -7,16 +8,16 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
-from configs import gemma_7b, tiny
-from warp_jax.experiment import architecture, validation
+from configs import gemma_7b
+from tests.settings_of import settings_of
+from warp_jax.experiment import architecture
 from warp_jax.parallel import meshes
+from warp_jax.settings import check_devices
 from warp_jax.tpu_fit import compile, memory
 
 
 def _config(**settings):
-    config = tiny.get_config()
-    config.update_from_flattened_dict({"mesh": (2, 2, 2), **settings})
-    return config
+    return settings_of({"mesh": (2, 2, 2), **settings})
 
 
 def _plan(config):
@@ -36,10 +37,10 @@ def test_what_the_program_refuses_is_not_planned(path, value):
 
 def test_the_checks_are_of_the_mesh_that_is_planned():
     """Fails when a batch is checked against the devices that are here: 128 completions in 4 parts over 64 chips."""
-    config = gemma_7b.get_config()
-    validation.check_values(config, AbstractMesh((1, 32, 8), meshes.AXES))
+    settings = settings_of(module=gemma_7b)
+    check_devices(settings, meshes.batch_devices(AbstractMesh((1, 32, 8), meshes.AXES)))
     with pytest.raises(ValueError, match=r"rl.batch_size: got 128, want a multiple of 256"):
-        validation.check_values(config, AbstractMesh((1, 64, 8), meshes.AXES))
+        check_devices(settings, meshes.batch_devices(AbstractMesh((1, 64, 8), meshes.AXES)))
 
 
 # Bytes per chip of configs/tiny.py on mesh 2, 2, 2: matrices are split over fsdp and tensor, keys and values (one
@@ -143,7 +144,7 @@ def _search(monkeypatch, settings, needs, **options):
     def make_plan(config):
         tried.append(config)
         assert len(tried) < 100
-        validation.check_values(config, AbstractMesh(tuple(config.mesh), meshes.AXES))
+        check_devices(config, meshes.batch_devices(AbstractMesh(config.mesh, meshes.AXES)))
         if config.mesh[2] > 2:
             raise ValueError("tensor")
         same = config.evaluation.batch_size == config.rl.batch_size
@@ -193,7 +194,7 @@ def test_the_search_first_leaves_the_experiment_as_it_is(monkeypatch, failing, w
     settings = SMALL | ({"evaluation.batch_size": 8} if failing.endswith("(evaluation)") else {})
 
     def is_wanted(config):
-        return all(config[path.split(".")[0]][path.split(".")[1]] == value for path, value in wanted.items())
+        return all(operator.attrgetter(path)(config) == value for path, value in wanted.items())
 
     assert _search(monkeypatch, settings, _fits_if(failing, is_wanted))[0] == changes
 

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from configs import tiny
+from tests.settings_of import settings_of
 from warp_jax.experiment import architecture
 from warp_jax.tpu_fit import chips, compile, hlo, memory, roofline, tables
 
 
 def _config(**settings):
-    config = tiny.get_config()
-    config.update_from_flattened_dict({"mesh": (2, 2, 2), **settings})
-    return config
+    return settings_of({"mesh": (2, 2, 2), **settings})
 
 
 def _traffic(once=0.0, per_loop_step=0.0):
@@ -124,8 +122,7 @@ def test_tables_of_the_docs_are_those_of_their_figures(path):
     text, figures = (DOCS / "scaling.md").read_text(), json.loads(path.read_text())
     found, chip = _fit_of(figures), chips.CHIPS[figures["chip"]]
     name, _, slice_ = path.stem.rpartition("_v")
-    config = importlib.import_module(f"configs.{name}").get_config()
-    config.mesh = tuple(figures["mesh"])
+    config = settings_of({"mesh": figures["mesh"]}, importlib.import_module(f"configs.{name}"))
     assert tables.table(found, chip, 0.1) in text
     table = tables.step_table(config, *architecture.planned(config), found, chip)
     step = f"{name} on v{slice_.replace('_', ':')}:\n\n{table}"

@@ -13,18 +13,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from warp_jax import merging
-from warp_jax.experiment import ingredients, preparation, validation
+from warp_jax.experiment import ingredients
 from warp_jax.experiment.programs import make_programs
 from warp_jax.models import freezing, partitioning
 from warp_jax.models.apply import make_apply_fn, param_shapes
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.parallel import meshes
 from warp_jax.rewards import reward_functions
+from warp_jax.settings import Settings, check_devices
+from warp_jax.settings.groups import RewardModel, Sft
 from warp_jax.tpu_fit import hlo
-from warp_jax.training import sampling, supervised
+from warp_jax.training import optimizers, sampling, supervised
 from warp_jax.types import Params, PromptBatch, Rollout
 
 Names = tuple[str, ...]  # keys of Plan.resident
@@ -74,19 +75,19 @@ NO_TRAFFIC = hlo.Collectives({}, {})
 
 
 def make_plan(
-    config: ConfigDict, mesh: Mesh, policy: TransformerConfig, reward_model: TransformerConfig | None
+    settings: Settings, mesh: Mesh, policy: TransformerConfig, reward_model: TransformerConfig | None
 ) -> Plan:
     """Plan the programs of Algorithm 1 and of the supervised training before it, for models of these sizes.
 
     The policy's stacks of layers must be cut for config.model.trainable. The resident trees are those of an iteration
     after the first, whose init differs from SFT. Raises ValueError if a job would refuse this config on this mesh.
     """
-    validation.check_values(config, mesh)
-    planner = _Planner(config, mesh, policy, reward_model)
+    check_devices(settings, meshes.batch_devices(mesh))
+    planner = _Planner(settings, mesh, policy, reward_model)
     programs = [planner.start_of_run()]
     if COPY in planner.resident:
         programs.append(planner.copy())
-    batches = {"": config.rl.batch_size, EVALUATION: config.evaluation.batch_size}
+    batches = {"": settings.rl.batch_size, EVALUATION: settings.evaluation.batch_size}
     if batches[""] == batches[EVALUATION]:
         del batches[EVALUATION]
     for suffix, batch in batches.items():
@@ -94,9 +95,9 @@ def make_plan(
         if reward_model is not None:
             programs.append(planner.reward(suffix, batch, reward_model))
     programs += [planner.update(), planner.kl_to_sft(), planner.gram_matrix(), planner.merge(), planner.liti()]
-    if config.sft.num_steps:
+    if settings.sft.num_steps:
         programs.append(planner.sft_step(policy))
-    if reward_model is not None and preparation.needs_reward_model(config):
+    if reward_model is not None and settings.needs_reward_model:
         programs.append(planner.reward_model_step(reward_model))
     return Plan(mesh, tuple(programs), planner.resident)
 
@@ -105,15 +106,15 @@ class _Planner:
     """Makes the programs of a plan, one per method. Its trees hold shapes with shardings instead of arrays."""
 
     def __init__(
-        self, config: ConfigDict, mesh: Mesh, policy: TransformerConfig, reward_model: TransformerConfig | None
+        self, settings: Settings, mesh: Mesh, policy: TransformerConfig, reward_model: TransformerConfig | None
     ) -> None:
-        self.config, self.mesh = config, mesh
+        self.settings, self.mesh = settings, mesh
         self.weights = partitioning.with_shardings(mesh, param_shapes(policy))
-        self.trained, self.frozen = freezing.split(self.weights, config.model.trainable)
-        sizes = config.sampling
+        self.trained, self.frozen = freezing.split(self.weights, settings.model.trainable)
+        sizes = settings.sampling
         sampler = sampling.SamplingConfig(sizes.max_new_tokens, sizes.temperature, stop_ids=(1,), pad_id=0)
         self.functions = make_programs(
-            config, mesh, policy, sampling_config=sampler, trained=self.trained, frozen=self.frozen
+            settings, mesh, policy, sampling_config=sampler, trained=self.trained, frozen=self.frozen
         )
         self.state = partitioning.with_shardings(mesh, jax.eval_shape(self.functions.train.init, self.trained))
         trees = (self.state.params, self.state.anchor_params, self.state.opt_state)
@@ -146,63 +147,62 @@ class _Planner:
 
     def reward(self, suffix: str, batch: int, model: TransformerConfig) -> Program:
         score = jax.jit(functools.partial(reward_functions.sequence_scores, make_apply_fn(model, self.mesh)))
-        shape = batch, self.config.sampling.prompt_tokens + self.config.sampling.max_new_tokens
+        shape = batch, self.settings.sampling.prompt_tokens + self.settings.sampling.max_new_tokens
         args = self.resident["reward model"], self._rows(jnp.int32, *shape), self._rows(jnp.bool_, *shape)
         return self.program(f"reward{suffix}", score, args, reads=("reward model",))
 
     def update(self) -> Program:
-        batch = self.config.rl.batch_size
+        batch = self.settings.rl.batch_size
         args = self.state, self.frozen, self._rollout(batch), self._rows(jnp.float32, batch)
         return self.program("update", self.functions.train.update, args, reads=(*STATE, "frozen weights"))
 
     def kl_to_sft(self) -> Program:
-        args = self.trained, self.trained, self.frozen, self._rollout(self.config.evaluation.batch_size)
+        args = self.trained, self.trained, self.frozen, self._rollout(self.settings.evaluation.batch_size)
         return self.program("KL to SFT", self.functions.kl_to_sft, args, reads=(*WHOLE, "SFT"))
 
     def gram_matrix(self) -> Program:
         """First pass of a merge, on all leaves at once. A job merges leaf by leaf and needs no more memory."""
-        unit, policies = self.config.warp.unit, [self.trained] * self.config.warp.num_runs
+        unit, policies = self.settings.warp.unit, [self.trained] * self.settings.warp.num_runs
         gram = jax.jit(lambda init, policies: merging.gram(init, policies, unit).matrix)
         return self.program("Gram matrix", gram, (self.trained, policies), reads=("init",), absent=RUN_ONLY)
 
     def merge(self) -> Program:
         """Second pass of a merge: a weighted sum, whatever the method."""
-        policies = [self.trained] * self.config.warp.num_runs
+        policies = [self.trained] * self.settings.warp.num_runs
         return self.program("merge", jax.jit(merging.lerp), (self.trained, policies), reads=("init",), absent=RUN_ONLY)
 
     def liti(self) -> Program:
-        liti = jax.jit(functools.partial(merging.liti, liti_rate=self.config.warp.liti_rate))
+        liti = jax.jit(functools.partial(merging.liti, liti_rate=self.settings.warp.liti_rate))
         return self.program("LITI", liti, (self.trained, self.trained), reads=("init",), absent=RUN_ONLY)
 
     def sft_step(self, model: TransformerConfig) -> Program:
         """Step of SFT. Its start weights are co-resident, under the name SFT."""
-        loss_fn = ingredients.sft_loss(self.config, make_apply_fn(model, self.mesh))
-        call, args = self._supervised_step("sft", loss_fn, self.trained, self.frozen)
+        loss_fn = ingredients.sft_loss(self.settings, make_apply_fn(model, self.mesh))
+        call, args = self._supervised_step(self.settings.sft, loss_fn, self.trained, self.frozen)
         return self.program("SFT step", call, args, reads=("frozen weights",), absent=(*RUN_ONLY, "reward model"))
 
     def reward_model_step(self, model: TransformerConfig) -> Program:
         """Step of the reward model's training. Its start weights are co-resident, under the name reward model."""
-        loss_fn = ingredients.reward_loss(self.config, make_apply_fn(model, self.mesh))
-        trained, frozen = freezing.split(self.resident["reward model"], self.config.reward_model.trainable)
-        call, args = self._supervised_step("reward_model", loss_fn, trained, frozen)
+        loss_fn = ingredients.reward_loss(self.settings, make_apply_fn(model, self.mesh))
+        trained, frozen = freezing.split(self.resident["reward model"], self.settings.reward_model.trainable)
+        call, args = self._supervised_step(self.settings.reward_model, loss_fn, trained, frozen)
         return self.program("reward model step", call, args, reads=(), absent=RUN_ONLY)
 
     def _supervised_step(
-        self, group: str, loss_fn: supervised.LossFn, trained: Params, frozen: Params
-    ) -> tuple[Any, Any]:
+        self, group: Sft | RewardModel, loss_fn: supervised.LossFn, trained: Params, frozen: Params
+    ) -> tuple[Any, tuple[Any, ...]]:
         """The step function that is configured in `group`, and its arguments."""
-        settings = self.config[group]
-        optimizer = ingredients.make_optimizer(settings, self.config.adam)
+        optimizer = optimizers.make_optimizer(group, self.settings.adam)
         programs = supervised.make_programs(self.mesh, loss_fn, trained, optimizer)
         state = partitioning.with_shardings(self.mesh, jax.eval_shape(programs.init, trained))
-        shape = settings.batch_size, settings.sequence_tokens
+        shape = group.batch_size, group.sequence_tokens
         batch = {"token_ids": self._rows(jnp.int32, *shape), "mask": self._rows(jnp.bool_, *shape)}
-        if group == "reward_model":
-            batch["labels"] = self._rows(jnp.int32, settings.batch_size)
+        if isinstance(group, RewardModel):
+            batch["labels"] = self._rows(jnp.int32, group.batch_size)
         return programs.update, (state, frozen, batch)
 
     def _rollout(self, batch: int) -> Rollout:
-        prompt, completion = self.config.sampling.prompt_tokens, self.config.sampling.max_new_tokens
+        prompt, completion = self.settings.sampling.prompt_tokens, self.settings.sampling.max_new_tokens
         return Rollout(
             prompt_ids=self._rows(jnp.int32, batch, prompt),
             prompt_mask=self._rows(jnp.bool_, batch, prompt),

@@ -4,8 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
+from warp_jax.settings import Settings
 from warp_jax.tpu_fit.compile import EVALUATION, Compiled, Plan, chip_bytes, compile_program
 
 Change = Mapping[str, Any]  # new config values by path
@@ -38,8 +37,8 @@ def check(plan: Plan, limit: float, names: Sequence[str] = (), on_program: Calla
 
 
 def search(
-    config: ConfigDict,
-    make_plan: Callable[[ConfigDict], Plan],
+    settings: Settings,
+    make_plan: Callable[[Settings], Plan],
     failing: list[str],
     limit: float,
     *,
@@ -55,23 +54,22 @@ def search(
     for _ in range(MOST_TRIES):
         if not failing:
             return changes
-        accepted = next(_accepted(config, failing[0], make_plan), None)
+        accepted = next(_accepted(settings, failing[0], make_plan), None)
         if accepted is None:
             return None
-        change, config, plan = accepted
+        change, settings, plan = accepted
         changes |= change
         failing = _failing(plan, limit, failing, names, on_program)
     return None if failing else changes
 
 
 def _accepted(
-    config: ConfigDict, failing: str, make_plan: Callable[[ConfigDict], Plan]
-) -> Iterator[tuple[Change, ConfigDict, Plan]]:
-    """Yield the changes that make_plan accepts, each with its config and plan."""
-    for change in _changes(config, failing):
-        changed = config.copy_and_resolve_references()
-        changed.update_from_flattened_dict(change)
+    settings: Settings, failing: str, make_plan: Callable[[Settings], Plan]
+) -> Iterator[tuple[Change, Settings, Plan]]:
+    """Yield the changes that make_plan accepts, each with its settings and plan."""
+    for change in _changes(settings, failing):
         with contextlib.suppress(ValueError):  # if the mesh does not divide the model or a batch
+            changed = settings.replace(change)
             yield change, changed, make_plan(changed)
 
 
@@ -91,18 +89,18 @@ def _of_names(plan: Plan, names: Sequence[str]) -> list[str]:
     return [p.name for p in plan.programs if not bases or p.name.removesuffix(EVALUATION) in bases]
 
 
-def _changes(config: ConfigDict, failing: str) -> Iterator[Change]:
+def _changes(settings: Settings, failing: str) -> Iterator[Change]:
     """Yield changes that could make a program smaller, first those that keep the experiment the same."""
-    data, fsdp, tensor = config.mesh
-    batch, pieces, chunk = config.rl.batch_size, config.rl.num_microbatches, config.model.logits_chunk
-    if failing == "update" and config.model.remat != "full":
+    data, fsdp, tensor = settings.mesh
+    batch, pieces, chunk = settings.rl.batch_size, settings.rl.num_microbatches, settings.model.logits_chunk
+    if failing == "update" and settings.model.remat != "full":
         yield {"model.remat": "full"}
     if failing == "update":
         yield {"rl.num_microbatches": 2 * pieces}
     if failing in ("update", "KL to SFT") and not 0 < chunk <= 64:
         yield {"model.logits_chunk": 64}
     if failing.endswith(EVALUATION) or failing == "KL to SFT":
-        yield from _halved({"evaluation.batch_size": config.evaluation.batch_size})
+        yield from _halved({"evaluation.batch_size": settings.evaluation.batch_size})
     if fsdp % 2 == 0 and tensor < 64:
         yield {"mesh": (data, fsdp // 2, tensor * 2)}
     if failing in ("generation", "reward"):  # the update's smallest piece is a row per chip in any batch

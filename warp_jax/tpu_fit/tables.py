@@ -5,9 +5,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from warp_jax.models.transformer import TransformerConfig
+from warp_jax.settings import Settings
 from warp_jax.tpu_fit import roofline
 from warp_jax.tpu_fit.chips import GIB, Chip
 from warp_jax.tpu_fit.compile import Compiled
@@ -68,16 +67,16 @@ def biggest_buffers(error: str, count: int = 5) -> list[str]:
 
 
 def step_table(
-    config: ConfigDict, policy: TransformerConfig, reward_model: TransformerConfig | None, fit: Fit, chip: Chip
+    settings: Settings, policy: TransformerConfig, reward_model: TransformerConfig | None, fit: Fit, chip: Chip
 ) -> str:
     """Lower bound on the time of an RL step as Markdown, with the network traffic of the compiled programs."""
-    data, fsdp, tensor = config.mesh
-    completion = config.sampling.max_new_tokens
-    sizes = roofline.Sizes(config.rl.batch_size, config.sampling.prompt_tokens, completion, data * fsdp, tensor)
+    data, fsdp, tensor = settings.mesh
+    completion = settings.sampling.max_new_tokens
+    sizes = roofline.Sizes(settings.rl.batch_size, settings.sampling.prompt_tokens, completion, data * fsdp, tensor)
     works = {"generation": roofline.generation(policy, sizes)}
     if reward_model is not None:
         works["reward"] = roofline.scoring(reward_model, sizes)
-    in_pieces = 0 < config.model.logits_chunk < completion
+    in_pieces = 0 < settings.model.logits_chunk < completion
     works["update"] = roofline.update(policy, sizes, remat=policy.remat == "full", in_pieces=in_pieces)
     sent = {p.name: _sent(p.traffic.once) + completion * _sent(p.traffic.per_loop_step) for p in fit.programs}
     return bounds_table(works, sent, chip)
