@@ -34,7 +34,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     cli.run(
-        main,
-        required=("workdir", "stage", "out"),
-        example="--workdir=runs/quickstart --stage=liti:0.3 --out=exported",
+        main, required=("workdir", "stage", "out"), example="--workdir=runs/quickstart --stage=liti:0.3 --out=exported"
     )

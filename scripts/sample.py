@@ -74,9 +74,7 @@ def sample_stages(job: stages.Workdir, prompts: list[object]) -> dict[str, list[
     for stage in STAGES.value:
         params, model = job.load(stage)
         if model.head != "language":
-            raise ValueError(
-                f"--stages: got {stage}, want policies, which write text: sft, iteration_I/merged, liti:ETA"
-            )
+            raise ValueError(f"--stages: got {stage}, want policies, such as sft, iteration_1/merged, liti:0.3")
         columns[stage] = answers.sample_answers(
             params, model, job.tokenizer, rows, mesh=job.mesh, seed=SEED.value, settings=settings
         )

@@ -158,5 +158,5 @@ if __name__ == "__main__":
     cli.run(
         main,
         required=("ours", "theirs", "judge"),
-        example="--ours=warp.jsonl --theirs=sft.jsonl --judge=my_judges:helpful --out=result.json",
+        example="--ours=warp.jsonl --theirs=sft.jsonl --judge=my_judges:helpful",
     )

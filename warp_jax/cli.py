@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags
 
@@ -38,12 +38,6 @@ def parse_flags(
     return rest
 
 
-def run(
-    main: Callable[[list[str]], object],
-    *,
-    required: Sequence[str],
-    example: str,
-    load: Callable[[], object] = lambda: None,
-) -> None:
-    """Run a script: parse its flags with `parse_flags`, then call main(argv)."""
-    app.run(main, flags_parser=functools.partial(parse_flags, required=required, example=example, load=load))
+def run(main: Callable[[list[str]], object], **wanted: Any) -> None:
+    """Run a script: parse its flags with `parse_flags`, which takes `wanted`, then call main(argv)."""
+    app.run(main, flags_parser=functools.partial(parse_flags, **wanted))
