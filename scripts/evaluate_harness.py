@@ -31,22 +31,16 @@ from warp_jax.benchmarks import harness
 INSTALL = "lm-evaluation-harness is not installed: pip install 'warp_jax[evaluation]' (or 'lm_eval[hf,math]')"
 FOLDERS = flags.DEFINE_list("folders", [], "Model folders to evaluate, as NAME=FOLDER separated by commas.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir with the --stages.")
-STAGES = flags.DEFINE_list(
-    "stages", [], "Stages to evaluate: sft, iteration_1/run_2, iteration_1/merged, liti:0.3. Exported to OUT/models."
-)
+STAGES = flags.DEFINE_list("stages", [], "Stages to export and evaluate, such as sft,iteration_1/merged,liti:0.3.")
 OUT = flags.DEFINE_string("out", None, "Folder to write: results, exported models and tables.")
 TASKS = flags.DEFINE_list("tasks", list(harness.TABLE_2), "Tasks of the harness; the default is the paper's Table 2.")
 INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Folder with YAML files of your own tasks.")
-NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", 0, "Examples before each question; -1 = the default of each task.", -1
-)
+NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", 0, "Examples before each question; -1 = default of the task.", -1)
 LIMIT = flags.DEFINE_float("limit", None, "Documents per (sub)task, or a fraction if below 1; default: all.", 0)
 BATCH_SIZE = flags.DEFINE_string("batch_size", "1", "Documents per batch, or auto.")
-DEVICE = flags.DEFINE_string(
-    "device", None, "Device of torch, such as cuda:1, mps or cpu; default: cuda if available, else cpu."
-)
+DEVICE = flags.DEFINE_string("device", None, "Device of torch, such as cuda:1 or mps; default: cuda, else cpu.")
 DTYPE = flags.DEFINE_enum(
-    "dtype", "auto", ["auto", "bfloat16", "float16", "float32"], "Dtype of the weights; auto = as saved."
+    "dtype", "auto", ["auto", "bfloat16", "float16", "float32"], "Dtype of weights; auto = as saved."
 )
 CHAT = flags.DEFINE_bool("apply_chat_template", False, "Apply the chat template of the tokenizer to questions.")
 TRUST_CODE = flags.DEFINE_bool("trust_code", False, "Let mbpp and humaneval run code written by the model.")

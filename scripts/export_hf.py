@@ -16,9 +16,7 @@ from warp_jax.storage.weight_files import OUTPUT_DTYPES
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a run of warp_jax.main.")
 STAGE = flags.DEFINE_string("stage", None, f"Stage to export: {stages.NAMES}.")
 OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist.")
-DTYPE = flags.DEFINE_enum(
-    "dtype", None, list(OUTPUT_DTYPES), "Dtype of the weights; default: as in the source model, or float32."
-)
+DTYPE = flags.DEFINE_enum("dtype", None, list(OUTPUT_DTYPES), "Dtype of weights; default: that of the source model.")
 
 
 def main(argv: list[str]) -> None:

@@ -27,9 +27,7 @@ from warp_jax.pretrained import hf_weights, sources
 from warp_jax.training import sampling
 from warp_jax.types import PromptBatch
 
-SOURCE = flags.DEFINE_string(
-    "source", None, "Hugging Face model folder, .gguf file, or package:NAME of a Python package."
-)
+SOURCE = flags.DEFINE_string("source", None, "Hugging Face model folder, .gguf file, or package:NAME.")
 NUM_TEXTS = flags.DEFINE_integer("num_texts", 20, "Number of film reviews for the perplexity.", lower_bound=2)
 NUM_TOKENS = flags.DEFINE_integer("num_tokens", 64, "Tokens in each greedy completion.", lower_bound=1)
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens to keep of each review.", lower_bound=8)

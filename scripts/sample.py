@@ -28,7 +28,7 @@ CHAT = flags.DEFINE_bool("chat", None, "Apply the model's chat template to promp
 OUT = flags.DEFINE_string("out", None, "Folder to write one JSONL file of answers per stage; must not exist.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Maximum length of an answer in tokens.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", None, "Sampling temperature; default: sampling.temperature of the workdir.", lower_bound=1e-6
+    "temperature", None, "Sampling temperature; default: that of the workdir.", lower_bound=1e-6
 )
 TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many likeliest tokens; 0 = all, 1 = greedy.", lower_bound=0)
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of tokens with this probability.", 1e-6, 1.0)

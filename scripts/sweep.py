@@ -38,9 +38,7 @@ from ml_collections import ConfigDict, config_flags
 from warp_jax import cli, files
 from warp_jax.settings import from_config, legacy
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file that defines sweep(add), for example configs/sweep_ema_rate.py."
-)
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with sweep(add); see above.")
 OUT = flags.DEFINE_string("out", None, "Folder to write: the workdir of a point is OUT/NAME.")
 PRINT = flags.DEFINE_bool("print", False, "Print the command lines and run nothing.")
 JOBS = flags.DEFINE_string("jobs", "", "File to write with the command lines, one per line; nothing is run.")

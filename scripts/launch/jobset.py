@@ -41,9 +41,7 @@ CONTAINER = "warp"
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; the image must hold it at the same path.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of the runs, a folder below --mount.")
 ACCELERATOR = flags.DEFINE_enum("accelerator", None, list(ACCELERATORS), "TPU generation.")
-TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "Chips of the slice of each job, such as 4x4 (v5e, v6e) or 4x4x4 (v5p)."
-)
+TOPOLOGY = flags.DEFINE_string("topology", None, "Chips of a job's slice, such as 4x4 (v5e, v6e) or 4x4x4 (v5p).")
 IMAGE = flags.DEFINE_string("image", None, "Container image with this project.")
 CLAIM = flags.DEFINE_string("claim", None, "Name of the PersistentVolumeClaim that holds the workdir.")
 MOUNT = flags.DEFINE_string("mount", "/warp", "Folder at which the pods mount the claim.")
