@@ -1,4 +1,4 @@
-"""The values that pass from one stage to the next: arrays only, all of them pytrees.
+"""Data types that several modules share: pytrees of arrays, and the functions on them.
 
 Axis letters: B batch, P prompt, C completion, S = P + C, V vocabulary.
 """
@@ -16,45 +16,36 @@ ApplyFn = Callable[..., Any]  # flax `Module.apply`
 
 
 class PromptBatch(NamedTuple):
-    """B prompts, left-padded to one length.
+    """B prompts, left-padded to one length."""
 
-    prompt_ids: int32 [B, P]; prompt_mask: bool [B, P], True = real token;
-    example_ids: int32 [B], the row of the data source each prompt came from.
-    """
-
-    prompt_ids: HostOrDevice
-    prompt_mask: HostOrDevice
-    example_ids: HostOrDevice
+    prompt_ids: HostOrDevice  # int32 [B, P]
+    prompt_mask: HostOrDevice  # bool [B, P], True = real token
+    example_ids: HostOrDevice  # int32 [B], row of the data source that holds the prompt
 
 
 class Rollout(NamedTuple):
-    """Prompts and the completions sampled for them.
-
-    prompt_ids, prompt_mask, example_ids: as in PromptBatch. completion_ids: int32 [B, C];
-    completion_mask: bool [B, C], True up to and including the stop token;
-    per_token_logps: float32 [B, C], nats, under the distribution that was sampled; 0 where masked.
-    """
+    """Prompts, as in PromptBatch, and one completion sampled for each."""
 
     prompt_ids: HostOrDevice
     prompt_mask: HostOrDevice
     example_ids: HostOrDevice
-    completion_ids: Array
-    completion_mask: Array
-    per_token_logps: Array
+    completion_ids: Array  # int32 [B, C]
+    completion_mask: Array  # bool [B, C], True up to and including the stop token
+    per_token_logps: Array  # float32 [B, C], nats, of the distribution sampled from; 0 where masked
 
 
 class Rewards(NamedTuple):
-    """What a RewardFn returns. total: float32 [B], reward units; parts: name -> float32 [B], unweighted."""
+    """Rewards of B completions."""
 
-    total: Array
-    parts: Mapping[str, Array]
+    total: Array  # float32 [B], reward units
+    parts: Mapping[str, Array]  # name -> float32 [B], before weighting
 
 
 RewardFn = Callable[[Rollout], Rewards]
 
 
 class TrainState(NamedTuple):
-    """State of one optimisation. `anchor_params` is float32; both trees have one structure."""
+    """State of one RL run. anchor_params: float32 EMA of params, the same tree."""
 
     step: Array
     params: Params

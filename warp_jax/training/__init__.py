@@ -1,1 +1,1 @@
-"""Sampling, scoring and optimising policies."""
+"""Training policies: sampling, scoring, policy gradient, supervised fine-tuning."""

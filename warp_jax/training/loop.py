@@ -1,4 +1,4 @@
-"""The loop of every optimisation: step, log, save, resume bit-for-bit."""
+"""The training loop that SFT, reward model and RL share: step, log metrics, save the state, resume bit-for-bit."""
 
 import contextlib
 import math
@@ -18,26 +18,26 @@ OnStep = Callable[[int, Mapping[str, float]], None]  # steps done, latest metric
 
 
 class Schedule(NamedTuple):
-    """How long an optimisation runs, where and how often its state is saved, and who follows it.
-
-    directory: holds the saved state and the metrics. checkpoint_every: steps between two saves. on_step(done, metrics):
-    called after each step is logged. after_step(done, state): called after each step, and again for a step that is
-    repeated after a kill.
-    """
+    """Length, checkpoints and callbacks of a training loop."""
 
     num_steps: int
-    directory: Path
-    checkpoint_every: int
-    on_step: OnStep
+    directory: Path  # for the saved state and the metrics
+    checkpoint_every: int  # steps between two saves
+    on_step: OnStep  # called after each step is logged
+    # after_step(steps done, state): called after each step, and again if the step is repeated after a kill
     after_step: Callable[[int, Any], None] = lambda done, state: None
 
 
 def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Schedule) -> State:
-    """Apply `step_fn(state, step)` for step = 0 .. num_steps - 1 to init(), or resume from the newest saved state.
+    """Run steps 0 .. num_steps - 1, or resume from the newest saved state; return the final state.
 
-    `step_fn` must depend on its arguments only: then a loop that was killed and started again ends with the same bits
-    as an unbroken one. Metrics of a step are read after the next one is dispatched, so the device never waits for the
-    host.
+    The metrics of a step are read after the next step is dispatched, so the device does not wait for the host.
+
+    Args:
+        step_fn: (state, step) -> (state, metrics). It must depend on its arguments only: then a loop that is killed
+            and resumed ends bit-for-bit like one that never stopped.
+        init: makes the first state; when resuming, only its shapes, dtypes and shardings are used.
+        schedule: length, checkpoints and callbacks.
 
     Raises:
         FloatingPointError: a metric is not finite.
@@ -48,7 +48,7 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
     state = init()
     if start:
         like = checkpoint.abstract(state)
-        del state  # there is no room for two
+        del state  # device memory may not hold two
         state = store.restore(like)
     on_step(start, {})
     metrics_file = MetricWriter(directory, start) if hosts.is_first() else contextlib.nullcontext()
@@ -68,10 +68,10 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
                     pending = {}
                 if is_saved:
                     store.save(done, state)
-        except FloatingPointError:  # in every process
+        except FloatingPointError:  # every process raises it, so none waits for another
             raise
         except Exception as error:
-            hosts.exit_if_multihost(error)  # before the store is closed, which would wait for the others
+            hosts.exit_if_multihost(error)  # before closing the store, which would wait for the others
             raise
     return state
 
@@ -80,7 +80,7 @@ def _log(writer: MetricWriter | None, step: int, metrics: Mapping[str, Any], on_
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     if bad:
-        raise FloatingPointError(f"step {step}: {', '.join(bad)}; lower the learning rate, or check the rewards")
+        raise FloatingPointError(f"step {step}: {', '.join(bad)}, want finite; lower learning_rate or check rewards")
     if writer:
         writer.write(step, values)
     on_step(step + 1, values)

@@ -1,9 +1,8 @@
-"""Numbers over time: metrics.jsonl and TensorBoard files of one stage."""
+"""Metrics of each training step, written to metrics.jsonl and to TensorBoard files."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import tensorboardX
@@ -12,8 +11,9 @@ from warp_jax import files
 
 
 class MetricWriter:
-    """Append rows {step, name: number} to `directory`. Opened again at a step, it drops the rows from there on,
-    so that a stage that was killed and resumed leaves each step once.
+    """Writer of one row {step, name: number, ...} for each step, used as a context manager.
+
+    Rows of start_step and later steps are deleted first, so that a resumed training has each step once.
     """
 
     def __init__(self, directory: Path, start_step: int = 0):
@@ -24,7 +24,7 @@ class MetricWriter:
         self._tensorboard = tensorboardX.SummaryWriter(str(directory), purge_step=start_step, write_to_disk=True)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Record one step. Values are numbers, or arrays of one number."""
+        """Append the row of one step; values are numbers or arrays with one element."""
         row = {"step": step} | {name: float(value) for name, value in values.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -34,15 +34,13 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
         self._tensorboard.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All complete rows of a JSONL file; a last line cut short by a kill is left out, a missing file is empty."""
+    """Read a JSONL file up to its first incomplete line (left by a kill); a missing file has no rows."""
     if not path.exists():
         return []
     rows = []

@@ -1,6 +1,7 @@
 """The policy-gradient objective: REINFORCE with the KL to the anchor inside the reward (Algorithm 1, lines 7-8).
 
-Maximised: E_x E_y [ r(x, y) - kl_coef * log(policy(y | x) / anchor(y | x)) ]. All arrays are float32.
+Training maximises E_x E_y [ r(x, y) - kl_coef * log(policy(y | x) / anchor(y | x)) ]. All arrays are float32, except
+completion_mask: bool [B, C], True for the tokens that count.
 """
 
 import chex
@@ -14,25 +15,27 @@ ADVANTAGES = ("none", "batch_mean", "leave_one_out")
 
 
 def log_ratio(policy_logps: Array, anchor_logps: Array, completion_mask: Array) -> Array:
-    """Log policy(y | x) - log anchor(y | x), summed over the completion's tokens: [B], nats."""
+    """Log policy(y | x) - log anchor(y | x) of each completion: logps [B, C] -> [B], nats."""
     chex.assert_equal_shape([policy_logps, anchor_logps, completion_mask])
     return jnp.where(completion_mask, policy_logps - anchor_logps, 0.0).sum(axis=1)
 
 
 def shaped_rewards(rewards: Array, sequence_log_ratio: Array, kl_coef: float | Array) -> Array:
-    """r_beta = rewards - kl_coef * log_ratio (line 7): [B], a constant for the gradient."""
+    """r_beta = rewards - kl_coef * log_ratio (line 7): [B], without gradient. kl_coef: reward units per nat."""
     chex.assert_equal_shape([rewards, sequence_log_ratio])
     return jax.lax.stop_gradient(rewards - kl_coef * sequence_log_ratio)
 
 
 def advantages(shaped: Array, kind: str, group_size: int, whiten: bool) -> Array:
-    """What multiplies grad log policy(y | x): [B].
+    """Weight of each completion in the policy gradient: shaped rewards minus a baseline, [B] -> [B].
 
-    none: the shaped reward itself (the paper writes no baseline).
-    batch_mean: minus the batch's mean; as each sample is in its own mean, the expected gradient is (B - 1) / B times
-    the true one.
-    leave_one_out: minus the mean of the other samples of the same prompt, `group_size` consecutive rows; unbiased.
-    whiten: divide by the batch's standard deviation.
+    Args:
+        shaped: the shaped rewards.
+        kind: "none": no baseline, as in the paper. "batch_mean": the mean of the batch, which includes the sample
+            itself, so the expected gradient is (B - 1) / B times the true one. "leave_one_out": the mean of the other
+            samples of the same prompt; unbiased.
+        group_size: samples per prompt, in consecutive rows; only leave_one_out uses it.
+        whiten: divide by the standard deviation of the batch.
     """
     chex.assert_rank(shaped, 1)
     if kind == "none":
@@ -49,7 +52,7 @@ def advantages(shaped: Array, kind: str, group_size: int, whiten: bool) -> Array
 
 
 def reinforce_loss(policy_logps: Array, completion_mask: Array, advantage: Array) -> Array:
-    """-mean_b advantage_b * log policy(y_b | x_b): its gradient DESCENDS, so it ascends the reward (line 8)."""
+    """-mean_b advantage_b * log policy(y_b | x_b), a scalar: minimising it raises the reward (line 8)."""
     chex.assert_equal_shape([policy_logps, completion_mask])
     sequence_logps = jnp.where(completion_mask, policy_logps, 0.0).sum(axis=1)
     return -jnp.mean(jax.lax.stop_gradient(advantage) * sequence_logps)

@@ -1,4 +1,4 @@
-"""Adam with linear warm-up and clipping, used by every optimisation."""
+"""Adam with linear warm-up and gradient clipping, used by SFT, reward model and RL."""
 
 import optax
 
@@ -6,9 +6,9 @@ from warp_jax.settings.groups import Adam, Optimization
 
 
 def make_optimizer(settings: Optimization, adam: Adam) -> optax.GradientTransformation:
-    """Clip the global norm (clip_norm 0 = never), then Adam.
+    """Clip the gradient's global norm to clip_norm (0 = no clipping), then apply Adam.
 
-    The rate rises linearly to learning_rate over warmup_steps, then stays: its first value is learning_rate / warmup.
+    The learning rate rises linearly from learning_rate / warmup_steps to learning_rate, then stays constant.
     """
     warmup = max(settings.warmup_steps, 1)
     rate = settings.learning_rate

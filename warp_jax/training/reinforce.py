@@ -1,4 +1,4 @@
-"""Policy-gradient training of one policy: lines 4 to 9 of Algorithm 1 of WARP."""
+"""Policy-gradient training of one policy: lines 4 to 9 of WARP's Algorithm 1."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -18,22 +18,19 @@ from warp_jax.settings.groups import Rl
 from warp_jax.training import loop, objective, sampling
 from warp_jax.types import Array, Params, PromptBatch, RewardFn, Rollout, TrainState
 
-ScoreFn = Callable[[Params, Rollout], Array]  # a whole model's params -> log-probability of each token [B, C], nats
+ScoreFn = Callable[[Params, Rollout], Array]  # params of the whole model -> log-probability of each token [B, C], nats
 
 
 class Programs(NamedTuple):
-    """The compiled parts of a training step except generation, shared by all runs.
+    """Compiled functions shared by all runs; sampling is compiled apart, in `sampling.Sampler`."""
 
-    init: trained params -> TrainState.
-    update: TrainState (donated), frozen params, Rollout, rewards [B] -> TrainState, metrics.
-    """
-
-    init: Callable[[Params], TrainState]
+    init: Callable[[Params], TrainState]  # trained params
+    # state (its buffers are reused), frozen params, rollout, rewards [B] -> state, metrics
     update: Callable[[TrainState, Params, Rollout, Array], tuple[TrainState, Mapping[str, Array]]]
 
 
 class Trainer(NamedTuple):
-    """What all runs share. seed: of prompt order and sampling, together with iteration, run and step."""
+    """Functions, data and settings shared by all runs."""
 
     programs: Programs
     sampler: sampling.Sampler
@@ -41,11 +38,11 @@ class Trainer(NamedTuple):
     train_prompts: PromptBatch
     mesh: Mesh
     rl: Rl
-    seed: int
+    seed: int  # for the order of prompts and for sampling, together with iteration, run and step
 
 
 def make_programs(mesh: Mesh, params: Params, *, optimizer: optax.GradientTransformation, **options: Any) -> Programs:
-    """Jit the parts for trained parameters shaped like `params`; options are those of `policy_update`."""
+    """Compile init and update for trained params shaped like `params`; options: further keywords of `policy_update`."""
     init_fn = functools.partial(init_state, optimizer)
     layout = partitioning.param_shardings(mesh, jax.eval_shape(init_fn, params))
     update = functools.partial(policy_update, optimizer=optimizer, **options)
@@ -56,7 +53,7 @@ def make_programs(mesh: Mesh, params: Params, *, optimizer: optax.GradientTransf
 
 
 def init_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
-    """Start policy and anchor at copies of `params`, so that donating the state leaves `params` alive."""
+    """Make the first state. Policy and anchor are copies: `params` stay valid when the state's buffers are reused."""
     policy = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     anchor = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
     return TrainState(jnp.zeros((), jnp.int32), policy, anchor, optimizer.init(policy))
@@ -75,19 +72,19 @@ def policy_update(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One training step on a rollout: lines 7 to 9 of Algorithm 1.
 
-    The batch is cut into rl.num_microbatches, whose gradients are averaged; advantages are of the whole batch.
-    Policy and anchor are scored by the same function, so the KL of the first step is exactly 0, and side by side, so
-    XLA computes frozen layers below the first trained one once for both.
+    Advantages are computed over the whole batch, gradients over rl.num_microbatches parts and averaged. One function
+    scores policy and anchor, so the KL of the first step is exactly 0. Both are scored in one map, so XLA computes the
+    frozen layers below the first trained one only once.
 
     Args:
-        state: the trained weights, their anchor and the optimizer's state.
+        state: trained weights, their anchor and the optimizer's state.
         frozen_params: the other leaves of the model, shared by policy and anchor.
         rollout: completions sampled from the policy.
         rewards: float32 [B], raw.
-        score_fn: params of the whole model, rollout -> log-probability of each token, float32 [B, C], nats.
+        score_fn: see `ScoreFn`.
         optimizer: the one that made state.opt_state.
         rl: settings of the update.
-        ema_rate: mu, the weight of the new policy in the anchor.
+        ema_rate: mu, the weight of the new policy in the anchor; 0 freezes the anchor.
     """
 
     def score(params: Params, rollout: Rollout) -> Array:
@@ -99,7 +96,7 @@ def policy_update(
     ratio = objective.log_ratio(policy_logps, anchor_logps, rollout.completion_mask)
     shaped = objective.shaped_rewards(rewards, ratio, rl.kl_coef)
     weights = objective.advantages(shaped, rl.advantage, rl.samples_per_prompt, rl.whiten)
-    losses, grads = _accumulate(score, state.params, chunks, _split(weights, rl.num_microbatches))
+    grads, losses = _accumulate(score, state.params, chunks, _split(weights, rl.num_microbatches))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     anchor = merging.ema_update(state.anchor_params, params, ema_rate)
@@ -116,8 +113,8 @@ def policy_update(
     return TrainState(state.step + 1, params, anchor, opt_state), metrics
 
 
-def _accumulate(score: ScoreFn, params: Params, chunks: Rollout, weights: Array) -> tuple[Array, Params]:
-    """Loss of each microbatch, and the mean of their gradients."""
+def _accumulate(score: ScoreFn, params: Params, chunks: Rollout, weights: Array) -> tuple[Params, Array]:
+    """Mean gradient of all microbatches, and the loss of each: [rl.num_microbatches]."""
 
     def loss_fn(params: Params, chunk: Rollout, chunk_weights: Array) -> Array:
         return objective.reinforce_loss(score(params, chunk), chunk.completion_mask, chunk_weights)
@@ -126,20 +123,16 @@ def _accumulate(score: ScoreFn, params: Params, chunks: Rollout, weights: Array)
         loss, grads = jax.value_and_grad(loss_fn)(params, *chunk)
         return jax.tree.map(lambda a, b: a + b / len(weights), total, grads), loss
 
-    grads, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (chunks, weights))
-    return losses, grads
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (chunks, weights))
 
 
 def run_policy(
-    trainer: Trainer,
-    init_params: Params,
-    frozen_params: Params,
-    *,
-    iteration: int,
-    run: int,
-    schedule: loop.Schedule,
+    trainer: Trainer, init_params: Params, frozen_params: Params, *, iteration: int, run: int, schedule: loop.Schedule
 ) -> Params:
-    """Train one policy from init_params; prompts and keys follow from (seed, iteration, run, step) alone."""
+    """Train one policy from init_params, or resume its training; return the trained leaves of the policy.
+
+    Prompts and random keys depend only on (seed, iteration, run, step).
+    """
     stream = f"iteration {iteration} run {run}"
     run_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(trainer.seed), iteration), run)
     group_size, mesh = trainer.rl.samples_per_prompt, trainer.mesh
@@ -152,8 +145,7 @@ def run_policy(
         params = trees.join(state.params, frozen_params)
         rollout = trainer.sampler(params, meshes.put_batch(mesh, batch), jax.random.fold_in(run_key, step))
         rewards = trainer.reward_fn(rollout)
-        total = meshes.put_batch(mesh, rewards.total)
-        state, metrics = trainer.programs.update(state, frozen_params, rollout, total)
+        state, metrics = trainer.programs.update(state, frozen_params, rollout, meshes.put_batch(mesh, rewards.total))
         parts = {f"reward/{name}": jnp.mean(values) for name, values in rewards.parts.items()}
         return state, {**metrics, **parts}
 
@@ -161,10 +153,10 @@ def run_policy(
 
 
 def _split(tree: Any, parts: int) -> Any:
-    """[B, ...] to [parts, B / parts, ...]; row b goes to part b % parts, so every device keeps its own rows."""
+    """Cut [B, ...] into [parts, B / parts, ...]; row b goes to part b % parts, so rows stay on their devices."""
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
 def _join(chunks: Array) -> Array:
-    """The inverse of `_split`."""
+    """Undo `_split`: [parts, B / parts, ...] -> [B, ...]."""
     return chunks.swapaxes(0, 1).reshape(-1, *chunks.shape[2:])

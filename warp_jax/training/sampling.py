@@ -1,7 +1,7 @@
-"""Sampling completions: a prefill of the prompts, then one token a step. The policy is the temperature-scaled softmax.
+"""Sampling completions: the prompts are read at once (prefill), then one token is drawn per step.
 
-`apply_fn(params, token_ids, mask, cache, num_outputs=n)` is `Transformer.apply` on the bare parameter tree;
-`make_cache(batch, capacity)` gives its empty cache.
+`apply_fn(params, token_ids, mask, cache, num_outputs=n)` returns the logits of the last n positions and the new cache;
+`make_cache(batch, capacity)` returns an empty cache.
 """
 
 import functools
@@ -20,24 +20,21 @@ from warp_jax.types import ApplyFn, Array, Params, PromptBatch, Rollout
 
 
 class SamplingConfig(NamedTuple):
-    """max_new_tokens: C, at most this many tokens, the stop token included. temperature > 0 divides the logits.
-    top_k: keep the k likeliest tokens, 0 = all. top_p: keep the smallest set with this probability, 1 = all.
-    stop_ids: tokens that end a completion (kept, and counted). pad_id: what fills the rest.
-    """
+    """Settings of sampling."""
 
-    max_new_tokens: int
-    temperature: float
-    stop_ids: tuple[int, ...]
-    pad_id: int
-    top_k: int = 0
-    top_p: float = 1.0
+    max_new_tokens: int  # C, the stop token included
+    temperature: float  # > 0, divides the logits
+    stop_ids: tuple[int, ...]  # tokens that end a completion; they are part of it
+    pad_id: int  # fills a completion after its stop token
+    top_k: int = 0  # keep only the k likeliest tokens; 0 = all
+    top_p: float = 1.0  # keep only the smallest set of likeliest tokens with this probability; 1 = all
 
 
 class Sampler(NamedTuple):
-    """The compiled parts of sampling; called with (params, prompts, key) it runs both.
+    """Compiled sampling in two parts; a call with (params, prompts, key) runs both.
 
-    lay_out: params -> the copy that generation reads: in the dtype of the activations and whole but for `tensor`, so
-    that no weight moves between chips for a token. The same arrays where that is how they are.
+    lay_out: params -> a copy for generation, in the dtype of the activations and split over the mesh axis `tensor`
+    only, so no weight moves between chips for each token. Returns its argument if that already has this form.
     generate: that copy, prompts, key -> Rollout.
     """
 
@@ -57,10 +54,10 @@ def make_sampler(
     dtype: str,
     config: SamplingConfig,
 ) -> Sampler:
-    """Jit the parts for whole models shaped like `params`, whose activations are of `dtype`."""
+    """Compile both parts for whole models shaped like `params`, whose activations have `dtype`."""
 
     def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-        """Norms compute in float32 and stay."""
+        """Cast all weights except the scales of norms, which compute in float32."""
         return leaf if trees.path_name(path).endswith("scale") else leaf.astype(dtype)
 
     def lay_out(params: Params) -> Params:
@@ -69,10 +66,10 @@ def make_sampler(
     shapes = jax.eval_shape(lay_out, params)
     layout = partitioning.decode_shardings(mesh, shapes)
     same_dtypes = all(jax.tree.leaves(jax.tree.map(lambda x, y: x.dtype == y.dtype, shapes, params)))
-    as_it_is = same_dtypes and mesh.shape["fsdp"] == 1
+    is_laid_out = same_dtypes and mesh.shape["fsdp"] == 1
     generate = functools.partial(sample, apply_fn, make_cache, config=config)
     return Sampler(
-        lay_out=(lambda params: params) if as_it_is else jax.jit(lay_out, out_shardings=layout),
+        lay_out=(lambda params: params) if is_laid_out else jax.jit(lay_out, out_shardings=layout),
         generate=jax.jit(generate, out_shardings=meshes.batch_sharding(mesh)),
     )
 
@@ -95,10 +92,10 @@ def sample(
     *,
     config: SamplingConfig,
 ) -> Rollout:
-    """Sample one completion for each prompt: a prefill, then one token a step until all rows have stopped.
+    """Sample one completion for each prompt, until all rows have stopped or have max_new_tokens tokens.
 
-    The same key gives the same completions on any mesh. `per_token_logps` are of the distribution sampled from,
-    after temperature and truncation.
+    The same key gives the same completions on any mesh. `per_token_logps` belong to the distribution after temperature,
+    top-k and top-p.
     """
     chex.assert_rank([prompts.prompt_ids, prompts.prompt_mask], 2)
     batch, prompt_length = prompts.prompt_ids.shape
@@ -125,7 +122,7 @@ def sample(
 
 
 def _draw(loop: _Loop, logits: Array, key: Array, config: SamplingConfig) -> _Loop:
-    """Draw the next token of every row that has not stopped, and record it."""
+    """Draw and record the next token of every row that has not stopped; logits [B, V]."""
     alive = ~loop.done
     logps = sampled_logps(logits, config)
     token = jax.random.categorical(jax.random.fold_in(key, loop.step), logps).astype(jnp.int32)
@@ -141,7 +138,7 @@ def _draw(loop: _Loop, logits: Array, key: Array, config: SamplingConfig) -> _Lo
 
 
 def sampled_logps(logits: Array, config: SamplingConfig) -> Array:
-    """Log-probabilities [B, V] that are sampled from: temperature, then top-k, then top-p, then renormalised."""
+    """Log-probabilities that tokens are drawn from: temperature, top-k, top-p, then normalisation; [B, V] -> [B, V]."""
     logits = logits.astype(jnp.float32) / config.temperature
     if config.top_k:
         kth = jax.lax.top_k(logits, min(config.top_k, logits.shape[-1]))[0][:, -1:]
@@ -152,7 +149,7 @@ def sampled_logps(logits: Array, config: SamplingConfig) -> Array:
 
 
 def _outside_nucleus(logits: Array, top_p: float) -> Array:
-    """True for tokens outside the smallest set of likeliest tokens whose probability reaches top_p."""
+    """Mask of the tokens outside the smallest set of likeliest tokens whose probability reaches top_p: bool [B, V]."""
     order = jnp.argsort(-logits, axis=-1)
     probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs

@@ -1,7 +1,7 @@
-"""What a policy says of tokens that are there: log-probabilities, and the KL between two policies.
+"""Log-probabilities of given tokens, and the KL between two policies.
 
-Logits [B, S, V] are the largest array of a language model. More than `chunk` positions of them are never there at
-once: the head is applied to one piece of the sequence after the other, in the gradient too.
+Logits [B, S, V] are the largest array of a language model. To save memory, only `chunk` positions of each row (0 = all)
+have logits at a time: the head is applied to one piece of the sequence after another, also in the backward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,21 +12,21 @@ import optax
 
 from warp_jax.types import ApplyFn, Array, Params, Rollout
 
-# logits of each policy [B, c, V], their targets [B, c] -> [B, c]
+# logits of each policy [B, c, V], targets [B, c] -> [B, c]
 Reduce = Callable[[Sequence[Array], Array], Array]
 
 
 def per_token_logps(
     apply_fn: ApplyFn, params: Params, rollout: Rollout, temperature: float, *, chunk: int = 0
 ) -> Array:
-    """Log pi(y_t | x, y_<t) of the rollout's tokens, nats: float32 [B, C], 0 where masked."""
+    """Log pi(y_t | x, y_<t) of each completion token: float32 [B, C], nats, 0 where masked."""
 
-    def chosen(logits: Sequence[Array], targets: Array) -> Array:
+    def logps_of(logits: Sequence[Array], targets: Array) -> Array:
         scaled = logits[0] / temperature
-        found = jnp.take_along_axis(scaled, targets[..., None], axis=-1)[..., 0]
-        return found - jax.nn.logsumexp(scaled, axis=-1)
+        target_logits = jnp.take_along_axis(scaled, targets[..., None], axis=-1)[..., 0]
+        return target_logits - jax.nn.logsumexp(scaled, axis=-1)
 
-    logps = _map_completion(apply_fn, [params], rollout, chosen, chunk)
+    logps = _map_completion(apply_fn, [params], rollout, logps_of, chunk)
     return jnp.where(rollout.completion_mask, logps, 0.0)
 
 
@@ -39,10 +39,10 @@ def sequence_kl(
     *,
     chunk: int = 0,
 ) -> Array:
-    """KL(policy || reference) of whole completions, estimated on samples of the policy: [B], nats, never negative.
+    """KL(policy || reference) of whole completions, estimated on samples of the policy: float32 [B], nats, >= 0.
 
-    The sum over the sampled tokens of the exact KL between the two next-token distributions. It has the mean of the
-    sampled log-ratio and far less variance.
+    Sums the exact KL between the two next-token distributions over the sampled tokens. This estimate has the same
+    expectation as the sampled log-ratio, and far less variance.
     """
 
     def kl(logits: Sequence[Array], targets: Array) -> Array:
@@ -54,7 +54,7 @@ def sequence_kl(
 
 
 def next_token_losses(apply_fn: ApplyFn, params: Params, token_ids: Array, mask: Array, *, chunk: int = 0) -> Array:
-    """-log pi(token | tokens before), nats, of all tokens but the first: token_ids, mask [B, S] -> [B, S - 1]."""
+    """-log pi(token | tokens before) of all tokens except the first: token_ids, mask [B, S] -> [B, S - 1], nats."""
 
     def losses(logits: Sequence[Array], targets: Array) -> Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits[0], targets)
@@ -72,9 +72,16 @@ def map_logits(
     reduce: Reduce,
     chunk: int,
 ) -> Array:
-    """reduce(logits, targets) of the last N positions: token_ids, mask [B, S], targets [B, N] -> [B, N].
+    """Apply reduce(logits, targets) to the last N positions: [B, N].
 
-    chunk: positions a row whose logits are there at once, 0 = all.
+    Args:
+        apply_fn: the model of all policies.
+        policies: parameters of whole models.
+        token_ids: int32 [B, S].
+        mask: bool [B, S], True = real token.
+        targets: int32 [B, N], one token for each of the last N positions.
+        reduce: see `Reduce`; c = N, or the length of a piece.
+        chunk: see the top of this file.
     """
     length = targets.shape[1]
     if not chunk or length <= chunk:
@@ -84,28 +91,27 @@ def map_logits(
     pieces = -(-length // chunk)
 
     @jax.checkpoint
-    def of_piece(piece: tuple[list[Array], Array]) -> Array:
+    def reduce_piece(piece: tuple[list[Array], Array]) -> Array:
         states, piece_targets = piece
         logits = [apply_fn(p, h, method="head") for p, h in zip(policies, states, strict=True)]
         return reduce(logits, piece_targets)
 
-    found = jax.lax.map(of_piece, ([_cut(h, pieces) for h in hidden], _cut(targets, pieces)))
-    return found.swapaxes(0, 1).reshape(targets.shape[0], -1)[:, :length]
+    results = jax.lax.map(reduce_piece, ([_cut(h, pieces) for h in hidden], _cut(targets, pieces)))
+    return results.swapaxes(0, 1).reshape(targets.shape[0], -1)[:, :length]
 
 
 def _map_completion(
     apply_fn: ApplyFn, policies: Sequence[Params], rollout: Rollout, reduce: Reduce, chunk: int
 ) -> Array:
-    """`map_logits` of the positions that predict the completion's tokens: [B, C]."""
+    """Apply `map_logits` to the positions that predict the completion tokens: [B, C]."""
     token_ids = jnp.concatenate([rollout.prompt_ids, rollout.completion_ids], axis=1)[:, :-1]
     mask = jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)[:, :-1]
-    return map_logits(
-        apply_fn, policies, token_ids, mask, jnp.asarray(rollout.completion_ids), reduce=reduce, chunk=chunk
-    )
+    targets = jnp.asarray(rollout.completion_ids)
+    return map_logits(apply_fn, policies, token_ids, mask, targets, reduce=reduce, chunk=chunk)
 
 
 def _cut(x: Array, pieces: int) -> Array:
-    """[B, N, ...] to [pieces, B, ceil(N / pieces), ...], zeros at the end."""
+    """Cut [B, N, ...] into [pieces, B, ceil(N / pieces), ...], padded with zeros at the end."""
     size = -(-x.shape[1] // pieces)
     spare = size * pieces - x.shape[1]
     padded = jnp.pad(x, [(0, spare if axis == 1 else 0) for axis in range(x.ndim)])

@@ -1,4 +1,4 @@
-"""Supervised training: fine-tuning the policy on text (SFT), and a reward model on human labels."""
+"""Supervised training: fine-tuning a policy on text (SFT), and a reward model on human labels."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,14 +18,14 @@ from warp_jax.training import loop, scoring
 from warp_jax.types import ApplyFn, Array, Params
 
 Batch = Mapping[str, Any]
-State = tuple[Params, Any]
-LossFn = Callable[[Params, Batch], tuple[Array, Mapping[str, Array]]]
+State = tuple[Params, Any]  # trained params, the optimizer's state
+LossFn = Callable[[Params, Batch], tuple[Array, Mapping[str, Array]]]  # params of the whole model -> loss, metrics
 
 
 def language_loss(
     apply_fn: ApplyFn, params: Params, batch: Batch, *, logits_chunk: int = 0
 ) -> tuple[Array, Mapping[str, Array]]:
-    """Mean negative log-likelihood of each next token, nats per token. batch: token_ids, mask [B, S]."""
+    """Mean negative log-likelihood of the next tokens, in nats per token. batch: token_ids, mask [B, S]."""
     token_ids, mask = batch["token_ids"], batch["mask"]
     losses = scoring.next_token_losses(apply_fn, params, token_ids, mask, chunk=logits_chunk)
     counted = mask[:, :-1] & mask[:, 1:]
@@ -34,7 +34,7 @@ def language_loss(
 
 
 def label_loss(apply_fn: ApplyFn, params: Params, batch: Batch) -> tuple[Array, Mapping[str, Array]]:
-    """Cross-entropy of the score, as log-odds, against a 0/1 label. batch: token_ids, mask [B, S], labels [B]."""
+    """Cross-entropy of 0/1 labels, with the score as log-odds. batch: token_ids, mask [B, S], labels [B]."""
     scores = reward_functions.sequence_scores(apply_fn, params, batch["token_ids"], batch["mask"])
     labels = batch["labels"].astype(jnp.float32)
     loss = optax.sigmoid_binary_cross_entropy(scores, labels).mean()
@@ -42,9 +42,9 @@ def label_loss(apply_fn: ApplyFn, params: Params, batch: Batch) -> tuple[Array, 
 
 
 def bradley_terry_loss(apply_fn: ApplyFn, params: Params, batch: Batch) -> tuple[Array, Mapping[str, Array]]:
-    """-log sigmoid(score of the preferred - score of the other), averaged over pairs.
+    """Mean of -log sigmoid(score of the preferred sequence - score of the other) over B / 2 pairs.
 
-    batch: as in `label_loss`; its first half holds the preferred sequences (label 1), its second half the others.
+    batch: token_ids, mask [B, S]; row i of the first half is preferred to row i of the second half.
     """
     scores = reward_functions.sequence_scores(apply_fn, params, batch["token_ids"], batch["mask"])
     preferred, other = jnp.split(scores, 2)
@@ -55,15 +55,15 @@ def bradley_terry_loss(apply_fn: ApplyFn, params: Params, batch: Batch) -> tuple
 REWARD_LOSSES = {"label": label_loss, "bradley_terry": bradley_terry_loss}
 
 
-def text_batch(token_rows: Sequence[np.ndarray], chosen: np.ndarray, length: int, step: int, **names: Any) -> Batch:
-    """Random windows of the chosen rows; names: seed, stream, bos_id and pad_id of `batches.random_windows`."""
+def text_batch(token_rows: Sequence[np.ndarray], chosen: np.ndarray, length: int, step: int, **options: Any) -> Batch:
+    """Random windows of the chosen rows; options: seed, stream, bos_id and pad_id of `batches.random_windows`."""
     rows = [token_rows[i] for i in chosen]
-    token_ids, mask = batches.random_windows(rows, length, step, **names)
+    token_ids, mask = batches.random_windows(rows, length, step, **options)
     return {"token_ids": token_ids, "mask": mask}
 
 
 def paired_rows(labels: np.ndarray, batch_size: int, step: int, *, seed: int, stream: str) -> np.ndarray:
-    """Rows of one reward model batch: batch_size / 2 with label 1, then as many with label 0."""
+    """Row numbers of one batch for the reward model: batch_size / 2 rows with label 1, then as many with label 0."""
     halves = []
     for label in (1, 0):
         rows = np.flatnonzero(labels == label)
@@ -72,22 +72,18 @@ def paired_rows(labels: np.ndarray, batch_size: int, step: int, *, seed: int, st
 
 
 class Programs(NamedTuple):
-    """The compiled parts of a supervised optimisation.
+    """Compiled functions of a supervised training."""
 
-    init: trained params -> state: params and the optimizer's state.
-    update: state (donated), frozen params, batch -> state, metrics.
-    """
-
-    init: Callable[[Params], State]
-    update: Callable[[State, Params, Batch], tuple[State, Mapping[str, Array]]]
+    init: Callable[[Params], State]  # trained params
+    update: Callable[[State, Params, Batch], tuple[State, Mapping[str, Array]]]  # state (buffers reused), frozen params
 
 
 def make_programs(mesh: Mesh, loss_fn: LossFn, params: Params, optimizer: optax.GradientTransformation) -> Programs:
-    """Jit the parts for trained parameters shaped like `params`."""
+    """Compile init and update for trained params shaped like `params`."""
 
     def init(params: Params) -> State:
-        own = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-        return own, optimizer.init(own)
+        copy = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+        return copy, optimizer.init(copy)
 
     def update(state: State, frozen: Params, batch: Batch) -> tuple[State, Mapping[str, Array]]:
         params, opt_state = state
@@ -113,7 +109,10 @@ def fit(
     mesh: Mesh,
     schedule: loop.Schedule,
 ) -> Params:
-    """Minimise loss_fn over `params`, the trained weights of a model, on batch_fn(step); resumes from a saved state."""
+    """Minimise loss_fn over `params`, or resume from a saved state; return the trained leaves.
+
+    params and frozen_params are the trained and the other leaves of one model; batch_fn(step) returns a batch.
+    """
     programs = make_programs(mesh, loss_fn, params, optimizer)
 
     def step_fn(state: State, step: int) -> tuple[State, Mapping[str, Array]]:
@@ -122,8 +121,8 @@ def fit(
     return loop.run_steps(step_fn, lambda: programs.init(params), schedule)[0]
 
 
-def held_out(loss_fn: LossFn, params: Params, batches: Sequence[Batch], mesh: Mesh) -> dict[str, float]:
-    """Mean of the loss's metrics over held-out batches."""
+def held_out(loss_fn: LossFn, params: Params, held_out_batches: Sequence[Batch], mesh: Mesh) -> dict[str, float]:
+    """Mean of loss_fn's metrics over held-out batches; params are those of the whole model."""
     metrics_fn = jax.jit(lambda params, batch: loss_fn(params, batch)[1])
-    rows = [jax.device_get(metrics_fn(params, meshes.put_batch(mesh, batch))) for batch in batches]
+    rows = [jax.device_get(metrics_fn(params, meshes.put_batch(mesh, batch))) for batch in held_out_batches]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
