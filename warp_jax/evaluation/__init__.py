@@ -1,1 +1,1 @@
-"""Measuring policies on held-out prompts, comparing fronts, and the report."""
+"""Evaluating policies on held-out prompts, comparing their fronts, and the report."""

@@ -1,4 +1,4 @@
-"""Measures a policy on held-out prompts: reward, gold reward, KL to SFT, length, diversity."""
+"""Evaluating a policy on held-out prompts: reward, gold reward, KL to SFT, length, diversity."""
 
 import io
 import time
@@ -19,52 +19,43 @@ from warp_jax.types import Array, Params, PromptBatch, RewardFn, Rollout
 
 
 class Evaluation(NamedTuple):
-    """One sample for each of N held-out prompts, the same prompts in the same order for every policy (numpy).
+    """Results of one policy on N held-out prompts, with one completion each; all policies get the same prompts."""
 
-    reward, gold_reward: float32 [N], reward units. sft_kl: float32 [N], nats per sequence. length: [N], tokens.
-    distinct_2: float [], share of distinct token pairs. completion_ids [N, C], completion_mask [N, C].
-    """
-
-    reward: np.ndarray
-    gold_reward: np.ndarray
-    sft_kl: np.ndarray
-    length: np.ndarray
-    distinct_2: np.ndarray
-    completion_ids: np.ndarray
-    completion_mask: np.ndarray
+    reward: np.ndarray  # float32 [N], reward units
+    gold_reward: np.ndarray  # float32 [N], reward units
+    sft_kl: np.ndarray  # float32 [N], nats per sequence
+    length: np.ndarray  # int [N], tokens of the completion
+    distinct_2: np.ndarray  # float [], share of distinct pairs of neighbouring tokens
+    completion_ids: np.ndarray  # int32 [N, C]
+    completion_mask: np.ndarray  # bool [N, C]
 
 
-EVALUATION_STREAM = 2**31 - 1  # in random keys; no iteration of training has this number
-EvaluateFn = Callable[[Params], Evaluation]
-KlFn = Callable[[Params, Params, Params, Rollout], Array]  # trained policy, trained SFT, frozen -> float32 [B], nats
+EVALUATION_STREAM = 2**31 - 1  # takes the place of the iteration in random keys, so they differ from those of training
+EvaluateFn = Callable[[Params], Evaluation]  # trained leaves of the policy
+KlFn = Callable[[Params, Params, Params, Rollout], Array]  # trained leaves of policy and SFT, frozen -> [B], nats
 OnEvaluation = Callable[[str, Evaluation, float], None]  # name, result, seconds
 
 
 class Examiner(NamedTuple):
-    """What every policy is measured with and on: two policies get the same prompts and random keys, so that their
-    differences are paired.
-
-    reward_fn, gold_fn: rewards of a rollout; gold_fn gives float32 [B]. sft_params, frozen_params: trained leaves of
-    SFT, and the other leaves of the model. batch_size: divides the number of prompts.
-    """
+    """Functions and data shared by all evaluations. Prompts and random keys are the same, so differences are paired."""
 
     mesh: Mesh
     sampler: sampling.Sampler
     kl_to_sft: KlFn
     reward_fn: RewardFn
-    gold_fn: Callable[[Rollout], np.ndarray]
-    sft_params: Params
-    frozen_params: Params
+    gold_fn: Callable[[Rollout], np.ndarray]  # gold rewards, float32 [B]
+    sft_params: Params  # trained leaves of SFT
+    frozen_params: Params  # the other leaves of the model
     eval_prompts: PromptBatch
-    batch_size: int
+    batch_size: int  # must divide the number of prompts
     seed: int
 
 
 def make_kl_to_sft(score_kl: Callable[[Params, Params, Rollout], Array]) -> KlFn:
-    """Jit the KL of a policy to SFT, given that of two whole models.
+    """Compile the KL of a policy to SFT from score_kl(policy, SFT, rollout), which takes whole models.
 
-    Both are joined with the frozen weights inside, so XLA sees that frozen layers below the first trained one are the
-    same in both.
+    The frozen leaves are joined inside the compiled function, so XLA computes frozen layers below the first trained one
+    only once.
     """
 
     @jax.jit
@@ -75,7 +66,7 @@ def make_kl_to_sft(score_kl: Callable[[Params, Params, Rollout], Array]) -> KlFn
 
 
 def evaluate(examiner: Examiner, params: Params) -> Evaluation:
-    """Sample one completion for each held-out prompt and measure it; params: trained leaves of the policy."""
+    """Sample and measure one completion for each held-out prompt; params are the trained leaves of the policy."""
     laid_out = examiner.sampler.lay_out(trees.join(params, examiner.frozen_params))
     count = len(examiner.eval_prompts.example_ids) // examiner.batch_size
     measured = [_evaluate_batch(examiner, params, laid_out, number) for number in range(count)]
@@ -100,7 +91,7 @@ def _evaluate_batch(examiner: Examiner, params: Params, laid_out: Params, number
 
 
 def summary(evaluation: Evaluation) -> dict[str, float]:
-    """Means over the prompts with their standard errors, as the columns of front.csv."""
+    """Means over the prompts and their standard errors (`_se`), named like the columns of front.csv."""
     row = {}
     for name in ("reward", "gold_reward", "sft_kl"):
         row[name], row[f"{name}_se"] = statistics.mean_and_se(getattr(evaluation, name))
@@ -108,7 +99,7 @@ def summary(evaluation: Evaluation) -> dict[str, float]:
 
 
 class EvaluationStore:
-    """Evaluations saved by name, so that none is made twice. on_new is called with each new one."""
+    """Evaluations saved by name, so that no policy is evaluated twice; on_new is called after each new evaluation."""
 
     def __init__(self, directory: Path, evaluate: EvaluateFn, on_new: OnEvaluation):
         directory.mkdir(parents=True, exist_ok=True)
@@ -117,11 +108,11 @@ class EvaluationStore:
         self._on_new = on_new
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """The names without a saved evaluation, sorted."""
+        """The names that have no saved evaluation, sorted."""
         return [name for name in sorted(names) if not hosts.exists(self._path(name))]
 
     def get(self, name: str, make_params: Callable[[], Params]) -> Evaluation:
-        """The saved evaluation called `name`; if it is missing, evaluate make_params() and save the result."""
+        """Load the evaluation saved as `name`; if it is missing, evaluate make_params() and save the result."""
         path = self._path(name)
         if not hosts.exists(path):
             started = time.monotonic()

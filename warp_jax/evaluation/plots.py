@@ -1,4 +1,4 @@
-"""The pictures of the report, as PNG bytes."""
+"""Plots of the report, as PNG bytes."""
 
 import io
 from collections.abc import Sequence
@@ -8,13 +8,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # of front.csv
+LABELS = {"reward": "reward", "gold_reward": "gold reward", "sft_kl": "KL to SFT (nats per sequence)"}
 
 
 def draw_fronts(rows: Sequence[Row], baseline: Sequence[Row] = ()) -> bytes:
-    """Reward and gold reward against KL to SFT: the front of each iteration and the trajectories of the runs, and of
-    the one run of a baseline.
-    """
+    """Plot reward and gold reward against KL to SFT: fronts, runs, and the run of a baseline; rows[0] is SFT."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5))
     for axis, column in zip(axes, ("reward", "gold_reward"), strict=True):
         for iteration in _iterations(rows):
@@ -27,7 +26,7 @@ def draw_fronts(rows: Sequence[Row], baseline: Sequence[Row] = ()) -> bytes:
                 yerr=_column(front, f"{column}_se"),
                 marker="o",
                 color=color,
-                label=f"iteration {iteration}: LITI front",
+                label=f"iteration {iteration}: front (LITI)",
             )
             for row in _select(rows, "policy", iteration):
                 axis.plot(row["sft_kl"], row[column], marker="x", color=color, alpha=0.6, linestyle="none")
@@ -36,30 +35,29 @@ def draw_fronts(rows: Sequence[Row], baseline: Sequence[Row] = ()) -> bytes:
             values = _column(trajectory, "sft_kl"), _column(trajectory, column)
             errors = _column(trajectory, f"{column}_se")
             axis.errorbar(*values, yerr=errors, marker="s", color="black", linestyle="--", label="baseline: one run")
-        axis.plot([], [], marker="x", color="grey", linestyle="none", label="runs (one point per evaluated step)")
-        axis.set(xlabel="KL to SFT (nats per sequence)", ylabel=column.replace("_", " "))
+        axis.plot([], [], marker="x", color="grey", linestyle="none", label="single runs, one point per evaluation")
+        axis.set(xlabel=LABELS["sft_kl"], ylabel=LABELS[column])
         axis.legend()
     return _png(figure)
 
 
 def draw_trajectories(rows: Sequence[Row]) -> bytes:
-    """Reward and KL to SFT of each run against its steps."""
+    """Plot reward and KL to SFT of each run against its training steps."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4))
     runs = sorted({(row["iteration"], row["run"]) for row in rows if row["stage"] == "policy"})
     for axis, column in zip(axes, ("reward", "sft_kl"), strict=True):
         for iteration, run in runs:
             points = [row for row in _select(rows, "policy", iteration) if row["run"] == run]
             style: dict[str, Any] = {"marker": "o", "color": f"C{iteration - 1}", "alpha": run**-0.5}
-            axis.plot(
-                _column(points, "step"), _column(points, column), label=f"iteration {iteration} run {run}", **style
-            )
-        axis.set(xlabel="step", ylabel=column.replace("_", " "))
+            label = f"iteration {iteration}, run {run}"
+            axis.plot(_column(points, "step"), _column(points, column), label=label, **style)
+        axis.set(xlabel="training step", ylabel=LABELS[column])
         axis.legend()
     return _png(figure)
 
 
 def draw_angles(geometries: Sequence[dict[str, Any]]) -> bytes:
-    """Angles between the task vectors of every two runs, per unit, for each iteration."""
+    """Plot the angle between the task vectors of every two runs, for each unit and iteration."""
     units = geometries[0]["units"]
     figure, axis = plt.subplots(figsize=(max(6, len(units)), 4))
     for number, geometry in enumerate(geometries, start=1):
@@ -68,8 +66,8 @@ def draw_angles(geometries: Sequence[dict[str, Any]]) -> bytes:
         for pair in range(pairs.shape[1]):
             label = f"iteration {number}" if pair == 0 else None
             axis.plot(range(len(units)), pairs[:, pair], marker="o", color=f"C{number - 1}", label=label)
-    axis.axhline(90, color="grey", linewidth=0.8, linestyle="--")
-    axis.set(ylabel="degrees", ylim=(0, None))
+    axis.axhline(90, color="grey", linewidth=0.8, linestyle="--", label="orthogonal")
+    axis.set(xlabel="unit of the merge", ylabel="angle between task vectors (degrees)", ylim=(0, None))
     axis.set_xticks(range(len(units)), units, rotation=60, ha="right")
     axis.legend()
     return _png(figure)

@@ -1,4 +1,4 @@
-"""The policies of a job that are evaluated, and the names of their evaluations."""
+"""The evaluated policies of a job, and the names of their evaluations."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from warp_jax.types import Params
 
 
 class Point(NamedTuple):
-    """One evaluated policy, a row of front.csv. iteration and run count from 1; 0 (nan for eta) = does not apply."""
+    """One evaluated policy: a row of front.csv. iteration and run start at 1; 0 (eta: nan) means not applicable."""
 
     stage: str  # sft, policy, merged or liti
     iteration: int
@@ -20,7 +20,7 @@ class Point(NamedTuple):
 
 
 def evaluation_name(stage: str, iteration: int, run: int, eta: float, step: int) -> str:
-    """Key of a saved evaluation. The same policy has one name: eta = 0 of a front is 'sft', eta = 1 the merge."""
+    """Name of a saved evaluation, one per policy: eta 0 of a front is named as sft, eta 1 as the merged policy."""
     if stage == "policy":
         return f"policy_i{iteration}_r{run}_s{step}"
     if stage == "merged" or eta == 1.0:
@@ -29,7 +29,7 @@ def evaluation_name(stage: str, iteration: int, run: int, eta: float, step: int)
 
 
 def evaluation_names(settings: Settings) -> set[str]:
-    """Names of all evaluations that a job makes."""
+    """Names of all evaluations of a job."""
     names = {"sft"}
     for iteration in range(1, len(settings.warp.steps_per_iteration) + 1):
         for run in range(1, settings.warp.num_runs + 1):
@@ -39,21 +39,21 @@ def evaluation_names(settings: Settings) -> set[str]:
 
 
 def trajectory(settings: Settings, iteration: int, run: int) -> dict[int, str]:
-    """Names of a run's evaluations by the step after which they are made: every `evaluation.every`, and the last."""
+    """Names of a run's evaluations, by step: every `evaluation.every` steps, and after the last step."""
     num_steps, every = settings.warp.steps_per_iteration[iteration - 1], settings.evaluation.every
     steps = sorted({*range(every, num_steps + 1, every), num_steps})
     return {step: evaluation_name("policy", iteration, run, float("nan"), step) for step in steps}
 
 
 def front_names(settings: Settings, iteration: int) -> set[str]:
-    """Names of the evaluations of an iteration's merge and of its front."""
+    """Names of the evaluations of an iteration's merged policy and of its front."""
     return {evaluation_name("liti", iteration, 0, eta, 0) for eta in (1.0, *settings.front.etas)}
 
 
 def front_points(
     etas: tuple[float, ...], sft_params: Params, merged: Params, iteration: int, evaluations: EvaluationStore
 ) -> list[Point]:
-    """Evaluate the merge, and the front (1 - eta) sft + eta merged for every eta; its ends are not measured twice."""
+    """Evaluate the merged policy and its front: (1 - eta) sft_params + eta merged for every eta (LITI)."""
 
     def measure(eta: float) -> Evaluation:
         return evaluations.get(

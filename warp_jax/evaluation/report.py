@@ -1,4 +1,4 @@
-"""What a job leaves for people: front.csv, front.png, summary.json and one self-contained report.html."""
+"""Results of a job: front.csv, front.png, summary.json and report.html (one file that needs no other)."""
 
 import base64
 import csv
@@ -16,7 +16,7 @@ from warp_jax import files
 from warp_jax.data import batches
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.evaluation import plots, summary
-from warp_jax.evaluation.measure import Evaluation, load_evaluation
+from warp_jax.evaluation.measure import load_evaluation
 from warp_jax.evaluation.points import Point, evaluation_name
 from warp_jax.settings import Settings
 from warp_jax.types import PromptBatch
@@ -25,7 +25,7 @@ from warp_jax.types import PromptBatch
 def write_report(
     settings: Settings, tokenizer: Tokenizer, eval_prompts: PromptBatch, points: Sequence[Point], workdir: Path
 ) -> str:
-    """Write all files and return the summary line."""
+    """Write all files into workdir and return the summary line. points: those of the whole job, SFT first."""
     matplotlib.use("Agg")
     rows = [summary.as_row(point) for point in points]
     files.write_text(workdir / "front.csv", to_csv(rows))
@@ -37,13 +37,15 @@ def write_report(
         files.read_json(workdir / f"iteration_{i}" / "geometry.json")
         for i in range(1, settings.warp.num_iterations + 1)
     ]
+    angles = _image(plots.draw_angles(geometries)) if settings.warp.num_runs > 1 else "<p>There is only one run.</p>"
+    samples = _samples_table(settings, tokenizer, eval_prompts, points)
     sections = [
-        ("Fronts of reward against KL", _image(front)),
-        ("Trajectory of each run", _image(plots.draw_trajectories(rows))),
-        ("Angles between the runs", _image(plots.draw_angles(geometries)) if settings.warp.num_runs > 1 else "one run"),
+        ("Reward against KL to SFT", _image(front) + _FRONT_TEXT),
+        ("Reward and KL to SFT during training", _image(plots.draw_trajectories(rows))),
+        ("Angles between the task vectors of the runs", angles),
         ("Summary", f"<p>{html.escape(summary.one_line(numbers))}</p>" + _comparison_tables(numbers)),
-        ("Samples before and after", _samples_table(settings, tokenizer, eval_prompts, points)),
-        ("All points", _table(rows)),
+        ("Completions of SFT and of the final merged policy", samples),
+        ("All evaluated policies (front.csv)", _table(rows)),
         ("Config", f"<pre>{html.escape(json.dumps(settings.as_json(), indent=2))}</pre>"),
     ]
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections)
@@ -52,7 +54,7 @@ def write_report(
 
 
 def read_points(workdir: Path) -> list[Point]:
-    """The points of a finished workdir, from its front.csv and evaluations."""
+    """Read the points of a finished workdir from its front.csv and evaluations/."""
     points = []
     for row in csv.DictReader((workdir / "front.csv").read_text().splitlines()):
         numbers = int(row["iteration"]), int(row["run"]), float(row["eta"]), int(row["step"])
@@ -62,7 +64,7 @@ def read_points(workdir: Path) -> list[Point]:
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as comma-separated text under a header."""
+    """Format rows as comma-separated text with a header line."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
@@ -71,20 +73,15 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _samples_table(settings: Settings, tokenizer: Tokenizer, eval_prompts: PromptBatch, points: Sequence[Point]) -> str:
-    """The same prompts under SFT and under the final merge."""
+    """Completions of the same prompts by SFT and by the final merged policy."""
     chosen = np.linspace(0, settings.evaluation.num_prompts - 1, settings.report.num_samples).astype(int)
     shown = batches.take(eval_prompts, chosen)
-    asked = np.asarray(shown.prompt_ids), np.asarray(shown.prompt_mask)
-    texts = tokenizer.decode(*asked)
-    rows: list[dict[str, Any]] = [{"prompt": text} for text in texts]
-    ends: dict[str, Evaluation] = {
-        "SFT": points[0].evaluation,
-        "final merge": summary.merged_point(points, settings.warp.num_iterations).evaluation,
-    }
-    for name, evaluation in ends.items():
-        _, texts = tokenizer.decode_answers(
-            *asked, evaluation.completion_ids[chosen], evaluation.completion_mask[chosen]
-        )
+    prompts = np.asarray(shown.prompt_ids), np.asarray(shown.prompt_mask)
+    rows: list[dict[str, Any]] = [{"prompt": text} for text in tokenizer.decode(*prompts)]
+    final = summary.merged_point(points, settings.warp.num_iterations)
+    for name, evaluation in (("SFT", points[0].evaluation), ("final merged policy", final.evaluation)):
+        completions = evaluation.completion_ids[chosen], evaluation.completion_mask[chosen]
+        _, texts = tokenizer.decode_answers(*prompts, *completions)
         for row, text, reward in zip(rows, texts, evaluation.reward[chosen], strict=True):
             row[name], row[f"{name} reward"] = text, float(reward)
     return _table(rows)
@@ -94,15 +91,10 @@ def _comparison_tables(numbers: dict[str, Any]) -> str:
     tables = []
     for entry in numbers["iterations_compared"]:
         before, after = entry["iterations"]
-        title = (
-            f"Reward of the front of iteration {after} minus that of iteration {before}, at common KLs (95 % interval)"
-        )
-        tables.append(f"<p>{title}</p>" + (_table(entry["reward_difference"]) or "<p>no common KL</p>"))
-    title = (
-        "Each iteration's front against its own runs: its reward at the run's KL minus the run's reward, and the share "
-        "of KL it saves at the run's reward (95 % intervals); empty where the front does not reach"
-    )
-    return "".join([*tables, f"<p>{title}</p>", _table(numbers["front_against_runs"])])
+        text = f"Reward of the front of iteration {after} minus that of iteration {before}, at equal KL to SFT"
+        table = _table(entry["reward_difference"]) or "<p>The two fronts have no KL in common.</p>"
+        tables.append(f"<p>{text} (low, high: 95 % interval).</p>{table}")
+    return "".join([*tables, _RUNS_TEXT, _table(numbers["front_against_runs"])])
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
@@ -125,6 +117,12 @@ def _image(png: bytes) -> str:
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
+_FRONT_TEXT = """<p>Each line is the front of one iteration: LITI mixes of SFT (left end) and the merged policy. More
+reward at equal KL is better. Bars are standard errors over prompts.</p>"""
+_RUNS_TEXT = """<p>The front of each iteration compared with the runs of that iteration.
+reward_above: reward of the front at the run's KL, minus the run's reward.
+kl_saved: share of the run's KL that the front saves at the run's reward.
+low, high: 95 % interval. Empty cells: the front does not reach this KL or reward.</p>"""
 _PAGE = """<!doctype html><meta charset="utf-8"><title>WARP report</title>
 <style>body{{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}}img{{max-width:100%}}
 table{{border-collapse:collapse;font-size:13px}}td,th{{border:1px solid #ccc;padding:.2em .5em;text-align:left}}

@@ -1,4 +1,4 @@
-"""The numbers of a job: gains, the best eta under a budget, and policies compared at equal KL and at equal reward."""
+"""Main results of a job: gain over SFT, best eta within a KL budget, comparisons at equal KL and at equal reward."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +13,14 @@ COMPARED_KLS = 5  # number of KLs at which two fronts are compared
 
 
 def as_row(point: Point) -> dict[str, Any]:
-    """A point as a row of front.csv."""
+    """Convert a point to a row of front.csv."""
     fields = point._asdict()
     evaluation = fields.pop("evaluation")
     return {**fields, **measure.summary(evaluation)}
 
 
 def summarise(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
-    """The numbers of the summary line, and each iteration's front against the one before, at common KLs."""
+    """Contents of summary.json. points: those of the whole job, SFT first."""
     sft, final = points[0], merged_point(points, settings.warp.num_iterations)
     gain = np.asarray(final.evaluation.reward, np.float64) - sft.evaluation.reward
     front = front_members(points, settings.warp.num_iterations)[1:]
@@ -52,7 +52,7 @@ def summarise(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
 
 
 def one_line(summary: dict[str, Any]) -> str:
-    """One line for people."""
+    """Write the main results of `summarise` in one line."""
     gold = f", gold {summary['final_gold_reward']:.3f}" if summary["final_gold_reward"] is not None else ""
     line = (
         f"reward {summary['sft_reward']:.3f} (SFT) -> {summary['final_reward']:.3f} "
@@ -61,40 +61,33 @@ def one_line(summary: dict[str, Any]) -> str:
     )
     if summary["kl_budget"]:
         best = summary["best_eta_under_budget"]
-        chosen = f"eta {best['eta']:g} with reward {best['reward']:.3f}" if best else "no eta"
+        chosen = f"eta {best['eta']:g} with reward {best['reward']:.3f}" if best else "no eta of the front"
         line += f"; best under {summary['kl_budget']:g} nats: {chosen}"
     return line
 
 
 def _compare(settings: Settings, points: Sequence[Point], iteration: int) -> list[dict[str, float]]:
-    """Front of `iteration` minus the front before it, with 95 % bootstrap intervals over prompts."""
+    """Reward of an iteration's front minus that of the front before, at KLs that both reach (95 % intervals)."""
     (kl_a, reward_a), (kl_b, reward_b) = (_stacked(front_members(points, i)) for i in (iteration - 1, iteration))
     at = pareto.common_kls(kl_a.mean(1), reward_a.mean(1), kl_b.mean(1), reward_b.mean(1), COMPARED_KLS)
-    found = pareto.compare_fronts(
-        kl_a,
-        reward_a,
-        kl_b,
-        reward_b,
-        at=at.tolist(),
-        resamples=settings.report.bootstrap_resamples,
-        seed=settings.seed,
-    )
-    return [{"sft_kl": c.kl, **c.difference._asdict()} for c in found]
+    options: dict[str, Any] = {"resamples": settings.report.bootstrap_resamples, "seed": settings.seed}
+    compared = pareto.compare_fronts(kl_a, reward_a, kl_b, reward_b, at=at.tolist(), **options)
+    return [{"sft_kl": c.kl, **c.difference._asdict()} for c in compared]
 
 
 def front_members(points: Sequence[Point], iteration: int) -> list[Point]:
-    """SFT and the output family of one iteration."""
+    """The points of one iteration's front: SFT, then the LITI mixes of SFT and the merged policy."""
     return [points[0], *(p for p in points if p.stage == "liti" and p.iteration == iteration)]
 
 
 def front_against_policies(
     front: Sequence[Point], policies: Sequence[Point], *, resamples: int
 ) -> list[dict[str, Any]]:
-    """Each policy against a front measured on the same prompts, as flat rows with 95 % bootstrap intervals.
+    """Compare each policy with a front measured on the same prompts; one row per policy.
 
-    reward_above: the front's reward at the policy's KL minus the policy's. kl_saved: 1 - (the front's KL at the
-    policy's reward) / (the policy's KL). None where the front does not reach. Only the front is interpolated, linearly
-    between its points, which understates a concave one.
+    reward_above: reward of the front at the policy's KL, minus the policy's reward. kl_saved: 1 - (KL of the front at
+    the policy's reward) / (the policy's KL). Both have 95 % bootstrap intervals, and are None where the front does not
+    reach that KL or reward. The front is interpolated linearly, which understates a concave front.
     """
     front_kl, front_reward = _stacked(front)
     rows = []
@@ -103,8 +96,8 @@ def front_against_policies(
         row: dict[str, Any] = {name: getattr(point, name) for name in ("iteration", "run", "step")}
         row.update(sft_kl=float(kl.mean()), reward=float(reward.mean()))
         for name, statistic in (("reward_above", pareto.reward_above), ("kl_saved", pareto.kl_saved)):
-            found = statistic(front_kl, front_reward, kl, reward, resamples=resamples)
-            row.update({f"{name}{end}": _number(v) for end, v in zip(("", "_low", "_high"), found, strict=True)})
+            interval = statistic(front_kl, front_reward, kl, reward, resamples=resamples)
+            row.update({f"{name}{end}": _number(v) for end, v in zip(("", "_low", "_high"), interval, strict=True)})
         rows.append(row)
     return rows
 
@@ -114,7 +107,7 @@ def _runs(points: Sequence[Point], iteration: int) -> list[Point]:
 
 
 def _number(value: Any) -> float | None:
-    """JSON has no nan, which stands for no gold reward and for a KL or reward that a front does not reach."""
+    """Turn nan (no gold reward, or out of a front's reach) into None, because JSON has no nan."""
     return float(value) if np.isfinite(value) else None
 
 
@@ -123,11 +116,11 @@ def _kl_and_reward(point: Point) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _stacked(points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
-    """KL and reward [K, N] of K policies on N prompts."""
+    """KL to SFT and reward of K policies on N prompts: [K, N] each."""
     kls, rewards = zip(*map(_kl_and_reward, points), strict=True)
     return np.stack(kls), np.stack(rewards)
 
 
 def merged_point(points: Sequence[Point], iteration: int) -> Point:
-    """theta_slerp of one iteration."""
+    """The merged policy of one iteration (theta_slerp)."""
     return next(p for p in points if p.stage == "merged" and p.iteration == iteration)
