@@ -1,4 +1,4 @@
-"""The horizontal axis of every front: the KL of whole completions to SFT."""
+"""The horizontal axis of every front (KL of whole completions to SFT), and saved evaluations."""
 
 import functools
 import itertools
@@ -56,7 +56,7 @@ def test_expected_sequence_kl_is_that_of_the_two_distributions():
 
 
 def test_stored_evaluations_are_not_made_again(tmp_path):
-    """Fails when a stored evaluation is ignored, or stored under another name."""
+    """Fails when a saved evaluation is ignored, or saved under another name."""
     made = []
 
     def evaluate(params):
@@ -82,7 +82,7 @@ def _sampler(apply_fn):
 
 
 def test_a_policy_is_measured_against_sft_on_its_own_samples():
-    """Fails when policy and SFT change places, the frozen part is left out, or SFT's samples are measured."""
+    """Fails when policy and SFT are swapped, the frozen part is left out, or SFT's samples are measured."""
     generator = np.random.default_rng(1)
     policy, sft, frozen = (
         {name: jnp.asarray(generator.normal(size=(VOCABULARY, VOCABULARY)), jnp.float32)}

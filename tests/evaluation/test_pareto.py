@@ -10,7 +10,7 @@ REWARD = np.array([0.0, 2.0, 5.0, 1.5, 4.0])
 
 
 def test_non_dominated():
-    """Fails when either inequality is turned round."""
+    """Fails when either inequality is reversed."""
     assert pareto.non_dominated(KL, REWARD).tolist() == [True, True, True, False, False]
 
 
@@ -59,7 +59,7 @@ def test_bootstrap_interval_matches_the_normal_one():
 
 
 def test_compare_fronts_is_second_minus_first():
-    """Fails when the sign is turned, or prompts of the two fronts are resampled apart."""
+    """Fails when the sign is wrong, or the two fronts are resampled separately."""
     noise = np.random.default_rng(0).normal(size=300)
     kl = np.stack([np.zeros(300), np.ones(300), 3 * np.ones(300)])
     reward = np.stack([noise, 1 + noise, 2 + noise])

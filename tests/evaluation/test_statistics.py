@@ -1,4 +1,4 @@
-"""Statistics of tables."""
+"""Mean, standard error and distinct n-grams against hand arithmetic."""
 
 import math
 

@@ -44,7 +44,7 @@ def test_fronts_are_compared_second_minus_first():
 
 
 def test_the_best_eta_under_the_budget_is_of_the_last_front():
-    """Fails when an earlier front, the lowest KL, or an eta over the budget is named."""
+    """Fails when an earlier front, the lowest KL, or an eta over the budget is chosen."""
     assert _summary(2.5)["best_eta_under_budget"]["eta"] == 0.5
     assert _summary(1.0)["best_eta_under_budget"]["eta"] == 0.2
     assert _summary(0.5)["best_eta_under_budget"] is None
@@ -52,7 +52,7 @@ def test_the_best_eta_under_the_budget_is_of_the_last_front():
 
 
 def test_gain_is_the_last_merge_minus_sft_in_paired_standard_errors():
-    """Fails when the gain is of another iteration, or errors are taken unpaired."""
+    """Fails when the gain is of another iteration, or its standard error is unpaired."""
     points = _points()
     points[4].evaluation.reward[:] = points[0].evaluation.reward + np.array([1, 2, 3, 4])
     numbers = summary.summarise(settings_of(), points)
@@ -61,7 +61,7 @@ def test_gain_is_the_last_merge_minus_sft_in_paired_standard_errors():
 
 
 def test_a_front_is_set_against_the_runs_of_its_own_iteration():
-    """Fails when the sign turns, another iteration's front or runs are taken, or the share is of the front's KL."""
+    """Fails when the sign is wrong, another iteration's front or runs are taken, or the share is of the front's KL."""
     run = _point("policy", 2, float("nan"), 2.0, 1.6)._replace(run=1, step=60)
     beyond = _point("policy", 2, float("nan"), 8.0, 5.0)._replace(run=2, step=60)
     other = _point("policy", 1, float("nan"), 1.5, 1.0)

@@ -1,4 +1,4 @@
-"""Rows on disk."""
+"""Rows of metrics.jsonl."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -45,7 +45,7 @@ def completion_logps(params):
 @jax.jit
 @jax.grad
 def exact_gradient(params, anchor):
-    """Of E[reward] - KL_COEF * KL(policy || anchor), summed over all completions."""
+    """E[reward] - KL_COEF * KL(policy || anchor), summed over all completions."""
     logps = completion_logps(params)
     return jnp.sum(jnp.exp(logps) * (REWARDS - KL_COEF * (logps - completion_logps(anchor))))
 
@@ -89,7 +89,7 @@ def test_expected_gradient_is_that_of_the_exact_objective(kind, batch_size, grou
 
 
 def test_log_ratio_of_three_tokens():
-    """Fails if the masked token counts, or if policy and anchor swap."""
+    """Fails if the masked token counts, or if policy and anchor are swapped."""
     policy = jnp.array([[-1.0, -2.0, -0.5], [-3.0, -0.25, -9.0]])
     anchor = jnp.array([[-1.5, -1.0, -2.0], [-1.0, -0.75, -4.0]])
     mask = jnp.array([[True, True, True], [True, True, False]])
@@ -97,7 +97,7 @@ def test_log_ratio_of_three_tokens():
 
 
 def test_shaped_rewards_by_hand():
-    """Fails if the penalty is added instead of taken off."""
+    """Fails if the penalty is added instead of subtracted."""
     shaped = objective.shaped_rewards(jnp.array([2.0, -1.0]), jnp.array([1.0, -1.5]), 0.2)
     assert_allclose(shaped, [1.8, -0.7], rtol=1e-6)
 
@@ -127,13 +127,13 @@ def test_whiten_divides_by_the_standard_deviation():
 
 
 def test_whiten_of_equal_rewards_is_zero():
-    """Fails if nothing guards the division by a standard deviation of 0."""
-    equal = jnp.full(128, 0.7)  # 128: the mean of so many is off by a rounding error, which must not be blown up
+    """Fails if the division by a standard deviation of 0 is not guarded."""
+    equal = jnp.full(128, 0.7)  # 128: their mean has a rounding error, which must not be amplified
     assert_allclose(objective.advantages(equal, "batch_mean", 1, whiten=True), np.zeros(128), atol=2e-3)
 
 
 def test_unknown_advantage_is_refused():
-    """Fails if an unknown kind falls through to some baseline."""
+    """Fails if an unknown kind is accepted."""
     with pytest.raises(ValueError, match="'median', want one of none, batch_mean, leave_one_out"):
         objective.advantages(jnp.ones(2), "median", 1, whiten=False)
 
@@ -175,7 +175,7 @@ def test_no_gradient_through_the_advantage():
 
 @pytest.mark.parametrize(("advantage", "sign"), [(0.8, 1), (-0.8, -1)])
 def test_a_step_raises_what_was_rewarded_and_lowers_what_was_punished(advantage, sign):
-    """Fails if the loss loses its minus."""
+    """Fails if the loss has the wrong sign."""
     params, row = bigram(2), np.array([4])
 
     @jax.jit

@@ -197,14 +197,14 @@ def test_microbatches_change_nothing():
 
 
 def test_reward_rises(tmp_path):
-    """Fails when the sign of the loss is turned, or prompts and rewards are mixed up."""
+    """Fails when the loss has the wrong sign, or rewards are paired with the wrong prompts."""
     _, metrics = _run(tmp_path, num_steps=40, checkpoint_every=100)
     assert np.mean([m["reward"] for m in metrics[-5:]]) > np.mean([m["reward"] for m in metrics[:5]]) + 1.0
     assert metrics[0]["reward"] == pytest.approx(2 * metrics[0]["reward/fives"])
 
 
 def test_the_policy_is_returned_not_the_anchor(tmp_path):
-    """Fails when the anchor is returned: it is never merged."""
+    """Fails when the anchor is returned instead of the policy: only policies are merged."""
     states = []
     final, _ = _run(tmp_path, num_steps=2, states=states)
     assert _distance(final, states[-1].params) == 0.0
@@ -212,7 +212,7 @@ def test_the_policy_is_returned_not_the_anchor(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    """Fails when a diverged policy is trained on, or stored as finished."""
+    """Fails when training continues after a nan, or the diverged policy is saved as finished."""
     values = iter([1.0, float("nan"), 1.0])
     with pytest.raises(FloatingPointError, match="step 1: loss is nan"):
         loop.run_steps(
@@ -223,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_stop_and_resume_is_the_unbroken_run_to_the_bit(tmp_path):
-    """Fails when anchor or moments are not restored, or keys follow from anything but the step."""
+    """Fails when anchor or moments are not restored, or random keys depend on more than the step."""
     unbroken, _ = _run(tmp_path / "a", num_steps=6)
     with pytest.raises(KeyboardInterrupt):
         _run(tmp_path / "b", num_steps=6, stop_after=3)
@@ -233,7 +233,7 @@ def test_stop_and_resume_is_the_unbroken_run_to_the_bit(tmp_path):
 
 
 def test_no_room_for_two_states_is_asked(tmp_path, monkeypatch):
-    """Fails when the first state is alive while the stored one is read: twice the memory of training."""
+    """Fails when the first state is kept while the saved one is restored: twice the memory of training."""
     alive = []
 
     def init():
@@ -260,7 +260,7 @@ def test_no_room_for_two_states_is_asked(tmp_path, monkeypatch):
 
 
 def _draws(directory, seed, iteration, run):
-    """The prompts and keys of two steps, of a run that trains nothing."""
+    """Prompts and keys of two steps of a run that trains nothing."""
     seen = []
     rollout = types.SimpleNamespace()
 
@@ -285,7 +285,7 @@ def _draws(directory, seed, iteration, run):
 
 
 def test_every_run_and_step_has_prompts_and_noise_of_its_own(tmp_path):
-    """Fails when runs, iterations or seeds share their prompts or keys: their policies would be less apart."""
+    """Fails when runs, iterations or seeds share their prompts or keys: their policies would be too similar."""
     names = [(7, 1, 1), (7, 1, 2), (7, 2, 1), (8, 1, 1)]
     draws = [_draws(tmp_path / str(i), seed=s, iteration=n, run=r) for i, (s, n, r) in enumerate(names)]
     for part in (0, 1):

@@ -85,7 +85,7 @@ def truncated(logits, temperature, top_k, top_p):
     ("temperature", "top_k", "top_p"), [(0.7, 0, 1.0), (1.0, 2, 1.0), (1.0, 0, 0.6), (0.7, 3, 0.8)]
 )
 def test_frequencies_are_the_exact_probabilities(temperature, top_k, top_p):
-    """Fails if temperature multiplies, top-k keeps one more, top-p drops the last token, or both steps share noise."""
+    """Fails if temperature multiplies, top-k keeps one more, top-p drops the last token, or both steps use one key."""
     table = np.random.default_rng(3).normal(size=(4, 4))
     stop, start, count = 3, 1, 6000
     config = SamplingConfig(2, temperature, (stop,), pad_id=0, top_k=top_k, top_p=top_p)
@@ -178,7 +178,7 @@ def test_decoding_with_a_cache_gives_the_logits_without(variant):
 
 
 def test_left_padding_changes_nothing():
-    """Fails if padding is seen or counted: the same prompts, key and batch with 0 and with 3 pads."""
+    """Fails if padding is attended to or counted as a position: the same prompts with 0 and with 3 pads."""
     apply_fn, make_cache, params = make(**VARIANTS["mistral"])
     ids = np.random.default_rng(2).integers(0, 16, (8, 4)).astype(np.int32)
     short = PromptBatch(ids, np.ones_like(ids, bool), PROMPTS.example_ids)
@@ -196,7 +196,7 @@ def test_left_padding_changes_nothing():
 
 
 def test_nothing_follows_a_stop_token():
-    """Fails if the stop token is masked, a second stop id is ignored, or a stopped row goes on."""
+    """Fails if the stop token is masked, a second stop id is ignored, or a stopped row continues."""
     table = np.random.default_rng(0).normal(size=(8, 8)) * 0.5
     table[:, 7] = -1e9  # so that the pad token is never sampled
     rollout = sample_bigram(table, [1, 3] * 20, jax.random.key(0), SamplingConfig(6, 1.0, (2, 5), pad_id=7))
@@ -213,7 +213,7 @@ def test_nothing_follows_a_stop_token():
 
 
 def test_no_stop_ids_fills_every_row():
-    """Fails if some token stops a completion although none was named."""
+    """Fails if a token ends a completion although stop_ids is empty."""
     rollout = sample_bigram(np.zeros((3, 3)), [0, 1], jax.random.key(0), SamplingConfig(5, 1.0, (), pad_id=0))
     assert rollout.completion_mask.all()
     assert rollout.completion_mask.shape == (2, 5)

@@ -1,4 +1,4 @@
-"""Log-probabilities and KL in pieces of the sequence."""
+"""Log-probabilities and KL computed in pieces of the sequence (logits_chunk)."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The losses of SFT and of the reward model, by hand."""
+"""The losses of SFT and of the reward model against hand arithmetic."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +20,7 @@ def test_language_loss_is_the_next_tokens():
 
 
 def test_label_loss_is_binary_cross_entropy():
-    """Fails when labels are turned, or scores are taken for probabilities."""
+    """Fails when labels are inverted, or scores are used as probabilities."""
     scores = jnp.array([0.0, 2.0, -1.0])
     batch = {"token_ids": jnp.array([[0, 1], [0, 2]]), "mask": jnp.ones((2, 2), bool), "labels": jnp.array([1, 1])}
     loss, metrics = supervised.label_loss(_scores, scores, batch)
