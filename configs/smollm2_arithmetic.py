@@ -11,25 +11,32 @@ from ml_collections import ConfigDict
 
 from configs import smollm2_135m
 
-SOURCE = (
-    "reasoning_gym:basic_arithmetic?size=2000&seed=0&min_terms=2&max_terms=2&min_digits=1&max_digits=1"
-    "&operators=+&allow_parentheses=false"
-)
+SUMS = {
+    "size": 2000,
+    "seed": 0,
+    "min_terms": 2,
+    "max_terms": 2,
+    "min_digits": 1,
+    "max_digits": 1,
+    "operators": "+",
+    "allow_parentheses": False,
+}
 SHOTS = (("2 + 3", 5), ("7 + 1", 8), ("4 + 8", 12))
 TEMPLATE = "".join(f"Calculate {sum_}.\nAnswer: {result}\n\n" for sum_, result in SHOTS) + "{text}\nAnswer:"
 
 
 def get_config() -> ConfigDict:
     config = smollm2_135m.get_config()
-    config.data.source = SOURCE
+    config.data.source = "reasoning_gym:basic_arithmetic"
     config.data.prompt_template = TEMPLATE
     config.data.label_field = ""
     config.data.reward_fraction = 0.001  # as small as possible: nothing is trained on these two splits
     config.data.gold_fraction = 0.001
     config.data.prompts_fraction = 0.7
     with config.unlocked():
+        config.data.task = ConfigDict(SUMS)
         del config.rewards.sentiment
-        config.rewards.right = {"source": "warp_jax.reasoning:solved", "weight": 1.0}
+        config.rewards.right = {"source": "warp_jax.data.reasoning_gym:solved", "weight": 1.0}
     config.gold.source = ""  # none: the reward is already exact
     config.sampling.prompt_tokens = 56
     config.sampling.max_new_tokens = 4

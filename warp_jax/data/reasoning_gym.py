@@ -1,6 +1,7 @@
 """Problems that check their own answers: the tasks of the PyPI package `reasoning-gym` (Stojanovski et al. 2025).
 
-A source is 'reasoning_gym:TASK', or with the task's own settings 'reasoning_gym:chain_sum?size=2000&max_terms=2'.
+A problem is given by the name of its task, the task's own options and an index. For example, the options
+{"size": 2000, "max_terms": 2} of the task chain_sum give 2,000 sums of at most two terms.
 """
 
 import copy
@@ -8,15 +9,17 @@ import dataclasses
 import difflib
 import functools
 import importlib
-import inspect
+import json
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-PREFIX = "reasoning_gym:"
-# tasks of version 0.1.25 that cannot serve, and why; found by making and scoring problems of all 106
+import pydantic
+
+PREFIX = "reasoning_gym:"  # of data.source
+# tasks of version 0.1.25 that are refused, and why; checked by making and scoring problems of all 106
 _UNSTABLE = ("codeio", "isomorphic_strings", "knight_swap", "list_functions", "ransom_note", "word_ladder")
 _UNSAFE = (
     *("binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication"),
@@ -28,88 +31,106 @@ REFUSED = {
     "game_of_life_halting": "scores every text as right",
 }
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_HUGE = re.compile(r"[0-9]e[+-]?[0-9]{4}", re.IGNORECASE)  # 1e999999999 would keep an exact scorer busy for ever
+_HUGE = re.compile(r"[0-9]e[+-]?[0-9]{4}", re.IGNORECASE)  # an exact scorer would never finish 1e999999999
+_LAX = pydantic.ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
-def check_source(source: str) -> None:
-    """Raise ValueError if the package, the task or one of its settings cannot be had; makes no problem."""
-    _make_dataset(source)
+def check_task(task: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError if the package is missing, or the task or an option is wrong. Makes no problem."""
+    _make_dataset(task, _as_key(options))
 
 
-def load_rows(source: str) -> list[dict[str, Any]]:
-    """The problems of a source: 'text' is the question, 'answer' a right answer (None where the task keeps none);
-    'source' and 'index' name the problem for score. The same in every process; the seed is 0 unless it is set.
+def load_rows(task: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Make the problems of a task: the same ones in every process.
+
+    Args:
+        task: name of a reasoning-gym task.
+        options: settings of the task by name; the seed is 0 unless it is set.
+
+    Returns:
+        One row a problem: 'text' is the question, 'answer' a right answer or None; 'task', 'options' and 'index' are
+        what `score` needs to find the problem again.
     """
+    key = _as_key(options)
     rows = []
-    for index in range(len(_make_dataset(source))):
-        problem = _make_problem(source, index)
-        rows.append({"text": problem["question"], "answer": problem["answer"], "source": source, "index": index})
+    for index in range(len(_make_dataset(task, key))):
+        problem = _make_problem(task, key, index)
+        row = {"text": problem["question"], "answer": problem["answer"]}
+        rows.append(row | {"task": task, "options": json.loads(key), "index": index})
     return rows
 
 
 def score(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Text reward: the task's own score of each extracted answer, in [0, 1]; an answer it cannot read gets 0.
+    """Text reward: the task's own score of each extracted answer, in [0, 1]; 0 if the task cannot parse it.
 
-    Most tasks give a part of 1 to a text that only contains the answer ('12' for '2': 0.5); `solved` does not.
+    Most tasks give partial credit to a text that contains the answer ('12' for '2': 0.5); `solved` gives none.
     """
     del prompts
     return [_score_one(extract(text), row) for text, row in zip(completions, rows, strict=True)]
 
 
 def solved(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Text reward: 1 where score is 1, else 0."""
+    """Text reward: 1 if `score` is 1, else 0."""
     return [float(value == 1.0) for value in score(prompts, completions, rows)]
 
 
 def extract(completion: str) -> str:
-    """What is inside the last <answer>...</answer>; without such a pair the first line that is not blank. Stripped.
+    """Return the text of the last <answer>...</answer>, or the first line that is not blank. Stripped.
 
-    A model that goes on to a next question after its answer is thus judged by its answer alone.
+    So text after the answer, such as a next question that the model invents, does not count.
     """
     tagged = _TAGGED.findall(completion)
     return tagged[-1].strip() if tagged else completion.strip().partition("\n")[0].strip()
 
 
 def _score_one(answer: str, row: Mapping[str, Any]) -> float:
-    if not {"text", "source", "index"} <= row.keys():
-        raise ValueError(f"warp_jax.reasoning: a row has fields {sorted(row)}, want those of a reasoning_gym source")
-    problem = _make_problem(row["source"], row["index"])
+    if not {"text", "task", "options", "index"} <= row.keys():
+        raise ValueError(f"{__name__}: got a row with fields {sorted(row)}, want rows of a {PREFIX}TASK source")
+    task, key, index = row["task"], _as_key(row["options"]), row["index"]
+    problem = _make_problem(task, key, index)
     if problem["question"] != row["text"]:
         raise ValueError(
-            f"warp_jax.reasoning: problem {row['index']} of {row['source']!r} is not the one in the row; "
+            f"{__name__}: problem {index} of {task} {key} differs from the text of its row; "
             "install the version of reasoning-gym that made the rows"
         )
     if not answer or _HUGE.search(answer):
         return 0.0
     try:
-        value = _make_dataset(row["source"]).score_answer(answer, copy.deepcopy(problem))
-    except Exception:  # some scorers raise whatever parsing the text raised
+        value = _make_dataset(task, key).score_answer(answer, copy.deepcopy(problem))
+    except Exception:  # some scorers raise the errors of their parsers
         return 0.0
     return min(max(float(value), 0.0), 1.0)
 
 
+def _as_key(options: Mapping[str, Any]) -> str:
+    """Options as JSON text, which a cache can hash."""
+    try:
+        return json.dumps(dict(options), sort_keys=True)
+    except TypeError as error:
+        raise ValueError(f"config.data.task: got {dict(options)}, want numbers, texts and lists: {error}") from error
+
+
 @functools.lru_cache(maxsize=8)
-def _make_dataset(source: str) -> Any:
-    task, settings = _parse(source)
+def _make_dataset(task: str, key: str) -> Any:
     datasets = _import_factory().DATASETS
     if task not in datasets:
-        raise ValueError(f"data.source: no reasoning-gym task {task!r}; {_close(task, datasets)}")
+        raise ValueError(f"config.data.source: reasoning-gym has no task {task!r}; {_closest(task, datasets)}")
     if task in REFUSED:
-        raise ValueError(f"data.source: reasoning-gym's {task} {REFUSED[task]}; choose another task")
+        raise ValueError(f"config.data.source: reasoning-gym's {task} {REFUSED[task]}; choose another task")
     make, config_class = datasets[task]
-    typed = _typed_settings(task, config_class, settings)
+    options = _validated(task, config_class, json.loads(key))
     try:
-        return make(config_class(**{"seed": 0, **typed}))
-    except Exception as error:  # asserts, mostly
-        raise ValueError(f"data.source: reasoning-gym refuses {source!r}: {error}") from error
+        return make(config_class(**{"seed": 0, **options}))
+    except Exception as error:  # mostly assertions
+        raise ValueError(f"config.data.task: reasoning-gym's {task} refuses {key}: {error}") from error
 
 
 @functools.lru_cache(maxsize=2**16)
-def _make_problem(source: str, index: int) -> dict[str, Any]:
+def _make_problem(task: str, key: str, index: int) -> dict[str, Any]:
     try:
-        return _make_dataset(source)[index]
+        return _make_dataset(task, key)[index]
     except Exception as error:
-        raise ValueError(f"data.source: reasoning-gym cannot make problem {index} of {source!r}: {error}") from error
+        raise ValueError(f"config.data.task: {task} {key} cannot make problem {index}: {error}") from error
 
 
 def _import_factory() -> Any:
@@ -118,54 +139,41 @@ def _import_factory() -> Any:
         return importlib.import_module("reasoning_gym.factory")
     except ImportError as error:
         raise ValueError(
-            f"data.source: {PREFIX} needs the package reasoning-gym ({error}); run: pip install reasoning-gym==0.1.25"
+            f"config.data.source: {PREFIX} needs the package reasoning-gym ({error}); "
+            "run: pip install 'warp_jax[reasoning]'"
         ) from error
 
 
-def _parse(source: str) -> tuple[str, dict[str, str]]:
-    """'reasoning_gym:TASK?name=value&...' as the task and its settings, which are not percent-decoded: + is a plus."""
-    task, _, query = source.removeprefix(PREFIX).partition("?")
-    settings: dict[str, str] = {}
-    for part in query.split("&") if query else []:
-        name, equals, value = part.partition("=")
-        if not equals or name in settings:
-            raise ValueError(f"data.source: got {part!r} in {source!r}, want name=value, each name once")
-        settings[name] = value
-    return task, settings
-
-
-def _typed_settings(task: str, config_class: type, settings: Mapping[str, str]) -> dict[str, Any]:
+def _validated(task: str, config_class: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options converted to the types that the task declares; one value stands for a list of one."""
     hints = typing.get_type_hints(config_class)
     names = [field.name for field in dataclasses.fields(config_class)]
-    typed = {}
-    for name, text in settings.items():
+    for name in options:
         if name not in names:
-            raise ValueError(f"data.source: {task} has no setting {name!r}; {_close(name, names)}")
-        try:
-            typed[name] = _convert(hints[name], text)
-        except (ValueError, KeyError) as error:
-            wanted = inspect.formatannotation(hints[name])
-            raise ValueError(f"data.source: {task} setting {name} is {text!r}, want {wanted}") from error
-    return typed
+            raise ValueError(f"config.data.task: {task} has no option {name!r}; {_closest(name, names)}")
+    fields: dict[str, Any] = {name: (hints[name], ...) for name in options}
+    given = {
+        name: [value] if _is_list(hints[name]) and not _is_listed(value) else value for name, value in options.items()
+    }
+    try:
+        model = pydantic.create_model("Options", __config__=_LAX, **fields)(**given)
+    except pydantic.ValidationError as error:
+        name, reason = str(error.errors()[0]["loc"][0]), error.errors()[0]["msg"]
+        raise ValueError(f"config.data.task.{name}: got {options[name]!r} for {task}: {reason}") from error
+    return {name: getattr(model, name) for name in options}
 
 
-def _convert(hint: Any, text: str) -> Any:
-    """A setting's text as the type it is declared with; the items of a list are separated by commas."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+def _is_list(hint: Any) -> bool:
+    origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return _convert(next(arg for arg in args if arg is not types.NoneType), text)
-    if hint is bool:
-        return {"true": True, "false": False}[text.lower()]
-    if hint in (int, float, str):
-        return hint(text)
-    if origin is typing.Literal:
-        return {str(arg): arg for arg in args}[text]
-    if hint is tuple or origin in (list, tuple, Sequence):
-        make = list if origin is list else tuple
-        return make(_convert(args[0] if args else str, item) for item in text.split(","))
-    raise ValueError("not a type that text can be turned into")
+        return any(map(_is_list, typing.get_args(hint)))
+    return hint is tuple or origin in (list, tuple, Sequence)
 
 
-def _close(name: str, names: typing.Iterable[str]) -> str:
+def _is_listed(value: Any) -> bool:
+    return value is None or isinstance(value, list)
+
+
+def _closest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
     return f"did you mean {', '.join(close)}?" if close else f"want one of {', '.join(sorted(names))}"

@@ -19,7 +19,7 @@ def check(settings: Settings) -> None:
     """Raise ValueError at the first file, function, model or mesh that cannot be used."""
     mesh = meshes.make_mesh(settings.mesh)
     check_devices(settings, meshes.batch_devices(mesh))
-    corpus.check_source(settings.data.source)
+    corpus.check_source(settings.data.source, settings.data.task)
     for name, part in settings.reward_parts.items():
         _check_reward(f"rewards.{name}.source", part.source, ("reward_model", "length"), settings.data.chat)
     _check_reward("gold.source", settings.gold.source, ("tfidf", ""), settings.data.chat)

@@ -83,8 +83,10 @@ def prepare(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, pr
 def load_corpora(settings: Settings) -> dict[str, Corpus]:
     """The four splits of the source. Raises ValueError if they cannot serve these settings."""
     data = settings.data
-    rows = corpus.load_rows(data.source, data.split)
-    splits = corpus.split_rows(rows, data.text_field, data.label_field, data.fractions)
+    rows = corpus.load_rows(data.source, data.split, task=data.task)
+    splits = corpus.split_rows(
+        rows, data.text_field, data.label_field, data.fractions, conversations=data.chat or bool(data.prompt_template)
+    )
     needed = {"prompts", "eval", *settings.learned_splits}
     corpus.check_splits(
         {name: split for name, split in splits.items() if name in needed},
