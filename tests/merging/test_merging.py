@@ -558,6 +558,7 @@ def test_no_policy_raises(merge):
 FUNCTIONS = {
     "slerp": lambda init, a, b: merging.slerp(init, [a, b], weights=[0.3]),
     "symmetric": lambda init, a, b: merging.symmetric_slerp(init, [a, b]),
+    "full_weights": lambda init, a, b: merging.slerp_full_weights(init, [a, b], weights=[0.3], liti_rate=0.3),
     "slerp_liti": lambda init, a, b: merging.slerp_liti(init, [a, b], 0.3),
     "lerp": lambda init, a, b: merging.lerp(init, [a, b], [0.2, 0.7]),
     "liti": lambda init, a, b: merging.liti(init, b, 0.3),

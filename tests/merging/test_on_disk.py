@@ -67,28 +67,29 @@ def _folders(tmp_path, count=2, dtype=np.float32, files=1):
     return init, policies, paths
 
 
-def _exact(init, policies, eta, weight=0.5):
-    """SLERP of two task vectors per unit, then LITI, in float64."""
+def _exact(init, policies, eta, weight=0.5, method="slerp"):
+    """SLERP of two task vectors (or of two full weights) per unit, then LITI, in float64."""
     merged = {}
     for names in _units():
         start = np.concatenate([init[n].astype(np.float64).ravel() for n in names])
-        first, second = (np.concatenate([p[n].astype(np.float64).ravel() for n in names]) - start for p in policies)
+        origin = 0 * start if method == "slerp_full_weights" else start
+        first, second = (np.concatenate([p[n].astype(np.float64).ravel() for n in names]) - origin for p in policies)
         angle = np.arccos(first @ second / np.linalg.norm(first) / np.linalg.norm(second))
         mixed = (np.sin((1 - weight) * angle) * first + np.sin(weight * angle) * second) / np.sin(angle)
-        parts = np.split(start + eta * mixed, np.cumsum([init[n].size for n in names])[:-1])
+        parts = np.split((1 - eta) * start + eta * (origin + mixed), np.cumsum([init[n].size for n in names])[:-1])
         merged |= {n: part.reshape(init[n].shape) for n, part in zip(names, parts, strict=True)}
     return merged
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
-@pytest.mark.parametrize("chunk", [4096, 1 << 20])
-def test_merge_is_the_formula_rounded_once(tmp_path, monkeypatch, dtype, chunk):
+@pytest.mark.parametrize(("method", "chunk"), [("slerp", 4096), ("slerp", 1 << 20), ("slerp_full_weights", 1 << 20)])
+def test_merge_is_the_formula_rounded_once(tmp_path, monkeypatch, dtype, method, chunk):
     """Fails when a chunk is left out or lands elsewhere, a unit's angle is that of a chunk, or eta is turned round."""
     monkeypatch.setattr(chunking, "MAX_CHUNK", chunk)
     init, policies, (start, *paths) = _folders(tmp_path, dtype=dtype)
-    merge_folders(start, paths, tmp_path / "out", Settings(etas=(0.3, 1.0), weights=(0.2,)))
+    merge_folders(start, paths, tmp_path / "out", Settings(method, etas=(0.3, 1.0), weights=(0.2,)))
     for eta in (0.3, 1.0):
-        merged, exact = _load(tmp_path / "out" / f"eta_{eta:g}"), _exact(init, policies, eta, weight=0.2)
+        merged, exact = _load(tmp_path / "out" / f"eta_{eta:g}"), _exact(init, policies, eta, 0.2, method)
         for name, want in exact.items():
             assert merged[name].dtype == dtype
             rounded = want.astype(dtype).astype(np.float64)

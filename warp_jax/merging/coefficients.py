@@ -19,14 +19,11 @@ Weights = Sequence[float] | None
 
 
 class Method(NamedTuple):
-    """solve: (Gram matrices [U, M, M], weights or None) -> coefficients [U, M].
-
-    from_zero: the vectors are the weights themselves, not their differences from init. by_angle: the matrices matter;
-    if not, only their shape does.
+    """solve: (Gram matrices [U, M, M], weights or None) -> coefficients [U, M]. by_angle: the matrices matter; if not,
+    only their shape does.
     """
 
     solve: Callable[[Matrix, Weights], Any]
-    from_zero: bool = False
     by_angle: bool = True
 
 
@@ -103,23 +100,24 @@ def model_stock_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
     return xp.broadcast_to(ratio[:, None] / count, matrix.shape[:-1])
 
 
+FULL_WEIGHTS = "slerp_full_weights"  # its task vectors start at zero: policy - 0; LITI then goes from init to the merge
+
 METHODS = {
     "slerp": Method(slerp_coefficients),
     "slerp_symmetric": Method(symmetric_slerp_coefficients),
     "lerp": Method(lerp_coefficients, by_angle=False),
     "task_arithmetic": Method(task_arithmetic_coefficients, by_angle=False),
     "model_stock": Method(model_stock_coefficients),
-    "slerp_full_weights": Method(slerp_coefficients, from_zero=True),
+    FULL_WEIGHTS: Method(slerp_coefficients),
 }
 
 
-def with_liti(coefficients: Any, liti_rate: Any, from_zero: bool) -> tuple[Any, Any]:
-    """The weights of init [U] and of the task vectors [U, M] for a step of liti_rate from init to the merge.
-
-    from_zero: the merge is sum_m c_m policy_m, without init, so that init's weight is not 1.
-    """
-    missing = coefficients.sum(-1) - 1 if from_zero else 0 * coefficients[..., 0]
-    return 1 + liti_rate * missing, liti_rate * coefficients
+def with_liti(method: str, coefficients: Any, liti_rate: Any) -> Any:
+    """Weights of (init, policy_1 - init, ..., policy_M - init) in liti(init, merge, liti_rate): [U, 1 + M]."""
+    # from zero: sum_m c_m policy_m = init + (sum_m c_m - 1) init + sum_m c_m (policy_m - init)
+    of_init = coefficients.sum(-1) - 1 if method == FULL_WEIGHTS else 0 * coefficients[..., 0]
+    columns = [1 + liti_rate * of_init[..., None], liti_rate * coefficients]
+    return columns[0].__array_namespace__().concat(columns, axis=-1)
 
 
 def solve(method: str, matrix: Matrix, weights: Weights, names: Sequence[str]) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 
 from warp_jax import trees
 from warp_jax.merging import kernels, leaf_units, units
-from warp_jax.merging.coefficients import METHODS, solve, with_liti
+from warp_jax.merging.coefficients import FULL_WEIGHTS, METHODS, solve, with_liti
 from warp_jax.types import Array, HostOrDevice, Params
 
 
@@ -88,11 +88,11 @@ def model_stock(init_params: Params, policies: Sequence[Params], unit: units.Uni
 
 
 def slerp_full_weights(init_params: Params, policies: Sequence[Params], **options: Any) -> Params:
-    """SLERP of the weights themselves: nearly collinear, so that it is nearly LERP (the paper's Appendix C.2).
+    """liti(init, slerp(zeros_like(init), policies), liti_rate): SLERP of the weights themselves.
 
-    A negative result to compare with. Without liti_rate, init_params gives structure and errors only.
+    They are nearly collinear, so this is nearly LERP: a negative result to compare with (the paper's Appendix C.2).
     """
-    return merge(init_params, policies, "slerp_full_weights", **options)
+    return merge(init_params, policies, FULL_WEIGHTS, **options)
 
 
 def merge(
@@ -112,43 +112,35 @@ def merge(
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, want one of {', '.join(METHODS)}")
-    from_zero = METHODS[method].from_zero
     _check_policies(init_params, policies)
     with jax.enable_x64(True):
         if METHODS[method].by_angle:
-            inner = gram(init_params, policies, unit, stacked=stacked, from_zero=from_zero)
+            start = jax.tree.map(jnp.zeros_like, init_params) if method == FULL_WEIGHTS else init_params
+            inner = gram(start, policies, unit, stacked=stacked)
         else:  # the same in every unit
             unit, inner = "model", Gram(np.zeros((1, len(policies), len(policies))), ("model",))
         layout = leaf_units.units_of(init_params, unit, stacked)
         solved = solve(method, inner.matrix, weights, inner.names)
-        init_weights, coefficients = with_liti(solved, _as_float64(liti_rate), from_zero)
+        sums = with_liti(method, solved, _as_float64(liti_rate))
         leaves, treedef = jax.tree.flatten(init_params)
         columns = [jax.tree.leaves(policy) for policy in policies]
         merged = [
-            kernels.weighted_sum(init, parts, init_weights[unit_ids], coefficients[unit_ids], donate=donate)
+            kernels.weighted_sum(init, parts, sums[unit_ids], donate=donate)
             for init, unit_ids, *parts in zip(leaves, layout.of_leaf, *columns, strict=True)
         ]
     return jax.tree.unflatten(treedef, merged)
 
 
 def gram(
-    init_params: Params,
-    policies: Sequence[Params],
-    unit: units.Unit = "layer",
-    *,
-    stacked: str | None = "layers",
-    from_zero: bool = False,
+    init_params: Params, policies: Sequence[Params], unit: units.Unit = "layer", *, stacked: str | None = "layers"
 ) -> Gram:
-    """<delta_a, delta_b> for every pair of task vectors and every unit, summed in float64.
-
-    from_zero: of the weights themselves, <policy_a, policy_b>.
-    """
+    """<delta_a, delta_b> for every pair of task vectors and every unit, summed in float64."""
     _check_policies(init_params, policies)
     layout = leaf_units.units_of(init_params, unit, stacked)
     columns = [jax.tree.leaves(p) for p in policies]
     with jax.enable_x64(True):
         inner = [
-            kernels.gram(init, parts, stacked=unit_ids.ndim > 0, from_zero=from_zero)
+            kernels.gram(init, parts, stacked=unit_ids.ndim > 0)
             for init, unit_ids, *parts in zip(jax.tree.leaves(init_params), layout.of_leaf, *columns, strict=True)
         ]
         shape = (len(layout.names), len(policies), len(policies))

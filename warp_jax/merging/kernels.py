@@ -21,50 +21,46 @@ BLOCK = 1 << 15  # elements
 BLOCKS_AT_ONCE = 4  # of one step of the loop
 
 
-def gram(init: HostOrDevice, policies: Sequence[HostOrDevice], *, stacked: bool, from_zero: bool = False) -> Array:
-    """<policy_a - init, policy_b - init>: float64 [M, M], or [L, M, M] of a leaf whose first axis is that of layers.
-
-    from_zero: the inner products of the policies themselves.
-    """
+def gram(init: HostOrDevice, policies: Sequence[HostOrDevice], *, stacked: bool) -> Array:
+    """<policy_a - init, policy_b - init>: float64 [M, M], or [L, M, M] of a leaf whose first axis is that of layers."""
     with jax.enable_x64(True):
         leaves = [jnp.asarray(x) for x in (init, *policies)]
         rows = init.shape[0] if stacked else 1
         one_cpu = all(_is_on_one_cpu(x) for x in leaves)
         sum_up = _blocked_gram if one_cpu else _plain_gram
-        matrix = sum_up(leaves[0], tuple(leaves[1:]), rows=rows, from_zero=from_zero)
+        matrix = sum_up(leaves[0], tuple(leaves[1:]), rows=rows)
         return matrix if stacked else matrix[0]
 
 
 def weighted_sum(
     init: HostOrDevice,
     policies: Sequence[HostOrDevice],
-    init_weight: Array,
-    coefficients: Array,
+    weights: Array,
     *,
     dtype: Any = None,
     donate: bool = False,
 ) -> Array:
-    """Init_weight * init + sum_m coefficients[..., m] * (policy_m - init), in `dtype`, by default the policies'.
+    """weights[..., 0] * init + sum_m weights[..., m] * (policy_m - init), in `dtype`, by default the policies'.
 
-    init_weight: float64 [] or [L]; coefficients: float64 [M] or [L, M]. donate: the result takes the place of the
-    first policy, whose array is given up.
+    weights: float64 [1 + M], or [L, 1 + M] of a leaf whose first axis is that of layers. donate: the result takes the
+    place of the first policy, whose array is given up.
     """
     with jax.enable_x64(True):
         first, *rest = (jnp.asarray(x) for x in policies)
         mix = _mix_in_place if donate else _mix
-        return mix(first, tuple(rest), jnp.asarray(init), init_weight, coefficients, dtype=dtype or first.dtype)
+        return mix(first, tuple(rest), jnp.asarray(init), weights, dtype=dtype or first.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "from_zero"))
-def _plain_gram(init: Array, policies: tuple[Array, ...], *, rows: int, from_zero: bool) -> Array:
+@functools.partial(jax.jit, static_argnames="rows")
+def _plain_gram(init: Array, policies: tuple[Array, ...], *, rows: int) -> Array:
     """Sums over whole axes, so that a sharded leaf is summed where it lies."""
     axes = tuple(range(int(rows > 1), init.ndim))
-    deltas = [_wide(x) if from_zero else _wide(x) - _wide(init) for x in policies]
+    deltas = [_wide(x) - _wide(init) for x in policies]
     return _symmetric([jnp.sum(p, axis=axes).reshape(rows) for p in _products(deltas)], len(policies))
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "from_zero"))
-def _blocked_gram(init: Array, policies: tuple[Array, ...], *, rows: int, from_zero: bool) -> Array:
+@functools.partial(jax.jit, static_argnames="rows")
+def _blocked_gram(init: Array, policies: tuple[Array, ...], *, rows: int) -> Array:
     flat = [x.reshape(-1) for x in (init, *policies)]
     size = init.size // rows
     step = BLOCK * BLOCKS_AT_ONCE
@@ -72,7 +68,7 @@ def _blocked_gram(init: Array, policies: tuple[Array, ...], *, rows: int, from_z
 
     def products(start: Array, length: int) -> list[Array]:
         first, *parts = (_wide(lax.dynamic_slice(x, (start,), (length,))) for x in flat)
-        return _pack(_products(parts if from_zero else [part - first for part in parts]))
+        return _pack(_products([part - first for part in parts]))
 
     def row_sums(row: Array) -> Array:
         def add_step(k: Array, totals: list[Array]) -> list[Array]:
@@ -90,16 +86,14 @@ def _blocked_gram(init: Array, policies: tuple[Array, ...], *, rows: int, from_z
     return _symmetric(list(lax.map(row_sums, jnp.arange(rows)).T), len(policies))
 
 
-def _mix_leaf(
-    first: Array, rest: tuple[Array, ...], init: Array, init_weight: Array, coefficients: Array, *, dtype: Any
-) -> Array:
-    def along_layers(x: Array) -> Array:
-        return x.reshape(x.shape + (1,) * (init.ndim - x.ndim))
+def _mix_leaf(first: Array, rest: tuple[Array, ...], init: Array, weights: Array, *, dtype: Any) -> Array:
+    def weight(m: int) -> Array:
+        return weights[..., m].reshape(weights.shape[:-1] + (1,) * (init.ndim + 1 - weights.ndim))
 
     start = _wide(init)
-    mixed = along_layers(init_weight) * start
-    for m, policy in enumerate((first, *rest)):
-        mixed = mixed + along_layers(coefficients[..., m]) * (_wide(policy) - start)
+    mixed = weight(0) * start
+    for m, policy in enumerate((first, *rest), start=1):
+        mixed = mixed + weight(m) * (_wide(policy) - start)
     return mixed.astype(dtype)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from warp_jax import files, naming
 from warp_jax.merging import chunking
 from warp_jax.merging.chunking import Chunk, Inputs, Piece
-from warp_jax.merging.coefficients import METHODS, angles, norms, solve, with_liti
+from warp_jax.merging.coefficients import FULL_WEIGHTS, angles, norms, solve, with_liti
 from warp_jax.progress import JobProgress
 from warp_jax.storage.weight_files import OUTPUT_DTYPES, SafetensorsWriter, Tensor, hash_file
 
@@ -88,10 +88,10 @@ class _Maths(threading.local):
         self._rows = np.empty((1 + count, BLOCK))
         self._mixed = np.empty(BLOCK)
 
-    def gram(self, init: np.ndarray, policies: Sequence[np.ndarray], from_zero: bool) -> np.ndarray:
+    def gram(self, init: np.ndarray, policies: Sequence[np.ndarray]) -> np.ndarray:
         """<delta_a, delta_b>: float64 [M, M]."""
         total = np.zeros((len(policies), len(policies)))
-        for _, (_, *deltas) in self._blocks(init, policies, from_zero):
+        for _, (_, *deltas) in self._blocks(init, policies):
             for a, first in enumerate(deltas):
                 for b, second in enumerate(deltas[: a + 1]):
                     total[a, b] += np.dot(first, second)
@@ -101,21 +101,18 @@ class _Maths(threading.local):
         self, init: np.ndarray, policies: Sequence[np.ndarray], weights: np.ndarray, dtype: np.dtype
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Weights[0] * init + sum_m weights[m] * (policy_m - init), rounded once, in blocks: where each starts."""
-        for first, rows in self._blocks(init, policies, from_zero=False):
+        for first, rows in self._blocks(init, policies):
             mixed = np.dot(weights, rows, out=self._mixed[: rows.shape[1]])
             yield first, mixed.astype(dtype)
 
-    def _blocks(
-        self, init: np.ndarray, policies: Sequence[np.ndarray], from_zero: bool
-    ) -> Iterator[tuple[int, np.ndarray]]:
+    def _blocks(self, init: np.ndarray, policies: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
         """Where a block starts, and its float64 rows: init, then the task vectors; overwritten by the next block."""
         for first in range(0, len(init), BLOCK):
             part = slice(first, min(first + BLOCK, len(init)))
             rows = self._rows[:, : part.stop - first]
             for row, values in zip(rows, (init, *policies), strict=True):
                 row[:] = values[part]
-            if not from_zero:
-                rows[1:] -= rows[0]
+            rows[1:] -= rows[0]
             yield first, rows
 
 
@@ -129,11 +126,6 @@ class _Job:
     pool: ThreadPoolExecutor
     progress: JobProgress
 
-    @property
-    def from_zero(self) -> bool:
-        """Whether the method takes the weights themselves."""
-        return METHODS[self.settings.method].from_zero
-
     def sum_grams(self) -> np.ndarray:
         """Pass 1: float64 [U, M, M]."""
         count = len(self.inputs.policies)
@@ -142,7 +134,8 @@ class _Job:
             matrix = np.zeros((count, count))
             for piece in chunk.pieces:
                 with self.views(piece) as (init, *policies):
-                    matrix += self.maths.gram(init, policies, self.from_zero)
+                    start = np.zeros_like(init) if self.settings.method == FULL_WEIGHTS else init
+                    matrix += self.maths.gram(start, policies)
             if not np.isfinite(matrix).all():
                 chunking.raise_not_finite(self.inputs, chunk)
             return matrix
@@ -154,11 +147,10 @@ class _Job:
 
     def solve(self, inner: np.ndarray) -> np.ndarray:
         """Coefficients [U, M] at eta 1."""
-        if not self.from_zero:
-            squares = np.einsum("umm->m", inner)
-            for policy, square in zip(self.inputs.policies, squares, strict=True):
-                if not square:
-                    raise ValueError(f"{policy.path}: identical to init {self.inputs.init.path}; nothing to merge")
+        start = "zero" if self.settings.method == FULL_WEIGHTS else f"init {self.inputs.init.path}"
+        for policy, square in zip(self.inputs.policies, np.einsum("umm->m", inner), strict=True):
+            if not square:
+                raise ValueError(f"{policy.path}: identical to {start}; nothing to merge")
         return solve(self.settings.method, inner, self.settings.weights, self.units)
 
     def write_merges(self, coefficients: np.ndarray, staging: Path) -> None:
@@ -166,7 +158,7 @@ class _Job:
         etas, dtype = self.settings.etas, OUTPUT_DTYPES.get(self.settings.dtype or "")
         tensors = [_output_tensor(self.inputs, name, dtype) for name in (*self.inputs.merged, *self.inputs.copied)]
         _check_space(staging.parent, len(etas) * sum(tensor.nbytes for tensor in tensors))
-        weights = [np.column_stack(with_liti(coefficients, eta, self.from_zero)) for eta in etas]
+        weights = [with_liti(self.settings.method, coefficients, eta) for eta in etas]
         writers = [self.make_folder(staging / f"eta_{eta:g}", tensors) for eta in etas]
 
         def write_chunk(chunk: Chunk) -> None:
