@@ -70,3 +70,29 @@ def test_bad_jsonl_is_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         files.read_jsonl(path)
+
+
+def _publish(out, then=lambda: None):
+    with files.staged(out) as staging:
+        files.write_text(staging / "note.txt", str(then))
+        then()
+
+
+def test_two_stagings_at_once_publish_one_folder(tmp_path):
+    """Mutation: one staging folder for all processes; the staging folder of a running process deleted."""
+    out = tmp_path / "out"
+    with pytest.raises(FileExistsError, match="another process wrote it first"):
+        _publish(out, then=lambda: _publish(out, then=str))
+    assert (out / "note.txt").read_text() == str(str)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_staging_leaves_nothing_after_an_error_and_deletes_what_a_kill_left(tmp_path):
+    """Mutation: no cleaning up; the leftovers of another folder deleted, or a file."""
+    kept = {tmp_path / ".other.partial", tmp_path / ".out.2.json", tmp_path / ".out.file.partial"}
+    for folder in (".other.partial", ".out.2.json", ".out.partial", ".out.0123abcd.partial"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / ".out.file.partial").write_text("being written")
+    with pytest.raises(ZeroDivisionError):
+        _publish(tmp_path / "out", then=lambda: 1 / 0)
+    assert set(tmp_path.iterdir()) == kept

@@ -2,11 +2,13 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,15 +63,33 @@ def read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which then becomes `folder`; an error leaves nothing of it, a kill only a hidden `.partial`."""
-    staging = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
+    """Yield a path where the caller creates and fills a folder; at the end, rename it to `folder`.
+
+    The path lies in a hidden folder of this call alone. An error deletes it; a killed process leaves it behind, without
+    its lock, and the next call for the same `folder` deletes it. Raises FileExistsError if `folder` exists at the end.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*partial"):
+        with contextlib.suppress(OSError), locked(path / "lock", _raise_locked):
+            shutil.rmtree(path)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as hidden,
+        contextlib.ExitStack() as stack,
+    ):
+        with contextlib.suppress(OSError):  # a file system without locks
+            stack.enter_context(locked(Path(hidden, "lock"), _raise_locked))
+        staging = Path(hidden, folder.name)
         yield staging
-        staging.rename(folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        try:
+            staging.rename(folder)
+        except OSError as error:
+            if not folder.exists():
+                raise
+            raise FileExistsError(f"{folder}: another process wrote it first; nothing is overwritten") from error
+
+
+def _raise_locked() -> None:
+    raise BlockingIOError("locked by another process")
 
 
 @contextlib.contextmanager

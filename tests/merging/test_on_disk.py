@@ -241,13 +241,31 @@ def test_no_space_leaves_nothing(tmp_path, monkeypatch):
     _, _, paths = _folders(tmp_path)
     before = set(tmp_path.iterdir())
     monkeypatch.setattr(on_disk.shutil, "disk_usage", lambda path: _Usage())
-    with pytest.raises(ValueError, match="GB are needed"):
+    with pytest.raises(ValueError, match="GB of free disk"):
         merge_folders(paths[0], paths[1:], tmp_path / "out", Settings())
     assert set(tmp_path.iterdir()) == before
 
 
 class _Usage:
     free = 1000
+
+
+def test_of_two_merges_at_once_the_first_to_end_is_kept(tmp_path, monkeypatch):
+    """Fails when the second overwrites the first, or deletes what it is writing."""
+    _, _, paths = _folders(tmp_path)
+    before = set(tmp_path.iterdir())
+    write_merges = on_disk._Job.write_merges
+
+    def merge_meanwhile(job, *args):
+        monkeypatch.undo()
+        write_merges(job, *args)
+        merge_folders(paths[0], paths[1:], tmp_path / "out", Settings(etas=(0.3,)))
+
+    monkeypatch.setattr(on_disk._Job, "write_merges", merge_meanwhile)
+    with pytest.raises(FileExistsError, match="out: another process wrote it first"):
+        merge_folders(paths[0], paths[1:], tmp_path / "out", Settings(etas=(1.0,)))
+    assert set(tmp_path.iterdir()) == before | {tmp_path / "out"}
+    assert (tmp_path / "out" / "eta_0.3").is_dir()
 
 
 def test_an_interrupted_merge_leaves_nothing_and_a_killed_one_no_result(tmp_path, monkeypatch):

@@ -51,21 +51,18 @@ def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Set
     workers = min(os.cpu_count() or 2, 8)
     room = chunking.chunk_room(inputs, settings.memory_gb, workers)
     units, chunks = chunking.plan_chunks(inputs, settings.unit, room)
-    staging = out.with_name(f".{out.name}.partial")
     with JobProgress(2 * len(chunks)) as progress, ThreadPoolExecutor(workers) as pool:
         job = _Job(inputs, settings, units, chunks, _Maths(len(policies)), pool, progress)
         try:
             hashes = pool.map(hash_file, inputs.weight_paths())
             inner = job.sum_grams()
             coefficients = job.solve(inner)
-            shutil.rmtree(staging, ignore_errors=True)  # of a merge that was killed
-            job.write_merges(coefficients, staging)
             report = job.make_report(inner, coefficients, list(hashes))
-            files.write_json(staging / REPORT, report)
-            staging.rename(out)
+            with files.staged(out) as staging:
+                job.write_merges(coefficients, staging)
+                files.write_json(staging / REPORT, report)
         except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            shutil.rmtree(staging, ignore_errors=True)
+            pool.shutdown(cancel_futures=True)
             raise
     return report
 
@@ -157,7 +154,12 @@ class _Job:
         """Pass 2."""
         etas, dtype = self.settings.etas, OUTPUT_DTYPES.get(self.settings.dtype or "")
         tensors = [_output_tensor(self.inputs, name, dtype) for name in (*self.inputs.merged, *self.inputs.copied)]
-        _check_space(staging.parent, len(etas) * sum(tensor.nbytes for tensor in tensors))
+        needed = len(etas) * sum(tensor.nbytes for tensor in tensors)
+        free = shutil.disk_usage(staging.parent).free
+        if needed > free:
+            raise ValueError(
+                f"out: needs {needed / 1e9:.2f} GB, got {free / 1e9:.2f} GB of free disk; choose another --out"
+            )
         weights = [with_liti(self.settings.method, coefficients, eta) for eta in etas]
         writers = [self.make_folder(staging / f"eta_{eta:g}", tensors) for eta in etas]
 
@@ -229,14 +231,6 @@ class _Job:
 def _output_tensor(inputs: Inputs, name: str, dtype: np.dtype | None) -> Tensor:
     tensor = inputs.policies[0].tensors[name]._replace(file=inputs.init.tensors[name].file)
     return tensor if dtype is None or name in inputs.copied else tensor._replace(dtype=dtype)
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(f"out: {needed / 1e9:.2f} GB are needed, {folder} has {free / 1e9:.2f} GB left")
 
 
 def _in_layer(tensor: Tensor) -> bool:
