@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -619,3 +621,18 @@ def test_inputs_are_left_alone(name):
     FUNCTIONS[name](*numpy)
     assert_trees_equal((init, a, b), before)
     assert_trees_equal(numpy, before)
+
+
+@pytest.mark.parametrize(
+    ("use", "unwanted"),
+    [
+        ("", "jax flax orbax warp_jax.storage warp_jax.parallel"),
+        ("merging.slerp", "flax orbax warp_jax.storage warp_jax.parallel"),
+        ("import warp_jax.merging.on_disk", "jax flax orbax"),
+    ],
+)
+def test_imports_are_light(use, unwanted):
+    """Mutation: merging imports on_disk; its package imports in_memory at once, or coefficients imports jax.numpy."""
+    program = f"import sys; from warp_jax import merging; {use}\nprint(*sys.modules.keys() & set('{unwanted}'.split()))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []

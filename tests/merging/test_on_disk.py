@@ -211,10 +211,13 @@ def _change(paths, kind):
         message = "'rope.positions': holds int64 that differ"
     elif kind == "memory":
         options["memory_gb"] = 1e-6
-        message = "memory_gb: got 1e-06, want more"
-    elif kind == "etas":
-        options["etas"] = (0.3, 0.3)
-        message = "etas: got"
+        message = r"memory_gb: got 1e-06, want 0.\d+ or more for 2 policies"
+    elif kind == "memory nan":
+        options["memory_gb"] = np.nan
+        message = "memory_gb: got nan, want"
+    elif kind == "weight nan":
+        options["weights"] = (np.nan,)
+        message = "weights: got .*nan.*, want numbers from -1000 to 1000"
     elif kind == "weights":
         options["weights"] = (0.2, 0.3)
         message = "weights: got 2 for 2 policies, want 1"
@@ -225,7 +228,7 @@ def _change(paths, kind):
 TENSORS = ["missing", "surplus", "shape", "dtype", "nan", "inf", "opposite", "identical", "integers"]
 
 
-@pytest.mark.parametrize("kind", [*TENSORS, "memory", "etas", "weights"])
+@pytest.mark.parametrize("kind", [*TENSORS, "memory", "memory nan", "weight nan", "weights"])
 def test_bad_input_leaves_nothing(tmp_path, kind):
     """Fails when this input is merged, its tensor is not named, or a folder is left."""
     _, _, paths = _folders(tmp_path)
@@ -234,6 +237,13 @@ def test_bad_input_leaves_nothing(tmp_path, kind):
     with pytest.raises(ValueError, match=message):
         merge_folders(paths[0], paths[1:], tmp_path / "out", settings)
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("etas", [(), (0.3, 0.3), (1, 1 + 1e-9), (-0.1,), (0.3, np.nan), (np.inf,), (1e308,)])
+def test_etas_are_distinct_and_finite(tmp_path, etas):
+    """Fails when two etas share a folder, or an eta gives weights that are NaN or Inf."""
+    with pytest.raises(ValueError, match=r"etas: got .*, want distinct numbers from 0 to 1000"):
+        merge_folders(tmp_path, [tmp_path], tmp_path / "out", Settings(etas=etas))
 
 
 def test_no_space_leaves_nothing(tmp_path, monkeypatch):
@@ -316,6 +326,10 @@ def test_the_program(tmp_path):
         (["--init={init}", "--out={out}"], "--policies is missing"),
         (["--init={init}", "--policies={init}", "--out={out}"], "identical to init"),
         (["--init={init}", "--policies={init}", "--out={out}", "--etas=a"], "want numbers separated by commas"),
+        (
+            ["--init={init}", "--policies={init}", "--out={out}", "--etas=nan"],
+            "etas: got (nan,), want distinct numbers",
+        ),
         (["--init={init}", "--policies={init}", "--out={out}", "--method=ties"], "ties"),
         (["--init={init}", "--policies={bin}", "--out={out}"], "a pickle"),
     ],

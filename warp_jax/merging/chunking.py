@@ -84,10 +84,11 @@ def _check_same_tensors(init: WeightFolder, other: WeightFolder, dtype: str | No
 def chunk_room(inputs: Inputs, memory_gb: float, workers: int) -> int:
     """How many elements a chunk may have. ValueError if too few for the maths to be worth a call."""
     bytes_each = sum(max(t.dtype.itemsize for t in folder.tensors.values()) for folder in inputs.folders)
-    room = int(memory_gb * 1e9 / workers / bytes_each)
-    if room < MIN_CHUNK:
-        raise ValueError(f"memory_gb: got {memory_gb:g}, want more: {len(inputs.policies)} policies do not fit")
-    return min(room, MAX_CHUNK)
+    room = memory_gb * 1e9 / workers / bytes_each
+    if not room >= MIN_CHUNK:  # also refuses NaN
+        need = MIN_CHUNK * workers * bytes_each / 1e9
+        raise ValueError(f"memory_gb: got {memory_gb:g}, want {need:.2g} or more for {len(inputs.policies)} policies")
+    return int(min(room, MAX_CHUNK))
 
 
 def plan_chunks(inputs: Inputs, unit: units.Unit, room: int) -> tuple[tuple[str, ...], list[Chunk]]:

@@ -24,6 +24,7 @@ from warp_jax.progress import JobProgress
 from warp_jax.storage.weight_files import OUTPUT_DTYPES, SafetensorsWriter, Tensor, hash_file
 
 REPORT = "merge_report.json"
+MAX_FACTOR = 1000  # larger etas and weights can overflow the dtype of the result
 BLOCK = 1 << 17  # elements: small enough for the cache, large enough that Python costs nothing
 
 
@@ -43,8 +44,11 @@ def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Set
 
     `out` appears when all of it is complete. Raises ValueError for inputs that cannot be merged.
     """
-    if not settings.etas or min(settings.etas) < 0 or len(set(settings.etas)) < len(settings.etas):
-        raise ValueError(f"etas: got {settings.etas}, want different numbers, none below 0")
+    names = {_eta_folder(eta) for eta in settings.etas if 0 <= eta <= MAX_FACTOR}
+    if not names or len(names) < len(settings.etas):
+        raise ValueError(f"etas: got {settings.etas}, want distinct numbers from 0 to {MAX_FACTOR}")
+    if not all(abs(weight) <= MAX_FACTOR for weight in settings.weights or ()):
+        raise ValueError(f"weights: got {settings.weights}, want numbers from -{MAX_FACTOR} to {MAX_FACTOR}")
     if out.exists():
         raise ValueError(f"out: {out} exists, and nothing is overwritten; choose another --out")
     inputs = chunking.open_inputs(init, policies, settings.dtype)
@@ -161,7 +165,7 @@ class _Job:
                 f"out: needs {needed / 1e9:.2f} GB, got {free / 1e9:.2f} GB of free disk; choose another --out"
             )
         weights = [with_liti(self.settings.method, coefficients, eta) for eta in etas]
-        writers = [self.make_folder(staging / f"eta_{eta:g}", tensors) for eta in etas]
+        writers = [self.make_folder(staging / _eta_folder(eta), tensors) for eta in etas]
 
         def write_chunk(chunk: Chunk) -> None:
             for piece in chunk.pieces:
@@ -226,6 +230,10 @@ class _Job:
                 for u, name in enumerate(self.units)
             ],
         }
+
+
+def _eta_folder(eta: float) -> str:
+    return f"eta_{eta:g}"
 
 
 def _output_tensor(inputs: Inputs, name: str, dtype: np.dtype | None) -> Tensor:
