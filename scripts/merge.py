@@ -1,9 +1,9 @@
-"""Merge checkpoints on disk: policies that were trained from one init, by SLERP of their task vectors or its relatives.
+"""Merge checkpoints on disk: policies trained from one init, by SLERP of their task vectors or a related method.
 
   python scripts/merge.py --init=sft --policies=run_1,run_2 --etas=0.1,0.3,1.0 --out=merged
 
 writes merged/eta_0.1, merged/eta_0.3 and merged/eta_1, each a safetensors folder that transformers loads, and
-merged/merge_report.json with the angles between the runs. See docs/merging.md.
+merged/merge_report.json with the angles between the policies. See docs/merging.md.
 """
 
 import functools
@@ -19,19 +19,19 @@ from warp_jax.merging import on_disk
 from warp_jax.merging.coefficients import METHODS
 from warp_jax.storage.weight_files import OUTPUT_DTYPES
 
-INIT = flags.DEFINE_string("init", None, "Folder of the weights where all policies started (SFT).")
+INIT = flags.DEFINE_string("init", None, "Folder of the weights where all policies started, e.g. SFT.")
 POLICIES = flags.DEFINE_list("policies", [], "Folders of the trained policies, separated by commas.")
-OUT = flags.DEFINE_string("out", None, "New folder for eta_X folders and merge_report.json.")
-ETAS = flags.DEFINE_list("etas", ["1.0"], "Steps from init (0) to the merge (1); every one is written.")
-METHOD = flags.DEFINE_enum("method", "slerp", list(METHODS), "How to merge.")
-UNIT = flags.DEFINE_enum("unit", "layer", ["layer", "tensor", "model"], "What shares one angle.")
-WEIGHTS = flags.DEFINE_list("weights", None, "slerp: one weight for each policy after the first; lerp: one for each.")
-DTYPE = flags.DEFINE_enum("dtype", None, list(OUTPUT_DTYPES), "Of the result; default: that of the policies.")
-MEMORY_GB = flags.DEFINE_float("memory_gb", 1.0, "For weights in flight, beside 0.1 GB for the program itself.")
+OUT = flags.DEFINE_string("out", None, "New folder for the results: one folder eta_X per eta, and merge_report.json.")
+ETAS = flags.DEFINE_list("etas", ["1.0"], "LITI rates from init (0) to the merge (1), separated by commas.")
+METHOD = flags.DEFINE_enum("method", "slerp", list(METHODS), "Merging method; see docs/merging.md.")
+UNIT = flags.DEFINE_enum("unit", "layer", ["layer", "tensor", "model"], "The weights that share one angle.")
+WEIGHTS = flags.DEFINE_list("weights", None, "slerp: one per policy after the first; lerp, task_arithmetic: one each.")
+DTYPE = flags.DEFINE_enum("dtype", None, list(OUTPUT_DTYPES), "Dtype of the result; default: dtype of the policies.")
+MEMORY_GB = flags.DEFINE_float("memory_gb", 1.0, "Limit for weights in memory; the program itself takes 0.1 GB more.")
 
 
 def main(argv: list[str]) -> None:
-    """Entry point."""
+    """Merge as the flags say."""
     del argv
     started = time.monotonic()
     out = Path(OUT.value)

@@ -1,8 +1,8 @@
-"""Measure merging: on disk against mergekit, its memory, and in memory against the bandwidth of this machine.
+"""Benchmark merging: time and memory against mergekit, peak memory of a large merge, bandwidth in memory.
 
-  python scripts/merge_benchmark.py --what=in_memory
-  python scripts/merge_benchmark.py --what=mergekit --workdir=/tmp/merge   # makes a virtual environment for mergekit
-  python scripts/merge_benchmark.py --what=large --workdir=/tmp/merge      # three folders of 4 GB
+  python scripts/merge_benchmark.py --what=in_memory                       # against the bandwidth of a copy
+  python scripts/merge_benchmark.py --what=mergekit --workdir=/tmp/merge   # installs mergekit in a virtual environment
+  python scripts/merge_benchmark.py --what=large --workdir=/tmp/merge      # writes three folders of 4 GB
 
 Prints a table. Times are medians of paired runs: the two programs take turns.
 """
@@ -29,15 +29,17 @@ from rich.table import Table
 from warp_jax import cli, merging
 from warp_jax.storage.weight_files import SafetensorsWriter, Tensor, open_weights
 
-WHAT = flags.DEFINE_enum("what", "in_memory", ["in_memory", "mergekit", "large"], "What to measure.")
-WORKDIR = flags.DEFINE_string("workdir", "/tmp/merge_benchmark", "Folder for checkpoints and mergekit; kept.")
-REPEATS = flags.DEFINE_integer("repeats", 5, "Paired runs.")
+WHAT = flags.DEFINE_enum("what", "in_memory", ["in_memory", "mergekit", "large"], "Benchmark to run.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", "/tmp/merge_benchmark", "Folder for checkpoints and mergekit; not deleted at the end."
+)
+REPEATS = flags.DEFINE_integer("repeats", 5, "Number of paired runs.")
 ROOT = Path(__file__).parents[1]
 MERGEKIT = ("torch", "mergekit", "pydantic<2.11")
 LOAD = """import sys, transformers
 _, info = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
 assert not info["missing_keys"] and not info["unexpected_keys"], info"""
-# a small parent: a child's peak memory counts that of the process it was forked from
+# a small parent process, because a child's peak memory includes that of the process it was forked from
 LAUNCH = """import resource, subprocess, sys, time
 started = time.perf_counter()
 code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
@@ -50,7 +52,7 @@ BILLION = {"vocab": 32000, "width": 2048, "layers": 20, "heads": 16, "kv_heads":
 
 
 def shapes_of(size: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """Tensors of a Llama checkpoint with a tied head."""
+    """Names and shapes of the tensors of a Llama checkpoint with a tied head."""
     width, kv = size["width"], size["kv_heads"] * size["head_dim"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (size["vocab"], width)}
     for i in range(size["layers"]):
@@ -70,7 +72,7 @@ def shapes_of(size: dict[str, int]) -> dict[str, tuple[int, ...]]:
 
 
 def make_checkpoints(folder: Path, size: dict[str, int]) -> list[Path]:
-    """Folders init, a and b, made if they are not there: random weights, random task vectors of 1 % of their size."""
+    """Create the folders init, a and b if missing: random weights, and random task vectors of 1 % of their length."""
     shapes = shapes_of(size)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -107,8 +109,8 @@ def make_checkpoints(folder: Path, size: dict[str, int]) -> list[Path]:
 
 
 def run(command: Sequence[str], env: dict[str, str] | None = None) -> tuple[float, float]:
-    """Seconds, and peak resident memory in GB, of a program."""
-    os.sync()  # what the run before wrote must not be on its way to the disk during this one
+    """Run a program; return its seconds and its peak resident memory in GB."""
+    os.sync()  # finish the writes of the run before
     launcher = [sys.executable, "-S", "-c", LAUNCH, *command]
     result = subprocess.run(
         launcher, cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True, check=False
@@ -120,14 +122,14 @@ def run(command: Sequence[str], env: dict[str, str] | None = None) -> tuple[floa
 
 
 def ours(paths: Sequence[Path], out: Path, *options: str) -> list[str]:
-    """The command of our merge."""
+    """Command line of our merge."""
     init, *policies = map(str, paths)
     script = str(ROOT / "scripts" / "merge.py")
     return [sys.executable, script, f"--init={init}", f"--policies={','.join(policies)}", f"--out={out}", *options]
 
 
 def against_mergekit(workdir: Path) -> None:
-    """The same merge by mergekit's nuslerp, an independent program: difference, time and memory."""
+    """Compare with mergekit's nuslerp, an independent program for the same merge: difference, time and memory."""
     paths = make_checkpoints(workdir / "smollm2_135m", SMOLLM2_135M)
     python = workdir / "mergekit" / "bin" / "python"
     if not python.exists():
@@ -139,7 +141,7 @@ def against_mergekit(workdir: Path) -> None:
         "models": [{"model": str(path), "parameters": {"weight": 0.5}} for path in paths[1:]],
         "dtype": "float32",
     }
-    (workdir / "nuslerp.yml").write_text(json.dumps(recipe))  # JSON is YAML
+    (workdir / "nuslerp.yml").write_text(json.dumps(recipe))  # JSON is valid YAML
     theirs = [str(python.with_name("mergekit-yaml")), str(workdir / "nuslerp.yml")]
     rows: dict[str, list[tuple[float, float]]] = {"mergekit nuslerp": [], "warp_jax": []}
     for repeat in range(REPEATS.value):
@@ -149,7 +151,7 @@ def against_mergekit(workdir: Path) -> None:
         if repeat == 0:
             print(f"difference from mergekit, of the task vector's length: {difference(paths[0], *outs):.2e}")
             subprocess.run([str(python), "-c", LOAD, str(outs[1] / "eta_1")], check=True, capture_output=True)
-            print("transformers loads our folder: no key is missing or unexpected")
+            print("transformers loads our folder without a missing or unexpected key")
         for out in outs:
             shutil.rmtree(out)
     table = Table("program", "seconds", "peak GB", title="two policies of 538 MB, float32, one angle per tensor")
@@ -163,7 +165,7 @@ def against_mergekit(workdir: Path) -> None:
 
 
 def difference(init: Path, theirs: Path, mine: Path) -> float:
-    """|ours - theirs| / |theirs - init| over all weights."""
+    """Return |ours - theirs| / |theirs - init| over all weights."""
     folders = [open_weights(path) for path in (init, theirs, mine / "eta_1")]
     squares = np.zeros(2)
     for name, tensor in folders[0].tensors.items():
@@ -173,7 +175,7 @@ def difference(init: Path, theirs: Path, mine: Path) -> float:
 
 
 def large(workdir: Path) -> None:
-    """Peak memory of a merge of large folders with a budget of 1 GB."""
+    """Measure the peak memory of a merge of large folders with --memory_gb=1."""
     paths = make_checkpoints(workdir / "large", BILLION)
     size = (paths[0] / "model.safetensors").stat().st_size / 1e9
     out = workdir / f"large_{os.getpid()}"
@@ -183,7 +185,7 @@ def large(workdir: Path) -> None:
 
 
 def in_memory() -> None:
-    """slerp_liti of two trees of about 1 GB, in place, against copying: bytes moved per second."""
+    """Measure the bandwidth (bytes per second) of merges of two trees of about 1 GB against that of a copy."""
     for size in (SLICE_OF_7B, HALF_BILLION):
         _in_memory(shapes_of(size))
 
@@ -216,7 +218,7 @@ def _in_memory(shapes: dict[str, tuple[int, ...]]) -> None:
         del mine
     moved = {name: count for name, (count, _) in kinds.items()} | {"slerp_liti, in place": 7 * num_bytes}
     table = Table(
-        "what",
+        "operation",
         "ms",
         "GB/s",
         "share of copy",
@@ -231,7 +233,7 @@ def _in_memory(shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def _copy(source: np.ndarray, target: np.ndarray) -> None:
-    """Two threads, one half each."""
+    """Copy with two threads, one half each."""
     half = len(source) // 2
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda part: np.copyto(target[part], source[part]), (slice(0, half), slice(half, None))))
@@ -246,7 +248,7 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def main(argv: list[str]) -> None:
-    """Entry point."""
+    """Run one benchmark."""
     del argv
     jax.config.update("jax_platforms", "cpu")
     workdir = Path(WORKDIR.value)

@@ -1,4 +1,4 @@
-"""Command lines that answer bad input with one line and exit code 2."""
+"""Command lines: parse flags, and report bad input in one line with exit code 2."""
 
 import functools
 import sys
@@ -7,12 +7,12 @@ from typing import Any, NoReturn
 
 from absl import app, flags
 
-BAD_INPUT = 2  # exit codes
-TRY_AGAIN = 75  # nothing is wrong with the input: the same command may work later
+BAD_INPUT = 2  # exit code
+TRY_AGAIN = 75  # exit code: the input is valid, and the same command may work later
 
 
 def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
-    """One line on stderr, and the exit code."""
+    """Print one line to stderr and exit with `code`."""
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 
@@ -20,9 +20,10 @@ def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
 def parse_flags(
     argv: Sequence[str], *, required: Sequence[str], example: str, load: Callable[[], object] = lambda: None
 ) -> list[str]:
-    """Absl's parser for `app.run`, without its traceback.
+    """Parse flags for `app.run`; report errors in one line, without a traceback.
 
-    required: flags that must be given; example: arguments that would do; load: reads what only fails when it is read.
+    required: names of flags without a default. example: arguments that work, for the error message. load: called after
+    parsing; its errors are reported in the same way.
     """
     try:
         rest = flags.FLAGS(list(argv))

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what tells them apart."""
+"""Atomic writes of files and folders, file locks, and fingerprints of folders."""
 
 import contextlib
 import fcntl
@@ -14,24 +14,26 @@ from pathlib import Path
 from typing import Any
 
 MODEL_FILES = (".json", ".jinja", ".model", ".safetensors", ".bin")
-PIECE = 1 << 16  # bytes
+PIECE = 1 << 16  # bytes per piece of a file in a fingerprint
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write beside the path, then rename: a kill at any instant leaves the old file or the new one."""
+    """Write a file atomically: a process killed at any time leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # its own: two may write at once
+    temporary = path.with_name(
+        f".{path.name}.{secrets.token_hex(4)}.partial"
+    )  # unique: two processes may write at once
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of UTF-8 text."""
+    """Write text as UTF-8, atomically."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON."""
+    """Write indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -94,9 +96,9 @@ def _raise_locked() -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock file `path`, which the system gives back when the process ends, however it ends.
+    """Lock the file `path`. The system releases the lock when the process ends, even if it is killed.
 
-    If another process holds it, on_wait is called, which may raise; then this one waits.
+    If another process holds the lock, call on_wait, which may raise; if it returns, wait for the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -109,7 +111,7 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of names, sizes and three pieces of every model file: seconds for any size, other after more training."""
+    """Hash the name, the size and three pieces of every model file: fast at any size; more training changes it."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES):
         size = path.stat().st_size

@@ -1,9 +1,8 @@
-"""Names of weights: leaves of a tree, their layers, and stacks of layers. Strings only.
+"""Names of weights, and the layer that a name belongs to. Works on strings, without JAX.
 
-A leaf whose path holds the key `layers` (or another that the caller names) is taken as STACKED when the next key
-is not a number: its first axis runs over the layers, as `flax.linen.scan` lays parameters out. A stack below
-`layers_from_20` begins at layer 20. Each slice of a stacked leaf has a name of its own, so that weights in one stack,
-in several and in none have the same names.
+A leaf is STACKED if its path has the key `layers` (or a key of the caller's choice) and the next key is not a number:
+then its first axis runs over the layers, as in `flax.linen.scan`. A stack under `layers_from_20` starts at layer 20.
+Each slice of a stacked leaf has its own name, so that layers in one stack, several stacks or none have the same names.
 """
 
 import re
@@ -13,21 +12,21 @@ _LAYER = re.compile(r"^(?:.*?[/.])??(?:layers|h|blocks?|layer)[/._](\d+)(?=[/._]
 
 
 def is_stacked(name: str, under: str | None = "layers") -> bool:
-    """True if the leaf's first axis runs over the layers: the key after `under` is not a number. None: never."""
+    """Return True if the leaf is stacked under the key `under`. None: no leaf is stacked."""
     stack = _stack_of(name, under)
     return stack is not None and bool(stack.rest) and not stack.rest[0].isdigit()
 
 
 def layer_names(name: str, num_layers: int, under: str | None = "layers") -> list[str]:
-    """Names of the slices of a stacked leaf: 'layers/0/attn/q/kernel', ..."""
+    """Names of the slices of a stacked leaf, e.g. 'layers/0/attn/q/kernel'."""
     stack = _stack_of(name, under) or _Stack([], 0, name.split("/"))
     return ["/".join([*stack.before, str(i), *stack.rest]) for i in range(stack.first, stack.first + num_layers)]
 
 
 class _Stack(NamedTuple):
-    before: list[str]  # keys up to that of the stack, without the number of its first layer
+    before: list[str]  # keys up to `layers`
     first: int  # number of the stack's first layer
-    rest: list[str]
+    rest: list[str]  # keys after `layers`
 
 
 def _stack_of(name: str, under: str | None) -> _Stack | None:
@@ -40,7 +39,7 @@ def _stack_of(name: str, under: str | None) -> _Stack | None:
 
 
 def layer_of(name: str) -> str:
-    """The default unit of a leaf: its transformer layer, else its module (embedding, final norm, head)."""
+    """Default merging unit of a leaf: its transformer layer, else its module (embedding, final norm, head)."""
     match = _LAYER.match(name)
     if match:
         return match.group(0)
@@ -49,5 +48,5 @@ def layer_of(name: str) -> str:
 
 
 def in_layer(name: str) -> bool:
-    """True if `layer_of` finds a transformer layer in the name."""
+    """Return True if the name contains a transformer layer."""
     return bool(_LAYER.match(name))

@@ -1,4 +1,4 @@
-"""One bar over the whole job, with the time that is left; plain lines where there is no terminal."""
+"""Progress of a job with the time left: a bar in a terminal, else plain lines."""
 
 import time
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ PLAIN_LINE_SECONDS = 15.0
 
 
 class JobProgress:
-    """Counts the steps of all stages of a job. Stages that were skipped count as done, not as work ahead."""
+    """A progress bar over all phases of a job. Skipped phases count as done."""
 
     def __init__(self, total_steps: int, *, quiet: bool = False):
         self._console = Console(stderr=True, quiet=quiet)
@@ -19,7 +19,7 @@ class JobProgress:
         self._before = 0
         self._stage = ""
         self._last_line = time.monotonic()
-        self._since: float | None = None  # when the last step or evaluation of this stage ended
+        self._since: float | None = None  # end of the last step or evaluation of this phase
         self._stepping, self._timed_steps = 0.0, 0
         self._evaluations_left = 0
         self._evaluation_seconds: list[float] = []
@@ -35,17 +35,17 @@ class JobProgress:
         self._task = self._progress.add_task("starting", total=total_steps, left="", latest="")
 
     def start_stage(self, name: str, num_steps: int, *, finished: bool) -> None:
-        """Name the stage that comes; `finished` if the workdir already holds its result."""
+        """Start a phase of num_steps steps, or skip it if `finished`: its result is already saved."""
         self._stage, self._since = name, None
-        self._console.print(f"{name}: {'found, skipped' if finished else 'started'}", highlight=False, soft_wrap=True)
+        self.note(f"{name}: {'done before, skipped' if finished else 'started'}")
         if finished:
             self.on_step(num_steps, {})
             self.end_stage(num_steps)
 
     def on_step(self, done: int, values: Mapping[str, float]) -> None:
-        """Move the bar to `done` steps of this stage; values are its latest metrics, none for steps found done."""
+        """Move the bar to `done` steps of this phase. values: latest metrics, empty for steps of an earlier process."""
         now = time.monotonic()
-        if values and self._since is not None:  # the first step of a stage, which compiles, is not timed
+        if values and self._since is not None:  # the first step of a phase compiles and is not timed
             self._stepping, self._timed_steps = self._stepping + now - self._since, self._timed_steps + 1
         self._since = now if values else None
         latest = " ".join(f"{name} {values[name]:.3f}" for name in ("loss", "reward", "anchor_kl") if name in values)
@@ -57,18 +57,18 @@ class JobProgress:
             self._last_line = now
             count = f"{self._before + done}/{self._total} of all steps"
             parts = filter(None, (f"{self._stage}: step {done}", latest, count, left))
-            self._console.print(", ".join(parts), highlight=False, soft_wrap=True)
+            self.note(", ".join(parts))
 
     def end_stage(self, num_steps: int) -> None:
-        """Count the stage's steps as done."""
+        """End a phase: count its steps as done."""
         self._before += num_steps
 
     def expect_evaluations(self, count: int) -> None:
-        """How many evaluations are still to be made; their time counts in the time left, once one has been timed."""
+        """Set the number of evaluations ahead. The time left includes them as soon as one evaluation has been timed."""
         self._evaluations_left = count
 
     def on_evaluation(self, text: str, seconds: float) -> None:
-        """Print the result of an evaluation, and count it."""
+        """Print the result of an evaluation and count it as done."""
         self._evaluations_left -= 1
         self._evaluation_seconds.append(seconds)
         self._since = time.monotonic()
@@ -88,7 +88,7 @@ class JobProgress:
         self._progress.stop()
 
     def _left(self, done: int) -> str:
-        """By the mean time of a step and of an evaluation so far."""
+        """Estimate the time left from the mean times of a step and of an evaluation so far."""
         per_step = self._stepping / max(self._timed_steps, 1)
         per_evaluation = sum(self._evaluation_seconds) / max(len(self._evaluation_seconds), 1)
         seconds = per_step * (self._total - self._before - done) + per_evaluation * self._evaluations_left

@@ -1,4 +1,4 @@
-"""Pytrees of weights: names of leaves, checks, and cutting a tree in two."""
+"""Pytrees of weights: names of leaves, checks, split and join."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """The keys of a `jax.tree_util` path joined by '/', e.g. 'layers/attn/q/kernel'."""
+    """Join the keys of a `jax.tree_util` path by '/', e.g. 'layers/attn/q/kernel'."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -18,13 +18,13 @@ def check_floating(tree: Any, what: str) -> None:
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
-                f"{what}: leaf {path_name(path)!r} is of {dtype or type(leaf)}, want a floating-point array; "
+                f"{what}: leaf {path_name(path)!r} is {dtype or type(leaf)}, want a floating-point array; "
                 "pass the weights only"
             )
 
 
 def check_same_structure(reference: Any, other: Any, what: str) -> None:
-    """Raise ValueError naming the first leaf of `other` that is missing, extra or of another shape."""
+    """Raise ValueError naming the first leaf of `other` that is missing, extra or has another shape."""
     expected = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(reference)}
     got = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(other)}
     for name in expected:
@@ -38,11 +38,13 @@ def check_same_structure(reference: Any, other: Any, what: str) -> None:
             raise ValueError(f"{what}: leaf {name!r} has shape {got[name].shape}, want {leaf.shape}")
     structures: list[Any] = [jax.tree.structure(reference), jax.tree.structure(other)]
     if structures[0] != structures[1]:
-        raise ValueError(f"{what}: same leaves, but containers differ from the reference tree's")
+        raise ValueError(
+            f"{what}: same leaves, but containers differ from the reference tree's; want the same structure"
+        )
 
 
 def split(tree: Mapping[str, Any], is_chosen: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A tree of nested dicts as two: the leaves whose name `is_chosen`, and the rest. `join` undoes it."""
+    """Split a tree of nested dicts into the leaves whose name `is_chosen`, and the rest. `join` reverses it."""
     chosen: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -56,6 +58,6 @@ def split(tree: Mapping[str, Any], is_chosen: Callable[[str], bool]) -> tuple[di
 
 
 def join(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of two trees of nested dicts that share none, in one; no array is copied."""
+    """Join two trees of nested dicts that share no leaf. Copies no array."""
     both = {key: join(tree[key], other[key]) for key in tree.keys() & other.keys()}
     return {**tree, **other, **both}

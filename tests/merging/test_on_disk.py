@@ -111,7 +111,7 @@ def test_a_folder_of_several_files_keeps_its_layout(tmp_path):
     assert report["copied"] == ["rope.positions"]
 
 
-def test_report_tells_the_geometry(tmp_path):
+def test_report_has_the_geometry(tmp_path):
     """Fails when angles are of tensors, tensors outside layers are not listed, or a file's hash is missing."""
     init, policies, (start, *paths) = _folders(tmp_path)
     merge_folders(start, paths, tmp_path / "out", Settings(etas=(0.3,)))
@@ -196,7 +196,7 @@ def _change(paths, kind):
         message = rf"tensor '{name}' has shape \(21, 300\), want \(300, 21\)"
     elif kind == "dtype":
         second[name] = second[name].astype(np.float16)
-        message = f"tensor '{name}' is float16, in .*init float32; choose one with --dtype"
+        message = f"tensor '{name}' is float16, want float32 as in .*init; or set --dtype"
     elif kind in ("nan", "inf"):
         second[name][7, 3] = float(kind)
         message = f"run_1: tensor '{name}' holds NaN or Inf"
@@ -208,7 +208,7 @@ def _change(paths, kind):
         message = "run_1: identical to init"
     elif kind == "integers":
         second["rope.positions"] = second["rope.positions"] + 1
-        message = "'rope.positions': holds int64 that differ"
+        message = "'rope.positions': int64 values differ"
     elif kind == "memory":
         options["memory_gb"] = 1e-6
         message = r"memory_gb: got 1e-06, want 0.\d+ or more for 2 policies"
@@ -298,7 +298,7 @@ def test_an_interrupted_merge_leaves_nothing_and_a_killed_one_no_result(tmp_path
     leftover.mkdir()
     merge_folders(paths[0], paths[1:], tmp_path / "out", Settings())
     assert set(tmp_path.iterdir()) == before | {tmp_path / "out"}
-    with pytest.raises(ValueError, match="nothing is overwritten"):
+    with pytest.raises(ValueError, match="out exists and is not overwritten"):
         merge_folders(paths[0], paths[1:], tmp_path / "out", Settings())
 
 

@@ -118,7 +118,7 @@ def test_folders_without_weights_are_refused(tmp_path):
     """Fails when a pickle is read, a missing file passes, or an index names a file that is not there."""
     with pytest.raises(ValueError, match="no such folder"):
         open_weights(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"holds no .safetensors file"):
+    with pytest.raises(ValueError, match=r"contains no .safetensors file"):
         open_weights(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"pytorch_model.bin, a pickle"):

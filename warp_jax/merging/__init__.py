@@ -1,21 +1,27 @@
-"""The weight averaging of WARP (arXiv 2406.16768) on any pytree of arrays: EMA, SLERP and LITI; and its relatives.
+"""Weight averaging of WARP (arXiv 2406.16768) on any pytree of arrays: EMA, SLERP, LITI and related methods.
 
 Every function is pure and jittable, keeps structure, dtype and sharding, and takes arrays in float32, bfloat16 or
-float16. The EMA, which runs every step, is float32 inside. A merge, which runs once an iteration, is float64 inside
-and rounds once, at the end; it reads the weights twice whatever M is:
+float16. The EMA, which runs every step, computes in float32. A merge, which runs once per iteration, computes in
+float64 and rounds once, at the end. It reads the weights twice, for any number M of policies:
 
-    merged = init + liti_rate * sum_m c_m * (policy_m - init)        one c_m per unit, from `warp_jax.coefficients`
+    merged = init + liti_rate * sum_m c_m * (policy_m - init)        one c_m per unit, see `merging.coefficients`
 
-Options of the merges, all M >= 1 policies being trees shaped like init_params:
-  liti_rate: 0 gives init_params, 1 (the default) the merge.
-  weights: M - 1 for slerp, one for every policy after the first; M for lerp and task_arithmetic.
-  unit: what shares one angle: "layer" (the paper), "tensor", "model", or a function leaf name -> unit name.
-  stacked: the key below which leaves have the layers as their first axis, as `flax.linen.scan` lays them out
-    ('layers/attn/q/kernel' of shape [L, ...]; 'layers/0/...' is not stacked); None if there are no such leaves.
-  donate: the arrays of the first policy are given up and hold the result, which saves the memory and time of new ones.
+All merges share these arguments:
 
-Errors of the merges: ValueError for no policy, trees that differ (the first leaf is named), leaves that are not
-floating-point arrays, wrong weights, and, outside jit, units whose task vectors are opposite or not finite.
+Args:
+  init_params: the weights where all policies started.
+  policies: M >= 1 trees with the structure and shapes of init_params.
+  liti_rate: 0 returns init_params, 1 (the default) the full merge.
+  weights: slerp: M - 1, one for each policy after the first; lerp and task_arithmetic: M.
+  unit: the weights that share one angle: "layer" (as in the paper), "tensor", "model", or a function
+    leaf name -> unit name.
+  stacked: the key whose leaves have the layers as their first axis, as `flax.linen.scan` lays them out
+    ('layers/attn/q/kernel' of shape [L, ...]; 'layers/0/...' is not stacked). None: no leaf is stacked.
+  donate: write the result over the first policy, whose arrays then cannot be used. Saves memory and time.
+
+Raises:
+  ValueError: no policy; trees that differ (the message names the first leaf); leaves that are not floating-point
+    arrays; a wrong number of weights; outside jit, units whose task vectors are opposite or not finite.
 """
 
 import importlib
@@ -62,7 +68,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: merging checkpoints on disk (`warp_jax.merging.on_disk`) starts without JAX."""
+    """Import a function on first use, so that `warp_jax.merging.on_disk` starts without JAX."""
     if name in __all__:
         return getattr(importlib.import_module("warp_jax.merging.in_memory"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

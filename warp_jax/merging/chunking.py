@@ -1,4 +1,4 @@
-"""What a merge of checkpoints reads: folders that fit together, cut into chunks of one unit that fit the memory."""
+"""Inputs of a merge on disk: check that the folders hold the same tensors, and cut the weights into chunks."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,8 +10,8 @@ from warp_jax import naming
 from warp_jax.merging import units
 from warp_jax.storage.weight_files import FLOATING, WeightFolder, open_weights
 
-MAX_CHUNK = 1 << 20  # elements: larger ones are not faster
-MIN_CHUNK = 1 << 12
+MAX_CHUNK = 1 << 20  # elements; larger chunks are not faster
+MIN_CHUNK = 1 << 12  # elements; smaller chunks take longer to start than to compute
 
 
 class Piece(NamedTuple):
@@ -23,19 +23,19 @@ class Piece(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Pieces of one unit that one thread processes."""
+    """Pieces of one unit, processed together by one thread."""
 
     unit: int
     pieces: tuple[Piece, ...]
 
 
 class Inputs(NamedTuple):
-    """Opened folders. merged: names of floating-point tensors; copied: of others, which are equal in all folders."""
+    """Open folders that hold the same tensors."""
 
     init: WeightFolder
     policies: tuple[WeightFolder, ...]
-    merged: tuple[str, ...]
-    copied: tuple[str, ...]
+    merged: tuple[str, ...]  # names of the floating-point tensors
+    copied: tuple[str, ...]  # names of the other tensors, which are equal in all folders
 
     @property
     def folders(self) -> tuple[WeightFolder, ...]:
@@ -43,12 +43,15 @@ class Inputs(NamedTuple):
         return (self.init, *self.policies)
 
     def weight_paths(self) -> list[Path]:
-        """All files that hold weights."""
+        """Weight files of all folders."""
         return [path for folder in self.folders for path in folder.weight_paths()]
 
 
 def open_inputs(init: Path, policies: Sequence[Path], dtype: str | None) -> Inputs:
-    """Open all folders. ValueError if they do not hold the same tensors; dtype: that of the result, if chosen."""
+    """Open all folders. Raises ValueError if they do not hold the same tensors.
+
+    dtype: name of the dtype of the result. If None, the dtypes of the tensors must be the same in all folders too.
+    """
     if not policies:
         raise ValueError("policies: got none, want at least one")
     first, *others = (open_weights(path) for path in (init, *policies))
@@ -59,16 +62,15 @@ def open_inputs(init: Path, policies: Sequence[Path], dtype: str | None) -> Inpu
     for name in copied:
         values = [folder.view(name, 0, first.tensors[name].size) for folder in (first, *others)]
         if any(not np.array_equal(values[0], other) for other in values[1:]):
-            raise ValueError(
-                f"tensor {name!r}: holds {first.tensors[name].dtype} that differ, want equal ones or floats"
-            )
+            dtype_name = first.tensors[name].dtype
+            raise ValueError(f"tensor {name!r}: {dtype_name} values differ between folders, want equal ones or floats")
     return Inputs(first, tuple(others), tuple(name for name in first.tensors if name in floating), copied)
 
 
 def _check_same_tensors(init: WeightFolder, other: WeightFolder, dtype: str | None) -> None:
     for name in sorted(init.tensors.keys() ^ other.tensors.keys()):
-        without = other if name in init.tensors else init
-        raise ValueError(f"{without.path}: tensor {name!r} is missing")
+        has, lacks = (init, other) if name in init.tensors else (other, init)
+        raise ValueError(f"{lacks.path}: tensor {name!r} is missing; it is in {has.path}")
     for name, want in init.tensors.items():
         got = other.tensors[name]
         if got.shape != want.shape:
@@ -77,12 +79,12 @@ def _check_same_tensors(init: WeightFolder, other: WeightFolder, dtype: str | No
             )
         if got.dtype != want.dtype and (dtype is None or not {got.dtype, want.dtype} <= FLOATING):
             raise ValueError(
-                f"{other.path}: tensor {name!r} is {got.dtype}, in {init.path} {want.dtype}; choose one with --dtype"
+                f"{other.path}: tensor {name!r} is {got.dtype}, want {want.dtype} as in {init.path}; or set --dtype"
             )
 
 
 def chunk_room(inputs: Inputs, memory_gb: float, workers: int) -> int:
-    """How many elements a chunk may have. ValueError if too few for the maths to be worth a call."""
+    """Largest size of a chunk, in elements. Raises ValueError if memory_gb is too small."""
     bytes_each = sum(max(t.dtype.itemsize for t in folder.tensors.values()) for folder in inputs.folders)
     room = memory_gb * 1e9 / workers / bytes_each
     if not room >= MIN_CHUNK:  # also refuses NaN
@@ -92,7 +94,7 @@ def chunk_room(inputs: Inputs, memory_gb: float, workers: int) -> int:
 
 
 def plan_chunks(inputs: Inputs, unit: units.Unit, room: int) -> tuple[tuple[str, ...], list[Chunk]]:
-    """Names of the units, and their weights cut into chunks of at most `room` elements."""
+    """Return the names of the units, and all weights cut into chunks of at most `room` elements."""
     numbers: dict[str, int] = {}
     pieces: dict[int, list[Piece]] = {}
     for name in inputs.merged:
@@ -107,7 +109,7 @@ def plan_chunks(inputs: Inputs, unit: units.Unit, room: int) -> tuple[tuple[str,
 
 
 def _cut(pieces: Sequence[Piece], room: int) -> Iterator[tuple[Piece, ...]]:
-    """The same elements in groups of at most `room`, all full but the last."""
+    """Cut pieces into groups of `room` elements; the last group may be smaller."""
     group: list[Piece] = []
     left = room
     for piece in pieces:
@@ -125,7 +127,7 @@ def _cut(pieces: Sequence[Piece], room: int) -> Iterator[tuple[Piece, ...]]:
 
 
 def raise_not_finite(inputs: Inputs, chunk: Chunk) -> NoReturn:
-    """ValueError naming the first tensor of the chunk that holds NaN or Inf."""
+    """Raise ValueError naming the first tensor of the chunk that holds NaN or Inf."""
     for folder in inputs.folders:
         for piece in chunk.pieces:
             if not np.isfinite(folder.view(*piece).astype(np.float64)).all():

@@ -1,10 +1,10 @@
-"""From the Gram matrices of task vectors to the weight of each in a merge.
+"""Coefficients of task vectors in a merge, computed from the inner products (Gram matrix) of the task vectors.
 
-    merged = init + liti_rate * sum_m c_m * delta_m        one c_m for each unit
+    merged = init + liti_rate * sum_m c_m * delta_m        delta_m = policy_m - init, one c_m per unit
 
-A Gram matrix [U, M, M] holds <delta_a, delta_b> for each of U units; every method below is a function of it alone,
-so a merge reads the weights twice whatever M is. Arrays are float64, of numpy or (inside jit) of JAX: each function
-works in the library that its argument comes from.
+A Gram matrix [U, M, M] holds <delta_a, delta_b> for each of U units. Every method needs nothing else, so a merge reads
+the weights twice, for any M. Arrays are float64. They are numpy arrays, or JAX arrays inside jit: each function uses
+the array library of its argument.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,31 +19,35 @@ Weights = Sequence[float] | None
 
 
 class Method(NamedTuple):
-    """solve: (Gram matrices [U, M, M], weights or None) -> coefficients [U, M]. by_angle: the matrices matter; if not,
-    only their shape does.
-    """
+    """A merging method."""
 
-    solve: Callable[[Matrix, Weights], Any]
-    by_angle: bool = True
+    solve: Callable[[Matrix, Weights], Any]  # (Gram matrices [U, M, M], weights or None) -> coefficients [U, M]
+    by_angle: bool = True  # False: `solve` uses only the shape of the matrices
 
 
 def norms(matrix: Matrix) -> Any:
-    """Length of each task vector: [U, M]."""
+    """L2 norm of each task vector: [U, M]."""
     return _squares(matrix) ** 0.5
 
 
 def angles(matrix: Matrix) -> Any:
-    """Angle between each pair of task vectors, radians: [U, M, M]. 0 where either is zero."""
+    """Angle between each pair of task vectors, in radians: [U, M, M]. 0 if either vector is zero."""
     squares = _squares(matrix)
     return _angle(squares[..., :, None], squares[..., None, :], matrix)[0]
 
 
 def slerp_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
-    """Spherical interpolation by the paper's recursion (Eq. 2 and 26): [U, M].
+    """Spherical interpolation by the paper's recursion (Eq. 2 and 26).
 
-    weights: the M - 1 weights of the recursion, the m-th for policy m + 1; by default 1/2, 1/3, ..., 1/M.
-    For M > 2 the result depends on the order of the policies. Zero and parallel task vectors fall back to LERP,
-    which is the limit; opposite ones give NaN.
+    For M > 2 the result depends on the order of the policies. Zero and parallel task vectors are averaged linearly,
+    which is the limit of SLERP. Opposite task vectors give NaN.
+
+    Args:
+      matrix: Gram matrices, [U, M, M].
+      weights: the M - 1 weights of the recursion, the m-th for policy m + 1. Default: 1/2, 1/3, ..., 1/M.
+
+    Returns:
+      Coefficients, [U, M].
     """
     xp, count = matrix.__array_namespace__(), matrix.shape[-1]
     chosen = [1.0 / m for m in range(2, count + 1)] if weights is None else list(weights)
@@ -51,19 +55,21 @@ def slerp_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
         raise ValueError(
             f"weights: got {len(chosen)} for {count} policies, want {count - 1}: one for each after the first"
         )
-    found = [xp.ones_like(matrix[:, 0, 0])]
+    columns = [xp.ones_like(matrix[:, 0, 0])]
     for m, weight in enumerate(chosen, start=1):
-        so_far = xp.stack(found, axis=-1)
+        so_far = xp.stack(columns, axis=-1)
         inner = xp.einsum("um,umn->un", so_far, matrix[:, :m, :])
         square = xp.einsum("un,un->u", inner[:, :m], so_far)
         first, second = slerp_pair(square, matrix[:, m, m], inner[:, m], weight)
-        found = [first * c for c in found] + [second]
-    return xp.stack(found, axis=-1)
+        columns = [first * c for c in columns] + [second]
+    return xp.stack(columns, axis=-1)
 
 
 def symmetric_slerp_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
-    """One coefficient for all policies, whatever their order: 1/M times the factor that makes the length of the merge
-    the mean length of the task vectors; for M = 2 with equal lengths it is slerp at 1/2. Takes no weights.
+    """One coefficient for all policies, so that their order does not matter. Takes no weights.
+
+    It is 1/M times the factor that gives the merge the mean length of the task vectors. For M = 2 and equal lengths
+    this is SLERP at 1/2. Task vectors that add up to zero give NaN.
     """
     _refuse_weights(weights, "the symmetric slerp")
     xp, count = matrix.__array_namespace__(), matrix.shape[-1]
@@ -76,19 +82,21 @@ def symmetric_slerp_coefficients(matrix: Matrix, weights: Weights = None) -> Any
 
 
 def lerp_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
-    """Linear interpolation (paper, Appendix B): weights, by default 1 / M (a uniform soup), for every unit."""
+    """Linear interpolation (paper, Appendix B): the weights, by default 1/M (a uniform soup), in every unit."""
     count = matrix.shape[-1]
     return _same_in_every_unit(matrix, [1.0 / count] * count if weights is None else weights)
 
 
 def task_arithmetic_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
-    """The sum of all task vectors (Ilharco et al. 2023, arXiv 2212.04089), each times its weight, by default 1."""
+    """Sum of task vectors (Ilharco et al. 2023, arXiv 2212.04089): the weights, by default 1, in every unit."""
     return _same_in_every_unit(matrix, [1.0] * matrix.shape[-1] if weights is None else weights)
 
 
 def model_stock_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
-    """1 / M times t = M cos / (1 + (M - 1) cos), with the mean cosine between two task vectors of the unit
-    (Jang et al. 2024, arXiv 2403.19522, Eq. 3 and 5); 1 / M where a unit did not move. Takes no weights.
+    """Model Stock (Jang et al. 2024, arXiv 2403.19522, Eq. 3 and 5). Takes no weights.
+
+    All coefficients of a unit are t / M, t = M cos / (1 + (M - 1) cos), with cos the mean cosine between two of its
+    task vectors; 1 / M if all of them are zero.
     """
     _refuse_weights(weights, "model stock")
     xp, count = matrix.__array_namespace__(), matrix.shape[-1]
@@ -100,7 +108,7 @@ def model_stock_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
     return xp.broadcast_to(ratio[:, None] / count, matrix.shape[:-1])
 
 
-FULL_WEIGHTS = "slerp_full_weights"  # its task vectors start at zero: policy - 0; LITI then goes from init to the merge
+FULL_WEIGHTS = "slerp_full_weights"  # SLERP from zero in place of init, then LITI from init to the merge
 
 METHODS = {
     "slerp": Method(slerp_coefficients),
@@ -114,14 +122,18 @@ METHODS = {
 
 def with_liti(method: str, coefficients: Any, liti_rate: Any) -> Any:
     """Weights of (init, policy_1 - init, ..., policy_M - init) in liti(init, merge, liti_rate): [U, 1 + M]."""
-    # from zero: sum_m c_m policy_m = init + (sum_m c_m - 1) init + sum_m c_m (policy_m - init)
+    # full weights: sum_m c_m policy_m = init + (sum_m c_m - 1) init + sum_m c_m (policy_m - init)
     of_init = coefficients.sum(-1) - 1 if method == FULL_WEIGHTS else 0 * coefficients[..., 0]
     columns = [1 + liti_rate * of_init[..., None], liti_rate * coefficients]
     return columns[0].__array_namespace__().concat(columns, axis=-1)
 
 
 def solve(method: str, matrix: Matrix, weights: Weights, names: Sequence[str]) -> Any:
-    """Coefficients [U, M] of a method. ValueError naming the units where the merge is undefined; NaN inside jit."""
+    """Compute the coefficients [U, M] of a method, which are NaN in a unit whose merge is undefined.
+
+    Raises:
+      ValueError: outside jit, a merge is undefined; the message names the units.
+    """
     _check_finite(matrix, names)
     coefficients = METHODS[method].solve(matrix, weights)
     _check_finite(coefficients[..., None], names)
@@ -136,7 +148,10 @@ def _check_finite(values: Any, names: Sequence[str]) -> None:
 
 
 def slerp_pair(square_1: Any, square_2: Any, inner: Any, weight: float) -> tuple[Any, Any]:
-    """The two factors of SLERP (Eq. 2) from |delta_1|^2, |delta_2|^2 and <delta_1, delta_2>."""
+    """Two coefficients of SLERP (Eq. 2) from |delta_1|^2, |delta_2|^2 and <delta_1, delta_2>.
+
+    weight: 0 gives the first vector, 1 the second.
+    """
     xp = square_1.__array_namespace__()
     angle, sine = _angle(square_1, square_2, inner)
     parallel = sine < PARALLEL_SIN

@@ -1,4 +1,4 @@
-"""Merging pytrees in memory; the public names, with their options and errors, are those of `warp_jax.merging`."""
+"""Merging of pytrees in memory. See `warp_jax.merging` for the arguments and errors that all merges share."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,22 +14,23 @@ from warp_jax.types import Array, HostOrDevice, Params
 
 
 class Gram(NamedTuple):
-    """Inner products of M task vectors. matrix: float64 [U, M, M], numpy unless traced; names: of the U units."""
+    """Inner products of M task vectors in each of U units."""
 
-    matrix: HostOrDevice
-    names: tuple[str, ...]
+    matrix: HostOrDevice  # float64 [U, M, M]; a numpy array, or a JAX array inside jit
+    names: tuple[str, ...]  # names of the units
 
 
 def task_vector(params: Params, init_params: Params) -> Params:
-    """Params - init_params in float32, leaf by leaf (the paper's delta)."""
+    """Difference params - init_params in float32, leaf by leaf (delta in the paper)."""
     trees.check_same_structure(init_params, params, "params")
     return jax.tree.map(lambda new, init: _f32(new) - _f32(init), params, init_params)
 
 
 def ema_update(anchor_params: Params, params: Params, ema_rate: float | Array) -> Params:
-    """(1 - ema_rate) * anchor + ema_rate * params: `ema_rate` weighs the NEW weights (Algorithm 1, line 9).
+    """Move the anchor towards params: (1 - ema_rate) * anchor + ema_rate * params (Algorithm 1, line 9).
 
-    Keep the anchor in float32: at rate 0.01 a bfloat16 anchor never moves. 0 freezes it, 1 copies params.
+    ema_rate: weight of the NEW weights; 0 keeps the anchor, 1 copies params. Keep the anchor in float32: at a rate of
+    0.01 a bfloat16 anchor never moves.
     """
 
     def update(anchor: Array, new: Array) -> Array:
@@ -40,57 +41,59 @@ def ema_update(anchor_params: Params, params: Params, ema_rate: float | Array) -
 
 
 def liti(init_params: Params, merged_params: Params, liti_rate: float | Array) -> Params:
-    """(1 - liti_rate) * init + liti_rate * merged (Algorithm 1, line 13): 0 gives init, 1 merged, 2 extrapolates."""
+    """Interpolate from init to merged: (1 - liti_rate) * init + liti_rate * merged (Algorithm 1, line 13).
+
+    liti_rate: 0 gives init, 1 merged; above 1 extrapolates.
+    """
     return merge(init_params, [merged_params], "lerp", liti_rate=liti_rate)
 
 
 def slerp(init_params: Params, policies: Sequence[Params], **options: Any) -> Params:
-    """Spherical interpolation of the policies' task vectors, each unit by its own angle.
+    """Spherical interpolation of the policies' task vectors, with one angle per unit.
 
-    For two policies (paper, section 3.2, Eq. 2), with w the one number in `weights`:
+    Two policies and weights = [w] (paper, section 3.2, Eq. 2); w = 0 gives the first policy, 1 the second:
         init + sin((1 - w) angle) / sin(angle) * delta_1 + sin(w angle) / sin(angle) * delta_2
-    so w = 0 gives the first policy, 1 the second. For M policies: the recursion of Eq. 26, by default with weights
-    1/2, 1/3, ..., 1/M; the result then depends on their order.
+    M policies: the recursion of Eq. 26, by default with weights 1/2, 1/3, ..., 1/M; their order matters.
     """
     return merge(init_params, policies, "slerp", **options)
 
 
 def slerp_liti(init_params: Params, policies: Sequence[Params], liti_rate: float | Array, **options: Any) -> Params:
-    """liti(init, slerp(init, policies), liti_rate) in one weighted sum, rounded once."""
+    """Compute liti(init, slerp(init, policies), liti_rate) as one weighted sum, rounded once."""
     return merge(init_params, policies, "slerp", liti_rate=liti_rate, **options)
 
 
 def symmetric_slerp(init_params: Params, policies: Sequence[Params], **options: Any) -> Params:
-    """The mean task vector, each unit stretched to the mean length of its task vectors: no order among policies."""
+    """Mean task vector, scaled in each unit to the mean length of the task vectors. The order does not matter."""
     return merge(init_params, policies, "slerp_symmetric", **options)
 
 
 def lerp(
     init_params: Params, policies: Sequence[Params], weights: Sequence[float] | None = None, **options: Any
 ) -> Params:
-    """Init + sum_m weights[m] * (policy_m - init); the default weights are 1 / M, a uniform soup (paper, App. B)."""
+    """Linear interpolation: init + sum_m weights[m] * (policy_m - init). Default weights: 1 / M (paper, Appendix B)."""
     return merge(init_params, policies, "lerp", weights=weights, **options)
 
 
 def task_arithmetic(
     init_params: Params, policies: Sequence[Params], weights: Sequence[float] | None = None, **options: Any
 ) -> Params:
-    """Init + sum_m weights[m] * (policy_m - init); the default weights are 1 (arXiv 2212.04089)."""
+    """Task arithmetic: init + sum_m weights[m] * (policy_m - init). Default weights: 1 (arXiv 2212.04089)."""
     return merge(init_params, policies, "task_arithmetic", weights=weights, **options)
 
 
 def model_stock(init_params: Params, policies: Sequence[Params], unit: units.Unit = "tensor", **options: Any) -> Params:
-    """The mean of the policies, drawn back to init by their angle: ratio M cos / (1 + (M - 1) cos) (arXiv 2403.19522).
+    """Model Stock: a step of M cos / (1 + (M - 1) cos) from init to the mean of the policies (arXiv 2403.19522).
 
-    At 90 degrees, where policies trained by RL are, it returns init (the paper's Appendix C.2).
+    Policies trained by RL are at about 90 degrees, where this returns init (WARP, Appendix C.2).
     """
     return merge(init_params, policies, "model_stock", unit=unit, **options)
 
 
 def slerp_full_weights(init_params: Params, policies: Sequence[Params], **options: Any) -> Params:
-    """liti(init, slerp(zeros_like(init), policies), liti_rate): SLERP of the weights themselves.
+    """SLERP of the weights themselves: liti(init, slerp(zeros_like(init), policies), liti_rate), rounded once.
 
-    They are nearly collinear, so this is nearly LERP: a negative result to compare with (the paper's Appendix C.2).
+    The weights are nearly collinear, so this is nearly LERP: a negative result to compare with (paper, Appendix C.2).
     """
     return merge(init_params, policies, FULL_WEIGHTS, **options)
 
@@ -106,9 +109,9 @@ def merge(
     stacked: str | None = "layers",
     donate: bool = False,
 ) -> Params:
-    """(1 - liti_rate) * init + liti_rate * merged, where merged is the policies' merge by one of METHODS.
+    """Merge the policies by one of METHODS, then interpolate: (1 - liti_rate) * init + liti_rate * merged.
 
-    All functions above end here; their options and errors are those of this one, told at the top of the module.
+    All merges above call this one. See `warp_jax.merging` for arguments and errors.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, want one of {', '.join(METHODS)}")
@@ -117,7 +120,7 @@ def merge(
         if METHODS[method].by_angle:
             start = jax.tree.map(jnp.zeros_like, init_params) if method == FULL_WEIGHTS else init_params
             inner = gram(start, policies, unit, stacked=stacked)
-        else:  # the same in every unit
+        else:  # the coefficients are the same in every unit
             unit, inner = "model", Gram(np.zeros((1, len(policies), len(policies))), ("model",))
         layout = leaf_units.units_of(init_params, unit, stacked)
         solved = solve(method, inner.matrix, weights, inner.names)
@@ -134,7 +137,7 @@ def merge(
 def gram(
     init_params: Params, policies: Sequence[Params], unit: units.Unit = "layer", *, stacked: str | None = "layers"
 ) -> Gram:
-    """<delta_a, delta_b> for every pair of task vectors and every unit, summed in float64."""
+    """Inner products <delta_a, delta_b> of every pair of task vectors in every unit, summed in float64."""
     _check_policies(init_params, policies)
     layout = leaf_units.units_of(init_params, unit, stacked)
     columns = [jax.tree.leaves(p) for p in policies]

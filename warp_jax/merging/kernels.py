@@ -1,7 +1,7 @@
-"""The two passes of a merge over the weights of one leaf: inner products of task vectors, and one weighted sum.
+"""The two passes of a merge over one leaf: inner products of the task vectors, then a weighted sum.
 
-Arithmetic is float64 inside and rounds once, at the end. Near 180 degrees the terms of the sum are 57 times longer
-than the sum, and a float32 cosine gives an angle that is off by 1e-4 of itself.
+Both compute in float64 and round once, at the end. Float32 is not enough for task vectors at almost 180 degrees: the
+terms of the sum are 57 times longer than the sum, and a float32 cosine gives the angle with a relative error of 1e-4.
 """
 
 import functools
@@ -14,15 +14,18 @@ from jax import lax
 
 from warp_jax.types import Array, HostOrDevice
 
-# On a CPU, products are added up elementwise in blocks that stay in the cache: XLA would write the float64
-# differences of a whole leaf to memory before it sums them, which takes ten times as long. Two products at a time
-# travel as one complex number, because XLA makes a loop for every array that it adds to.
+# On a CPU, products are summed elementwise in blocks that stay in the cache. Without blocks, XLA writes the float64
+# differences of a whole leaf to memory before it sums them, which takes ten times as long. Two products at a time are
+# stored as one complex number, because XLA makes one loop per array of sums.
 BLOCK = 1 << 15  # elements
-BLOCKS_AT_ONCE = 4  # of one step of the loop
+BLOCKS_AT_ONCE = 4  # blocks per step of the loop
 
 
 def gram(init: HostOrDevice, policies: Sequence[HostOrDevice], *, stacked: bool) -> Array:
-    """<policy_a - init, policy_b - init>: float64 [M, M], or [L, M, M] of a leaf whose first axis is that of layers."""
+    """Inner products <policy_a - init, policy_b - init>: float64 [M, M], or [L, M, M] if `stacked`.
+
+    stacked: the first axis of the leaf runs over L layers.
+    """
     with jax.enable_x64(True):
         leaves = [jnp.asarray(x) for x in (init, *policies)]
         rows = init.shape[0] if stacked else 1
@@ -40,10 +43,10 @@ def weighted_sum(
     dtype: Any = None,
     donate: bool = False,
 ) -> Array:
-    """weights[..., 0] * init + sum_m weights[..., m] * (policy_m - init), in `dtype`, by default the policies'.
+    """Compute weights[..., 0] * init + sum_m weights[..., m] * (policy_m - init).
 
-    weights: float64 [1 + M], or [L, 1 + M] of a leaf whose first axis is that of layers. donate: the result takes the
-    place of the first policy, whose array is given up.
+    weights: float64 [1 + M], or [L, 1 + M] for a leaf whose first axis runs over L layers. dtype: None keeps that of
+    the policies. donate: write the result over the first policy, whose array then cannot be used.
     """
     with jax.enable_x64(True):
         first, *rest = (jnp.asarray(x) for x in policies)
@@ -53,7 +56,7 @@ def weighted_sum(
 
 @functools.partial(jax.jit, static_argnames="rows")
 def _plain_gram(init: Array, policies: tuple[Array, ...], *, rows: int) -> Array:
-    """Sums over whole axes, so that a sharded leaf is summed where it lies."""
+    """Sum over whole axes, so that each device sums its own shard."""
     axes = tuple(range(int(rows > 1), init.ndim))
     deltas = [_wide(x) - _wide(init) for x in policies]
     return _symmetric([jnp.sum(p, axis=axes).reshape(rows) for p in _products(deltas)], len(policies))
@@ -61,6 +64,7 @@ def _plain_gram(init: Array, policies: tuple[Array, ...], *, rows: int) -> Array
 
 @functools.partial(jax.jit, static_argnames="rows")
 def _blocked_gram(init: Array, policies: tuple[Array, ...], *, rows: int) -> Array:
+    """Sum in blocks; on_disk does the same in numpy, without JAX's start, but with 1.2 times the processor time."""
     flat = [x.reshape(-1) for x in (init, *policies)]
     size = init.size // rows
     step = BLOCK * BLOCKS_AT_ONCE
@@ -102,12 +106,12 @@ _mix_in_place = jax.jit(_mix_leaf, static_argnames="dtype", donate_argnums=0)
 
 
 def _products(deltas: Sequence[Array]) -> list[Array]:
-    """The M (M + 1) / 2 products of pairs, lower triangle by rows."""
+    """M (M + 1) / 2 elementwise products of pairs: the lower triangle, row by row."""
     return [a * b for i, a in enumerate(deltas) for b in deltas[: i + 1]]
 
 
 def _pack(products: Sequence[Array]) -> list[Array]:
-    """Each two real arrays as one complex array; one that is left over stays real."""
+    """Join pairs of real arrays to complex arrays; a last array without a partner stays real."""
     pairs = [lax.complex(a, b) for a, b in zip(products[::2], products[1::2], strict=False)]
     return pairs + list(products[2 * len(pairs) :])
 
@@ -117,7 +121,7 @@ def _unpack(packed: Sequence[Array]) -> list[Array]:
 
 
 def _symmetric(sums: Sequence[Array], count: int) -> Array:
-    """Lower triangle, each [L], to [L, M, M]."""
+    """Turn the lower triangle, a list of [L] arrays, into symmetric matrices [L, M, M]."""
     place = {(a, b): a * (a + 1) // 2 + b for a in range(count) for b in range(a + 1)}
     rows = [jnp.stack([sums[place[max(a, b), min(a, b)]] for b in range(count)], -1) for a in range(count)]
     return jnp.stack(rows, -2)

@@ -1,4 +1,4 @@
-"""The merging unit of each leaf of a pytree, or of each layer of a stacked leaf."""
+"""Merging units of the leaves of a pytree."""
 
 from typing import Any, NamedTuple
 
@@ -10,16 +10,16 @@ from warp_jax.merging import units
 
 
 class Units(NamedTuple):
-    """names: one per unit. of_leaf: for each leaf in `jax.tree.leaves` order, the unit of the whole leaf
-    (an int array of shape []) or of each of its layers (shape [L]).
-    """
+    """Units of a pytree, numbered in order of first use."""
 
     names: tuple[str, ...]
-    of_leaf: tuple[np.ndarray, ...]
+    of_leaf: tuple[
+        np.ndarray, ...
+    ]  # per leaf, in `jax.tree.leaves` order: its unit, int32 [], or its layers' units, [L]
 
 
 def units_of(tree: Any, unit: units.Unit = "layer", stacked: str | None = "layers") -> Units:
-    """Assign every leaf, or every layer of a leaf stacked under `stacked`, to its unit; in order of first use."""
+    """Assign each leaf to a unit, and each layer of a leaf that is stacked under the key `stacked`."""
     unit_fn = units.unit_function(unit)
     numbers: dict[str, int] = {}
     index = []

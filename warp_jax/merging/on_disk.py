@@ -1,7 +1,7 @@
-"""Merge checkpoints on disk in two passes, holding only chunks of them in memory.
+"""Merging of checkpoints on disk, of which only chunks are in memory.
 
-Pass 1 sums the Gram matrices of the task vectors of every unit, pass 2 writes one weighted sum for each eta.
-Threads each take a chunk, map it, compute and write, so that disk and processors work at once.
+Pass 1 sums the Gram matrix of each unit's task vectors. Pass 2 writes one weighted sum per eta. Several threads work at
+the same time; each maps a chunk, computes and writes.
 """
 
 import contextlib
@@ -25,24 +25,24 @@ from warp_jax.storage.weight_files import OUTPUT_DTYPES, SafetensorsWriter, Tens
 
 REPORT = "merge_report.json"
 MAX_FACTOR = 1000  # larger etas and weights can overflow the dtype of the result
-BLOCK = 1 << 17  # elements: small enough for the cache, large enough that Python costs nothing
+BLOCK = 1 << 17  # elements; a block fits the cache, and Python's overhead per block does not matter
 
 
 class Settings(NamedTuple):
-    """What `scripts/merge.py` sets; see its flags."""
+    """Options of a merge; see the flags of `scripts/merge.py`."""
 
     method: str = "slerp"
     unit: str = "layer"
     weights: tuple[float, ...] | None = None
     etas: tuple[float, ...] = (1.0,)
-    dtype: str | None = None  # one of weight_files.OUTPUT_DTYPES; None keeps that of the policies
+    dtype: str | None = None  # one of weight_files.OUTPUT_DTYPES; None: dtype of the policies
     memory_gb: float = 1.0
 
 
 def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Settings) -> dict[str, Any]:
-    """Write out/eta_X for every eta, and out/merge_report.json, which is returned.
+    """Write out/eta_X for every eta, and out/merge_report.json; return the report.
 
-    `out` appears when all of it is complete. Raises ValueError for inputs that cannot be merged.
+    `out` appears only when it is complete. Raises ValueError for inputs that cannot be merged.
     """
     names = {_eta_folder(eta) for eta in settings.etas if 0 <= eta <= MAX_FACTOR}
     if not names or len(names) < len(settings.etas):
@@ -50,7 +50,7 @@ def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Set
     if not all(abs(weight) <= MAX_FACTOR for weight in settings.weights or ()):
         raise ValueError(f"weights: got {settings.weights}, want numbers from -{MAX_FACTOR} to {MAX_FACTOR}")
     if out.exists():
-        raise ValueError(f"out: {out} exists, and nothing is overwritten; choose another --out")
+        raise ValueError(f"out: {out} exists and is not overwritten; choose another --out")
     inputs = chunking.open_inputs(init, policies, settings.dtype)
     workers = min(os.cpu_count() or 2, 8)
     room = chunking.chunk_room(inputs, settings.memory_gb, workers)
@@ -72,7 +72,7 @@ def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Set
 
 
 def summary_line(report: dict[str, Any]) -> str:
-    """What was merged, and how far apart the policies were."""
+    """Summarize a report in one line: policies, units, and the angle between the policies."""
     units, count = report["units"], len(report["policies"])
     angles = [angle for unit in units for m, row in enumerate(unit["angles_degrees"]) for angle in row[:m]]
     apart = f", median angle {np.median(angles):.1f} degrees" if angles else ""
@@ -81,8 +81,9 @@ def summary_line(report: dict[str, Any]) -> str:
 
 
 class _Maths(threading.local):
-    """The formulas of `warp_jax.kernels` on flat numpy arrays: a program that reads its weights twice has no time to
-    start JAX and compile. Each thread keeps its arrays, because new memory costs as much as the maths.
+    """The sums of `merging.kernels` in numpy, because starting JAX and compiling would take longer than a merge.
+
+    Each thread reuses its arrays, because allocating memory takes as long as the maths.
     """
 
     def __init__(self, count: int):
@@ -90,7 +91,7 @@ class _Maths(threading.local):
         self._mixed = np.empty(BLOCK)
 
     def gram(self, init: np.ndarray, policies: Sequence[np.ndarray]) -> np.ndarray:
-        """<delta_a, delta_b>: float64 [M, M]."""
+        """Inner products <delta_a, delta_b>: float64 [M, M]."""
         total = np.zeros((len(policies), len(policies)))
         for _, (_, *deltas) in self._blocks(init, policies):
             for a, first in enumerate(deltas):
@@ -101,13 +102,13 @@ class _Maths(threading.local):
     def mix(
         self, init: np.ndarray, policies: Sequence[np.ndarray], weights: np.ndarray, dtype: np.dtype
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Weights[0] * init + sum_m weights[m] * (policy_m - init), rounded once, in blocks: where each starts."""
+        """Yield blocks of weights[0] * init + sum_m weights[m] * (policy_m - init), rounded once, and their starts."""
         for first, rows in self._blocks(init, policies):
             mixed = np.dot(weights, rows, out=self._mixed[: rows.shape[1]])
             yield first, mixed.astype(dtype)
 
     def _blocks(self, init: np.ndarray, policies: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """Where a block starts, and its float64 rows: init, then the task vectors; overwritten by the next block."""
+        """Yield a block's start and float64 rows: init, then the task vectors. The next block overwrites the rows."""
         for first in range(0, len(init), BLOCK):
             part = slice(first, min(first + BLOCK, len(init)))
             rows = self._rows[:, : part.stop - first]
@@ -128,7 +129,7 @@ class _Job:
     progress: JobProgress
 
     def sum_grams(self) -> np.ndarray:
-        """Pass 1: float64 [U, M, M]."""
+        """Run pass 1: the Gram matrices, float64 [U, M, M]."""
         count = len(self.inputs.policies)
 
         def chunk_gram(chunk: Chunk) -> np.ndarray:
@@ -147,7 +148,7 @@ class _Job:
         return total
 
     def solve(self, inner: np.ndarray) -> np.ndarray:
-        """Coefficients [U, M] at eta 1."""
+        """Compute the coefficients [U, M] for eta = 1."""
         start = "zero" if self.settings.method == FULL_WEIGHTS else f"init {self.inputs.init.path}"
         for policy, square in zip(self.inputs.policies, np.einsum("umm->m", inner), strict=True):
             if not square:
@@ -155,7 +156,7 @@ class _Job:
         return solve(self.settings.method, inner, self.settings.weights, self.units)
 
     def write_merges(self, coefficients: np.ndarray, staging: Path) -> None:
-        """Pass 2."""
+        """Run pass 2: write a folder per eta to `staging`."""
         etas, dtype = self.settings.etas, OUTPUT_DTYPES.get(self.settings.dtype or "")
         tensors = [_output_tensor(self.inputs, name, dtype) for name in (*self.inputs.merged, *self.inputs.copied)]
         needed = len(etas) * sum(tensor.nbytes for tensor in tensors)
@@ -184,14 +185,14 @@ class _Job:
 
     @contextlib.contextmanager
     def views(self, piece: Piece) -> Iterator[list[np.ndarray]]:
-        """Init and policies, each flat; their memory is given back at the end."""
+        """Yield a piece of init and of each policy, flat; release their memory at the end."""
         yield [folder.view(*piece) for folder in self.inputs.folders]
         for folder in self.inputs.folders:
             folder.release(*piece)
 
-    def run(self, function: Callable[[Chunk], Any], stage: str) -> Iterator[tuple[Chunk, Any]]:
-        """Results in the order of the chunks, so that sums do not depend on the threads."""
-        self.progress.start_stage(stage, len(self.chunks), finished=False)
+    def run(self, function: Callable[[Chunk], Any], phase: str) -> Iterator[tuple[Chunk, Any]]:
+        """Yield results in the order of the chunks, so that sums do not depend on the timing of threads."""
+        self.progress.start_stage(phase, len(self.chunks), finished=False)
         results = self.pool.map(function, self.chunks)
         for number, (chunk, result) in enumerate(zip(self.chunks, results, strict=True), start=1):
             self.progress.on_step(number, {"chunk": number})
@@ -199,7 +200,7 @@ class _Job:
         self.progress.end_stage(len(self.chunks))
 
     def make_folder(self, folder: Path, tensors: Sequence[Tensor]) -> SafetensorsWriter:
-        """A model folder with init's config and tokenizer, and weight files to be filled."""
+        """Create a model folder with init's config and tokenizer, and weight files to fill."""
         folder.mkdir(parents=True)
         for path in self.inputs.init.sidecars():
             shutil.copy(path, folder / path.name)
@@ -210,7 +211,7 @@ class _Job:
         return SafetensorsWriter(folder, tensors)
 
     def make_report(self, inner: np.ndarray, coefficients: np.ndarray, hashes: Sequence[str]) -> dict[str, Any]:
-        """The contents of merge_report.json."""
+        """Contents of merge_report.json."""
         degrees, lengths = np.degrees(angles(inner)), norms(inner)
         inputs = self.inputs
         return {

@@ -1,4 +1,4 @@
-"""Merging units: which weights share one angle. Strings only."""
+"""Merging units: the weights that share one angle. Works on names, without JAX."""
 
 from collections.abc import Callable
 
@@ -8,12 +8,12 @@ Unit = str | Callable[[str], str]
 
 
 def unit_of(name: str, unit: Unit = "layer") -> str:
-    """The unit of a leaf or tensor."""
+    """Name of the unit of a leaf or tensor."""
     return unit_function(unit)(name)
 
 
 def unit_function(unit: Unit) -> Callable[[str], str]:
-    """The function leaf name -> unit name that an option stands for."""
+    """Turn the option `unit` into a function leaf name -> unit name. Raises ValueError for an unknown option."""
     if callable(unit):
         return unit
     named: dict[str, Callable[[str], str]] = {

@@ -1,4 +1,4 @@
-"""Parameters and training states on disk, through Orbax. A checkpoint is there whole or not at all."""
+"""Save and restore parameters and training states with Orbax. An unfinished checkpoint is never visible."""
 
 import shutil
 from pathlib import Path
@@ -12,53 +12,53 @@ from warp_jax.types import Params
 
 
 def save_params(path: Path, params: Params) -> None:
-    """Write a pytree; Orbax renames it into place when it is complete. ValueError if there is a checkpoint already."""
+    """Save a pytree; Orbax renames it to `path` when it is complete. Raises ValueError if `path` exists."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), params)
 
 
 def forget_state(directory: Path) -> None:
-    """Delete the state of a loop whose result is stored elsewhere."""
+    """Delete the training state of a loop, after its result has been saved elsewhere."""
     if hosts.is_first():
         shutil.rmtree(directory / "state", ignore_errors=True)
 
 
 def has_params(path: Path) -> bool:
-    """True if `save_params` has completed for this path."""
+    """Return True if `save_params` has completed for this path."""
     return hosts.exists(path)
 
 
 def restore_params(path: Path, like: Params) -> Params:
-    """Read a pytree with the structure, dtypes and shardings of `like` (arrays or jax.ShapeDtypeStruct)."""
+    """Restore a pytree with the structure, dtypes and shardings of `like` (arrays or jax.ShapeDtypeStruct)."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path.absolute(), abstract(like))
 
 
 class StateStore:
-    """The newest state of one optimisation, saved in the background."""
+    """The latest training state of one loop, saved in the background."""
 
     def __init__(self, directory: Path):
         options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def latest_step(self) -> int:
-        """Step of the stored state, 0 if there is none."""
+        """Step of the saved state; 0 if no state is saved."""
         return int(hosts.broadcast(self._manager.latest_step() or 0))
 
     def save(self, step: int, state: Any) -> None:
-        """Store the state after `step` steps; returns before it is on disk."""
+        """Start saving the state after `step` steps; return before it is on disk."""
         self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, like: Any) -> Any:
-        """Read the newest state, laid out as `like` (jax.ShapeDtypeStruct with shardings)."""
+        """Restore the latest state with the structure and shardings of `like` (jax.ShapeDtypeStruct)."""
         return self._manager.restore(self.latest_step(), args=ocp.args.StandardRestore(like))
 
     def close(self) -> None:
-        """Wait for what is being written."""
+        """Wait until saving has finished."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
 def abstract(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of arrays."""
+    """Turn arrays into jax.ShapeDtypeStruct with the same shapes, dtypes and shardings."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

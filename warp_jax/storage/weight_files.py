@@ -1,6 +1,6 @@
-"""Weights on disk, read and written in ranges: Hugging Face safetensors folders, and this project's Orbax checkpoints.
+"""Read and write ranges of weights on disk: Hugging Face safetensors folders, and Orbax checkpoints of this project.
 
-Nothing is read until it is asked for, so a program can hold as little of a model in memory as it likes.
+Weights are read only on request, so a program can hold a small part of a model in memory.
 """
 
 import itertools
@@ -39,46 +39,46 @@ NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Tensor(NamedTuple):
-    """One tensor of a folder. file: its file's name; num_layers: more than 1 if its first axis is that of layers."""
+    """Description of one tensor in a folder."""
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    file: str
-    num_layers: int = 1
+    file: str  # name of the file that contains it
+    num_layers: int = 1  # above 1: the first axis runs over the layers
 
     @property
     def size(self) -> int:
-        """Count of elements."""
+        """Number of elements."""
         return int(np.prod(self.shape))
 
     @property
     def nbytes(self) -> int:
-        """Count of bytes."""
+        """Number of bytes."""
         return self.size * self.dtype.itemsize
 
 
 class WeightFolder(Protocol):
-    """What can be merged: named tensors, read in ranges of elements, from several threads."""
+    """Interface of a folder of named tensors, whose elements several threads can read."""
 
     path: Path
     tensors: dict[str, Tensor]
 
     def view(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements start .. stop - 1 of a tensor, flat, not to be written to."""
+        """Return elements start .. stop - 1 of a tensor as a flat array; do not write to it."""
 
     def release(self, name: str, start: int, stop: int) -> None:
-        """Give back the memory of a view, which still can be used."""
+        """Release the memory of a view. The view stays valid."""
 
     def weight_paths(self) -> Sequence[Path]:
-        """The files that hold the weights."""
+        """Paths of the weight files."""
 
     def sidecars(self) -> Sequence[Path]:
-        """The files beside them that a model needs: config, tokenizer."""
+        """Paths of the other files of the model: config, tokenizer."""
 
 
 def open_weights(path: Path) -> WeightFolder:
-    """Open a folder for reading. ValueError if it holds no safetensors and is no Orbax checkpoint, or is damaged."""
+    """Open a safetensors folder or an Orbax checkpoint. Raises ValueError for any other folder, or a damaged one."""
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; want a safetensors folder or an Orbax checkpoint")
     if (path / "_METADATA").is_file():
@@ -88,12 +88,14 @@ def open_weights(path: Path) -> WeightFolder:
         return SafetensorsFolder(path, names)
     pickled = sorted(p.name for p in path.iterdir() if p.suffix in PICKLED)
     if pickled:
-        raise ValueError(f"{path}: holds {pickled[0]}, a pickle that can run code; want safetensors: convert it first")
-    raise ValueError(f"{path}: holds no .safetensors file and is no Orbax checkpoint")
+        raise ValueError(
+            f"{path}: contains {pickled[0]}, a pickle that can run code; want .safetensors files; convert it first"
+        )
+    raise ValueError(f"{path}: contains no .safetensors file and is no Orbax checkpoint; want one of the two")
 
 
 def hash_file(path: Path) -> str:
-    """XXH3, 128 bits: tells files apart ten times faster than SHA-256, but not against an attacker."""
+    """Hash a file with XXH3 (128 bits): ten times faster than SHA-256, but not safe against an attacker."""
     digest, block = xxhash.xxh3_128(), bytearray(1 << 18)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
@@ -114,7 +116,7 @@ class SafetensorsFolder:
             for tensor, offset in _read_header(path / name):
                 if tensor.name in self.tensors:
                     raise ValueError(
-                        f"{path}: tensor {tensor.name!r} is in {name} and {self.tensors[tensor.name].file}"
+                        f"{path}: tensor {tensor.name!r} is in both {name} and {self.tensors[tensor.name].file}"
                     )
                 self.tensors[tensor.name] = tensor
                 self._offsets[tensor.name] = offset
@@ -130,7 +132,7 @@ class SafetensorsFolder:
         return np.frombuffer(self._maps[tensor.file], tensor.dtype, stop - start, offset)
 
     def release(self, name: str, start: int, stop: int) -> None:
-        """As in WeightFolder: pages of a mapped file count as ours until they are given back."""
+        """As in WeightFolder: pages of a mapped file count as memory of the process until they are released."""
         tensor = self.tensors[name]
         first, last = (self._offsets[name] + number * tensor.dtype.itemsize for number in (start, stop))
         first -= first % mmap.PAGESIZE
@@ -147,9 +149,7 @@ class SafetensorsFolder:
 
 
 class OrbaxFolder:
-    """What `checkpoint.save_params` wrote. Leaves keep their paths, joined by '/'; one leaf is read whole at a time,
-    as it is stored.
-    """
+    """A checkpoint of `checkpoint.save_params`. Tensors are named by their paths, joined by '/', and read whole."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -177,7 +177,7 @@ class OrbaxFolder:
             return self._held[1][start:stop]
 
     def release(self, name: str, start: int, stop: int) -> None:
-        """As in WeightFolder; the leaf is kept until another is read."""
+        """Do nothing: a leaf stays in memory until another one is read."""
 
     def weight_paths(self) -> Sequence[Path]:
         """As in WeightFolder."""
@@ -189,10 +189,10 @@ class OrbaxFolder:
 
 
 class SafetensorsWriter:
-    """Safetensors files of known layout, filled in any order, from several threads."""
+    """Writer of safetensors files whose tensors are known in advance; several threads can write, in any order."""
 
     def __init__(self, folder: Path, tensors: Sequence[Tensor]):
-        """Make the files at their full size, so that a full disk shows at once (OSError)."""
+        """Create the files at their full size. Raises OSError at once if the disk is full."""
         self._descriptors: dict[str, int] = {}
         self._places: dict[str, tuple[int, int, np.dtype]] = {}
         by_file: dict[str, list[Tensor]] = {}
@@ -213,7 +213,7 @@ class SafetensorsWriter:
             files.write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
-        """Store flat values as the elements of a tensor from number `start` on."""
+        """Write flat values as the elements of a tensor from index `start` on."""
         descriptor, offset, dtype = self._places[name]
         view = _bytes_of(np.ascontiguousarray(values, dtype))
         offset += start * dtype.itemsize
@@ -232,27 +232,29 @@ def _bytes_of(values: np.ndarray) -> memoryview:
 
 
 def _safetensors_names(path: Path) -> list[str]:
-    """The weight files of a folder: those that its index names, else all."""
+    """Names of the weight files of a folder: those in its index, or all if it has no index."""
     if not (path / INDEX).is_file():
         return sorted(p.name for p in path.glob("*.safetensors"))
     try:
         names = sorted(set(map(str, files.read_json(path / INDEX)["weight_map"].values())))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / INDEX}: not an index of safetensors files: {error}") from error
+        raise ValueError(f"{path / INDEX}: not an index of safetensors files ({error}); download it again") from error
     missing = [name for name in names if not (path / name).is_file()]
     if missing:
-        raise ValueError(f"{path}: {missing[0]} is missing, which {INDEX} names")
+        raise ValueError(f"{path}: {missing[0]} is missing; {INDEX} lists it")
     return names
 
 
 def _read_header(path: Path) -> Iterator[tuple[Tensor, int]]:
-    """Each tensor of a safetensors file and the byte where it starts."""
+    """Yield each tensor of a safetensors file and the offset of its first byte."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError(f"{path}: truncated or corrupted: the header does not fit into {size} bytes")
+            raise ValueError(
+                f"{path}: truncated or corrupted: the header does not fit into {size} bytes; download it again"
+            )
         text = file.read(length)
     try:
         header = json.loads(text)
@@ -266,14 +268,16 @@ def _read_header(path: Path) -> Iterator[tuple[Tensor, int]]:
             yield tensor, 8 + length + end
             end = entry["data_offsets"][1]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: corrupted safetensors header: {error}") from error
+        raise ValueError(f"{path}: corrupted safetensors header: {error}; download it again") from error
     if size != 8 + length + end:
-        raise ValueError(f"{path}: truncated or corrupted: has {size} bytes, its header wants {8 + length + end}")
+        raise ValueError(
+            f"{path}: truncated or corrupted: got {size} bytes, want {8 + length + end}; download it again"
+        )
 
 
 def _make_header(tensors: Sequence[Tensor], starts: Sequence[int]) -> bytes:
-    """The first bytes of a safetensors file, whose data has tensor i at byte starts[i] and ends at starts[-1]."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers loads no file without a format
+    """Header of a safetensors file. starts: byte offset of each tensor in the data, then the size of the data."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires a format
     for tensor, *data_offsets in zip(tensors, starts[:-1], starts[1:], strict=True):
         entries[tensor.name] = {
             "dtype": NAME_OF_DTYPE[tensor.dtype],
