@@ -26,7 +26,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from warp_jax import cli, merging
+from warp_jax import cli, files, merging
 from warp_jax.storage.weight_files import SafetensorsWriter, Tensor, open_weights
 
 WHAT = flags.DEFINE_enum("what", "in_memory", ["in_memory", "mergekit", "large"], "Benchmark to run.")
@@ -92,19 +92,16 @@ def make_checkpoints(folder: Path, size: dict[str, int]) -> list[Path]:
     for number, path in enumerate(paths):
         if path.exists():
             continue
-        partial = path.with_suffix(".partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        (partial / "model.safetensors").unlink(missing_ok=True)
-        (partial / "config.json").write_text(json.dumps(config))
-        writer = SafetensorsWriter(partial, tensors)
-        for index, tensor in enumerate(tensors):
-            values = np.random.default_rng([0, index]).standard_normal(tensor.size, np.float32) * np.float32(0.02)
-            if number:
-                noise = np.random.default_rng([number, index]).standard_normal(tensor.size, np.float32)
-                values += np.float32(0.0002) * noise
-            writer.write(tensor.name, 0, values)
-        writer.close()
-        partial.rename(path)
+        with files.staged(path) as partial:
+            files.write_json(partial / "config.json", config)
+            writer = SafetensorsWriter(partial, tensors)
+            for index, tensor in enumerate(tensors):
+                values = np.random.default_rng([0, index]).standard_normal(tensor.size, np.float32) * np.float32(0.02)
+                if number:
+                    noise = np.random.default_rng([number, index]).standard_normal(tensor.size, np.float32)
+                    values += np.float32(0.0002) * noise
+                writer.write(tensor.name, 0, values)
+            writer.close()
     return paths
 
 
@@ -112,9 +109,8 @@ def run(command: Sequence[str], env: dict[str, str] | None = None) -> tuple[floa
     """Run a program; return its seconds and its peak resident memory in GB."""
     os.sync()  # finish the writes of the run before
     launcher = [sys.executable, "-S", "-c", LAUNCH, *command]
-    result = subprocess.run(
-        launcher, cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True, check=False
-    )
+    env = os.environ | (env or {})
+    result = subprocess.run(launcher, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"failed: {' '.join(command)}\n{result.stderr}")
     seconds, kibibytes = result.stdout.split()[-2:]
@@ -217,13 +213,8 @@ def _in_memory(shapes: dict[str, tuple[int, ...]]) -> None:
         times["slerp_liti, in place"].append(_seconds(lambda mine=mine: merge(init, mine, donate=True)))
         del mine
     moved = {name: count for name, (count, _) in kinds.items()} | {"slerp_liti, in place": 7 * num_bytes}
-    table = Table(
-        "operation",
-        "ms",
-        "GB/s",
-        "share of copy",
-        title=f"trees of {num_bytes / 1e9:.2f} GB, {len(shapes)} leaves, float32, M = 2",
-    )
+    title = f"trees of {num_bytes / 1e9:.2f} GB, {len(shapes)} leaves, float32, M = 2"
+    table = Table("operation", "ms", "GB/s", "share of copy", title=title)
     rates = {name: [moved[name] / seconds / 1e9 for seconds in runs[1:]] for name, runs in times.items()}
     for name, rate in rates.items():
         share = statistics.median(a / b for a, b in zip(rate, rates["copy"], strict=True))

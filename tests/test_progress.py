@@ -1,4 +1,4 @@
-"""The time left, on a clock that the test turns."""
+"""Estimates of the time left, with a fake clock."""
 
 from warp_jax import progress
 
@@ -22,8 +22,8 @@ def test_time_left_counts_steps_and_evaluations(monkeypatch):
     assert job._left(3) == f"about {(3 * 7 + 60 * 2) / 60:.1f} min left"
 
 
-def test_stages_found_done_take_no_time(monkeypatch):
-    """Fails when skipped steps make those ahead look fast."""
+def test_phases_done_before_take_no_time(monkeypatch):
+    """Fails when skipped steps count in the mean time of a step."""
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     job = progress.JobProgress(10)

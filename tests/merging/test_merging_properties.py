@@ -151,7 +151,7 @@ def test_flax_nnx_states():
 
 
 def test_equinox_modules():
-    """Fails when a leaf that is no array is merged in silence: only the arrays are passed."""
+    """Fails when a leaf that is not an array is merged without an error."""
     model = eqx.nn.MLP(2, 1, 3, 2, key=jax.random.key(0))
     arrays, rest = eqx.partition(model, eqx.is_array)
     policies = [_moved_by(arrays, seed) for seed in (1, 2)]
@@ -163,7 +163,7 @@ def test_equinox_modules():
 
 
 def test_stacked_leaves_under_another_key():
-    """Fails when only 'layers' can be stacked, or a tree whose `layers` are not stacked cannot say so."""
+    """Fails when only 'layers' can be stacked, or a tree with unstacked `layers` is taken as stacked."""
     rng = np.random.default_rng(0)
     init = {"blocks": {"w": jnp.zeros((2, 3))}, "layers": {"w": jnp.zeros((2, 3))}}
     policies = [jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), init) for _ in range(2)]
@@ -172,7 +172,7 @@ def test_stacked_leaves_under_another_key():
 
 
 def test_a_function_names_the_units():
-    """Fails when a function of the leaf's path is not asked."""
+    """Fails when a function of the leaf's path is not called."""
     init = {"a": {"x": jnp.zeros(2), "y": jnp.zeros(2)}, "b": {"x": jnp.zeros(2)}}
     policies = [_moved_by(init, seed) for seed in (1, 2)]
     assert merging.gram(init, policies, lambda name: name.split("/")[-1]).names == ("x", "y")

@@ -84,7 +84,7 @@ def _exact(init, policies, eta, weight=0.5, method="slerp"):
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize(("method", "chunk"), [("slerp", 4096), ("slerp", 1 << 20), ("slerp_full_weights", 1 << 20)])
 def test_merge_is_the_formula_rounded_once(tmp_path, monkeypatch, dtype, method, chunk):
-    """Fails when a chunk is left out or lands elsewhere, a unit's angle is that of a chunk, or eta is turned round."""
+    """Fails when a chunk is left out or lands elsewhere, a unit's angle is that of a chunk, or eta is swapped with 1 - eta."""
     monkeypatch.setattr(chunking, "MAX_CHUNK", chunk)
     init, policies, (start, *paths) = _folders(tmp_path, dtype=dtype)
     merge_folders(start, paths, tmp_path / "out", Settings(method, etas=(0.3, 1.0), weights=(0.2,)))
@@ -247,7 +247,7 @@ def test_etas_are_distinct_and_finite(tmp_path, etas):
 
 
 def test_no_space_leaves_nothing(tmp_path, monkeypatch):
-    """Fails when a full disk is found by writing."""
+    """Fails when a full disk is noticed only while writing."""
     _, _, paths = _folders(tmp_path)
     before = set(tmp_path.iterdir())
     monkeypatch.setattr(on_disk.shutil, "disk_usage", lambda path: _Usage())
@@ -279,7 +279,7 @@ def test_of_two_merges_at_once_the_first_to_end_is_kept(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_merge_leaves_nothing_and_a_killed_one_no_result(tmp_path, monkeypatch):
-    """Fails when the folder appears before it is complete, or what a kill left is in the way."""
+    """Fails when the folder appears before it is complete, or leftovers of a killed merge block the next."""
     _, _, paths = _folders(tmp_path)
     leftover = tmp_path / ".out.partial"
     leftover.mkdir()

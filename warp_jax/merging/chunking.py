@@ -95,6 +95,7 @@ def chunk_room(inputs: Inputs, memory_gb: float, workers: int) -> int:
 
 def plan_chunks(inputs: Inputs, unit: units.Unit, room: int) -> tuple[tuple[str, ...], list[Chunk]]:
     """Return the names of the units, and all weights cut into chunks of at most `room` elements."""
+    unit_of = units.unit_function(unit)
     numbers: dict[str, int] = {}
     pieces: dict[int, list[Piece]] = {}
     for name in inputs.merged:
@@ -102,7 +103,7 @@ def plan_chunks(inputs: Inputs, unit: units.Unit, room: int) -> tuple[tuple[str,
         rows = naming.layer_names(name, tensor.num_layers) if tensor.num_layers > 1 else [name]
         size = tensor.size // len(rows)
         for row, row_name in enumerate(rows):
-            number = numbers.setdefault(units.unit_of(row_name, unit), len(numbers))
+            number = numbers.setdefault(unit_of(row_name), len(numbers))
             pieces.setdefault(number, []).append(Piece(name, row * size, (row + 1) * size))
     chunks = [Chunk(number, part) for number, members in pieces.items() for part in _cut(members, room)]
     return tuple(numbers), chunks
@@ -132,4 +133,4 @@ def raise_not_finite(inputs: Inputs, chunk: Chunk) -> NoReturn:
         for piece in chunk.pieces:
             if not np.isfinite(folder.view(*piece).astype(np.float64)).all():
                 raise ValueError(f"{folder.path}: tensor {piece.name!r} holds NaN or Inf")
-    raise AssertionError("the Gram matrix is not finite, but all weights are")
+    raise ValueError(f"tensor {chunk.pieces[0].name!r}: weights are too large, their products overflow float64")

@@ -39,15 +39,9 @@ def angles(matrix: Matrix) -> Any:
 def slerp_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
     """Spherical interpolation by the paper's recursion (Eq. 2 and 26).
 
-    For M > 2 the result depends on the order of the policies. Zero and parallel task vectors are averaged linearly,
-    which is the limit of SLERP. Opposite task vectors give NaN.
-
-    Args:
-      matrix: Gram matrices, [U, M, M].
-      weights: the M - 1 weights of the recursion, the m-th for policy m + 1. Default: 1/2, 1/3, ..., 1/M.
-
-    Returns:
-      Coefficients, [U, M].
+    weights: the M - 1 weights of the recursion, the m-th for policy m + 1; by default 1/2, 1/3, ..., 1/M. For M > 2 the
+    result depends on the order of the policies. Zero and parallel task vectors are averaged linearly (the limit of
+    SLERP). Opposite task vectors give NaN.
     """
     xp, count = matrix.__array_namespace__(), matrix.shape[-1]
     chosen = [1.0 / m for m in range(2, count + 1)] if weights is None else list(weights)
@@ -129,11 +123,7 @@ def with_liti(method: str, coefficients: Any, liti_rate: Any) -> Any:
 
 
 def solve(method: str, matrix: Matrix, weights: Weights, names: Sequence[str]) -> Any:
-    """Compute the coefficients [U, M] of a method, which are NaN in a unit whose merge is undefined.
-
-    Raises:
-      ValueError: outside jit, a merge is undefined; the message names the units.
-    """
+    """Coefficients [U, M] of a method. Units whose merge is undefined raise ValueError; inside jit they give NaN."""
     _check_finite(matrix, names)
     coefficients = METHODS[method].solve(matrix, weights)
     _check_finite(coefficients[..., None], names)
@@ -148,10 +138,7 @@ def _check_finite(values: Any, names: Sequence[str]) -> None:
 
 
 def slerp_pair(square_1: Any, square_2: Any, inner: Any, weight: float) -> tuple[Any, Any]:
-    """Two coefficients of SLERP (Eq. 2) from |delta_1|^2, |delta_2|^2 and <delta_1, delta_2>.
-
-    weight: 0 gives the first vector, 1 the second.
-    """
+    """Coefficients of SLERP (Eq. 2) from |delta_1|^2, |delta_2|^2 and <delta_1, delta_2>. Weight 1 gives the second."""
     xp = square_1.__array_namespace__()
     angle, sine = _angle(square_1, square_2, inner)
     parallel = sine < PARALLEL_SIN

@@ -128,9 +128,7 @@ def _symmetric(sums: Sequence[Array], count: int) -> Array:
 
 
 def _is_on_one_cpu(x: Array) -> bool:
-    if isinstance(x, jax.core.Tracer):
-        return False
-    return [device.platform for device in x.devices()] == ["cpu"]
+    return not isinstance(x, jax.core.Tracer) and [device.platform for device in x.devices()] == ["cpu"]
 
 
 def _wide(x: Array) -> Array:

@@ -61,9 +61,9 @@ def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Set
             hashes = pool.map(hash_file, inputs.weight_paths())
             inner = job.sum_grams()
             coefficients = job.solve(inner)
-            report = job.make_report(inner, coefficients, list(hashes))
             with files.staged(out) as staging:
                 job.write_merges(coefficients, staging)
+                report = job.make_report(inner, coefficients, list(hashes))
                 files.write_json(staging / REPORT, report)
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -163,7 +163,7 @@ class _Job:
         free = shutil.disk_usage(staging.parent).free
         if needed > free:
             raise ValueError(
-                f"out: needs {needed / 1e9:.2f} GB, got {free / 1e9:.2f} GB of free disk; choose another --out"
+                f"out: got {free / 1e9:.2f} GB of free disk, want {needed / 1e9:.2f}; choose another --out"
             )
         weights = [with_liti(self.settings.method, coefficients, eta) for eta in etas]
         writers = [self.make_folder(staging / _eta_folder(eta), tensors) for eta in etas]
@@ -213,13 +213,14 @@ class _Job:
     def make_report(self, inner: np.ndarray, coefficients: np.ndarray, hashes: Sequence[str]) -> dict[str, Any]:
         """Contents of merge_report.json."""
         degrees, lengths = np.degrees(angles(inner)), norms(inner)
-        inputs = self.inputs
+        inputs, tensors = self.inputs, self.inputs.init.tensors
+        alone = [name for name in inputs.merged if tensors[name].num_layers == 1 and not naming.in_layer(name)]
         return {
             **self.settings._asdict(),
             "init": str(inputs.init.path),
             "policies": [str(policy.path) for policy in inputs.policies],
             "xxh3_128": dict(zip(map(str, inputs.weight_paths()), hashes, strict=True)),
-            "not_in_a_layer": [name for name in inputs.merged if not _in_layer(inputs.init.tensors[name])],
+            "not_in_a_layer": alone,
             "copied": list(inputs.copied),
             "units": [
                 {
@@ -240,7 +241,3 @@ def _eta_folder(eta: float) -> str:
 def _output_tensor(inputs: Inputs, name: str, dtype: np.dtype | None) -> Tensor:
     tensor = inputs.policies[0].tensors[name]._replace(file=inputs.init.tensors[name].file)
     return tensor if dtype is None or name in inputs.copied else tensor._replace(dtype=dtype)
-
-
-def _in_layer(tensor: Tensor) -> bool:
-    return tensor.num_layers > 1 or naming.in_layer(tensor.name)

@@ -7,11 +7,6 @@ from warp_jax import naming
 Unit = str | Callable[[str], str]
 
 
-def unit_of(name: str, unit: Unit = "layer") -> str:
-    """Name of the unit of a leaf or tensor."""
-    return unit_function(unit)(name)
-
-
 def unit_function(unit: Unit) -> Callable[[str], str]:
     """Turn the option `unit` into a function leaf name -> unit name. Raises ValueError for an unknown option."""
     if callable(unit):

@@ -3,6 +3,7 @@
 Weights are read only on request, so a program can hold a small part of a model in memory.
 """
 
+import abc
 import itertools
 import json
 import mmap
@@ -10,7 +11,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import ml_dtypes
 import numpy as np
@@ -58,23 +59,26 @@ class Tensor(NamedTuple):
         return self.size * self.dtype.itemsize
 
 
-class WeightFolder(Protocol):
-    """Interface of a folder of named tensors, whose elements several threads can read."""
+class WeightFolder(abc.ABC):
+    """Folder of named tensors, whose elements several threads can read."""
 
     path: Path
     tensors: dict[str, Tensor]
 
+    @abc.abstractmethod
     def view(self, name: str, start: int, stop: int) -> np.ndarray:
         """Return elements start .. stop - 1 of a tensor as a flat array; do not write to it."""
 
-    def release(self, name: str, start: int, stop: int) -> None:
+    def release(self, name: str, start: int, stop: int) -> None:  # noqa: B027  by default, nothing to release
         """Release the memory of a view. The view stays valid."""
 
+    @abc.abstractmethod
     def weight_paths(self) -> Sequence[Path]:
         """Paths of the weight files."""
 
     def sidecars(self) -> Sequence[Path]:
         """Paths of the other files of the model: config, tokenizer."""
+        return []
 
 
 def open_weights(path: Path) -> WeightFolder:
@@ -103,7 +107,7 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-class SafetensorsFolder:
+class SafetensorsFolder(WeightFolder):
     """A folder of one or several safetensors files (https://github.com/huggingface/safetensors#format)."""
 
     def __init__(self, path: Path, names: Sequence[str]):
@@ -148,8 +152,11 @@ class SafetensorsFolder:
         return [p for p in sorted(self.path.iterdir()) if p.is_file() and p.suffix in SIDECARS and p.name != INDEX]
 
 
-class OrbaxFolder:
-    """A checkpoint of `checkpoint.save_params`. Tensors are named by their paths, joined by '/', and read whole."""
+class OrbaxFolder(WeightFolder):
+    """A checkpoint of `checkpoint.save_params`. Tensors are named by their paths, joined by '/'.
+
+    A tensor is read whole, and stays in memory until another one is read.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -176,16 +183,9 @@ class OrbaxFolder:
                 self._held = (name, self._stores[name].read().result().reshape(-1))
             return self._held[1][start:stop]
 
-    def release(self, name: str, start: int, stop: int) -> None:
-        """Do nothing: a leaf stays in memory until another one is read."""
-
     def weight_paths(self) -> Sequence[Path]:
         """As in WeightFolder."""
         return sorted(p for p in self.path.rglob("*") if p.is_file())
-
-    def sidecars(self) -> Sequence[Path]:
-        """As in WeightFolder."""
-        return []
 
 
 class SafetensorsWriter:
@@ -215,7 +215,7 @@ class SafetensorsWriter:
     def write(self, name: str, start: int, values: np.ndarray) -> None:
         """Write flat values as the elements of a tensor from index `start` on."""
         descriptor, offset, dtype = self._places[name]
-        view = _bytes_of(np.ascontiguousarray(values, dtype))
+        view = memoryview(cast(Any, np.ascontiguousarray(values, dtype).view(np.uint8)))
         offset += start * dtype.itemsize
         while view:
             count = os.pwrite(descriptor, view, offset)
@@ -225,10 +225,6 @@ class SafetensorsWriter:
         """Close the files."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
-
-
-def _bytes_of(values: np.ndarray) -> memoryview:
-    return memoryview(cast(Any, values.view(np.uint8)))
 
 
 def _safetensors_names(path: Path) -> list[str]:
@@ -279,11 +275,8 @@ def _make_header(tensors: Sequence[Tensor], starts: Sequence[int]) -> bytes:
     """Header of a safetensors file. starts: byte offset of each tensor in the data, then the size of the data."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires a format
     for tensor, *data_offsets in zip(tensors, starts[:-1], starts[1:], strict=True):
-        entries[tensor.name] = {
-            "dtype": NAME_OF_DTYPE[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": data_offsets,
-        }
+        dtype, shape = NAME_OF_DTYPE[tensor.dtype], list(tensor.shape)
+        entries[tensor.name] = {"dtype": dtype, "shape": shape, "data_offsets": data_offsets}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
