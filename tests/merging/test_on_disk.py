@@ -84,7 +84,7 @@ def _exact(init, policies, eta, weight=0.5, method="slerp"):
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize(("method", "chunk"), [("slerp", 4096), ("slerp", 1 << 20), ("slerp_full_weights", 1 << 20)])
 def test_merge_is_the_formula_rounded_once(tmp_path, monkeypatch, dtype, method, chunk):
-    """Fails when a chunk is left out or lands elsewhere, a unit's angle is that of a chunk, or eta is swapped with 1 - eta."""
+    """Fails when a chunk is missing or misplaced, each chunk has its own angle, or eta is swapped with 1 - eta."""
     monkeypatch.setattr(chunking, "MAX_CHUNK", chunk)
     init, policies, (start, *paths) = _folders(tmp_path, dtype=dtype)
     merge_folders(start, paths, tmp_path / "out", Settings(method, etas=(0.3, 1.0), weights=(0.2,)))
