@@ -9,7 +9,7 @@ def test_time_left_counts_steps_and_evaluations(monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     job = progress.JobProgress(10)
     job.expect_evaluations(3)
-    job.start_stage("run", 10, finished=False)
+    job.start_phase("run", 10, finished=False)
     job.on_step(0, {})
     for done, now in ((1, 100.0), (2, 102.0)):
         clock[0] = now
@@ -27,8 +27,8 @@ def test_phases_done_before_take_no_time(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     job = progress.JobProgress(10)
-    job.start_stage("first", 6, finished=True)
-    job.start_stage("second", 4, finished=False)
+    job.start_phase("first", 6, finished=True)
+    job.start_phase("second", 4, finished=False)
     for done, now in ((0, 0.0), (1, 50.0), (2, 80.0)):
         clock[0] = now
         job.on_step(done, {"loss": 1.0} if done else {})

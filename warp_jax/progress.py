@@ -16,7 +16,7 @@ class JobProgress:
         self._console = Console(stderr=True, quiet=quiet)
         self._total = total_steps
         self._before = 0
-        self._stage = ""
+        self._phase = ""
         self._last_line = time.monotonic()
         self._since: float | None = None  # end of the last step or evaluation of this phase
         self._stepping, self._timed_steps = 0.0, 0
@@ -33,13 +33,13 @@ class JobProgress:
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._progress.add_task("starting", total=total_steps, left="", latest="")
 
-    def start_stage(self, name: str, num_steps: int, *, finished: bool) -> None:
+    def start_phase(self, name: str, num_steps: int, *, finished: bool) -> None:
         """Start a phase of num_steps steps, or skip it if `finished`: its result is already saved."""
-        self._stage, self._since = name, None
+        self._phase, self._since = name, None
         self.note(f"{name}: {'done before, skipped' if finished else 'started'}")
         if finished:
             self.on_step(num_steps, {})
-            self.end_stage(num_steps)
+            self.end_phase(num_steps)
 
     def on_step(self, done: int, values: Mapping[str, float]) -> None:
         """Move the bar to `done` steps of this phase. values: latest metrics, empty for steps of an earlier process."""
@@ -50,15 +50,15 @@ class JobProgress:
         latest = " ".join(f"{name} {values[name]:.3f}" for name in ("loss", "reward", "anchor_kl") if name in values)
         left = self._left(done)
         self._progress.update(
-            self._task, completed=self._before + done, description=self._stage, left=left, latest=latest
+            self._task, completed=self._before + done, description=self._phase, left=left, latest=latest
         )
         if values and not self._console.is_terminal and now - self._last_line > PLAIN_LINE_SECONDS:
             self._last_line = now
             count = f"{self._before + done}/{self._total} of all steps"
-            parts = filter(None, (f"{self._stage}: step {done}", latest, count, left))
+            parts = filter(None, (f"{self._phase}: step {done}", latest, count, left))
             self.note(", ".join(parts))
 
-    def end_stage(self, num_steps: int) -> None:
+    def end_phase(self, num_steps: int) -> None:
         """End a phase: count its steps as done."""
         self._before += num_steps
 

@@ -153,7 +153,7 @@ class Maker:
         directory = self.workdir / name
         trained, frozen = freezing.split(task.start, task.trainable)
         finished = checkpoint.has_params(directory / "params")
-        self.progress.start_stage(name, settings.num_steps, finished=finished)
+        self.progress.start_phase(name, settings.num_steps, finished=finished)
         if finished:
             checkpoint.forget_state(directory)  # a kill may have left it
             return trees.join(checkpoint.restore_params(directory / "params", trained), frozen)
@@ -166,7 +166,7 @@ class Maker:
         self._measure(name, settings.batch_size, task, params)
         checkpoint.save_params(directory / "params", trained)
         checkpoint.forget_state(directory)
-        self.progress.end_stage(settings.num_steps)
+        self.progress.end_phase(settings.num_steps)
         return params
 
     def _measure(self, name: str, batch_size: int, task: Task, params: Params) -> None:

@@ -61,12 +61,12 @@ class Job:
         directory = self.directory(iteration) / f"run_{run}"
         num_steps = self.settings.warp.steps_per_iteration[iteration - 1]
         finished = checkpoint.has_params(directory / "params")
-        self.progress.start_stage(f"iteration {iteration} run {run}", num_steps, finished=finished)
+        self.progress.start_phase(f"iteration {iteration} run {run}", num_steps, finished=finished)
         if not finished:
             with hosts.locked(directory / "lock", functools.partial(_refuse, f"run {run}", iteration)):
                 if not checkpoint.has_params(directory / "params"):  # another job may have finished it meanwhile
                     self._train(init_params, iteration, run, directory)
-            self.progress.end_stage(num_steps)
+            self.progress.end_phase(num_steps)
         checkpoint.forget_state(directory)  # also after a kill
 
         def params_at(step: int, name: str) -> Params:

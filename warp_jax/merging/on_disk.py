@@ -192,12 +192,12 @@ class _Job:
 
     def run(self, function: Callable[[Chunk], Any], phase: str) -> Iterator[tuple[Chunk, Any]]:
         """Yield results in the order of the chunks, so that sums do not depend on the timing of threads."""
-        self.progress.start_stage(phase, len(self.chunks), finished=False)
+        self.progress.start_phase(phase, len(self.chunks), finished=False)
         results = self.pool.map(function, self.chunks)
         for number, (chunk, result) in enumerate(zip(self.chunks, results, strict=True), start=1):
             self.progress.on_step(number, {"chunk": number})
             yield chunk, result
-        self.progress.end_stage(len(self.chunks))
+        self.progress.end_phase(len(self.chunks))
 
     def make_folder(self, folder: Path, tensors: Sequence[Tensor]) -> SafetensorsWriter:
         """Create a model folder with init's config and tokenizer, and weight files to fill."""
