@@ -13,13 +13,8 @@ import numpy as np
 
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.parallel import hosts
+from warp_jax.settings.legacy import MOVED
 from warp_jax.types import ApplyFn, Array, Params, RewardFn, Rewards, Rollout
-
-# modules under the names that older configs hold
-MOVED = {
-    "warp_jax.math_answers": "warp_jax.rewards.math_answers",
-    "warp_jax.reasoning": "warp_jax.data.reasoning_gym",
-}
 
 # prompts, completions, rows of the data source -> one number each
 TextFn = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Any]
