@@ -26,7 +26,7 @@ from warp_jax.types import Params, PromptBatch, RewardFn, Rollout
 
 
 class Setup(NamedTuple):
-    """What all runs share. sft_params, frozen_params: trained leaves of the SFT policy, and its other leaves. Training
+    """Inputs that all runs share. sft_params, frozen_params: trained leaves of the SFT policy, and its other leaves. Training
     and evaluation have a reward function each, because a reward on text may read the rows of its split.
     """
 

@@ -35,7 +35,7 @@ def _distinct(etas: tuple[float, ...]) -> tuple[float, ...]:
     names = [f"{abs(eta):g}" for eta in etas]  # 6 digits, as evaluations are named
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"got {etas!r}, want distinct numbers: {name} is there twice, to 6 digits")
+            raise ValueError(f"got {etas!r}, want distinct numbers: {name} is given twice (compared with 6 digits)")
     return etas
 
 
