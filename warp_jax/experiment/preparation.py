@@ -26,8 +26,9 @@ from warp_jax.types import Params, PromptBatch, RewardFn, Rollout
 
 
 class Setup(NamedTuple):
-    """Inputs that all runs share. sft_params, frozen_params: trained leaves of the SFT policy, and its other leaves. Training
-    and evaluation have a reward function each, because a reward on text may read the rows of its split.
+    """Inputs that all runs share. sft_params, frozen_params: trained leaves of the SFT policy, and its other leaves.
+
+    Training and evaluation have a reward function each, because a reward on text may read the rows of its split.
     """
 
     mesh: Mesh
