@@ -1,4 +1,4 @@
-"""What holds for every tree: properties of merging, and the trees of other libraries."""
+"""Properties of merging on random trees, and merging of trees from other libraries."""
 
 import equinox as eqx
 import jax
