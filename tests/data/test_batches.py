@@ -1,4 +1,4 @@
-"""Data: splits that never overlap, and batches that follow from (seed, stream, step)."""
+"""Sources and their errors, splits that never overlap, and batches that follow from (seed, stream, step)."""
 
 import json
 
@@ -84,6 +84,15 @@ def test_jsonl(tmp_path):
         corpus.load_rows(str(path), "train")
 
 
+@pytest.mark.parametrize("template", ["{question}", "{", "{text.none}", "{text:d}", "{}"])
+def test_templates_that_do_not_fit_the_row_are_refused(template):
+    """Fails when a wrong template is a traceback, or its fields are not listed."""
+    with pytest.raises(
+        ValueError, match=r"config.data.prompt_template: got .*, want names of fields in braces, of label"
+    ):
+        corpus.asked({"text": "a", "label": 1}, "text", template)
+
+
 @pytest.mark.parametrize("name", ["rows.json", "rows.csv", "rows.parquet", "rows.jsonl.gz", "missing.jsonl", "folder"])
 def test_files_of_other_formats_are_refused(tmp_path, name):
     """Fails when a file goes to TFDS, whose error does not say what is wanted."""
@@ -129,6 +138,15 @@ def test_prompts_are_left_padded_and_cut():
     batch = batches.make_prompts([np.array([7, 8, 9, 10]), np.array([5])], 4, bos_id=1, pad_id=0)
     assert batch.prompt_ids.tolist() == [[1, 7, 8, 9], [0, 0, 1, 5]]
     assert batch.prompt_mask.tolist() == [[True] * 4, [False, False, True, True]]
+
+
+def test_dropped_prompts_keep_the_numbers_of_the_others():
+    """Fails when example_ids are renumbered: then a reward reads the row of another prompt."""
+    batch = batches.drop_long([np.array([7, 8, 9]), np.array([5]), np.array([6, 7, 8]), np.array([1, 2])], 2, pad_id=0)
+    assert batch.example_ids.tolist() == [1, 3]
+    assert batch.prompt_ids.tolist() == [[0, 5], [1, 2]]
+    picked = batches.take(batch, np.array([1]))
+    assert (picked.example_ids.tolist(), picked.prompt_ids.tolist()) == ([3], [[1, 2]])
 
 
 def test_windows_lie_inside_their_row():

@@ -1,4 +1,4 @@
-"""Token batches for every stage, each a pure function of (seed, stream, step): nothing to store, nothing to restore."""
+"""Token batches for SFT, the reward model and RL: each is a function of (seed, stream, step), so none is saved."""
 
 import zlib
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from warp_jax.types import PromptBatch
 
 
 def make_prompts(token_rows: Sequence[np.ndarray], prompt_tokens: int, bos_id: int | None, pad_id: int) -> PromptBatch:
-    """Bos, if there is one, and the first tokens of every row, left-padded to prompt_tokens: a PromptBatch (numpy)."""
+    """Left-padded batch (numpy) of the first tokens of each row, after the BOS token if the model has one."""
     bos = np.array([] if bos_id is None else [bos_id], np.int32)
     return left_pad([np.concatenate([bos, row])[:prompt_tokens] for row in token_rows], prompt_tokens, pad_id)
 
 
 def left_pad(token_rows: Sequence[np.ndarray], length: int, pad_id: int) -> PromptBatch:
-    """All N rows, none of more than `length` tokens, as a PromptBatch (numpy); example_ids are 0 .. N - 1."""
+    """Left-pad N rows of at most `length` tokens to a PromptBatch (numpy); example_ids are 0 .. N - 1."""
     count = len(token_rows)
     ids = np.full((count, length), pad_id, np.int32)
     mask = np.zeros((count, length), bool)
@@ -26,21 +26,21 @@ def left_pad(token_rows: Sequence[np.ndarray], length: int, pad_id: int) -> Prom
 
 
 def drop_long(token_rows: Sequence[np.ndarray], length: int, pad_id: int) -> PromptBatch:
-    """`left_pad` of the rows that have at most `length` tokens; example_ids tell which these are."""
+    """Like `left_pad`, without the rows of more than `length` tokens; example_ids are the numbers of the kept rows."""
     kept = [i for i, row in enumerate(token_rows) if len(row) <= length]
     batch = left_pad([token_rows[i] for i in kept], length, pad_id)
     return batch._replace(example_ids=np.array(kept, np.int32))
 
 
 def take(prompts: PromptBatch, rows: np.ndarray) -> PromptBatch:
-    """The chosen rows of a PromptBatch."""
+    """Select rows of a PromptBatch."""
     return PromptBatch(*(field[rows] for field in prompts))
 
 
 def epoch_rows(count: int, batch: int, step: int, *, seed: int, stream: str) -> np.ndarray:
-    """Rows of batch number `step`: int [batch]. A new permutation of `count` rows for each pass over them.
+    """Row numbers of batch number `step`: int [batch]. Each epoch is a new permutation of all `count` rows.
 
-    stream names who draws ('sft', 'iteration 1 run 2'): runs differ in the order of their prompts.
+    stream: name of the user ('sft', 'iteration 1 run 2'); each stream has another order.
     """
     places = np.arange(step * batch, (step + 1) * batch)
     epochs, offsets = places // count, places % count
@@ -51,10 +51,10 @@ def epoch_rows(count: int, batch: int, step: int, *, seed: int, stream: str) -> 
 def random_windows(
     token_rows: Sequence[np.ndarray], length: int, step: int, *, seed: int, stream: str, bos_id: int | None, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One window of each row for batch number `step`: ids int32 [B, length] and mask bool [B, length].
+    """One random window of each row for batch number `step`: ids int32 [B, length] and mask bool [B, length].
 
-    Bos comes first, if the model has one. Half of the windows are the row's beginning, as prompts are; rows shorter
-    than the window are left-padded.
+    The BOS token comes first if the model has one. Half of the windows are the row's beginning, like prompts. Rows
+    shorter than the window are left-padded.
     """
     generator = np.random.default_rng([seed, zlib.crc32(stream.encode()), step])
     windows = []

@@ -1,8 +1,8 @@
-"""Chat prompts: conversations written out by the chat template of their model, in a sandbox.
+"""Chat prompts: conversations rendered by the chat template of the model, in a sandbox.
 
-A template comes with the weights and is a program. It sees plain texts only, and neither Python's objects nor files.
-Jinja has no endless loop, but loops inside loops can take years: one that computes for LOOP_SECONDS is stopped. Memory,
-and macros that call themselves, have no such limit: read the template of a model that you do not trust.
+A template is a program that comes with the weights. The sandbox gives it plain texts only, no Python objects and no
+files. A loop that computes for LOOP_SECONDS is stopped. Memory and recursive macros have no limit: if you do not trust
+a model, read its template.
 """
 
 import functools
@@ -23,10 +23,10 @@ from jinja2.utils import Namespace
 
 from warp_jax.data.tokenizer import Tokenizer
 
-TODAY = datetime(2024, 7, 26)  # for every template: a prompt must be the same on any day that a job is resumed
-LOOP_SECONDS = 10.0  # of computing, for one loop of a template
+TODAY = datetime(2024, 7, 26)  # the date for all templates: a resumed job must see the same prompts
+LOOP_SECONDS = 10.0  # CPU time of one loop of a template
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SPEAKERS = {  # of {"from", "value"} messages -> role
+SPEAKERS = {  # speaker in a {"from", "value"} message -> role
     **{role: role for role in ROLES},
     "human": "user",
     "gpt": "assistant",
@@ -36,14 +36,14 @@ SPEAKERS = {  # of {"from", "value"} messages -> role
 
 
 def prompt_text(tokenizer: Tokenizer, value: object, **variables: Any) -> str:
-    """The prompt of a conversation, up to where the model's answer begins; `Tokenizer.encode_with_special` reads it.
+    """Render a conversation up to the start of the model's answer, for `Tokenizer.encode_with_special`.
 
-    value: as in `as_messages`; variables: as in `render`. A template that wants a BOS writes it: add none. Raises
-    ValueError if the model has no template, or if the conversation ends with the answer already.
+    Do not add a BOS token: the template writes it if the model needs one. value: see `as_messages`; variables: see
+    `render`. Raises ValueError if the model has no template or the conversation ends with an assistant's answer.
     """
     messages = as_messages(value)
     if tokenizer.chat_template is None:
-        raise ValueError("tokenizer: has no chat template; want one of a chat model, or prompts that are plain texts")
+        raise ValueError("tokenizer: has no chat template; use a chat model, or prompts that are plain texts")
     if messages[-1]["role"] == "assistant":
         raise ValueError("conversation: ends with the assistant's turn, want the user's; leave out the last message")
     special = {"bos_token": None, "eos_token": None, **tokenizer.special_tokens}
@@ -59,11 +59,11 @@ def render(
     add_generation_prompt: bool = True,
     **variables: Any,
 ) -> str:
-    """A conversation as text, exactly as transformers' apply_chat_template writes it (Hugging Face's chat templates).
+    """Render a conversation exactly as transformers' apply_chat_template does. For a template, the date is TODAY.
 
-    variables: whatever else the template reads, as plain JSON values: tools, enable_thinking, date_string. The clock of
-    a template stands at TODAY. None stands for a special token that the model lacks. Raises ValueError if the template
-    is wrong, refuses the conversation, or leaves the sandbox.
+    bos_token and eos_token: None if the model has none. add_generation_prompt: end with the header of the assistant's
+    turn. variables: others that the template reads, as JSON values: tools, enable_thinking, date_string. Raises
+    ValueError if the template is broken, rejects the conversation or does what the sandbox forbids.
     """
     tokens = {"bos_token": bos_token, "eos_token": eos_token}
     given = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **variables}
@@ -76,10 +76,10 @@ def render(
 
 
 def as_messages(value: object) -> list[dict[str, str]]:
-    """The messages {"role", "content"} of one conversation.
+    """Convert a conversation to messages {"role", "content"}.
 
-    value: a text (one message of the user), or a list of {"role", "content"} or {"from", "value"} mappings. Keys whose
-    value is None are left out. Raises ValueError for anything else.
+    value: a text (one user message), or a list of {"role", "content"} or {"from", "value"} mappings. Keys whose value
+    is None are ignored. Raises ValueError for anything else.
     """
     if isinstance(value, str):
         return [{"role": "user", "content": str(value)}]
@@ -110,19 +110,19 @@ def _message(item: object, number: int) -> dict[str, str]:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, where a reach for what is not to be seen fails at once instead of giving nothing."""
+    """Jinja's sandbox, but access to a forbidden attribute raises instead of returning an undefined value."""
 
     intercepted_binops = frozenset({"**"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> NoReturn:
-        raise SecurityError(f"the operator {operator} is refused: it can take for ever")
+        raise SecurityError(f"the operator {operator} is refused: it may never end")
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is refused")
 
 
 class _GenerationBlock(Extension):
-    """{% generation %}: marks the assistant's text for training; here only its text counts."""
+    """The tag {% generation %}, which marks the assistant's text for training. Here it only renders the text."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -139,7 +139,7 @@ class _Namespace(Namespace):
 
 
 class _Dict:
-    """The name `dict` of templates: its two uses, and not the class."""
+    """The name `dict` in templates: it can be called and has fromkeys, but gives no access to the class."""
 
     fromkeys = staticmethod(dict.fromkeys)
 
@@ -189,5 +189,5 @@ def _raise_exception(message: str) -> NoReturn:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    # Jinja's own escapes HTML
+    # Jinja's own filter escapes HTML
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -24,7 +24,7 @@ OTHER_FILES = (".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".z
 
 
 class Corpus(NamedTuple):
-    """One split: texts, integer labels, and the rows with all their fields, which some rewards need."""
+    """One split: texts, integer labels, and the rows with all their fields, which some rewards read."""
 
     texts: list[str]
     labels: list[int]

@@ -1,4 +1,4 @@
-"""Text to ids and back by the `tokenizers` library: a byte-level BPE trained on the corpus, or a model folder's own."""
+"""Text to token ids and back: a byte-level BPE trained on the corpus, or the tokenizer of a model folder."""
 
 import json
 import threading
@@ -14,30 +14,26 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 
 class SpecialTokens(NamedTuple):
-    """The ids that frame a text, and what a chat template needs.
+    """Special tokens of a model, and its chat template."""
 
-    bos_id: what is put before a text, None if nothing is; eos_id: what is put after one; stop_ids: all that end a turn,
-    eos_id first; texts: how the special tokens are written, by role ("bos_token", "eos_token", ...); embedding_size:
-    ids from here on have no embedding, None if not known.
-    """
-
-    pad_id: int
-    bos_id: int | None
-    eos_id: int
-    stop_ids: tuple[int, ...]
-    texts: Mapping[str, str]
-    chat_template: str | None
-    embedding_size: int | None = None
+    pad_id: int  # fills up a batch; masks mark it as no token
+    bos_id: int | None  # comes before a text, None if nothing does
+    eos_id: int  # comes after a text
+    stop_ids: tuple[int, ...]  # all that end a turn, eos_id first
+    texts: Mapping[str, str]  # texts of the special tokens by role ("bos_token", "eos_token", ...)
+    chat_template: str | None  # Jinja
+    embedding_size: int | None = None  # rows of the model's embedding, None if not known
 
 
 class Tokenizer:
-    """Text to ids and back. `pad_id`, `bos_id`, `eos_id`, `stop_ids` and `chat_template` are those of SpecialTokens,
-    `special_tokens` its texts; `vocab_size` is the largest id + 1, `text_vocab_size` that of the tokens that stand for
-    text, without special ones such as images. A model's embedding may have more rows.
+    """Text to token ids and back, with the ids of SpecialTokens as attributes; `special_tokens` are its texts.
+
+    vocab_size: the largest id + 1 (the model's embedding may have more rows); text_vocab_size: the same for tokens that
+    are not special.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special: SpecialTokens | None = None):
-        """special: by default PAD, BOS and EOS, as `train` makes them."""
+        """Wrap a tokenizer of the tokenizers library. special: by default PAD, BOS and EOS, as `train` adds them."""
         special = _trained_special(backend) if special is None else special
         self._backend = backend
         self._lock = threading.Lock()
@@ -53,7 +49,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn merges from texts; every byte is a token, so nothing is unknown."""
+        """Train a byte-level BPE on texts. Every byte is a token, so no text is unknown."""
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -73,36 +69,36 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
-        """Read tokenizer.json of a Hugging Face model folder, and what the files beside it say of its special tokens.
+        """Load the tokenizer of a Hugging Face model folder: tokenizer.json, and special tokens from the other files.
 
-        Padding and truncation that the file asks for are left out. bos_id follows add_bos_token where it is written,
-        else what the tokenizer itself puts before a text. A model that names no pad token is padded with eos_id: masks
-        say which tokens are real, so an id in the padding never counts as an end. Raises ValueError, naming the file.
+        Padding and truncation in tokenizer.json are ignored. bos_id follows add_bos_token; if that is missing, it is
+        the token that the tokenizer itself puts before a text. If the model has no pad token, pad_id is eos_id: masks
+        mark the padding, so it never counts as the end of a text. Raises ValueError, naming the file.
         """
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise ValueError(f"{folder}: has no tokenizer.json; want a model folder as transformers saves it")
+            raise ValueError(f"{folder}: has no tokenizer.json; want a model folder that transformers saved")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{path}: is not a tokenizer: {_one_line(error)}; fetch the file again") from error
+        except Exception as error:  # the library raises no narrower type
+            raise ValueError(f"{path}: is not a tokenizer: {_one_line(error)}; download it again") from error
         backend.no_padding()
         backend.no_truncation()
         return cls(backend, _ModelFolder(folder, backend).special())
 
     def to_json(self) -> str:
-        """The content of a tokenizer.json; the special tokens of a model folder are in its other files."""
+        """Return the content of tokenizer.json, without the special tokens in other files of a model folder."""
         return self._backend.to_str(pretty=True)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int32 ids of each text, without special tokens: one that a text spells out is plain text."""
+        """Encode texts to int32 ids. A special token that is written out in a text is encoded as plain text."""
         return self._encode(texts, as_plain_text=True)
 
     def encode_with_special(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int32 ids of each text, where special tokens that it spells out become their ids, and none is added.
+        """Encode rendered chat prompts to int32 ids: special tokens written out in a text become their ids.
 
-        For rendered chat prompts. As in transformers, what a user's message spells out counts as well. ValueError if
-        that is a token which the model cannot read, such as one that stands for an image.
+        No token is added. As in transformers, special tokens that a user's message contains count too. Raises
+        ValueError for a token without an embedding, such as the token for an image.
         """
         rows = self._encode(texts, as_plain_text=False)
         for text, row in zip(texts, rows, strict=True):
@@ -112,28 +108,30 @@ class Tokenizer:
         return rows
 
     def decode(self, token_ids: np.ndarray, mask: np.ndarray) -> list[str]:
-        """Texts of the rows of token_ids [B, S] where mask [B, S] is True; special tokens are left out."""
+        """Decode the tokens of token_ids [B, S] where mask [B, S] is True, without special tokens."""
         rows = [row[keep].tolist() for row, keep in zip(token_ids, mask, strict=True)]
         return self._backend.decode_batch(rows, skip_special_tokens=True)
 
     def decode_answers(
         self, prompt_ids: np.ndarray, prompt_mask: np.ndarray, answer_ids: np.ndarray, answer_mask: np.ndarray
     ) -> tuple[list[str], list[str]]:
-        """Texts of prompts and of their answers, whose sum is the text of the whole.
+        """Decode prompts and their answers so that prompt + answer is the text of both together.
 
-        Decoded alone, an answer of a SentencePiece model loses the space before its first word.
+        An answer that is decoded alone loses the space before its first word in SentencePiece models.
         """
         prompts = self.decode(prompt_ids, prompt_mask)
         alone = self.decode(answer_ids, answer_mask)
         both = np.concatenate([prompt_ids, answer_ids], 1), np.concatenate([prompt_mask, answer_mask], 1)
         answers = [
-            whole.removeprefix(prompt) if whole.startswith(prompt) else answer  # a character cut in two is no prefix
+            whole.removeprefix(prompt)
+            if whole.startswith(prompt)
+            else answer  # not if a character is split between both
             for whole, prompt, answer in zip(self.decode(*both), prompts, alone, strict=True)
         ]
         return prompts, answers
 
     def _encode(self, texts: Sequence[str], *, as_plain_text: bool) -> list[np.ndarray]:
-        with self._lock:  # the switch belongs to the backend, not to the call
+        with self._lock:  # the option is set on the shared backend
             self._backend.encode_special_tokens = as_plain_text
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(e.ids, np.int32) for e in encodings]
@@ -153,7 +151,7 @@ def _trained_id(backend: tokenizers.Tokenizer, token: str) -> int:
 
 
 class _ModelFolder:
-    """The JSON files beside a tokenizer.json, and what they say together."""
+    """The JSON files of a model folder, read for its special tokens."""
 
     def __init__(self, folder: Path, backend: tokenizers.Tokenizer):
         self._folder, self._backend = folder, backend
@@ -164,12 +162,12 @@ class _ModelFolder:
         self._texts = self._special_texts()
 
     def special(self) -> SpecialTokens:
-        """Raises ValueError where the files contradict each other or name what the vocabulary lacks."""
+        """Collect the special tokens. Raises ValueError if files disagree or name a token not in the vocabulary."""
         self._check_added_tokens()
         ends = self._model_ids("eos_token_id")
         eos_id = self._id_of("eos_token", ends)
         if eos_id is None:
-            raise ValueError(f"{self._folder}: names no end of text; want eos_token in tokenizer_config.json")
+            raise ValueError(f"{self._folder}: no EOS token, want eos_token in tokenizer_config.json")
         pad_id = self._id_of("pad_token", self._model_ids("pad_token_id"))
         pad_id = eos_id if pad_id is None else pad_id
         stop_ids = tuple(dict.fromkeys((eos_id, *ends)))
@@ -179,10 +177,10 @@ class _ModelFolder:
         return special
 
     def _special_texts(self) -> dict[str, str]:
-        """Texts by role: tokenizer_config.json and the older special_tokens_map.json, which must agree."""
+        """Texts by role, from tokenizer_config.json and the older special_tokens_map.json, which must agree."""
         texts, older = _token_texts(self._settings), _token_texts(self._older)
         for role in ("bos_token", "eos_token", "pad_token"):
-            # a null in the first is an answer too: Qwen names no bos_token
+            # null in tokenizer_config.json counts as well: Qwen has no bos_token
             if role in older and role in self._settings and texts.get(role) != older[role]:
                 raise ValueError(
                     f"{self._folder}: {role} is {texts.get(role)!r} in tokenizer_config.json and {older[role]!r} in "
@@ -204,13 +202,13 @@ class _ModelFolder:
     def _bos_id(self) -> int | None:
         bos_id, wanted = self._id_of("bos_token"), self._settings.get("add_bos_token")
         if wanted and bos_id is None:
-            raise ValueError(f"{self._folder}/tokenizer_config.json: add_bos_token is true, but there is no bos_token")
-        if wanted is None:  # then it is for tokenizer.json to say
+            raise ValueError(f"{self._folder}/tokenizer_config.json: add_bos_token is true, but bos_token is missing")
+        if wanted is None:  # then tokenizer.json decides
             wanted = self._backend.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
         return bos_id if wanted else None
 
     def _model_ids(self, key: str) -> list[int]:
-        """An id or a list of ids in generation_config.json, else in config.json; negative ones stand for none."""
+        """Ids under a key of generation_config.json, or else of config.json. Negative ids mean none."""
         name, value = "generation_config.json", self._generation.get(key)
         if value is None:
             name, value = "config.json", self._model.get(key)
@@ -239,7 +237,7 @@ class _ModelFolder:
             )
 
     def _chat_template(self) -> str | None:
-        """chat_template.jinja wins over tokenizer_config.json, as in transformers; of several the one named default."""
+        """chat_template.jinja, or else tokenizer_config.json, as in transformers; of several, the one named default."""
         path = self._folder / "chat_template.jinja"
         if path.is_file():
             return path.read_text(encoding="utf-8")
@@ -248,7 +246,9 @@ class _ModelFolder:
             named = [entry["template"] for entry in template if entry["name"] == "default"]
             template = named[0] if named else template
         if not (template is None or isinstance(template, str)):
-            raise ValueError(f"{self._folder}/tokenizer_config.json: chat_template is no text, and none named default")
+            raise ValueError(
+                f"{self._folder}/tokenizer_config.json: chat_template is not a text, and no template is named default"
+            )
         return template
 
 
@@ -258,21 +258,21 @@ def _token_texts(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _text_of(token: Any) -> str | None:
-    """A special token as the files write it: its text, or an object with its text."""
+    """Text of a special token, which the files write as a text or as an object with "content"."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The object of a JSON file; empty if there is no such file."""
+    """Read the object in a JSON file; empty if the file is missing."""
     if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: is not JSON: {_one_line(error)}; fetch the file again") from error
+        raise ValueError(f"{path}: is not JSON: {_one_line(error)}; download it again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, want a JSON object; fetch the file again")
+        raise ValueError(f"{path}: holds a {type(value).__name__}, want a JSON object; download it again")
     return value
 
 

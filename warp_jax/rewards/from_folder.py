@@ -1,4 +1,4 @@
-"""A reward model from outside, a Hugging Face folder, as a reward on decoded text."""
+"""A reward model from a Hugging Face folder, as a reward on decoded text."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -19,16 +19,16 @@ from warp_jax.pretrained import hf_config, hf_weights, sources
 from warp_jax.rewards import reward_functions
 from warp_jax.types import PromptBatch
 
-LENGTH_STEP = 64  # tokens: texts are padded to a multiple, so that few programs are compiled
+LENGTH_STEP = 64  # tokens; texts are padded to a multiple of it, so that few shapes are compiled
 
 
 def load(
     folder: Path, mesh: Mesh, dtype: str, conversation_of: Callable[[Mapping[str, Any]], Any] | None = None
 ) -> reward_functions.TextFn:
-    """A *ForSequenceClassification checkpoint with one label as a text reward, by its own tokenizer.
+    """Load a *ForSequenceClassification checkpoint with one label as a text reward, with its own tokenizer.
 
-    It reads prompt + completion, or, if conversation_of is given, the conversation that it finds in each row with the
-    completion as its answer, in the reward model's own chat template. Padding is told from text as in transformers.
+    dtype: of activations. conversation_of: returns the conversation of a row; the model then scores this conversation
+    with the completion as its last turn, in its own chat template, instead of the text prompt + completion.
     """
     tokenizer = Tokenizer.from_folder(folder)
     config = sources.read_settings(folder, "scalar", dtype)
@@ -38,12 +38,12 @@ def load(
     )
     devices = meshes.batch_devices(mesh)
 
-    def reward(prompts_: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    def reward(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         if conversation_of is not None:
-            asked = map(conversation_of, rows)
-            texts = [_answered(tokenizer, *pair) for pair in zip(asked, completions, strict=True)]
+            conversations = map(conversation_of, rows)
+            texts = [_answered(tokenizer, *pair) for pair in zip(conversations, completions, strict=True)]
         else:
-            texts = [prompt + completion for prompt, completion in zip(prompts_, completions, strict=True)]
+            texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         batch = _pad_texts(tokenizer, texts, devices, plain=conversation_of is None)
         batch = meshes.put_batch(mesh, batch)
         return hosts.fetch(score(params, batch.prompt_ids, batch.prompt_mask))[: len(texts)]
@@ -52,24 +52,24 @@ def load(
 
 
 def _pad_id(folder: Path) -> int | None:
-    """The id that transformers does not take for the last token of a text: the one in config.json, and no other."""
+    """Padding id of config.json, which transformers never scores as the last token. Other files do not count."""
     content = files.read_json(folder / hf_config.CONFIG)
     return (content.get("text_config") or content).get("pad_token_id")
 
 
 def _answered(tokenizer: Tokenizer, conversation: Any, completion: str) -> str:
-    """A conversation with the completion as its last turn, in the model's chat template."""
+    """Render a conversation with the completion as its last turn in the reward model's chat template."""
     if tokenizer.chat_template is None:
-        raise ValueError("rewards: this reward model has no chat template, want one to score conversations")
+        raise ValueError("rewards: the reward model has no chat template, want one to score conversations")
     messages = [*chat.as_messages(conversation), {"role": "assistant", "content": completion}]
     special = {"bos_token": None, "eos_token": None, **tokenizer.special_tokens}
     return chat.render(tokenizer.chat_template, messages, add_generation_prompt=False, **special)
 
 
 def _pad_texts(tokenizer: Tokenizer, texts: Sequence[str], devices: int, *, plain: bool) -> PromptBatch:
-    """Left-padded to a multiple of LENGTH_STEP tokens; copies of the first row fill up the devices.
+    """Encode and left-pad texts to a multiple of LENGTH_STEP tokens; copies of the first row fill up the devices.
 
-    plain: texts that no chat template wrote; bos goes before them.
+    plain: the texts are not rendered by a chat template, so add the BOS token.
     """
     rows = tokenizer.encode(texts) if plain else tokenizer.encode_with_special(texts)
     if plain and tokenizer.bos_id is not None:

@@ -1,6 +1,6 @@
-"""Rewards. A RewardFn maps a Rollout to Rewards: the total that is trained on and its parts by name.
+"""Reward functions: a RewardFn maps a Rollout to Rewards, the total for training and its parts by name.
 
-A learned reward model on the device, a Python function on decoded text and a weighted sum of several are one thing.
+A part is a learned reward model on the device, a Python function of decoded text, or the length of the completion.
 """
 
 import importlib
@@ -16,17 +16,17 @@ from warp_jax.parallel import hosts
 from warp_jax.settings.legacy import MOVED
 from warp_jax.types import ApplyFn, Array, Params, RewardFn, Rewards, Rollout
 
-# prompts, completions, rows of the data source -> one number each
+# (prompts, completions, rows of the data source) -> one number for each completion
 TextFn = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Any]
 
 
 def sequence_scores(
     apply_fn: ApplyFn, params: Params, token_ids: Array, mask: Array, *, pad_id: int | None = None
 ) -> Array:
-    """A reward model's score of each sequence, read at its last real token: float32 [B], log-odds.
+    """Score each sequence by a reward model, at its last real token: float32 [B], log-odds.
 
-    token_ids int32 [B, S] and mask bool [B, S] may have padding on both sides. pad_id: a token that is not counted as
-    the last one, as in transformers, where a model may be trained with its end-of-sequence token as padding.
+    token_ids int32 [B, S] and mask bool [B, S] may have padding on both sides. pad_id: a token that never counts as the
+    last one, also inside the text: transformers does so for models whose padding is their end-of-sequence token.
     """
     scores, _ = apply_fn(params, token_ids, mask)
     counted = mask if pad_id is None else mask & (token_ids != pad_id)
@@ -35,7 +35,7 @@ def sequence_scores(
 
 
 def make_learned(apply_fn: ApplyFn, params: Params) -> Callable[[Rollout], Array]:
-    """Score prompt + completion by a reward model, on the device."""
+    """Make a reward that scores prompt + completion by a reward model on the device."""
 
     @jax.jit
     def score(params: Params, rollout: Rollout) -> Array:
@@ -49,7 +49,7 @@ def make_learned(apply_fn: ApplyFn, params: Params) -> Callable[[Rollout], Array
 def make_from_text(
     function: TextFn, tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]]
 ) -> Callable[[Rollout], np.ndarray]:
-    """Score decoded text by a Python function; rows[example_id] is the source row of each prompt."""
+    """Make a reward that calls a Python function of decoded text; rows[example_id] is the row of a prompt."""
 
     def score(rollout: Rollout) -> np.ndarray:
         host = hosts.fetch(rollout)
@@ -62,12 +62,12 @@ def make_from_text(
 
 
 def length(rollout: Rollout) -> Array:
-    """Tokens of the completion; with weight -0.0005 the length penalty of the paper's Appendix E."""
+    """Number of tokens of each completion; with weight -0.0005 it is the length penalty of the paper's Appendix E."""
     return rollout.completion_mask.sum(axis=1).astype(jnp.float32)
 
 
 def weighted_sum(weights: Mapping[str, float], parts: Mapping[str, Callable[[Rollout], Any]]) -> RewardFn:
-    """The RewardFn sum_name weights[name] * parts[name](rollout); every part is kept, unweighted, under its name."""
+    """Make the RewardFn sum over names of weights[name] * parts[name](rollout). Rewards.parts are unweighted."""
     if weights.keys() != parts.keys() or not parts:
         raise ValueError(
             f"rewards: got weights {sorted(weights)} and parts {sorted(parts)}, want the same names, at least one"
@@ -82,7 +82,7 @@ def weighted_sum(weights: Mapping[str, float], parts: Mapping[str, Callable[[Rol
 
 
 def load_function(source: str) -> TextFn:
-    """The Python function at 'package.module:name'; of several processes, the first calls it."""
+    """Import the Python function 'package.module:name'. In a multi-host job, only process 0 calls it."""
     module_name, _, name = source.partition(":")
     try:
         function = getattr(importlib.import_module(MOVED.get(module_name, module_name)), name)

@@ -1,6 +1,6 @@
-"""The gold reward: tf-idf and logistic regression on reviews whose labels the reward model never saw.
+"""The gold reward: tf-idf and logistic regression, fitted on labelled texts that the reward model never sees.
 
-It is evaluated and never trained on, so that it shows where the policy exploits the reward model.
+It is only used for evaluation, never for training, so it shows when a policy exploits the reward model.
 """
 
 import json
@@ -17,7 +17,7 @@ from warp_jax import files
 
 
 class GoldReward(NamedTuple):
-    """Log-odds that a text is positive. terms: words and word pairs; weights: float64, one per term (idf included)."""
+    """A fitted classifier. terms: words and word pairs; idf and weights: float64 [terms]; bias: log-odds."""
 
     terms: list[str]
     idf: np.ndarray
@@ -27,7 +27,7 @@ class GoldReward(NamedTuple):
     def score(
         self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()
     ) -> np.ndarray:
-        """A text reward function: scores prompt + completion."""
+        """Text reward: the log-odds that prompt + completion is positive."""
         del rows
         vectorizer = _make_vectorizer(vocabulary=self.terms)
         vectorizer.idf_ = self.idf
@@ -36,7 +36,7 @@ class GoldReward(NamedTuple):
 
 
 def fit(texts: Sequence[str], labels: Sequence[int], max_terms: int) -> GoldReward:
-    """Fit on fragments of text with labels 0 or 1."""
+    """Fit on texts with labels 0 or 1. max_terms: the most frequent words and word pairs to keep."""
     vectorizer = _make_vectorizer(max_features=max_terms, min_df=2)
     features = vectorizer.fit_transform(texts)
     model = LogisticRegression(C=1.0, solver="liblinear").fit(features, labels)
@@ -45,18 +45,18 @@ def fit(texts: Sequence[str], labels: Sequence[int], max_terms: int) -> GoldRewa
 
 
 def auc(gold: GoldReward, texts: Sequence[str], labels: Sequence[int]) -> float:
-    """Probability that a positive text scores above a negative one."""
+    """Probability that a positive text scores higher than a negative one."""
     return float(roc_auc_score(labels, gold.score([""] * len(texts), texts)))
 
 
 def save(gold: GoldReward, path: Path) -> None:
-    """Write as JSON."""
+    """Write the gold reward as JSON."""
     fields = gold._replace(idf=gold.idf.tolist(), weights=gold.weights.tolist())._asdict()
     files.write_text(path, json.dumps(fields))
 
 
 def load(path: Path) -> GoldReward:
-    """Read what `save` wrote."""
+    """Read a gold reward that `save` wrote."""
     fields = files.read_json(path)
     return GoldReward(fields["terms"], np.array(fields["idf"]), np.array(fields["weights"]), fields["bias"])
 
