@@ -93,10 +93,10 @@ def test_templates_that_do_not_fit_the_row_are_refused(template):
         corpus.asked({"text": "a", "label": 1}, "text", template)
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.csv", "rows.parquet", "rows.jsonl.gz", "missing.jsonl", "folder"])
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv", "rows.parquet", "rows.jsonl.gz", "missing.jsonl", "rows"])
 def test_files_of_other_formats_are_refused(tmp_path, name):
     """Fails when a file goes to TFDS, whose error does not say what is wanted."""
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "rows").touch()
     with pytest.raises(ValueError, match=r"want movie_reviews, reasoning_gym:TASK, a .jsonl file or a TFDS name"):
         corpus.check_source(str(tmp_path / name))
 

@@ -79,7 +79,7 @@ def check_source(source: str, task: Mapping[str, Any] = {}) -> None:
         reasoning_gym.check_task(source.removeprefix(reasoning_gym.PREFIX), task)
     elif source.endswith(".jsonl") and not Path(source).is_file():
         raise ValueError(f"config.data.source: no such file {source!r}; want {SOURCES}")
-    elif source.endswith(OTHER_FILES) or Path(source).exists():
+    elif source.endswith(OTHER_FILES) or Path(source).is_file():
         raise ValueError(f"config.data.source: cannot read {source!r}, want {SOURCES}; convert files to JSON Lines")
 
 
