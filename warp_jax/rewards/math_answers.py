@@ -64,6 +64,7 @@ _REWRITES: list[tuple[re.Pattern[str], Any]] = [
         (r"(?<!\\)\\[()\[\]]|\\?[$%]|[€£°]|\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})", ""),
         (r"(?<!\\)\\[,;: ]|~", " "),
         (r"\\(?:mbox|mathrm|mathbf|text(?:rm|bf|it))\s*(?=\{)", r"\\text"),
+        (r"\}\s*/\s*\\text\{", "/"),
         (r"^\W*(?:(?:the|final|answer|is|about|approximately|roughly|exactly)\b[\s:]*)+", ""),
         (r"(?<![\w.,])\d{1,3}(?: \d{3})+(?![.,]?\w)", lambda match: match[0].replace(" ", "")),
         (r"(?<![\w.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
