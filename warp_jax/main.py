@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
 def _run(config: ConfigDict, workdir: Path) -> None:
     """Run the part of the job that the flags name; every error that a user can mend is one line."""
     try:
-        settings = from_config(config.to_dict())
+        settings = hosts.all_or_none(lambda: from_config(config.to_dict()))
         corpora = check(settings, workdir)
         part = jobs.choose_part(settings, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
     except (ValueError, OSError, hosts.PeerError) as error:
