@@ -1,6 +1,8 @@
 """Command lines: parse flags, and report bad input in one line with exit code 2."""
 
 import functools
+import importlib.metadata
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -17,16 +19,32 @@ def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
     sys.exit(code)
 
 
+def versions() -> str:
+    """Versions of warp_jax, of the libraries that decide its results and of Python, one a line."""
+
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    names = ("warp_jax", "jax", "flax", "orbax-checkpoint")
+    return "\n".join([*(f"{name} {version(name)}" for name in names), f"Python {platform.python_version()}"])
+
+
 def parse_flags(
     argv: Sequence[str], *, required: Sequence[str], example: str, load: Callable[[], object] = lambda: None
 ) -> list[str]:
-    """Parse flags for `app.run`; report errors in one line, without a traceback.
+    """Parse flags for `app.run`; report errors in one line, without a traceback. With --version, print and exit.
 
     required: names of flags without a default. example: arguments that work, for the error message. load: called after
     parsing; its errors are reported in the same way.
     """
     try:
         rest = flags.FLAGS(list(argv))
+        if "version" in flags.FLAGS and flags.FLAGS["version"].value:
+            print(versions())
+            sys.exit(0)
         missing = [name for name in required if not flags.FLAGS[name].value]
         load()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:

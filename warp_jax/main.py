@@ -27,6 +27,9 @@ MULTIHOST = flags.DEFINE_bool("multihost", False, "Run as one of several process
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, if JAX does not find it itself.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes, if JAX does not find it itself.")
 PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this process, from 0, if JAX does not find it itself.")
+flags.DEFINE_bool(
+    "version", False, "Print the versions of warp_jax, jax, flax, orbax-checkpoint and Python, then exit."
+)
 
 
 def check(settings: Settings, workdir: Path) -> Mapping[str, Corpus]:
