@@ -20,7 +20,7 @@ from warp_jax.models.transformer import TransformerConfig
 from warp_jax.parallel import hosts
 from warp_jax.pretrained import hf_weights, sources
 from warp_jax.progress import JobProgress
-from warp_jax.rewards import from_folder, reward_functions, tfidf
+from warp_jax.rewards import from_folder, reward_functions
 from warp_jax.settings import Settings
 from warp_jax.settings.groups import RewardModel, Sft
 from warp_jax.storage import checkpoint
@@ -122,6 +122,8 @@ class Maker:
             return lambda prompts, completions, rows: np.full(len(completions), np.nan)
         if settings.source != "tfidf":
             return self.text_fn(settings.source)
+        from warp_jax.rewards import tfidf  # noqa: PLC0415  scikit-learn is slow to import
+
         path = self.workdir / "gold" / "gold.json"
 
         def make() -> None:

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
-
 from warp_jax import files
 
 
@@ -17,6 +15,8 @@ class MetricWriter:
     """
 
     def __init__(self, directory: Path, start_step: int = 0):
+        import tensorboardX  # noqa: PLC0415  imports torch where that is installed
+
         path = directory / "metrics.jsonl"
         kept = [row for row in read_rows(path) if row["step"] < start_step]
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
