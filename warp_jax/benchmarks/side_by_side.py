@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import sklearn
-from sklearn.linear_model import LogisticRegression
 
 from warp_jax import files
 from warp_jax.evaluation import pareto
@@ -141,6 +139,8 @@ def length_controlled_win_rate(wins: np.ndarray, length_difference: np.ndarray) 
     Returns:
       A rate from 0 to 1; nan if all differences are equal and not 0: length cannot be separated from quality then.
     """
+    import sklearn.linear_model  # noqa: PLC0415  slow to import
+
     spread = length_difference.std()
     if spread == 0 and length_difference.any():
         return float("nan")
@@ -148,7 +148,7 @@ def length_controlled_win_rate(wins: np.ndarray, length_difference: np.ndarray) 
     features = np.tile(np.column_stack([np.ones(len(wins)), effect]), (2, 1))
     outcomes = np.repeat([1, 0], len(wins))  # each pair twice: as a win with weight w, as a loss with weight 1 - w
     weights = np.concatenate([wins, 1 - wins])
-    model = LogisticRegression(
+    model = sklearn.linear_model.LogisticRegression(
         C=1 / RIDGE, fit_intercept=False, solver="newton-cholesky", tol=TOLERANCE, max_iter=MAX_STEPS
     )
     with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):  # checks are slow
