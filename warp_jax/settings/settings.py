@@ -48,7 +48,7 @@ class Settings(groups.Group):
     @property
     def needs_reward_model(self) -> bool:
         """True if a part of the reward is the model trained here."""
-        return any(part.source == "reward_model" for part in self.reward_parts.values())
+        return any(part.source == "reward_model" and part.weight for part in self.rewards.values())
 
     @property
     def needs_labels(self) -> bool:
