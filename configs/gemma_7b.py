@@ -4,8 +4,8 @@
 
 It needs an SFT policy and a reward model with one label, both as Hugging Face folders, and conversations as JSONL. The
 paper publishes neither its data nor its reward model. [P ...] cites the paper (arXiv 2406.16768, s = section); [ours]
-marks what it does not report. Run time and result: never run, because there was no TPU. I = 5 and M = 2 give 66,000
-optimiser steps in all. docs/scaling.md has the TPU slices that it fits.
+marks what it does not report. Never run, because there was no TPU: run time and result are unknown. I = 5 and M = 2
+give 66,000 optimiser steps in all. docs/scaling.md has the TPU slices that it fits.
 """
 
 from ml_collections import ConfigDict

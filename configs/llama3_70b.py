@@ -2,8 +2,8 @@
 
   python -m warp_jax.main --config=configs/llama3_70b.py --workdir=runs/llama3_70b --multihost
 
-It needs the same files as configs/gemma_7b.py, with Llama 3 70B as the policy. Run time and result: never run. Its
-programs compile for v5p:8x8x8 and fit (docs/scaling.md).
+It needs the same files as configs/gemma_7b.py, with Llama 3 70B as the policy. Never run: run time and result
+are unknown. Its programs compile for v5p:8x8x8 and fit (docs/scaling.md).
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,8 @@
   python -m warp_jax.main --config=configs/sft_anchor.py --workdir=runs/sft_anchor
   python scripts/compare.py --baseline=runs/sft_anchor runs/quickstart
 
-The anchor is frozen (ema_rate 0), so it stays SFT. The run has 600 steps; configs/quickstart.py has four of 300.
-Expected result: not measured; configs/smollm2_135m_sft_anchor.py has a measured one.
+The anchor is frozen (ema_rate 0), so it stays SFT. The run has 600 steps; configs/quickstart.py has four
+runs of 300. Expected result: not measured; configs/smollm2_135m_sft_anchor.py has a measured one.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
 Run time: four times that of the quickstart, one point after another; each point trains the same SFT policy and reward
 model in its own workdir. After the 300 steps of a run, the start of the run still has the weight (1 - mu)^300 in the
 anchor: 1, 0.41, 0.05 and 0.0001. Expected (not measured yet): reward and KL to SFT of the runs rise with mu, because
-the penalty moves away from the start; so compare the fronts at equal KL. The paper compares the rates 0.01 and 0.005
+the anchor moves away from the start; so compare the fronts at equal KL. The paper compares the rates 0.01 and 0.005
 [P Fig. 15]: with the slower one, the reward rises more slowly, to a marginally better front.
 """
 

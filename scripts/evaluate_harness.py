@@ -141,7 +141,7 @@ def _model(out: Path, name: str, folder: Path) -> Model:
 
 
 def _task_manager() -> Any:
-    """Index of tasks: of --include_path only, if it has all --tasks (saves 15 s), else with those of the harness."""
+    """Index of the tasks in --include_path if it has all --tasks (saves 15 s); else the harness's tasks too."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     if TRUST_CODE.value:

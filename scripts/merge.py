@@ -31,7 +31,7 @@ MEMORY_GB = flags.DEFINE_float("memory_gb", 1.0, "Limit for weights in memory; t
 
 
 def main(argv: list[str]) -> None:
-    """Merge as the flags say."""
+    """Merge the folders, and print a one-line summary."""
     del argv
     started = time.monotonic()
     out = Path(OUT.value)

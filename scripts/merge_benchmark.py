@@ -145,7 +145,7 @@ def against_mergekit(workdir: Path) -> None:
         rows["mergekit nuslerp"].append(run([*theirs, str(outs[0])], env={"HF_HUB_OFFLINE": "1"}))
         rows["warp_jax"].append(run(ours(paths, outs[1], "--unit=tensor")))
         if repeat == 0:
-            print(f"difference from mergekit, of the task vector's length: {difference(paths[0], *outs):.2e}")
+            print(f"difference from mergekit, relative to the task vector: {difference(paths[0], *outs):.2e}")
             subprocess.run([str(python), "-c", LOAD, str(outs[1] / "eta_1")], check=True, capture_output=True)
             print("transformers loads our folder without a missing or unexpected key")
         for out in outs:

@@ -21,7 +21,7 @@ from warp_jax.experiment import stages
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a run of warp_jax.main.")
 STAGES = flags.DEFINE_list("stages", ["sft"], f"Stages to sample, separated by commas: {stages.NAMES}.")
-PROMPT = flags.DEFINE_multi_string("prompt", [], "Text of a prompt.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Text of a prompt; the flag may be repeated.")
 PROMPTS = flags.DEFINE_string("prompts", None, "JSONL file of prompts, one object per line; see --field.")
 FIELD = flags.DEFINE_string("field", "prompt", "Field of --prompts that holds the text or the conversation.")
 CHAT = flags.DEFINE_bool("chat", None, "Apply the model's chat template to prompts; default: data.chat of the workdir.")

@@ -120,7 +120,7 @@ def as_table(comparison: Comparison) -> Table:
     table.add_section()
     table.add_row("judge's mean score: ours, theirs", *(f"{x:.4g}" for x in comparison.mean_judge_score))
     table.add_row(f"mean {LENGTH_UNIT.value}: ours, theirs", *(f"{x:.1f}" for x in comparison.mean_length))
-    table.add_row("pairs with the longer: ours, theirs", *(str(x) for x in comparison.longer))
+    table.add_row("pairs with the longer answer: ours, theirs", *(str(x) for x in comparison.longer))
     return table
 
 

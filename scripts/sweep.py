@@ -147,7 +147,7 @@ def settings(point: Point) -> dict[str, Any]:
 
 
 def is_finished(point: Point) -> bool:
-    """Return True if the workdir holds the report of this config. A workdir of another config is left to main."""
+    """Return True if the workdir holds the report of this config. main reports a workdir of another config."""
     results = [point.workdir / name for name in ("report.html", "summary.json", "config.json")]
     return all(path.is_file() for path in results) and legacy.upgrade(files.read_json(results[-1])) == settings(point)
 

@@ -20,7 +20,7 @@ def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
 
 
 def versions() -> str:
-    """Versions of warp_jax, of the libraries that decide its results and of Python, one a line."""
+    """Versions of warp_jax, of Python and of the libraries that the results depend on, one per line."""
 
     def version(name: str) -> str:
         try:
@@ -58,5 +58,5 @@ def parse_flags(
 
 
 def run(main: Callable[[list[str]], object], **wanted: Any) -> None:
-    """Run a script: parse its flags with `parse_flags`, which takes `wanted`, then call main(argv)."""
+    """Run a script: parse its flags by `parse_flags(argv, **wanted)`, then call main."""
     app.run(main, flags_parser=functools.partial(parse_flags, **wanted))

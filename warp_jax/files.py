@@ -67,7 +67,7 @@ def read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
 def staged(folder: Path) -> Iterator[Path]:
     """Yield a path where the caller creates and fills a folder; at the end, rename it to `folder`.
 
-    The path lies in a hidden folder of this call alone. An error deletes it; a killed process leaves it behind, without
+    The path lies in a hidden folder for this call only. An error deletes it; a killed process leaves it behind, without
     its lock, and the next call for the same `folder` deletes it. Raises FileExistsError if `folder` exists at the end.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash the name, the size and three pieces of every model file: fast at any size; more training changes it."""
+    """Hash name, size and three pieces of every model file. Fast at any size; more training changes the hash."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES):
         size = path.stat().st_size

@@ -21,7 +21,7 @@ from warp_jax.settings import Settings, from_config
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all results; a job in an existing one is resumed.")
 RUN = flags.DEFINE_integer("run", 0, "Train only this run of one iteration, 1 to warp.num_runs; 0 = the whole job.")
-MERGE = flags.DEFINE_bool("merge", False, "Only merge the finished runs of one iteration; the last merge reports.")
+MERGE = flags.DEFINE_bool("merge", False, "Merge the finished runs of one iteration; the last merge writes the report.")
 ITERATION = flags.DEFINE_integer("iteration", 0, "Iteration of --run or --merge; 0 = the first that is not merged.")
 MULTIHOST = flags.DEFINE_bool("multihost", False, "Run as one of several processes, all started by this command.")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, if JAX does not find it itself.")
@@ -33,7 +33,7 @@ flags.DEFINE_bool(
 
 
 def check(settings: Settings, workdir: Path) -> Mapping[str, Corpus]:
-    """Load the data, check all input, then claim the workdir. Raises ValueError, with nothing written, at bad input."""
+    """Load the data, check all input, then claim the workdir. Bad input raises ValueError, and nothing is written."""
 
     def read() -> Mapping[str, Corpus]:
         inputs.check(settings)
@@ -49,7 +49,7 @@ def check(settings: Settings, workdir: Path) -> Mapping[str, Corpus]:
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
-    logging.set_verbosity(logging.ERROR)  # of libraries; warnings of JAX and Orbax about one process are noise here
+    logging.set_verbosity(logging.ERROR)  # hide warnings of libraries, such as JAX and Orbax
     workdir = Path(str(WORKDIR.value))
     try:
         if MULTIHOST.value:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         cli.fail(str(error))
     except (RuntimeError, OSError) as error:
-        cli.fail(f"multihost: the other processes were not met: {error}", cli.TRY_AGAIN)
+        cli.fail(f"multihost: no connection to the other processes: {error}", cli.TRY_AGAIN)
     try:
         _run(CONFIG.value, workdir)
     except BaseException as error:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run(config: ConfigDict, workdir: Path) -> None:
-    """Run the part of the job that the flags name; every error that a user can mend is one line."""
+    """Run the part of the job that the flags name; print errors that a user can correct in one line."""
     try:
         settings = hosts.all_or_none(lambda: from_config(config.to_dict()))
         corpora = check(settings, workdir)
@@ -88,7 +88,7 @@ def _run(config: ConfigDict, workdir: Path) -> None:
 
 
 def _load_config() -> None:
-    """A config file that failed to load raises only when it is read."""
+    """Read the config; if its file failed to load, the error is raised only here."""
     if CONFIG.value is not None:
         _ = CONFIG.value.seed
 

@@ -63,7 +63,7 @@ class JobProgress:
         self._before += num_steps
 
     def expect_evaluations(self, count: int) -> None:
-        """Set the number of evaluations ahead. The time left includes them as soon as one evaluation has been timed."""
+        """Set how many evaluations remain. The time left includes them as soon as one evaluation has been timed."""
         self._evaluations_left = count
 
     def on_evaluation(self, text: str, seconds: float) -> None:

@@ -110,7 +110,7 @@ def load_record(path: Path, settings: Settings, model_hash: str) -> dict[str, An
 
 
 def scores(record: Mapping[str, Any]) -> list[Score]:
-    """All metrics of a result: of the task or group, or of every task with a tag."""
+    """All metrics of a result: of its task or group; if it was made for a tag, of every task with that tag."""
     results, task = record["harness"]["results"], record["task"]
     names = [task] if task in results else sorted(results)
     return [_score(record, name, key) for name in names for key in results[name] if _is_metric(key)]

@@ -34,7 +34,7 @@ LENGTHS: dict[str, Callable[[str], int]] = {"characters": len, "words": lambda t
 MARGINS_IN_DEVIATIONS: Margins = (0.25, 0.75, 1.5)
 RIDGE = 0.1  # L2 penalty: a normal prior with standard deviation 3.2 log-odds on each weight
 TOLERANCE = 1e-8  # largest gradient of the mean loss at the minimum
-MAX_STEPS = 50  # Newton steps; at most 14 were needed, by 100,000 equal answers
+MAX_STEPS = 50  # Newton steps; at most 14 were needed, for 100,000 equal answers
 
 
 class Comparison(NamedTuple):
@@ -96,7 +96,7 @@ def judge_scores(judge: TextFn, ours: Sequence[Row], theirs: Sequence[Row]) -> n
     except Exception as error:  # the judge is user code
         raise ValueError(f"judge: {type(error).__name__}: {error}") from error
     if values.shape != (len(rows),):
-        raise ValueError(f"judge: returned shape {values.shape}, want ({len(rows)},), one number a text")
+        raise ValueError(f"judge: returned shape {values.shape}, want ({len(rows)},), one number per answer")
     if not np.isfinite(values).all():
         wrong = int(np.argmin(np.isfinite(values)))
         raise ValueError(f"judge: got {values[wrong]} for prompt {_shown(rows[wrong]['prompt'])}, want finite scores")

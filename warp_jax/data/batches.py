@@ -40,7 +40,7 @@ def take(prompts: PromptBatch, rows: np.ndarray) -> PromptBatch:
 def epoch_rows(count: int, batch: int, step: int, *, seed: int, stream: str) -> np.ndarray:
     """Row numbers of batch number `step`: int [batch]. Each epoch is a new permutation of all `count` rows.
 
-    stream: name of the user ('sft', 'iteration 1 run 2'); each stream has another order.
+    stream: name of the training ('sft', 'iteration 1 run 2'); each stream has another order.
     """
     places = np.arange(step * batch, (step + 1) * batch)
     epochs, offsets = places // count, places % count

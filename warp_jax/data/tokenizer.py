@@ -16,7 +16,7 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 class SpecialTokens(NamedTuple):
     """Special tokens of a model, and its chat template."""
 
-    pad_id: int  # fills up a batch; masks mark it as no token
+    pad_id: int  # pads the rows of a batch; masks are False there
     bos_id: int | None  # comes before a text, None if nothing does
     eos_id: int  # comes after a text
     stop_ids: tuple[int, ...]  # all that end a turn, eos_id first

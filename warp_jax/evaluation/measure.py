@@ -23,7 +23,7 @@ class Evaluation(NamedTuple):
 
     reward: np.ndarray  # float32 [N], reward units
     gold_reward: np.ndarray  # float32 [N], reward units
-    sft_kl: np.ndarray  # float32 [N], nats per sequence
+    sft_kl: np.ndarray  # float32 [N], nats per completion
     length: np.ndarray  # int [N], tokens of the completion
     distinct_2: np.ndarray  # float [], share of distinct pairs of neighbouring tokens
     completion_ids: np.ndarray  # int32 [N, C]
@@ -37,7 +37,7 @@ OnEvaluation = Callable[[str, Evaluation, float], None]  # name, result, seconds
 
 
 class Examiner(NamedTuple):
-    """Functions and data shared by all evaluations. Prompts and random keys are the same, so differences are paired."""
+    """Functions and data shared by all evaluations. All use the same prompts and random keys: compare in pairs."""
 
     mesh: Mesh
     sampler: sampling.Sampler

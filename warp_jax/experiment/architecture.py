@@ -12,8 +12,7 @@ from warp_jax.settings.groups import Model, RewardModel
 
 
 def policy_config(model: Model, tokenizer_size: int) -> TransformerConfig:
-    """Architecture of the model at `source`, or with none of `architecture`; its layers are cut into stacks for
-    `trainable`.
+    """Architecture of the model at `source`, or else `architecture`; layers are cut into stacks for `trainable`.
 
     Raises:
         ValueError: a value is wrong, or no weight is trainable.

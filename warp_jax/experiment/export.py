@@ -1,4 +1,4 @@
-"""Any stage of a workdir as a Hugging Face folder that transformers, vLLM and lm-evaluation-harness load."""
+"""Export a stage of a workdir as a Hugging Face folder for transformers, vLLM and lm-evaluation-harness."""
 
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def _stored_dtype(job: Workdir) -> str:
 
 
 def _sidecars(job: Workdir) -> list[Path]:
-    """Tokenizer and other files beside the source's weights."""
+    """Tokenizer and other files in the source's folder."""
     if job.source is None:
         return []
     return [path for path in weight_files.open_weights(job.source).sidecars() if path.name != hf_config.CONFIG]

@@ -43,7 +43,7 @@ def reward_loss(settings: Settings, apply_fn: ApplyFn) -> supervised.LossFn:
 
 
 class Task(NamedTuple):
-    """One supervised training. start: all weights at its start; trainable: pattern on the names of those it trains.
+    """One supervised training. start: all weights at its start; trainable: pattern on the names of its trained weights.
 
     batch_fn, held_out_batch: step -> batch. held_out_rows: number of held-out texts.
     """
@@ -157,7 +157,7 @@ class Maker:
         finished = checkpoint.has_params(directory / "params")
         self.progress.start_phase(name, settings.num_steps, finished=finished)
         if finished:
-            checkpoint.forget_state(directory)  # a kill may have left it
+            checkpoint.forget_state(directory)  # a killed job may have left it
             return trees.join(checkpoint.restore_params(directory / "params", trained), frozen)
         schedule = loop.Schedule(settings.num_steps, directory, self.settings.checkpoint_every, self.progress.on_step)
         optimizer = optimizers.make_optimizer(settings, self.settings.adam)

@@ -27,7 +27,7 @@ def check(settings: Settings) -> None:
 
 
 def _check_models(settings: Settings, mesh: Mesh) -> None:
-    """Read the headers of all models' files, and lay the parameters out on the mesh."""
+    """Check that all weights can be split over the mesh, and that the policy's files hold the right tensors."""
     policy = architecture.policy_config(settings.model, settings.vocab_size)
     models = [policy]
     if settings.needs_reward_model:
@@ -40,7 +40,7 @@ def _check_models(settings: Settings, mesh: Mesh) -> None:
 
 
 def _check_reward(path: str, source: str, names: tuple[str, ...], use_chat: bool) -> None:
-    """A reward's source is one of the names, the folder of a reward model, or a function that can be loaded."""
+    """Raise ValueError unless the source is in `names`, a reward model's folder, or a function that can be loaded."""
     if source in names:
         return
     try:
@@ -48,7 +48,7 @@ def _check_reward(path: str, source: str, names: tuple[str, ...], use_chat: bool
             model = sources.read_settings(Path(source), "scalar", "float32")
             hf_weights.check_weights(Path(source), model, param_shapes(model))
             if use_chat and Tokenizer.from_folder(Path(source)).chat_template is None:
-                raise ValueError("it has no chat template, and config.data.chat asks it to read conversations")
+                raise ValueError("it has no chat template, but with config.data.chat it must read conversations")
         else:
             reward_functions.load_function(source)
     except ValueError as error:

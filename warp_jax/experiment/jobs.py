@@ -1,4 +1,4 @@
-"""Parts of a job that one start of the program runs: all of it, one run, or one merge. They meet in the workdir."""
+"""Run a whole job, or one part of it: one run or one merge. Parts exchange their results through the workdir."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ WHOLE = Part()
 
 
 def choose_part(settings: Settings, workdir: Path, *, run: int, merge: bool, iteration: int) -> Part:
-    """The part that the flags name; without --iteration, of the first iteration that is not merged.
+    """Part that the flags select. Without --iteration, it belongs to the first iteration that is not merged.
 
     Raises ValueError if the job has no such part, or if the part starts from something that is not saved yet.
     """
@@ -58,7 +58,7 @@ def run_part(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, p
     with JobProgress(total_steps(settings, part), quiet=not hosts.is_first()) as progress:
 
         def on_wait() -> None:
-            progress.note("another process prepares this workdir: waiting for it")
+            progress.note("another process is preparing this workdir: waiting for it")
 
         with hosts.locked(workdir / LOCK, on_wait):
             setup = preparation.prepare(settings, corpora, workdir, progress)

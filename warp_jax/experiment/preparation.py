@@ -1,4 +1,4 @@
-"""Everything that Algorithm 1 starts from: data, tokenizer, prompts, SFT policy, rewards."""
+"""Inputs of Algorithm 1: data, tokenizer, prompts, SFT policy, rewards."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -82,7 +82,7 @@ def prepare(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, pr
 
 
 def load_corpora(settings: Settings) -> dict[str, Corpus]:
-    """The four splits of the source. Raises ValueError if they cannot serve these settings."""
+    """The four splits of the source. Raises ValueError if a split lacks rows or labels."""
     data = settings.data
     rows = corpus.load_rows(data.source, data.split, task=data.task)
     splits = corpus.split_rows(
@@ -111,7 +111,7 @@ def load_tokenizer(settings: Settings, corpora: Mapping[str, Corpus], path: Path
 
 
 def check_prompts(settings: Settings, corpora: Mapping[str, Corpus]) -> None:
-    """Raise ValueError if the prompts cannot be made. Writes nothing: a tokenizer to be trained is not needed."""
+    """Raise ValueError if the prompts cannot be made. Trains no tokenizer and writes nothing."""
     tokenizer = Tokenizer.from_folder(sources.find(settings.model.source)) if settings.model.source else None
     for name in ("prompts", "eval"):
         if tokenizer is not None:
@@ -122,9 +122,9 @@ def check_prompts(settings: Settings, corpora: Mapping[str, Corpus]) -> None:
 
 
 def make_prompts(settings: Settings, tokenizer: Tokenizer, split: Corpus, name: str) -> PromptBatch:
-    """The prompts of a split: the beginnings of its texts, or its rows written by a template, without too long ones.
+    """The prompts of a split: the beginnings of its texts, or its rows filled into a template.
 
-    Raises ValueError if too few are short enough.
+    Prompts from a template that are too long are left out. Raises ValueError if too few are left.
     """
     data, length = settings.data, settings.sampling.prompt_tokens
     if not data.prompt_template and not data.chat:
@@ -159,7 +159,7 @@ def make_reward_fn(
         if part.source == "length":
             parts[name] = reward_functions.length
         elif part.source == "reward_model":
-            assert learned is not None  # settings.needs_reward_model saw this part
+            assert learned is not None  # settings.needs_reward_model is True because of this part
             parts[name] = learned
         else:
             parts[name] = reward_functions.make_from_text(maker.text_fn(part.source), maker.tokenizer, rows)

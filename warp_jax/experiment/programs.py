@@ -1,4 +1,4 @@
-"""The compiled programs of Algorithm 1; those that run are those that `tpu_fit` compiles for a pod."""
+"""The compiled programs of Algorithm 1. A job runs them; `tpu_fit` compiles the same ones for a TPU slice."""
 
 import functools
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The stages of a workdir by name: sft, the policies of its runs, their merges, and LITI between sft and a merge."""
+"""The stages of a workdir by name: sft, the policies of its runs, their merges, and LITI from sft to the last merge."""
 
 import math
 import re
@@ -62,7 +62,7 @@ class Workdir:
             return Tokenizer.from_folder(self.source)
         path = self.path / "tokenizer.json"
         if not path.is_file():
-            raise ValueError(f"workdir: {self.path} has no tokenizer.json yet; let warp_jax.main begin first")
+            raise ValueError(f"workdir: {self.path} has no tokenizer.json yet; start warp_jax.main first")
         return Tokenizer.load(path)
 
     def _sft(self) -> Params:

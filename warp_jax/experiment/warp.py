@@ -32,9 +32,9 @@ class JobError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Algorithm 1 in one workdir. Each run and each merge may be made by another process: they meet in its checkpoints.
+    """Algorithm 1 in one workdir. Several processes may share the runs and merges: they read each other's checkpoints.
 
-    init_params of an iteration follows from SFT and the merges before; every result is made once, then restored.
+    init_params of an iteration is computed from SFT and the earlier merges. Every result is made once, then restored.
     """
 
     settings: Settings
@@ -67,7 +67,7 @@ class Job:
                 if not checkpoint.has_params(directory / "params"):  # another job may have finished it meanwhile
                     self._train(init_params, iteration, run, directory)
             self.progress.end_phase(num_steps)
-        checkpoint.forget_state(directory)  # also after a kill
+        checkpoint.forget_state(directory)  # a killed job may have left it
 
         def params_at(step: int, name: str) -> Params:
             if step != num_steps:
@@ -109,7 +109,7 @@ class Job:
         return merged
 
     def front(self, merged: Params, iteration: int) -> list[Point]:
-        """The points of an iteration's merge and of its output family: every eta between SFT and the merge."""
+        """The points of an iteration's merge and of its front: LITI from SFT to the merge, one point per eta."""
         return front_points(self.settings.front.etas, self.setup.sft_params, merged, iteration, self.evaluations)
 
     def _train(self, init_params: Params, iteration: int, run: int, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""A workdir: which config it belongs to, and the files of the models that were used in it."""
+"""A workdir: the config that it belongs to, and fingerprints of the models that were used in it."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from warp_jax.settings import Settings, legacy
 
 CONFIG = "config.json"
 FINGERPRINTS = "models.json"
-LOCK = "lock"  # held while the workdir is claimed, and while what all runs share is made
+LOCK = "lock"  # held while a job claims the workdir, or makes the inputs that all runs share
 MAY_CHANGE = ("report.", "front.", "mesh ")  # settings that may change on resume; another mesh changes rounding only
 
 
@@ -24,7 +24,7 @@ def claim(settings: Settings, workdir: Path) -> None:
     """
 
     def on_wait() -> None:
-        print(f"another process prepares {workdir}: waiting for it", file=sys.stderr)
+        print(f"another process is preparing {workdir}: waiting for it", file=sys.stderr)
 
     def claim_locked() -> None:
         _check_owner(settings, workdir)  # before the lock, which is a file in there
@@ -51,8 +51,8 @@ def check_models_unchanged(settings: Settings, workdir: Path) -> dict[str, str]:
     for source, fingerprint in found.items():
         if before.get(source, fingerprint) != fingerprint:
             raise ValueError(
-                f"workdir {workdir} was made with other files of {source}, whose task vectors it holds; "
-                "bring them back, or choose another --workdir"
+                f"workdir {workdir} was made with other files of {source}, and its weights belong to them; "
+                "restore those files, or choose another --workdir"
             )
     return found
 

@@ -1,4 +1,4 @@
-"""Merging of checkpoints on disk, of which only chunks are in memory.
+"""Merge checkpoints on disk, with only chunks of them in memory.
 
 Pass 1 sums the Gram matrix of each unit's task vectors. Pass 2 writes one weighted sum per eta. Several threads work at
 the same time; each maps a chunk, computes and writes.

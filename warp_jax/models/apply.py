@@ -9,7 +9,7 @@ from warp_jax.types import ApplyFn, Array, Params
 
 
 def make_apply_fn(config: TransformerConfig, mesh: Mesh | None = None) -> ApplyFn:
-    """Make a function (params, token_ids, mask, ...) -> (outputs, cache), as in `Transformer`; mesh: shard them."""
+    """Make a function (params, token_ids, mask, ...) -> (outputs, cache), as in `Transformer`; mesh: shard over it."""
     model = Transformer(config, mesh)
     return lambda params, *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
 

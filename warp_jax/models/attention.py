@@ -108,7 +108,7 @@ def splash(
     mesh: Mesh,
     interpret: bool = False,
 ) -> Array:
-    """Attention of scaled queries of whole sequences by the splash kernel; each chip computes its own rows and heads.
+    """Attention by the splash kernel, for whole sequences and scaled queries; each chip computes its rows and heads.
 
     valid: bool [B, S], True = real token. The real tokens of a row must be contiguous: the kernel measures distances in
     columns. window: tokens that a query can see, itself included; 0 = all before it. interpret: run without a TPU.

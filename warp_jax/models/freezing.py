@@ -17,7 +17,7 @@ from warp_jax.types import Params
 
 
 def layer_groups(pattern: str, shapes: Any) -> tuple[int, ...]:
-    """Numbers of layers in the stacks that `pattern` needs; () if one stack is enough.
+    """Number of layers of each stack that `pattern` needs; () if one stack is enough.
 
     Args:
         pattern: regular expression, searched for in each name.

@@ -29,7 +29,7 @@ RESTART_HINT = "start all processes again with the same command to resume the jo
 
 
 class PeerError(Exception):
-    """Another process of the job failed; that one prints the reason."""
+    """Another process of the job failed; the failed process prints the reason."""
 
 
 def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -61,7 +61,7 @@ def broadcast(value: Any) -> Any:
 def exists(path: Path) -> bool:
     """True in every process if the path exists for process 0.
 
-    The others do not look. On NFS a new file appears on other hosts late, and each failed look-up is cached there.
+    Only process 0 looks: on NFS, other hosts see a new file late, and cache each failed look-up.
     """
     return bool(broadcast(np.array(is_first() and path.exists())))
 
@@ -133,7 +133,7 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 def exit_if_peer_lost(error: BaseException) -> None:
     """Print one line and exit at once if the error means that another process is gone.
 
-    JAX raises different types of error then, so the text decides. A normal exit would wait for the other processes.
+    JAX then raises errors of several types, so their text is read. A normal exit would wait for the other processes.
     """
     if jax.process_count() == 1 or not _PEER_LOST.match(str(error)):
         return

@@ -20,7 +20,7 @@ from warp_jax import files
 from warp_jax.pretrained import gguf_tokenizer
 from warp_jax.storage.weight_files import SafetensorsWriter, Tensor, hash_file
 
-FORMAT = 1  # version of the cached folders, part of their names: after a change of it, all are made again
+FORMAT = 1  # version of the conversion, in the names of cached folders: a new version converts all models again
 CHUNK_ELEMENTS = 1 << 22  # number of weights dequantised at a time
 PACKAGE = "package:"
 INSTALL = {

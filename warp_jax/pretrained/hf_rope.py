@@ -16,7 +16,7 @@ SCALING_FIELDS = {  # by rope type
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", LENGTH},
     "yarn": {"factor", LENGTH, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
 }
-OUR_NAMES = {  # of these fields, in RopeScaling
+OUR_NAMES = {  # names of these fields in RopeScaling
     "factor": "factor",
     LENGTH: "original_length",
     "low_freq_factor": "low_frequency_factor",

@@ -52,7 +52,7 @@ def load(
 
 
 def _pad_id(folder: Path) -> int | None:
-    """Padding id of config.json, which transformers never scores as the last token. Other files do not count."""
+    """Padding id in config.json (no other file counts): transformers never takes it for the last token of a text."""
     content = files.read_json(folder / hf_config.CONFIG)
     return (content.get("text_config") or content).get("pad_token_id")
 
@@ -67,7 +67,7 @@ def _answered(tokenizer: Tokenizer, conversation: Any, completion: str) -> str:
 
 
 def _pad_texts(tokenizer: Tokenizer, texts: Sequence[str], devices: int, *, plain: bool) -> PromptBatch:
-    """Encode and left-pad texts to a multiple of LENGTH_STEP tokens; copies of the first row fill up the devices.
+    """Encode texts, left-pad them to a multiple of LENGTH_STEP tokens, and repeat the first to a multiple of `devices`.
 
     plain: the texts are not rendered by a chat template, so add the BOS token.
     """

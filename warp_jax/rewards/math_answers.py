@@ -1,6 +1,6 @@
 r"""Reward for answers to math problems in the format of GSM8K or MATH, compared by the package math-verify.
 
-As users of math-verify expect, answers are evaluated: 0.5 is 1/2, (x+1)^2 is x^2+2x+1, and an unfinished 9 + 9 is 18.
+Answers are evaluated, as usual in math-verify: 0.5 is 1/2, (x+1)^2 is x^2+2x+1, and an unfinished 9 + 9 is 18.
 Added here: signs of currency, percent and degrees are dropped (5% is 5, not 0.05); a unit counts only if both answers
 have one (18 km is 18, but not 18 miles); words are compared as text, ignoring case.
 
@@ -169,7 +169,7 @@ def _serve() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     config = [LatexExtractionConfig()]
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # then SIGPROF ends this process
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # after this time, SIGPROF ends this process
         right, answer = (parse(f"${text}$", config, parsing_timeout=None) for text in json.loads(line))
         same = verify(right, answer, timeout_seconds=None)
         signal.setitimer(signal.ITIMER_PROF, 0)

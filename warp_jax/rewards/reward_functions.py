@@ -26,7 +26,7 @@ def sequence_scores(
     """Score each sequence by a reward model, at its last real token: float32 [B], log-odds.
 
     token_ids int32 [B, S] and mask bool [B, S] may have padding on both sides. pad_id: a token that never counts as the
-    last one, also inside the text: transformers does so for models whose padding is their end-of-sequence token.
+    last one, even inside the text, as in transformers: some models are padded with their end-of-sequence token.
     """
     scores, _ = apply_fn(params, token_ids, mask)
     counted = mask if pad_id is None else mask & (token_ids != pad_id)

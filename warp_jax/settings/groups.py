@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-LARGEST = 2**31 - 1  # of a count: what int32 holds
+LARGEST = 2**31 - 1  # largest count: it must fit int32
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 CountOrZero = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -125,7 +125,7 @@ class Architecture(Group):
 
 
 class Model(Group):
-    """The policy: where it comes from, what of it is trained, and how it is computed."""
+    """The policy: its source, its trained weights, and how it is computed."""
 
     source: str
     size: str

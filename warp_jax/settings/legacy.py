@@ -11,7 +11,7 @@ MOVED = {  # modules of reward functions
 
 
 def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same config with today's names. Values that are no config at all are left for validation to refuse."""
+    """The same config with today's names. Values of a wrong type stay as they are; validation reports them."""
     new = dict(config)
     if isinstance(data := new.get("data"), Mapping):
         new["data"] = _with_task(data)
@@ -21,7 +21,7 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_task(source: str) -> tuple[str, dict[str, Any]]:
-    """'reasoning_gym:TASK?name=value&...' as the source without its query, and the task's options.
+    """Split 'reasoning_gym:TASK?name=value&...' into the source without its query, and the task's options.
 
     Whole numbers, decimal numbers and true/false are converted, commas make a list, anything else stays text.
     """

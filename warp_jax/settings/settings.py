@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from warp_jax.settings import groups, legacy
 
-PLAIN = {  # pydantic's phrases in ours
+PLAIN = {  # pydantic's phrases, and how our messages write them
     r"^Input should be ": "",
     r"^\w+ should have ": "",
     r"a valid dictionary or instance of \w+": "a group of settings",
@@ -20,7 +20,7 @@ PLAIN = {  # pydantic's phrases in ours
 
 
 class Settings(groups.Group):
-    """Everything that a config says. `from_config` makes it; `as_json` is what a workdir's config.json holds."""
+    """A whole config. Made by `from_config`; `as_json` gives the content of a workdir's config.json."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     checkpoint_every: groups.Count
@@ -98,7 +98,7 @@ class Settings(groups.Group):
         if not self.model.source and len(unused) < 2:
             raise ValueError("model.source: got '', want a model folder, a .gguf file or package:NAME")
         if not self.model.source and not self.sft.num_steps:
-            raise ValueError("sft.num_steps: got 0, want at least 1: a model without model.source starts random")
+            raise ValueError("sft.num_steps: got 0, want at least 1: without model.source, weights are random")
         if not self.model.source and self.data.chat:
             raise ValueError("data.chat: got True, want False: a tokenizer trained here has no chat template")
         return self
@@ -149,7 +149,7 @@ def check_devices(settings: Settings, devices: int) -> None:
 
 
 def _first_line(error: ValidationError) -> str:
-    """The first of pydantic's errors; unknown names first, since they explain missing ones."""
+    """Write one of pydantic's errors in one line: an unknown name first, since it explains a missing one."""
     errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = errors[0]
     path = ".".join(str(part) for part in ("config", *first["loc"]))

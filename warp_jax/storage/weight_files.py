@@ -128,7 +128,7 @@ class SafetensorsFolder(WeightFolder):
                 self._maps[name] = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
 
     def view(self, name: str, start: int, stop: int) -> np.ndarray:
-        """As in WeightFolder."""
+        """See WeightFolder."""
         tensor = self.tensors[name]
         if start == stop:
             return np.empty(0, tensor.dtype)
@@ -136,7 +136,7 @@ class SafetensorsFolder(WeightFolder):
         return np.frombuffer(self._maps[tensor.file], tensor.dtype, stop - start, offset)
 
     def release(self, name: str, start: int, stop: int) -> None:
-        """As in WeightFolder: pages of a mapped file count as memory of the process until they are released."""
+        """See WeightFolder: pages of a mapped file count as memory of the process until they are released."""
         tensor = self.tensors[name]
         first, last = (self._offsets[name] + number * tensor.dtype.itemsize for number in (start, stop))
         first -= first % mmap.PAGESIZE
@@ -144,11 +144,11 @@ class SafetensorsFolder(WeightFolder):
             self._maps[tensor.file].madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def weight_paths(self) -> Sequence[Path]:
-        """As in WeightFolder."""
+        """See WeightFolder."""
         return [self.path / name for name in self._names]
 
     def sidecars(self) -> Sequence[Path]:
-        """As in WeightFolder."""
+        """See WeightFolder."""
         return [p for p in sorted(self.path.iterdir()) if p.is_file() and p.suffix in SIDECARS and p.name != INDEX]
 
 
@@ -176,7 +176,7 @@ class OrbaxFolder(WeightFolder):
             raise ValueError(f"{path}: not an Orbax checkpoint of parameters: {error}") from error
 
     def view(self, name: str, start: int, stop: int) -> np.ndarray:
-        """As in WeightFolder."""
+        """See WeightFolder."""
         with self._lock:
             if self._held[0] != name:
                 self._held = ("", np.zeros(0))
@@ -184,7 +184,7 @@ class OrbaxFolder(WeightFolder):
             return self._held[1][start:stop]
 
     def weight_paths(self) -> Sequence[Path]:
-        """As in WeightFolder."""
+        """See WeightFolder."""
         return sorted(p for p in self.path.rglob("*") if p.is_file())
 
 

@@ -49,7 +49,7 @@ class Plan(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What one program needs, in bytes per chip. If `error` is set, temporaries, peak and traffic are unknown (0)."""
+    """Bytes that one program needs per chip. If `error` is set, temporaries, peak and traffic are unknown (0)."""
 
     name: str
     seconds: float  # of compilation
@@ -135,7 +135,7 @@ class _Planner:
         return self.program("start of a run", init, (self.trained,), reads=("init",), absent=RUN_ONLY)
 
     def copy(self) -> Program:
-        """The copy of the weights for generation. The copy before it counts as co-resident."""
+        """The copy of the weights for generation. The previous copy counts as co-resident."""
         return self.program(COPY, self.functions.sampler.lay_out, (self.weights,), reads=WHOLE)
 
     def generation(self, suffix: str, batch: int) -> Program:

@@ -1,7 +1,7 @@
 """Number of collectives in an optimized HLO module, and bytes that one chip sends in them.
 
-The input is `jax.stages.Compiled.as_text()` of a TPU or CPU program. Counted are the entry and all that it calls, the
-costlier branch of a conditional, and a loop's body times its iterations. In a ring of n chips, one chip sends:
+The input is `jax.stages.Compiled.as_text()` of a TPU or CPU program. The entry and all that it calls count; a
+conditional counts as its costlier branch, a loop as body times iterations. In a ring of n chips, one chip sends:
     all-gather: (n - 1) / n of its result; all-reduce: 2 (n - 1) / n of its operand;
     reduce-scatter and all-to-all: (n - 1) / n of the operand; collective-permute and send: the operand.
 Sizes exclude the padding of tiled layouts. Groups of one chip are not counted.
@@ -118,7 +118,7 @@ def _walk(module: Mapping[str, _Computation], name: str) -> Collectives:
 
 
 def _sent(module: Mapping[str, _Computation], computation: _Computation, op: _Op) -> Collectives:
-    """Traffic of an instruction and what it calls. Of the branches of a conditional, the costlier one counts."""
+    """Traffic of an instruction and all that it calls. A conditional counts as its costlier branch."""
     if op.kind.removesuffix("-start") in SENT:
         return Collectives(_own(computation, op), {})
     if op.kind.endswith(("-done", "-update")):  # counted at their -start
@@ -140,7 +140,7 @@ def _loop(module: Mapping[str, _Computation], outside: _Computation, op: _Op) ->
 
 
 def _trips(outside: _Computation, op: _Op, condition: _Computation, body: _Computation) -> int | None:
-    """Iterations of a loop, as noted by XLA or from a counter with a constant bound; None if it may end early."""
+    """Iterations of a loop, from XLA's annotation or a counter with a constant bound; None if it may end early."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', op.attributes):
         return int(known[1])
     test, start, after = condition.ops[condition.root], outside.ops[op.inputs[0]], body.ops[body.root]

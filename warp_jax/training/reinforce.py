@@ -22,7 +22,7 @@ ScoreFn = Callable[[Params, Rollout], Array]  # params of the whole model -> log
 
 
 class Programs(NamedTuple):
-    """Compiled functions shared by all runs; sampling is compiled apart, in `sampling.Sampler`."""
+    """Compiled functions shared by all runs; sampling is compiled separately, in `sampling.Sampler`."""
 
     init: Callable[[Params], TrainState]  # trained params
     # state (its buffers are reused), frozen params, rollout, rewards [B] -> state, metrics

@@ -1,4 +1,4 @@
-"""Sampling completions: the prompts are read at once (prefill), then one token is drawn per step.
+"""Sampling completions: all prompt tokens are processed at once (prefill), then one token is drawn per step.
 
 `apply_fn(params, token_ids, mask, cache, num_outputs=n)` returns the logits of the last n positions and the new cache;
 `make_cache(batch, capacity)` returns an empty cache.
@@ -35,7 +35,7 @@ class Sampler(NamedTuple):
 
     lay_out: params -> a copy for generation, in the dtype of the activations and split over the mesh axis `tensor`
     only, so no weight moves between chips for each token. Returns its argument if that already has this form.
-    generate: that copy, prompts, key -> Rollout.
+    generate: (that copy, prompts, key) -> Rollout.
     """
 
     lay_out: Callable[[Params], Params]

@@ -41,8 +41,8 @@ def sequence_kl(
 ) -> Array:
     """KL(policy || reference) of whole completions, estimated on samples of the policy: float32 [B], nats, >= 0.
 
-    Sums the exact KL between the two next-token distributions over the sampled tokens. This estimate has the same
-    expectation as the sampled log-ratio, and far less variance.
+    Exact KL between the two next-token distributions, summed over the positions of the sampled tokens. This estimate
+    has the same expectation as the sampled log-ratio, and far less variance.
     """
 
     def kl(logits: Sequence[Array], targets: Array) -> Array:
