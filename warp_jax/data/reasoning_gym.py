@@ -56,7 +56,7 @@ def load_rows(task: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     for index in range(len(_make_dataset(task, key))):
         problem = _make_problem(task, key, index)
         row = {"text": problem["question"], "answer": problem["answer"]}
-        rows.append(row | {"task": task, "options": json.loads(key), "index": index})
+        rows.append(row | {"source": PREFIX + task, "task": task, "options": json.loads(key), "index": index})
     return rows
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -109,7 +108,7 @@ class Maker:
             return {**batch, "labels": labels[split][chosen]}
 
         apply_fn = apply.make_apply_fn(model, self.mesh)
-        start = freezing.restacked(sft_params, self._random_params(model))
+        start = freezing.restacked(sft_params, apply.random_params(model, self.mesh, self.settings.seed))
         held_out_batch = functools.partial(batch_fn, split="eval")
         loss_fn, held_out_rows = reward_loss(self.settings, apply_fn), len(tokens["eval"])
         task = Task(loss_fn, start, settings.trainable, batch_fn, held_out_batch, held_out_rows)
@@ -183,14 +182,9 @@ class Maker:
     def _start_params(self, model: TransformerConfig) -> Params:
         source = self.settings.model.source
         if not source:
-            return self._random_params(model)
+            return apply.random_params(model, self.mesh, self.settings.seed)
         like = partitioning.with_shardings(self.mesh, apply.param_shapes(model))
         return hf_weights.load_params(sources.find(source), model, like)
-
-    def _random_params(self, model: TransformerConfig) -> Params:
-        layout = partitioning.param_shardings(self.mesh, apply.param_shapes(model))
-        init = jax.jit(functools.partial(apply.init_params, model), out_shardings=layout)
-        return init(jax.random.key(self.settings.seed))
 
     def _text_batch(self, rows: Tokens, chosen: np.ndarray, length: int, step: int, stream: str) -> supervised.Batch:
         names = {"bos_id": self.tokenizer.bos_id, "pad_id": self.tokenizer.pad_id}

@@ -85,9 +85,8 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
     """The four splits of the source. Raises ValueError if a split lacks rows or labels."""
     data = settings.data
     rows = corpus.load_rows(data.source, data.split, task=data.task)
-    splits = corpus.split_rows(
-        rows, data.text_field, data.label_field, data.fractions, conversations=data.chat or bool(data.prompt_template)
-    )
+    text_types: Any = object if data.prompt_template else str | list if data.chat else str
+    splits = corpus.split_rows(rows, data.text_field, data.label_field, data.fractions, text_types=text_types)
     needed = {"prompts", "eval", *settings.learned_splits}
     corpus.check_splits(
         {name: split for name, split in splits.items() if name in needed},

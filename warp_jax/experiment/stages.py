@@ -68,13 +68,14 @@ class Workdir:
     def _sft(self) -> Params:
         like = partitioning.with_shardings(self.mesh, apply.param_shapes(self.policy))
 
-        def source_params() -> Params:
-            assert self.source is not None  # only a pretrained model goes without SFT, or has frozen weights before it
+        def start_params() -> Params:
+            if self.source is None:
+                return apply.random_params(self.policy, self.mesh, self.settings.seed)
             return hf_weights.load_params(self.source, self.policy, like)
 
         if not self.settings.sft.num_steps:
-            return source_params()
-        return self._restore_part("sft", like, self.settings.model.trainable, source_params)
+            return start_params()
+        return self._restore_part("sft", like, self.settings.model.trainable, start_params)
 
     def _reward_model(self) -> tuple[Params, TransformerConfig]:
         model = architecture.reward_model_config(self.settings.reward_model, self.policy)

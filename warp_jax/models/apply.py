@@ -1,9 +1,12 @@
 """The transformer as functions of a bare parameter tree."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from warp_jax.models import partitioning
 from warp_jax.models.transformer import Transformer, TransformerConfig
 from warp_jax.types import ApplyFn, Array, Params
 
@@ -17,6 +20,12 @@ def make_apply_fn(config: TransformerConfig, mesh: Mesh | None = None) -> ApplyF
 def init_params(config: TransformerConfig, key: Array) -> Params:
     """Random initial parameters, float32."""
     return Transformer(config).init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
+
+
+def random_params(config: TransformerConfig, mesh: Mesh, seed: int) -> Params:
+    """`init_params` of a seed, laid out on a mesh."""
+    layout = partitioning.param_shardings(mesh, param_shapes(config))
+    return jax.jit(functools.partial(init_params, config), out_shardings=layout)(jax.random.key(seed))
 
 
 def param_shapes(config: TransformerConfig) -> Params:

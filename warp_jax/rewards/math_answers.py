@@ -23,6 +23,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+if importlib.util.find_spec("math_verify") is None:
+    raise ImportError("math-verify is missing; run: pip install 'warp_jax[math]'")
+
 LONGEST = 300  # characters; longer answers are compared as plain text
 CPU_SECONDS = 3.0  # for one comparison
 MEMORY = 2**32  # bytes
@@ -118,8 +121,6 @@ def gold(row: Mapping[str, Any]) -> str:
 def score(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
     """Text reward: 1 if the answer that a completion gives equals the right answer of its row, else 0."""
     del prompts
-    if importlib.util.find_spec("math_verify") is None:
-        raise ValueError("warp_jax.rewards.math_answers: math-verify is missing; run: pip install 'warp_jax[math]'")
     pairs = [(gold(row), extract(text)) for row, text in zip(rows, completions, strict=True)]
     return [float(answer is not None and equal(right, answer)) for right, answer in pairs]
 

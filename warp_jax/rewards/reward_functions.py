@@ -86,8 +86,8 @@ def load_function(source: str) -> TextFn:
     module_name, _, name = source.partition(":")
     try:
         function = getattr(importlib.import_module(MOVED.get(module_name, module_name)), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"rewards: cannot load {source!r}: {error}") from error
+    except Exception as error:  # a module of the user's can raise anything
+        raise ValueError(f"rewards: cannot load {source!r}: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise ValueError(f"rewards: {source!r} is not a function")
     return hosts.computed_on_first_process(function)

@@ -18,7 +18,7 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Moment = Annotated[float, Field(ge=0, lt=1)]  # decay of one of Adam's moving averages
 LearningRate = Annotated[float, Field(gt=0, le=100)]
-Temperature = Annotated[float, Field(ge=0.01, le=100)]
+Temperature = Annotated[float, Field(ge=0.001, le=100)]
 Eta = Annotated[float, Field(ge=0, le=100)]
 Lax = Field(strict=False)  # lists count as tuples, because JSON has no tuples
 
@@ -170,20 +170,11 @@ class RewardModel(Optimization):
     num_steps: Count
     sequence_tokens: Length
 
-    @model_validator(mode="after")
-    def _train_the_head(self) -> "RewardModel":
-        if not re.search(self.trainable, "score/kernel"):
-            raise ValueError(
-                f"trainable: got {self.trainable!r}, want a pattern that also matches score/kernel: the head starts "
-                "at 0, and would stay there"
-            )
-        return self
-
 
 class RewardPart(Group):
     """One part of the reward."""
 
-    source: Annotated[str, Field(min_length=1)]
+    source: str
     weight: float
 
 

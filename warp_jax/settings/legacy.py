@@ -1,5 +1,6 @@
 """Configs of earlier versions, brought up to date: other names of the same settings."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ MOVED = {  # modules of reward functions
 
 def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same config with today's names. Values of a wrong type stay as they are; validation reports them."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config: got a {type(config).__name__}, want groups of settings by name")
     new = dict(config)
     if isinstance(data := new.get("data"), Mapping):
         new["data"] = _with_task(data)
@@ -37,22 +40,18 @@ def split_task(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def _typed(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
+    """The value that is written like the text: '7' is 7, but '007' stays text."""
+    values: dict[str, Any] = {"true": True, "false": False}
     for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+        with contextlib.suppress(ValueError):
+            values.setdefault(str(kind(text)), kind(text))
+    return values.get(text.lower(), text)
 
 
 def _with_task(data: Mapping[str, Any]) -> dict[str, Any]:
     source, task = data.get("source"), data.get("task", {})
     if isinstance(source, str) and source.startswith(REASONING) and "?" in source:
-        if task:
-            raise ValueError(f"config.data.source: got {source!r} and data.task, want the options in data.task alone")
-        source, task = split_task(source)
+        source, task = split_task(source)  # its options replace those of data.task
     return {**data, "source": source, "task": task}
 
 

@@ -24,7 +24,7 @@ class Settings(groups.Group):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     checkpoint_every: groups.Count
-    mesh: Annotated[tuple[int, int, int], groups.Lax]
+    mesh: Annotated[tuple[int, ...], groups.Lax]
     data: groups.Data
     tokenizer: groups.Tokenizer | None = None  # only without model.source
     model: groups.Model
@@ -82,7 +82,7 @@ class Settings(groups.Group):
 
     @model_validator(mode="after")
     def _mesh_has_one_rest(self) -> "Settings":
-        if self.mesh.count(-1) > 1 or any(size < 1 and size != -1 for size in self.mesh):
+        if len(self.mesh) != 3 or self.mesh.count(-1) > 1 or any(size < 1 and size != -1 for size in self.mesh):
             raise ValueError(f"mesh: got {self.mesh}, want three sizes of at least 1, of which one may be -1")
         return self
 
@@ -107,14 +107,14 @@ class Settings(groups.Group):
     def _rewards_can_be_made(self) -> "Settings":
         if not self.reward_parts:
             raise ValueError("rewards: no part has a weight other than 0, want at least one")
+        pattern = self.reward_model.trainable
+        if self.needs_reward_model and not re.search(pattern, "score/kernel"):
+            raise ValueError(
+                f"reward_model.trainable: got {pattern!r}, want a pattern that also matches score/kernel: the head "
+                "starts at 0, and would stay there"
+            )
         if not self.data.label_field and self.needs_labels:
             raise ValueError("data.label_field: got '', want the field of the 0/1 labels that the rewards learn from")
-        return self
-
-    @model_validator(mode="after")
-    def _options_have_a_task(self) -> "Settings":
-        if self.data.task and not self.data.source.startswith(legacy.REASONING):
-            raise ValueError(f"data.task: got {self.data.task}, want none: data.source is no reasoning_gym task")
         return self
 
 
