@@ -7,6 +7,7 @@ have one (18 km is 18, but not 18 miles); words are compared as text, ignoring c
 math-verify runs in a child process with limits on CPU time and memory: an answer that exceeds them is wrong.
 """
 
+import atexit
 import contextlib
 import functools
 import importlib.util
@@ -159,7 +160,9 @@ def _verify(gold: str, answer: str) -> bool:
 @functools.cache
 def _child() -> Any:
     command = [sys.executable, "-P", __file__]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    atexit.register(child.__exit__, None, None, None)  # closes its input, which ends it
+    return child
 
 
 def _serve() -> None:
