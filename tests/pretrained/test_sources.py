@@ -283,12 +283,12 @@ MODULES = [smollm2_135m, smollm2_135m_sft_anchor, smollm2_arithmetic, gemma3_270
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_configs_of_pretrained_models(module):
-    """Fails when a config is not locked, or has a knob that the default has not, other than its rewards."""
+    """Fails when a config is not locked, or has a knob that the default has not, but rewards and options of a task."""
     config = module.get_config()
     with pytest.raises(AttributeError, match="ema_rat"):
         config.warp.ema_rat = 0.5
     extra = set(_leaves(config)) - set(_leaves(default.get_config()))
-    assert all(name.startswith("rewards.") for name in extra)
+    assert all(name.startswith(("rewards.", "data.task.")) for name in extra)
     typed(config)
 
 
