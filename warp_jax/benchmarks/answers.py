@@ -22,6 +22,8 @@ BATCH = 32  # prompts per batch
 
 def read_prompts(path: Path, field: str) -> list[Any]:
     """Read one field, a text or a conversation, from each line of a JSONL file."""
+    if path.suffix != ".jsonl":
+        raise ValueError(f"{path}: want a .jsonl file, one JSON object a line")
     rows = files.read_jsonl(path)
     for place, row in rows:
         if field not in row:
