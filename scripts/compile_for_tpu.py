@@ -24,7 +24,7 @@ os.environ.setdefault("TPU_LOG_DIR", "disabled")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
-from absl import app, flags
+from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import config_flags
@@ -124,10 +124,9 @@ def _versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    parse = functools.partial(
-        cli.parse_flags,
+    cli.run(
+        main,
         required=("config", "topology"),
         example="--config=configs/gemma_7b.py --topology=v5e:8x8",
-        load=lambda: CONFIG.value is None or CONFIG.value.seed,
+        load=functools.partial(cli.load_config, CONFIG),
     )
-    app.run(main, flags_parser=parse)

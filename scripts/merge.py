@@ -6,12 +6,11 @@ writes merged/eta_0.1, merged/eta_0.3 and merged/eta_1, each a safetensors folde
 merged/merge_report.json with the angles between the policies. See docs/merging.md.
 """
 
-import functools
 import os
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the merge has threads of its own
 from warp_jax import cli
@@ -58,9 +57,8 @@ def _numbers(name: str, values: list[str]) -> tuple[float, ...]:
 
 
 if __name__ == "__main__":
-    parse_flags = functools.partial(
-        cli.parse_flags,
+    cli.run(
+        main,
         required=("init", "policies", "out"),
         example="--init=sft --policies=run_1,run_2 --etas=0.3 --out=merged",
     )
-    app.run(main, flags_parser=parse_flags)

@@ -210,5 +210,5 @@ if __name__ == "__main__":
         main,
         required=("config", "out"),
         example="--config=configs/sweep_ema_rate.py --out=runs/sweep",
-        load=lambda: CONFIG.value is None or CONFIG.value.seed,  # an error in the file is raised here
+        load=functools.partial(cli.load_config, CONFIG),
     )

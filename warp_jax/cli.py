@@ -57,6 +57,12 @@ def parse_flags(
     return rest
 
 
+def load_config(config: flags.FlagHolder[Any]) -> None:
+    """Read a config flag; if its file failed to load or leaves a value out, the error is raised only here."""
+    if config.value is not None:
+        config.value.to_dict()
+
+
 def run(main: Callable[[list[str]], object], **wanted: Any) -> None:
     """Run a script: parse its flags by `parse_flags(argv, **wanted)`, then call main."""
     app.run(main, flags_parser=functools.partial(parse_flags, **wanted))

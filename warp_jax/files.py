@@ -20,9 +20,8 @@ PIECE = 1 << 16  # bytes per piece of a file in a fingerprint
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: a process killed at any time leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f".{path.name}.{secrets.token_hex(4)}.partial"
-    )  # unique: two processes may write at once
+    unique = secrets.token_hex(4)  # two processes may write at once
+    temporary = path.with_name(f".{path.name}.{unique}.partial")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 

@@ -87,17 +87,11 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         cli.fail(str(error), cli.TRY_AGAIN)
 
 
-def _load_config() -> None:
-    """Read the config; if its file failed to load, the error is raised only here."""
-    if CONFIG.value is not None:
-        CONFIG.value.to_dict()
-
-
 parse_flags = functools.partial(
     cli.parse_flags,
     required=("config", "workdir"),
     example="--config=configs/quickstart.py --workdir=runs/quickstart",
-    load=_load_config,
+    load=functools.partial(cli.load_config, CONFIG),
 )
 
 if __name__ == "__main__":

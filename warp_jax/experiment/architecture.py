@@ -1,14 +1,16 @@
-"""From settings to models: architecture of the policy and of the reward model."""
+"""Architecture of the policy and of the reward model, and the weights where SFT starts, from the settings."""
 
 import dataclasses
 from pathlib import Path
 
-from warp_jax.models import freezing, presets, rope
-from warp_jax.models.apply import param_shapes
+from jax.sharding import Mesh
+
+from warp_jax.models import apply, freezing, partitioning, presets, rope
 from warp_jax.models.transformer import TransformerConfig
-from warp_jax.pretrained import sources
+from warp_jax.pretrained import hf_weights, sources
 from warp_jax.settings import Settings
 from warp_jax.settings.groups import Model, RewardModel
+from warp_jax.types import Params
 
 
 def policy_config(model: Model, tokenizer_size: int) -> TransformerConfig:
@@ -61,10 +63,18 @@ def reward_model_config(settings: RewardModel, policy: TransformerConfig) -> Tra
     return _cut_stacks(model, settings.trainable)
 
 
+def start_params(settings: Settings, policy: TransformerConfig, mesh: Mesh) -> Params:
+    """All weights where SFT starts: those of the pretrained model, or random ones without one."""
+    if not settings.model.source:
+        return apply.random_params(policy, mesh, settings.seed)
+    like = partitioning.with_shardings(mesh, apply.param_shapes(policy))
+    return hf_weights.load_params(sources.find(settings.model.source), policy, like)
+
+
 def _as_configured(policy: TransformerConfig, model: Model) -> TransformerConfig:
     return _cut_stacks(dataclasses.replace(policy, dtype=model.dtype, remat=model.remat), model.trainable)
 
 
 def _cut_stacks(model: TransformerConfig, trainable: str) -> TransformerConfig:
     """The same model with a stack for each group of layers that is trained or frozen together."""
-    return dataclasses.replace(model, layer_groups=freezing.layer_groups(trainable, param_shapes(model)))
+    return dataclasses.replace(model, layer_groups=freezing.layer_groups(trainable, apply.param_shapes(model)))

@@ -14,10 +14,9 @@ from warp_jax.data import batches
 from warp_jax.data.corpus import Corpus, asked
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.experiment import architecture
-from warp_jax.models import apply, freezing, partitioning
+from warp_jax.models import apply, freezing
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.parallel import hosts
-from warp_jax.pretrained import hf_weights, sources
 from warp_jax.progress import JobProgress
 from warp_jax.rewards import from_folder, reward_functions
 from warp_jax.settings import Settings
@@ -70,7 +69,7 @@ class Maker:
         """theta_sft: the pretrained model or random weights, after next-token training on the reward and gold splits
         for sft.num_steps steps.
         """
-        sft, start = self.settings.sft, self._start_params(model)
+        sft, start = self.settings.sft, architecture.start_params(self.settings, model, self.mesh)
         if not sft.num_steps:
             return start
         rows = tokens["reward"] + tokens["gold"]
@@ -178,13 +177,6 @@ class Maker:
         self.progress.note(f"{name}: held-out " + ", ".join(f"{key} {value:.3f}" for key, value in summary.items()))
         if hosts.is_first():
             files.write_json(self.workdir / name / "summary.json", summary)
-
-    def _start_params(self, model: TransformerConfig) -> Params:
-        source = self.settings.model.source
-        if not source:
-            return apply.random_params(model, self.mesh, self.settings.seed)
-        like = partitioning.with_shardings(self.mesh, apply.param_shapes(model))
-        return hf_weights.load_params(sources.find(source), model, like)
 
     def _text_batch(self, rows: Tokens, chosen: np.ndarray, length: int, step: int, stream: str) -> supervised.Batch:
         names = {"bos_id": self.tokenizer.bos_id, "pad_id": self.tokenizer.pad_id}

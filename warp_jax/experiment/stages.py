@@ -1,5 +1,6 @@
 """The stages of a workdir by name: sft, the policies of its runs, their merges, and LITI from sft to the last merge."""
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from warp_jax.experiment import architecture, workdir
 from warp_jax.models import apply, freezing, partitioning
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.parallel import meshes
-from warp_jax.pretrained import hf_weights, sources
+from warp_jax.pretrained import sources
 from warp_jax.settings import from_config
 from warp_jax.storage import checkpoint
 from warp_jax.types import Params
@@ -68,11 +69,7 @@ class Workdir:
     def _sft(self) -> Params:
         like = partitioning.with_shardings(self.mesh, apply.param_shapes(self.policy))
 
-        def start_params() -> Params:
-            if self.source is None:
-                return apply.random_params(self.policy, self.mesh, self.settings.seed)
-            return hf_weights.load_params(self.source, self.policy, like)
-
+        start_params = functools.partial(architecture.start_params, self.settings, self.policy, self.mesh)
         if not self.settings.sft.num_steps:
             return start_params()
         return self._restore_part("sft", like, self.settings.model.trainable, start_params)
