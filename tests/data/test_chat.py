@@ -111,7 +111,7 @@ CASES = [(family, name) for family in FAMILIES for name in CONVERSATIONS if (fam
 
 def _make_folder(folder, template, bos_token, eos_token, others):
     """A model folder of a family: its special tokens after plain bytes, its BOS put before a text, its template."""
-    backend = tokenizers.Tokenizer.from_str(Tokenizer.train(["film film"] * 3, 270)._backend.to_str())
+    backend = tokenizers.Tokenizer.from_str(Tokenizer.train(["film film"] * 3, 270).backend.to_str())
     backend.add_special_tokens([token for token in (bos_token, eos_token, *others) if token])
     if bos_token:
         special = [(bos_token, backend.token_to_id(bos_token))]

@@ -1,5 +1,6 @@
 """Tokenizers of model folders: which ids frame a text, which end it, and files that do not fit together."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
-from warp_jax.data.tokenizer import SpecialTokens, Tokenizer
+from warp_jax.data.tokenizer import Tokenizer
 
 SPECIAL = ["<|unused|>", "<s>", "</s>", "<|turn_end|>", "<|blank|>"]
 
@@ -19,7 +20,7 @@ def _write(folder, **files):
 
 def _make_folder(folder, *, with_bos=True, **files):
     """A tokenizer.json with the SPECIAL tokens after its bytes, and the JSON files given by name."""
-    backend = tokenizers.Tokenizer.from_str(Tokenizer.train(["a film of films"] * 5, 270)._backend.to_str())
+    backend = tokenizers.Tokenizer.from_str(Tokenizer.train(["a film of films"] * 5, 270).backend.to_str())
     backend.add_special_tokens(SPECIAL)
     if with_bos:
         bos_id = backend.token_to_id("<s>")
@@ -197,7 +198,7 @@ def test_an_answer_keeps_the_space_before_its_first_word():
     """Fails when prompt and answer are decoded apart: SentencePiece drops the first space of a text."""
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"\u2581a": 0, "\u2581great": 1, "\u2581film": 2}, "x"))
     backend.decoder = tokenizers.decoders.Metaspace()
-    tokenizer = Tokenizer(backend, SpecialTokens(0, None, 0, (0,), {}, None))
+    tokenizer = Tokenizer(backend, 0, None, 0, (0,), {})
     ids, mask = np.array([[9, 0, 1], [0, 1, 1]]), np.array([[False, True, True], [True, True, True]])
     answers = np.array([[2], [2]]), np.array([[True], [False]])
     assert tokenizer.decode_answers(ids, mask, *answers) == (["a great", "a great great"], [" film", ""])
@@ -216,9 +217,8 @@ def test_a_token_without_embedding_is_refused(tmp_path):
     _make_folder(tmp_path, tokenizer_config=EOS)
     tokenizer = Tokenizer.from_folder(tmp_path)
     largest = tokenizer.vocab_size - 1
-    token = tokenizer._backend.id_to_token(largest)
+    token = tokenizer.backend.id_to_token(largest)
     (row,) = tokenizer.encode_with_special([token])
     assert row.tolist() == [largest]
-    tokenizer._embedding_size = largest
     with pytest.raises(ValueError, match="no embedding"):
-        tokenizer.encode_with_special([token])
+        dataclasses.replace(tokenizer, embedding_size=largest).encode_with_special([token])

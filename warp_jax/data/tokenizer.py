@@ -1,10 +1,11 @@
 """Text to token ids and back: a byte-level BPE trained on the corpus, or the tokenizer of a model folder."""
 
+import dataclasses
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -13,39 +14,19 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 
-class SpecialTokens(NamedTuple):
-    """Special tokens of a model, and its chat template."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Text to token ids and back, and the special tokens and the chat template of a model."""
 
+    backend: tokenizers.Tokenizer
     pad_id: int  # pads the rows of a batch; masks are False there
     bos_id: int | None  # comes before a text, None if nothing does
     eos_id: int  # comes after a text
     stop_ids: tuple[int, ...]  # all that end a turn, eos_id first
-    texts: Mapping[str, str]  # texts of the special tokens by role ("bos_token", "eos_token", ...)
-    chat_template: str | None  # Jinja
+    special_tokens: dict[str, str]  # texts of the special tokens by role ("bos_token", "eos_token", ...)
+    chat_template: str | None = None  # Jinja
     embedding_size: int | None = None  # rows of the model's embedding, None if not known
-
-
-class Tokenizer:
-    """Text to token ids and back, with the ids of SpecialTokens as attributes; `special_tokens` are its texts.
-
-    vocab_size: the largest id + 1 (the model's embedding may have more rows); text_vocab_size: the same for tokens that
-    are not special.
-    """
-
-    def __init__(self, backend: tokenizers.Tokenizer, special: SpecialTokens | None = None):
-        """Wrap a tokenizer of the tokenizers library. special: by default PAD, BOS and EOS, as `train` adds them."""
-        special = _trained_special(backend) if special is None else special
-        self._backend = backend
-        self._lock = threading.Lock()
-        ids = set(backend.get_vocab(with_added_tokens=True).values())
-        self.vocab_size: int = max(ids) + 1
-        unread = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self.text_vocab_size: int = max(ids - unread, default=0) + 1
-        self.pad_id, self.bos_id, self.eos_id = special.pad_id, special.bos_id, special.eos_id
-        self.stop_ids = special.stop_ids
-        self.special_tokens = dict(special.texts)
-        self.chat_template = special.chat_template
-        self._embedding_size = special.embedding_size or self.vocab_size
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -60,12 +41,20 @@ class Tokenizer:
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
-        return cls(backend)
+        return cls._trained(backend)
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         """Read the tokenizer.json of a trained tokenizer."""
-        return cls(tokenizers.Tokenizer.from_file(str(path)))
+        return cls._trained(tokenizers.Tokenizer.from_file(str(path)))
+
+    @classmethod
+    def _trained(cls, backend: tokenizers.Tokenizer) -> "Tokenizer":
+        texts, vocabulary = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}, backend.get_vocab()
+        if missing := [token for token in texts.values() if token not in vocabulary]:
+            raise ValueError(f"tokenizer: has no special token {missing[0]!r}; train it with Tokenizer.train")
+        pad_id, bos_id, eos_id = (vocabulary[token] for token in texts.values())
+        return cls(backend, pad_id, bos_id, eos_id, (eos_id,), texts)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
@@ -81,14 +70,26 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises no narrower type
-            raise ValueError(f"{path}: is not a tokenizer: {_one_line(error)}; download it again") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: is not a tokenizer: {reason}; download it again") from error
         backend.no_padding()
         backend.no_truncation()
-        return cls(backend, _ModelFolder(folder, backend).special())
+        return _ModelFolder(folder, backend).tokenizer()
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id + 1; the model's embedding may have more rows."""
+        return max(self.backend.get_vocab().values()) + 1
+
+    @property
+    def text_vocab_size(self) -> int:
+        """The largest id of a token that is not special, + 1."""
+        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        return max(set(self.backend.get_vocab().values()) - special, default=0) + 1
 
     def to_json(self) -> str:
         """Return the content of tokenizer.json, without the special tokens in other files of a model folder."""
-        return self._backend.to_str(pretty=True)
+        return self.backend.to_str(pretty=True)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode texts to int32 ids. A special token that is written out in a text is encoded as plain text."""
@@ -102,15 +103,15 @@ class Tokenizer:
         """
         rows = self._encode(texts, as_plain_text=False)
         for text, row in zip(texts, rows, strict=True):
-            if len(row) and row.max() >= self._embedding_size:
-                token = self._backend.id_to_token(int(row.max()))
+            if self.embedding_size and len(row) and row.max() >= self.embedding_size:
+                token = self.backend.id_to_token(int(row.max()))
                 raise ValueError(f"prompt {text[:60]!r}...: has {token!r}, which the model has no embedding for")
         return rows
 
     def decode(self, token_ids: np.ndarray, mask: np.ndarray) -> list[str]:
         """Decode the tokens of token_ids [B, S] where mask [B, S] is True, without special tokens."""
         rows = [row[keep].tolist() for row, keep in zip(token_ids, mask, strict=True)]
-        return self._backend.decode_batch(rows, skip_special_tokens=True)
+        return self.backend.decode_batch(rows, skip_special_tokens=True)
 
     def decode_answers(
         self, prompt_ids: np.ndarray, prompt_mask: np.ndarray, answer_ids: np.ndarray, answer_mask: np.ndarray
@@ -132,22 +133,9 @@ class Tokenizer:
 
     def _encode(self, texts: Sequence[str], *, as_plain_text: bool) -> list[np.ndarray]:
         with self._lock:  # the option is set on the shared backend
-            self._backend.encode_special_tokens = as_plain_text
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            self.backend.encode_special_tokens = as_plain_text
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(e.ids, np.int32) for e in encodings]
-
-
-def _trained_special(backend: tokenizers.Tokenizer) -> SpecialTokens:
-    pad_id, bos_id, eos_id = (_trained_id(backend, token) for token in (PAD, BOS, EOS))
-    texts = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
-    return SpecialTokens(pad_id, bos_id, eos_id, stop_ids=(eos_id,), texts=texts, chat_template=None)
-
-
-def _trained_id(backend: tokenizers.Tokenizer, token: str) -> int:
-    token_id = backend.token_to_id(token)
-    if token_id is None:
-        raise ValueError(f"tokenizer: has no special token {token!r}; train it with Tokenizer.train")
-    return token_id
 
 
 class _ModelFolder:
@@ -161,20 +149,24 @@ class _ModelFolder:
         self._model = _read_object(folder / "config.json")
         self._texts = self._special_texts()
 
-    def special(self) -> SpecialTokens:
-        """Collect the special tokens. Raises ValueError if files disagree or name a token not in the vocabulary."""
+    def tokenizer(self) -> Tokenizer:
+        """Add the special tokens to the backend. Raises ValueError if files disagree or name an unknown token."""
         self._check_added_tokens()
         ends = self._model_ids("eos_token_id")
         eos_id = self._id_of("eos_token", ends)
         if eos_id is None:
             raise ValueError(f"{self._folder}: no EOS token, want eos_token in tokenizer_config.json")
-        pad_id = self._id_of("pad_token", self._model_ids("pad_token_id"))
+        pad_id, bos_id = self._id_of("pad_token", self._model_ids("pad_token_id")), self._bos_id()
         pad_id = eos_id if pad_id is None else pad_id
         stop_ids = tuple(dict.fromkeys((eos_id, *ends)))
         size = (self._model.get("text_config") or self._model).get("vocab_size")
-        special = SpecialTokens(pad_id, self._bos_id(), eos_id, stop_ids, self._texts, self._chat_template(), size)
-        self._check_embedding(special)
-        return special
+        largest = max(pad_id, bos_id or 0, *stop_ids)
+        if size is not None and largest >= size:
+            raise ValueError(
+                f"{self._folder}: {self._backend.id_to_token(largest)!r} has id {largest} in tokenizer.json, but "
+                f"vocab_size in config.json is {size}; take both from one model"
+            )
+        return Tokenizer(self._backend, pad_id, bos_id, eos_id, stop_ids, self._texts, self._chat_template(), size)
 
     def _special_texts(self) -> dict[str, str]:
         """Texts by role, from tokenizer_config.json and the older special_tokens_map.json, which must agree."""
@@ -227,15 +219,6 @@ class _ModelFolder:
                     "tokenizer.json; take both from one model"
                 )
 
-    def _check_embedding(self, special: SpecialTokens) -> None:
-        size = special.embedding_size
-        largest = max(special.pad_id, special.bos_id or 0, *special.stop_ids)
-        if size is not None and largest >= size:
-            raise ValueError(
-                f"{self._folder}: {self._backend.id_to_token(largest)!r} has id {largest} in tokenizer.json, but "
-                f"vocab_size in config.json is {size}; take both from one model"
-            )
-
     def _chat_template(self) -> str | None:
         """chat_template.jinja, or else tokenizer_config.json, as in transformers; of several, the one named default."""
         path = self._folder / "chat_template.jinja"
@@ -243,9 +226,8 @@ class _ModelFolder:
             return path.read_text(encoding="utf-8")
         template = self._settings.get("chat_template")
         if isinstance(template, list):
-            named = [entry["template"] for entry in template if entry["name"] == "default"]
-            template = named[0] if named else template
-        if not (template is None or isinstance(template, str)):
+            template = next((entry["template"] for entry in template if entry["name"] == "default"), template)
+        if not isinstance(template, str | None):
             raise ValueError(
                 f"{self._folder}/tokenizer_config.json: chat_template is not a text, and no template is named default"
             )
@@ -270,11 +252,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: is not JSON: {_one_line(error)}; download it again") from error
+        raise ValueError(f"{path}: is not JSON: {error}; download it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, want a JSON object; download it again")
     return value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
