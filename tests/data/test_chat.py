@@ -1,5 +1,6 @@
 """Chat prompts against transformers, over the formats of the model families; and templates that must not get out."""
 
+import dataclasses
 import importlib.util
 import json
 from datetime import datetime
@@ -122,6 +123,11 @@ def _make_folder(folder, template, bos_token, eos_token, others):
     return Tokenizer.from_folder(folder)
 
 
+def _render(template, messages, **variables):
+    tokenizer = dataclasses.replace(Tokenizer.train(["film"], 259), chat_template=template)
+    return chat.render(tokenizer, messages, **variables)
+
+
 def _transformers(folder):
     from transformers import PreTrainedTokenizerFast
 
@@ -154,8 +160,7 @@ def test_whole_conversations_equal_transformers(tmp_path, family, monkeypatch):
     """Fails when add_generation_prompt is always true."""
     monkeypatch.setattr(chat, "TODAY", datetime.now())
     tokenizer, messages = _make_folder(tmp_path, *FAMILIES[family]), LATER[:2]
-    names = {"bos_token": None, **tokenizer.special_tokens}
-    text = chat.render(tokenizer.chat_template, messages, add_generation_prompt=False, **names)
+    text = chat.render(tokenizer, messages, add_generation_prompt=False)
     assert text == _transformers(tmp_path).apply_chat_template(messages, tokenize=False)
 
 
@@ -170,7 +175,7 @@ def test_variables_reach_the_template(tmp_path):
     _make_folder(tmp_path, *FAMILIES["qwen_3"])
     tools = [{"type": "function", "function": {"name": "sum", "description": "a < b & 'é'", "parameters": {}}}]
     for template, options in [(QWEN_3, {"enable_thinking": False}), (QWEN_2, {"tools": tools})]:
-        ours = chat.render(template, FIRST, bos_token=None, eos_token="<|im_end|>", **options)
+        ours = _render(template, FIRST, **options)
         theirs = _transformers(tmp_path).apply_chat_template(
             FIRST, chat_template=template, tokenize=False, add_generation_prompt=True, **options
         )
@@ -252,7 +257,7 @@ def test_smollm2(tmp_path):
 def test_templates_cannot_get_out(attack):
     """Fails when the environment is jinja2's plain one, or an attack gives an empty text instead of an error."""
     with pytest.raises(ValueError, match="chat template: ") as caught:
-        chat.render(attack, FIRST, bos_token=None, eos_token=None)
+        _render(attack, FIRST)
     assert "\n" not in str(caught.value)
 
 
@@ -261,7 +266,7 @@ def test_a_loop_that_does_not_end_is_stopped(monkeypatch):
     monkeypatch.setattr(chat, "LOOP_SECONDS", 0.01)
     source = "{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}"
     with pytest.raises(ValueError, match="a loop computed for more than"):
-        chat.render(source, FIRST, bos_token=None, eos_token=None)
+        _render(source, FIRST)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +281,7 @@ def test_a_loop_that_does_not_end_is_stopped(monkeypatch):
 def test_templates_that_fail_answer_in_one_line(source, message):
     """Fails when an error of the template comes out as jinja2's, or over several lines."""
     with pytest.raises(ValueError, match=message) as caught:
-        chat.render(source, [SYSTEM, *FIRST], bos_token="<bos>", eos_token=None)
+        _render(source, [SYSTEM, *FIRST])
     assert "\n" not in str(caught.value)
 
 

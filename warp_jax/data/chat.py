@@ -26,50 +26,33 @@ from warp_jax.data.tokenizer import Tokenizer
 TODAY = datetime(2024, 7, 26)  # the date for all templates: a resumed job must see the same prompts
 LOOP_SECONDS = 10.0  # CPU time of one loop of a template
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SPEAKERS = {  # speaker in a {"from", "value"} message -> role
-    **{role: role for role in ROLES},
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-}
+ALIASES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}  # only after "from"
 
 
 def prompt_text(tokenizer: Tokenizer, value: object, **variables: Any) -> str:
     """Render a conversation up to the start of the model's answer, for `Tokenizer.encode_with_special`.
 
     Do not add a BOS token: the template writes it if the model needs one. value: see `as_messages`; variables: see
-    `render`. Raises ValueError if the model has no template or the conversation ends with an assistant's answer.
+    `render`. Raises ValueError if the conversation ends with an assistant's answer.
     """
     messages = as_messages(value)
-    if tokenizer.chat_template is None:
-        raise ValueError("tokenizer: has no chat template; use a chat model, or prompts that are plain texts")
     if messages[-1]["role"] == "assistant":
         raise ValueError("conversation: ends with the assistant's turn, want the user's; leave out the last message")
-    special = {"bos_token": None, "eos_token": None, **tokenizer.special_tokens}
-    return render(tokenizer.chat_template, messages, **{**special, **variables})
+    return render(tokenizer, messages, **variables)
 
 
-def render(
-    template: str,
-    messages: Sequence[Mapping[str, str]],
-    *,
-    bos_token: str | None,
-    eos_token: str | None,
-    add_generation_prompt: bool = True,
-    **variables: Any,
-) -> str:
+def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
     """Render a conversation exactly as transformers' apply_chat_template does. Templates get TODAY as the date.
 
-    bos_token and eos_token: None if the model has none. add_generation_prompt: end with the header of the assistant's
-    turn. variables: others that the template reads, as JSON values: tools, enable_thinking, date_string. Raises
-    ValueError if the template is broken, rejects the conversation or does what the sandbox forbids.
+    variables: what the template reads, as JSON values: tools, enable_thinking, date_string; add_generation_prompt, by
+    default True: end with the header of the assistant's turn. Raises ValueError if the model has no template, or it is
+    broken, rejects the conversation or does what the sandbox forbids.
     """
-    tokens = {"bos_token": bos_token, "eos_token": eos_token}
-    given = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **variables}
-    given |= {name: token for name, token in tokens.items() if token is not None}
+    if tokenizer.chat_template is None:
+        raise ValueError("tokenizer: has no chat template; use a chat model, or prompts that are plain texts")
+    given = {"tools": None, "documents": None, "add_generation_prompt": True, **tokenizer.special_tokens, **variables}
     try:
-        return _compile(template).render(messages=[dict(message) for message in messages], **given)
+        return _compile(tokenizer.chat_template).render(messages=[dict(message) for message in messages], **given)
     except Exception as error:  # a template is a program, and may fail in any way
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         raise ValueError(f"chat template: {kind}{' '.join(str(error).split())}") from error
@@ -94,19 +77,17 @@ def _message(item: object, number: int) -> dict[str, str]:
     if not isinstance(item, Mapping):
         raise ValueError(f"conversation: message {number} is a {type(item).__name__}, want {{role, content}}")
     given = {key: value for key, value in item.items() if value is not None}
-    if given.keys() == {"from", "value"}:
-        speaker, content, roles = given["from"], given["value"], SPEAKERS
-    elif given.keys() == {"role", "content"}:
-        speaker, content, roles = given["role"], given["content"], {role: role for role in ROLES}
-    else:
+    names, aliases = (("from", "value"), ALIASES) if "from" in given else (("role", "content"), {})
+    if given.keys() != set(names):
         raise ValueError(
             f"conversation: message {number} has {sorted(map(str, given))}, want role and content, or from and value"
         )
-    if not isinstance(speaker, str) or speaker not in roles:
-        raise ValueError(f"conversation: message {number} is from {speaker!r}, want one of {', '.join(roles)}")
+    (speaker, content), speakers = (given[name] for name in names), (*ROLES, *aliases)
+    if not isinstance(speaker, str) or speaker not in speakers:
+        raise ValueError(f"conversation: message {number} is from {speaker!r}, want one of {', '.join(speakers)}")
     if not isinstance(content, str):
         raise ValueError(f"conversation: message {number} has a {type(content).__name__} as content, want a text")
-    return {"role": roles[speaker], "content": str(content)}
+    return {"role": aliases.get(speaker, speaker), "content": str(content)}
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

@@ -59,11 +59,8 @@ def _pad_id(folder: Path) -> int | None:
 
 def _answered(tokenizer: Tokenizer, conversation: Any, completion: str) -> str:
     """Render a conversation with the completion as its last turn in the reward model's chat template."""
-    if tokenizer.chat_template is None:
-        raise ValueError("rewards: the reward model has no chat template, want one to score conversations")
     messages = [*chat.as_messages(conversation), {"role": "assistant", "content": completion}]
-    special = {"bos_token": None, "eos_token": None, **tokenizer.special_tokens}
-    return chat.render(tokenizer.chat_template, messages, add_generation_prompt=False, **special)
+    return chat.render(tokenizer, messages, add_generation_prompt=False)
 
 
 def _pad_texts(tokenizer: Tokenizer, texts: Sequence[str], devices: int, *, plain: bool) -> PromptBatch:
