@@ -50,8 +50,7 @@ def main(argv: list[str]) -> None:
         cli.fail(str(error))
     apply_fn = apply.make_apply_fn(config)
     chosen = [texts[i] for i in np.linspace(0, len(texts) - 1, NUM_TEXTS.value).astype(int)]
-    bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
-    rows = [np.append(bos, ids)[: MAX_TOKENS.value] for ids in tokenizer.encode(chosen)]
+    rows = [ids[: MAX_TOKENS.value] for ids in tokenizer.encode_with_bos(chosen)]
     forward = jax.jit(lambda params, ids, mask: apply_fn(params, ids, mask)[0])
 
     def our_logits(batch: PromptBatch) -> np.ndarray:

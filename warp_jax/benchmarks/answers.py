@@ -37,8 +37,7 @@ def encode(tokenizer: Tokenizer, values: Sequence[Any], *, use_chat: bool) -> li
         return tokenizer.encode_with_special([chat.prompt_text(tokenizer, value) for value in values])
     if others := [value for value in values if not isinstance(value, str)]:
         raise ValueError(f"prompt: got {str(others[0])[:60]!r}, want a text; use the chat template for conversations")
-    bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
-    return [np.append(bos, ids) for ids in tokenizer.encode(values)]
+    return tokenizer.encode_with_bos(values)
 
 
 def sample_answers(

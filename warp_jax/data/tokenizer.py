@@ -95,6 +95,11 @@ class Tokenizer:
         """Encode texts to int32 ids. A special token that is written out in a text is encoded as plain text."""
         return self._encode(texts, as_plain_text=True)
 
+    def encode_with_bos(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode texts as `encode` does, each after the BOS token if the model has one."""
+        bos = np.array([] if self.bos_id is None else [self.bos_id], np.int32)
+        return [np.append(bos, row) for row in self.encode(texts)]
+
     def encode_with_special(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode rendered chat prompts to int32 ids: special tokens written out in a text become their ids.
 

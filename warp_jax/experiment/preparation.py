@@ -129,9 +129,7 @@ def make_prompts(settings: Settings, tokenizer: Tokenizer, split: Corpus, name: 
     if not data.prompt_template and not data.chat:
         return batches.make_prompts(tokenizer.encode(split.texts), length, tokenizer.bos_id, tokenizer.pad_id)
     texts = [prompt_text(tokenizer, data, row) for row in split.rows]
-    rows = tokenizer.encode_with_special(texts) if data.chat else tokenizer.encode(texts)
-    if not data.chat and tokenizer.bos_id is not None:  # a chat template writes its own
-        rows = [np.append(np.int32(tokenizer.bos_id), row) for row in rows]
+    rows = tokenizer.encode_with_special(texts) if data.chat else tokenizer.encode_with_bos(texts)
     batch = batches.drop_long(rows, length, tokenizer.pad_id)
     wanted = settings.evaluation.num_prompts if name == "eval" else 1
     if len(batch.example_ids) < wanted:

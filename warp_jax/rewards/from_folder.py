@@ -17,7 +17,6 @@ from warp_jax.models.apply import make_apply_fn, param_shapes
 from warp_jax.parallel import hosts, meshes
 from warp_jax.pretrained import hf_config, hf_weights, sources
 from warp_jax.rewards import reward_functions
-from warp_jax.types import PromptBatch
 
 LENGTH_STEP = 64  # tokens; texts are padded to a multiple of it, so that few shapes are compiled
 
@@ -39,12 +38,16 @@ def load(
     devices = meshes.batch_devices(mesh)
 
     def reward(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        if conversation_of is not None:
+        if conversation_of is None:
+            texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+            token_rows = tokenizer.encode_with_bos(texts)
+        else:
             conversations = map(conversation_of, rows)
             texts = [_answered(tokenizer, *pair) for pair in zip(conversations, completions, strict=True)]
-        else:
-            texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        batch = _pad_texts(tokenizer, texts, devices, plain=conversation_of is None)
+            token_rows = tokenizer.encode_with_special(texts)
+        longest = max(map(len, token_rows))
+        filled = token_rows + token_rows[:1] * (-len(texts) % devices)
+        batch = batches.left_pad(filled, longest + -longest % LENGTH_STEP, tokenizer.pad_id)
         batch = meshes.put_batch(mesh, batch)
         return hosts.fetch(score(params, batch.prompt_ids, batch.prompt_mask))[: len(texts)]
 
@@ -61,16 +64,3 @@ def _answered(tokenizer: Tokenizer, conversation: Any, completion: str) -> str:
     """Render a conversation with the completion as its last turn in the reward model's chat template."""
     messages = [*chat.as_messages(conversation), {"role": "assistant", "content": completion}]
     return chat.render(tokenizer, messages, add_generation_prompt=False)
-
-
-def _pad_texts(tokenizer: Tokenizer, texts: Sequence[str], devices: int, *, plain: bool) -> PromptBatch:
-    """Encode texts, left-pad them to a multiple of LENGTH_STEP tokens, and repeat the first to a multiple of `devices`.
-
-    plain: the texts are not rendered by a chat template, so add the BOS token.
-    """
-    rows = tokenizer.encode(texts) if plain else tokenizer.encode_with_special(texts)
-    if plain and tokenizer.bos_id is not None:
-        rows = [np.append(np.int32(tokenizer.bos_id), row) for row in rows]
-    longest = max(len(row) for row in rows)
-    rows += [rows[0]] * (-len(rows) % devices)
-    return batches.left_pad(rows, longest + -longest % LENGTH_STEP, tokenizer.pad_id)
