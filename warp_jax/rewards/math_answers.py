@@ -60,20 +60,17 @@ _NO_UNIT = re.compile(  # words that change the number before them
 _WORD = re.compile(
     r"(?<![\\a-zA-Z])(?<!\\begin\{)(?<!\\end\{)(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|infty)\b)[a-zA-Z]{3,}"
 )
-_REWRITES: list[tuple[re.Pattern[str], Any]] = [
-    (re.compile(pattern, re.IGNORECASE), replacement)
-    for pattern, replacement in [
-        ("[\u2212\u2013\u2014]", "-"),
-        (r"(?<!\w)\*\*(.+?)\*\*(?!\w)", r"\1"),  # bold
-        (r"(?<!\\)\\[()\[\]]|\\?[$%]|[€£°]|\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})", ""),
-        (r"(?<!\\)\\[,;: ]|~", " "),
-        (r"\\(?:mbox|mathrm|mathbf|text(?:rm|bf|it))\s*(?=\{)", r"\\text"),
-        (r"\}\s*/\s*\\text\{", "/"),
-        (r"^\W*(?:(?:the|final|answer|is|about|approximately|roughly|exactly)\b[\s:]*)+", ""),
-        (r"(?<![\w.,])\d{1,3}(?: \d{3})+(?![.,]?\w)", lambda match: match[0].replace(" ", "")),
-        (r"(?<![\w.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
-        (r"(\d)e([+-]?\d{1,3})(?!\w)", r"\1\\cdot 10^{\2}"),
-    ]
+_REWRITES: list[tuple[str, Any]] = [  # patterns that ignore case, and replacements
+    ("[\u2212\u2013\u2014]", "-"),
+    (r"(?<!\w)\*\*(.+?)\*\*(?!\w)", r"\1"),  # bold
+    (r"(?<!\\)\\[()\[\]]|\\?[$%]|[€£°]|\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})", ""),
+    (r"(?<!\\)\\[,;: ]|~", " "),
+    (r"\\(?:mbox|mathrm|mathbf|text(?:rm|bf|it))\s*(?=\{)", r"\\text"),
+    (r"\}\s*/\s*\\text\{", "/"),
+    (r"^\W*(?:(?:the|final|answer|is|about|approximately|roughly|exactly)\b[\s:]*)+", ""),
+    (r"(?<![\w.,])\d{1,3}(?: \d{3})+(?![.,]?\w)", lambda match: match[0].replace(" ", "")),
+    (r"(?<![\w.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
+    (r"(\d)e([+-]?\d{1,3})(?!\w)", r"\1\\cdot 10^{\2}"),
 ]
 _LOCK = threading.Lock()
 
@@ -84,8 +81,7 @@ def extract(text: str) -> str | None:
     The first of these that occurs counts: the last whole \boxed{...}; the line after the last '####'; the last
     <answer>...</answer>; the phrase after the last 'answer is' or 'answer:'; the last formula or word with a digit.
     """
-    found = (_last(pattern, text) for pattern in (_BOXED, _HASHED, _TAGGED, _PHRASED, _LAST))
-    return next((answer for answer in found if answer is not None), None) or None
+    return _find(text, _BOXED, _HASHED, _TAGGED, _PHRASED, _LAST) or None
 
 
 @functools.lru_cache(maxsize=2**14)
@@ -109,8 +105,9 @@ def gold(row: Mapping[str, Any]) -> str:
     name = "answer" if row.get("answer") is not None else "solution"
     value = row.get(name)
     text = str(value) if isinstance(value, str) or (isinstance(value, numbers.Real) and math.isfinite(value)) else ""
-    marked = [found for pattern in (_BOXED, _HASHED) if (found := _last(pattern, text)) is not None]
-    found = marked[0] if marked else text.strip() if name == "answer" else ""
+    found = _find(text, _BOXED, _HASHED)
+    if found is None and name == "answer":
+        found = text.strip()
     if not found:
         raise ValueError(
             f"warp_jax.rewards.math_answers: got {name} {value!r} in row {str(dict(row))[:200]}, want the right answer "
@@ -121,20 +118,21 @@ def gold(row: Mapping[str, Any]) -> str:
 
 def score(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
     """Text reward: 1 if the answer that a completion gives equals the right answer of its row, else 0."""
-    del prompts
-    pairs = [(gold(row), extract(text)) for row, text in zip(rows, completions, strict=True)]
-    return [float(answer is not None and equal(right, answer)) for right, answer in pairs]
+    return [float(equal(gold(row), extract(text) or "")) for row, text in zip(rows, completions, strict=True)]
 
 
-def _last(pattern: re.Pattern[str], text: str) -> str | None:
-    found = [match[match.lastindex or 0] for match in pattern.finditer(text)]
-    return found[-1].strip(" *\n") if found else None
+def _find(text: str, *patterns: re.Pattern[str]) -> str | None:
+    """The last match of the first pattern that occurs."""
+    for pattern in patterns:
+        if found := [match[match.lastindex or 0] for match in pattern.finditer(text)]:
+            return found[-1].strip(" *\n")
+    return None
 
 
 def _simplify(text: str) -> tuple[str, str]:
     """Rewrite an answer for math-verify and cut off its unit, '' if it has none."""
     for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
+        text = re.sub(pattern, replacement, text, flags=re.IGNORECASE)
     text = text.strip().rstrip(".,;:")
     match = _UNIT.fullmatch(text)
     unit = (match[2] or match[3]).lower().strip() if match else ""
