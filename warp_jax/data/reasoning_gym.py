@@ -65,7 +65,6 @@ def score(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Map
 
     Most tasks give partial credit to a text that contains the answer ('12' for '2': 0.5); `solved` gives none.
     """
-    del prompts
     return [_score_one(extract(text), row) for text, row in zip(completions, rows, strict=True)]
 
 
@@ -112,7 +111,13 @@ def _as_key(options: Mapping[str, Any]) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _make_dataset(task: str, key: str) -> Any:
-    datasets = _import_factory().DATASETS
+    try:
+        datasets = importlib.import_module("reasoning_gym").factory.DATASETS
+    except ImportError as error:
+        raise ValueError(
+            f"config.data.source: {PREFIX} needs the package reasoning-gym ({error}); "
+            "run: pip install 'warp_jax[reasoning]'"
+        ) from error
     if task not in datasets:
         raise ValueError(f"config.data.source: reasoning-gym has no task {task!r}; {_closest(task, datasets)}")
     if task in REFUSED:
@@ -133,17 +138,6 @@ def _make_problem(task: str, key: str, index: int) -> dict[str, Any]:
         raise ValueError(f"config.data.task: {task} {key} cannot make problem {index}: {error}") from error
 
 
-def _import_factory() -> Any:
-    try:
-        importlib.import_module("reasoning_gym")  # registers the tasks
-        return importlib.import_module("reasoning_gym.factory")
-    except ImportError as error:
-        raise ValueError(
-            f"config.data.source: {PREFIX} needs the package reasoning-gym ({error}); "
-            "run: pip install 'warp_jax[reasoning]'"
-        ) from error
-
-
 def _validated(task: str, config_class: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options converted to the types that the task declares; a single value may stand for a list of length 1."""
     hints = typing.get_type_hints(config_class)
@@ -153,14 +147,14 @@ def _validated(task: str, config_class: type, options: Mapping[str, Any]) -> dic
             raise ValueError(f"config.data.task: {task} has no option {name!r}; {_closest(name, names)}")
     fields: dict[str, Any] = {name: (hints[name], ...) for name in options}
     given = {
-        name: [value] if _is_list(hints[name]) and not _is_listed(value) else value for name, value in options.items()
+        name: [value] if _is_list(hints[name]) and not isinstance(value, list | None) else value
+        for name, value in options.items()
     }
     try:
-        model = pydantic.create_model("Options", __config__=_LAX, **fields)(**given)
+        return vars(pydantic.create_model("Options", __config__=_LAX, **fields)(**given))
     except pydantic.ValidationError as error:
         name, reason = str(error.errors()[0]["loc"][0]), error.errors()[0]["msg"]
         raise ValueError(f"config.data.task.{name}: got {options[name]!r} for {task}: {reason}") from error
-    return {name: getattr(model, name) for name in options}
 
 
 def _is_list(hint: Any) -> bool:
@@ -168,10 +162,6 @@ def _is_list(hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(map(_is_list, typing.get_args(hint)))
     return hint is tuple or origin in (list, tuple, Sequence)
-
-
-def _is_listed(value: Any) -> bool:
-    return value is None or isinstance(value, list)
 
 
 def _closest(name: str, names: Iterable[str]) -> str:
