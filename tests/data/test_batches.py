@@ -161,7 +161,7 @@ def test_dropped_prompts_keep_the_numbers_of_the_others():
 def test_windows_lie_inside_their_row():
     """Fails when a window runs over the end, or never starts inside the row."""
     rows = [np.arange(100, 120)] * 64
-    ids, mask = batches.random_windows(rows, 6, 0, seed=0, stream="w", bos_id=1, pad_id=0)
+    ids, mask, _ = batches.random_windows(rows, 6, 0, seed=0, stream="w", bos_id=1, pad_id=0)
     assert mask.all()
     assert (ids[:, 0] == 1).all()
     assert (np.diff(ids[:, 1:], axis=1) == 1).all()

@@ -42,30 +42,25 @@ def epoch_rows(count: int, batch: int, step: int, *, seed: int, stream: str) -> 
 
     stream: name of the training ('sft', 'iteration 1 run 2'); each stream has another order.
     """
-    places = np.arange(step * batch, (step + 1) * batch)
-    epochs, offsets = places // count, places % count
-    orders = {epoch: _permutation(count, seed, stream, epoch) for epoch in np.unique(epochs)}
-    return np.array([orders[e][o] for e, o in zip(epochs, offsets, strict=True)])
+    epochs, offsets = np.divmod(np.arange(step * batch, (step + 1) * batch), count)
+    key = seed, zlib.crc32(stream.encode())
+    orders = {epoch: np.random.default_rng([*key, epoch]).permutation(count) for epoch in set(epochs.tolist())}
+    return np.array([orders[epoch][offset] for epoch, offset in zip(epochs, offsets, strict=True)])
 
 
 def random_windows(
     token_rows: Sequence[np.ndarray], length: int, step: int, *, seed: int, stream: str, bos_id: int | None, pad_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """One random window of each row for batch number `step`: ids int32 [B, length] and mask bool [B, length].
+) -> PromptBatch:
+    """One random window of `length` tokens of each row for batch number `step`.
 
     The BOS token comes first if the model has one. Half of the windows are the row's beginning, like prompts. Rows
     shorter than the window are left-padded.
     """
     generator = np.random.default_rng([seed, zlib.crc32(stream.encode()), step])
+    room = length - (bos_id is not None)
     windows = []
     for row in token_rows:
-        room = length - (bos_id is not None)
         spare = max(len(row) - room, 0)
         start = int(generator.integers(0, spare + 1)) if generator.random() < 0.5 else 0
         windows.append(row[start : start + room])
-    batch = make_prompts(windows, length, bos_id, pad_id)
-    return np.asarray(batch.prompt_ids), np.asarray(batch.prompt_mask)
-
-
-def _permutation(count: int, seed: int, stream: str, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, zlib.crc32(stream.encode()), int(epoch)]).permutation(count)
+    return make_prompts(windows, length, bos_id, pad_id)

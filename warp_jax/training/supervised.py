@@ -58,7 +58,7 @@ REWARD_LOSSES = {"label": label_loss, "bradley_terry": bradley_terry_loss}
 def text_batch(token_rows: Sequence[np.ndarray], chosen: np.ndarray, length: int, step: int, **options: Any) -> Batch:
     """Random windows of the chosen rows; options: seed, stream, bos_id and pad_id of `batches.random_windows`."""
     rows = [token_rows[i] for i in chosen]
-    token_ids, mask = batches.random_windows(rows, length, step, **options)
+    token_ids, mask, _ = batches.random_windows(rows, length, step, **options)
     return {"token_ids": token_ids, "mask": mask}
 
 
