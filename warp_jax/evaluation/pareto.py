@@ -1,25 +1,19 @@
 """Comparing policies by their KL (lower is better) and their reward (higher is better)."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+TAIL = 50 * (1 - 0.95)  # percent of the resampled values on each side of an interval
+
 
 class Interval(NamedTuple):
-    """A value and the bounds of its confidence interval."""
+    """A value and the bounds of its 95 % confidence interval."""
 
     value: float
     low: float
     high: float
-
-
-class FrontComparison(NamedTuple):
-    """Reward of front b minus reward of front a at one KL (nats), with its confidence interval."""
-
-    kl: float
-    difference: Interval
 
 
 def non_dominated(kl: np.ndarray, reward: np.ndarray) -> np.ndarray:
@@ -47,77 +41,43 @@ def best_under_budget(kl: np.ndarray, reward: np.ndarray, budget: float) -> int 
     return int(allowed[np.argmax(reward[allowed])]) if len(allowed) else None
 
 
-def bootstrap(
-    statistic: Callable[[np.ndarray], float], count: int, *, resamples: int, seed: int, confidence: float = 0.95
-) -> Interval:
-    """Value of a statistic over prompts, with its percentile bootstrap interval.
+def bootstrap(statistic: Callable[[np.ndarray], float], count: int, *, resamples: int, seed: int) -> Interval:
+    """Value of a statistic over `count` prompts, with its percentile bootstrap interval.
 
-    Args:
-        statistic: row numbers of prompts, int [count] -> value. Resamples with value nan are left out.
-        count: number of prompts.
-        resamples: number of bootstrap resamples.
-        seed: seed of the resamples; equal seeds draw equal rows.
-        confidence: share of the resampled values inside the interval.
+    statistic: row numbers of prompts, int [count] -> value. Resamples with value nan are left out; equal seeds draw
+    equal rows.
     """
     generator = np.random.default_rng(seed)
     values = [statistic(generator.integers(0, count, count)) for _ in range(resamples)]
-    tail = 50 * (1 - confidence)
     finite = np.array([v for v in values if np.isfinite(v)])
-    low, high = np.percentile(finite, [tail, 100 - tail]) if len(finite) else (np.nan, np.nan)
+    low, high = np.percentile(finite, [TAIL, 100 - TAIL]) if len(finite) else (np.nan, np.nan)
     return Interval(float(statistic(np.arange(count))), float(low), float(high))
 
 
-def compare_fronts(
-    kl_a: np.ndarray,
-    reward_a: np.ndarray,
-    kl_b: np.ndarray,
-    reward_b: np.ndarray,
-    *,
-    at: Sequence[float],
-    resamples: int,
-    seed: int,
-) -> list[FrontComparison]:
-    """Compare the rewards of two fronts, b minus a, at each KL in `at` (nats).
-
-    Arrays are [K, N]: K policies of a front on the same N prompts. Prompts are resampled for both fronts together.
-    """
-
-    def difference(rows: np.ndarray, kl: float) -> float:
-        values = [
-            reward_at_kl(kls[:, rows].mean(1), rewards[:, rows].mean(1), kl)
-            for kls, rewards in ((kl_a, reward_a), (kl_b, reward_b))
-        ]
-        return values[1] - values[0]
-
-    count = kl_a.shape[1]
-    return [
-        FrontComparison(kl, bootstrap(functools.partial(difference, kl=kl), count, resamples=resamples, seed=seed))
-        for kl in at
-    ]
-
-
-def reward_above(
-    front_kl: np.ndarray, front_reward: np.ndarray, kl: np.ndarray, reward: np.ndarray, *, resamples: int, seed: int = 0
+def bootstrap_means(
+    statistic: Callable[..., float], measured: Sequence[np.ndarray], *, resamples: int, seed: int
 ) -> Interval:
-    """Front's reward at a policy's KL, minus the policy's reward. Front [K, N], policy [N], on the same N prompts."""
+    """`bootstrap` of a statistic of means over prompts, which are the last axis, N, of each array."""
 
-    def difference(rows: np.ndarray) -> float:
-        means = front_kl[:, rows].mean(1), front_reward[:, rows].mean(1)
-        return reward_at_kl(*means, kl[rows].mean()) - reward[rows].mean()
+    def of_rows(rows: np.ndarray) -> float:
+        return statistic(*(values[..., rows].mean(-1) for values in measured))
 
-    return bootstrap(difference, len(kl), resamples=resamples, seed=seed)
+    return bootstrap(of_rows, measured[0].shape[-1], resamples=resamples, seed=seed)
 
 
-def kl_saved(
-    front_kl: np.ndarray, front_reward: np.ndarray, kl: np.ndarray, reward: np.ndarray, *, resamples: int, seed: int = 0
-) -> Interval:
-    """Share of a policy's KL that a front saves at equal reward (0.28 = 28 % less). Arrays as in `reward_above`."""
+def reward_gained(kl_a: np.ndarray, reward_a: np.ndarray, kl_b: np.ndarray, reward_b: np.ndarray, at: float) -> float:
+    """Reward of front b minus reward of front a at one KL (nats)."""
+    return reward_at_kl(kl_b, reward_b, at) - reward_at_kl(kl_a, reward_a, at)
 
-    def share(rows: np.ndarray) -> float:
-        means = front_kl[:, rows].mean(1), front_reward[:, rows].mean(1)
-        return 1 - kl_at_reward(*means, reward[rows].mean()) / kl[rows].mean()
 
-    return bootstrap(share, len(kl), resamples=resamples, seed=seed)
+def reward_above(front_kl: np.ndarray, front_reward: np.ndarray, kl: float, reward: float) -> float:
+    """Front's reward at a policy's KL, minus the policy's reward."""
+    return reward_at_kl(front_kl, front_reward, kl) - reward
+
+
+def kl_saved(front_kl: np.ndarray, front_reward: np.ndarray, kl: float, reward: float) -> float:
+    """Share of a policy's KL that a front saves at equal reward (0.28 = 28 % less)."""
+    return 1 - kl_at_reward(front_kl, front_reward, reward) / kl
 
 
 def common_kls(

@@ -31,10 +31,10 @@ def evaluation_name(stage: str, iteration: int, run: int, eta: float, step: int)
 def evaluation_names(settings: Settings) -> set[str]:
     """Names of all evaluations of a job."""
     names = {"sft"}
-    for iteration in range(1, len(settings.warp.steps_per_iteration) + 1):
+    for iteration in range(1, settings.warp.num_iterations + 1):
+        names |= front_names(settings, iteration)
         for run in range(1, settings.warp.num_runs + 1):
             names.update(trajectory(settings, iteration, run).values())
-        names |= front_names(settings, iteration)
     return names
 
 

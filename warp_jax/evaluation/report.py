@@ -78,7 +78,7 @@ def _samples_table(settings: Settings, tokenizer: Tokenizer, eval_prompts: Promp
     shown = batches.take(eval_prompts, chosen)
     prompts = np.asarray(shown.prompt_ids), np.asarray(shown.prompt_mask)
     rows: list[dict[str, Any]] = [{"prompt": text} for text in tokenizer.decode(*prompts)]
-    final = summary.merged_point(points, settings.warp.num_iterations)
+    (final,) = summary.select(points, "merged", settings.warp.num_iterations)
     for name, evaluation in (("SFT", points[0].evaluation), ("final merged policy", final.evaluation)):
         completions = evaluation.completion_ids[chosen], evaluation.completion_mask[chosen]
         _, texts = tokenizer.decode_answers(*prompts, *completions)

@@ -1,5 +1,6 @@
 """Main results of a job: gain over SFT, best eta within a KL budget, comparisons at equal KL and at equal reward."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,11 +22,12 @@ def as_row(point: Point) -> dict[str, Any]:
 
 def summarise(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
     """Contents of summary.json. points: those of the whole job, SFT first."""
-    sft, final = points[0], merged_point(points, settings.warp.num_iterations)
+    iterations = range(1, settings.warp.num_iterations + 1)
+    sft, (final,) = points[0], select(points, "merged", iterations[-1])
     gain = np.asarray(final.evaluation.reward, np.float64) - sft.evaluation.reward
-    front = front_members(points, settings.warp.num_iterations)[1:]
     chosen = None
     if settings.front.kl_budget:
+        front = select(points, "liti", iterations[-1])
         kls, rewards = (column.mean(1) for column in _stacked(front))
         index = pareto.best_under_budget(kls, rewards, settings.front.kl_budget)
         chosen = None if index is None else as_row(front[index])
@@ -38,14 +40,13 @@ def summarise(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
         "kl_budget": settings.front.kl_budget,
         "best_eta_under_budget": chosen,
         "iterations_compared": [
-            {"iterations": [i - 1, i], "reward_difference": _compare(settings, points, i)}
-            for i in range(2, settings.warp.num_iterations + 1)
+            {"iterations": [i - 1, i], "reward_difference": _compare(settings, points, i)} for i in iterations[1:]
         ],
         "front_against_runs": [
             row
-            for i in range(1, settings.warp.num_iterations + 1)
+            for i in iterations
             for row in front_against_policies(
-                front_members(points, i), _runs(points, i), resamples=settings.report.bootstrap_resamples
+                front_members(points, i), select(points, "policy", i), resamples=settings.report.bootstrap_resamples
             )
         ],
     }
@@ -68,16 +69,25 @@ def one_line(summary: dict[str, Any]) -> str:
 
 def _compare(settings: Settings, points: Sequence[Point], iteration: int) -> list[dict[str, float]]:
     """Reward of an iteration's front minus that of the front before, at KLs that both reach (95 % intervals)."""
-    (kl_a, reward_a), (kl_b, reward_b) = (_stacked(front_members(points, i)) for i in (iteration - 1, iteration))
-    at = pareto.common_kls(kl_a.mean(1), reward_a.mean(1), kl_b.mean(1), reward_b.mean(1), COMPARED_KLS)
+    kl_a, reward_a = _stacked(front_members(points, iteration - 1))
+    kl_b, reward_b = _stacked(front_members(points, iteration))
     options: dict[str, Any] = {"resamples": settings.report.bootstrap_resamples, "seed": settings.seed}
-    compared = pareto.compare_fronts(kl_a, reward_a, kl_b, reward_b, at=at.tolist(), **options)
-    return [{"sft_kl": c.kl, **c.difference._asdict()} for c in compared]
+    rows = []
+    for kl in pareto.common_kls(kl_a.mean(1), reward_a.mean(1), kl_b.mean(1), reward_b.mean(1), COMPARED_KLS).tolist():
+        gained = functools.partial(pareto.reward_gained, at=kl)
+        interval = pareto.bootstrap_means(gained, (kl_a, reward_a, kl_b, reward_b), **options)
+        rows.append({"sft_kl": kl, **interval._asdict()})
+    return rows
+
+
+def select(points: Sequence[Point], stage: str, iteration: int) -> list[Point]:
+    """The points of one stage and iteration."""
+    return [p for p in points if (p.stage, p.iteration) == (stage, iteration)]
 
 
 def front_members(points: Sequence[Point], iteration: int) -> list[Point]:
     """The points of one iteration's front: SFT, then the LITI mixes of SFT and the merged policy."""
-    return [points[0], *(p for p in points if p.stage == "liti" and p.iteration == iteration)]
+    return [points[0], *select(points, "liti", iteration)]
 
 
 def front_against_policies(
@@ -89,21 +99,16 @@ def front_against_policies(
     the policy's reward) / (the policy's KL). Both have 95 % bootstrap intervals, and are None where the front does not
     reach that KL or reward. The front is interpolated linearly, which understates a concave front.
     """
-    front_kl, front_reward = _stacked(front)
-    rows = []
+    rows, stacked = [], _stacked(front)
     for point in policies:
-        kl, reward = _kl_and_reward(point)
+        kl, reward = point.evaluation.sft_kl, point.evaluation.reward
         row: dict[str, Any] = {name: getattr(point, name) for name in ("iteration", "run", "step")}
         row.update(sft_kl=float(kl.mean()), reward=float(reward.mean()))
         for name, statistic in (("reward_above", pareto.reward_above), ("kl_saved", pareto.kl_saved)):
-            interval = statistic(front_kl, front_reward, kl, reward, resamples=resamples)
+            interval = pareto.bootstrap_means(statistic, (*stacked, kl, reward), resamples=resamples, seed=0)
             row.update({f"{name}{end}": _number(v) for end, v in zip(("", "_low", "_high"), interval, strict=True)})
         rows.append(row)
     return rows
-
-
-def _runs(points: Sequence[Point], iteration: int) -> list[Point]:
-    return [p for p in points if p.stage == "policy" and p.iteration == iteration]
 
 
 def _number(value: Any) -> float | None:
@@ -111,16 +116,6 @@ def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _kl_and_reward(point: Point) -> tuple[np.ndarray, np.ndarray]:
-    return point.evaluation.sft_kl, point.evaluation.reward
-
-
 def _stacked(points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
     """KL to SFT and reward of K policies on N prompts: [K, N] each."""
-    kls, rewards = zip(*map(_kl_and_reward, points), strict=True)
-    return np.stack(kls), np.stack(rewards)
-
-
-def merged_point(points: Sequence[Point], iteration: int) -> Point:
-    """The merged policy of one iteration (theta_slerp)."""
-    return next(p for p in points if p.stage == "merged" and p.iteration == iteration)
+    return np.stack([p.evaluation.sft_kl for p in points]), np.stack([p.evaluation.reward for p in points])
