@@ -1,8 +1,10 @@
 """Evaluating a policy on held-out prompts: reward, gold reward, KL to SFT, length, diversity."""
 
+import dataclasses
 import io
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +14,6 @@ from jax.sharding import Mesh
 
 from warp_jax import files, trees
 from warp_jax.data import batches
-from warp_jax.evaluation import statistics
 from warp_jax.parallel import hosts, meshes
 from warp_jax.training import sampling
 from warp_jax.types import Array, Params, PromptBatch, RewardFn, Rollout
@@ -31,9 +32,7 @@ class Evaluation(NamedTuple):
 
 
 EVALUATION_STREAM = 2**31 - 1  # takes the place of the iteration in random keys, so they differ from those of training
-EvaluateFn = Callable[[Params], Evaluation]  # trained leaves of the policy
 KlFn = Callable[[Params, Params, Params, Rollout], Array]  # trained leaves of policy and SFT, frozen -> [B], nats
-OnEvaluation = Callable[[str, Evaluation, float], None]  # name, result, seconds
 
 
 class Examiner(NamedTuple):
@@ -73,7 +72,7 @@ def evaluate(examiner: Examiner, params: Params) -> Evaluation:
     columns = {name: np.concatenate([batch[name] for batch in measured]) for name in measured[0]}
     mask = columns["completion_mask"]
     rows = [ids[keep].tolist() for ids, keep in zip(columns["completion_ids"], mask, strict=True)]
-    return Evaluation(length=mask.sum(1), distinct_2=np.array(statistics.distinct_n(rows, 2)), **columns)
+    return Evaluation(length=mask.sum(1), distinct_2=np.array(distinct_n(rows, 2)), **columns)
 
 
 def _evaluate_batch(examiner: Examiner, params: Params, laid_out: Params, number: int) -> dict[str, np.ndarray]:
@@ -94,18 +93,30 @@ def summary(evaluation: Evaluation) -> dict[str, float]:
     """Means over the prompts and their standard errors (`_se`), named like the columns of front.csv."""
     row = {}
     for name in ("reward", "gold_reward", "sft_kl"):
-        row[name], row[f"{name}_se"] = statistics.mean_and_se(getattr(evaluation, name))
+        row[name], row[f"{name}_se"] = mean_and_se(getattr(evaluation, name))
     return {**row, "length": float(evaluation.length.mean()), "distinct_2": float(evaluation.distinct_2)}
 
 
-class EvaluationStore:
-    """Evaluations saved by name, so that no policy is evaluated twice; on_new is called after each new evaluation."""
+def mean_and_se(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean and its standard error: sample standard deviation / sqrt(N), or nan for fewer than 2 values."""
+    array = np.asarray(values, np.float64)
+    error = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else math.nan
+    return float(array.mean()), error
 
-    def __init__(self, directory: Path, evaluate: EvaluateFn, on_new: OnEvaluation):
-        directory.mkdir(parents=True, exist_ok=True)
-        self._directory = directory
-        self._evaluate = evaluate
-        self._on_new = on_new
+
+def distinct_n(token_rows: Sequence[Sequence[int]], n: int) -> float:
+    """Share of distinct n-grams among all n-grams of the rows, in [0, 1]; nan if the rows have no n-gram."""
+    grams = [tuple(row[i : i + n]) for row in token_rows for i in range(len(row) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationStore:
+    """Evaluations saved by name, so that no policy is evaluated twice."""
+
+    directory: Path
+    evaluate: Callable[[Params], Evaluation]  # trained leaves of the policy
+    on_new: Callable[[str, Evaluation, float], None]  # called after each new evaluation: name, result, seconds
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """The names that have no saved evaluation, sorted."""
@@ -116,14 +127,14 @@ class EvaluationStore:
         path = self._path(name)
         if not hosts.exists(path):
             started = time.monotonic()
-            evaluation = self._evaluate(make_params())
+            evaluation = self.evaluate(make_params())
             hosts.on_first_process(lambda: _save(path, evaluation))
-            self._on_new(name, evaluation, time.monotonic() - started)
+            self.on_new(name, evaluation, time.monotonic() - started)
             return evaluation
         return load_evaluation(path)
 
     def _path(self, name: str) -> Path:
-        return self._directory / f"{name}.npz"
+        return self.directory / f"{name}.npz"
 
 
 def _save(path: Path, evaluation: Evaluation) -> None:
