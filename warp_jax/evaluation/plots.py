@@ -16,25 +16,15 @@ def draw_fronts(rows: Sequence[Row], baseline: Sequence[Row] = ()) -> bytes:
     """Plot reward and gold reward against KL to SFT: fronts, runs, and the run of a baseline; rows[0] is SFT."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5))
     for axis, column in zip(axes, ("reward", "gold_reward"), strict=True):
-        for iteration in _iterations(rows):
+        for iteration in sorted({row["iteration"] for row in rows if row["stage"] == "liti"}):
             color = f"C{iteration - 1}"
-            front = [rows[0], *_select(rows, "liti", iteration)]
-            front.sort(key=lambda row: row["sft_kl"])
-            axis.errorbar(
-                _column(front, "sft_kl"),
-                _column(front, column),
-                yerr=_column(front, f"{column}_se"),
-                marker="o",
-                color=color,
-                label=f"iteration {iteration}: front (LITI)",
-            )
+            front = sorted([rows[0], *_select(rows, "liti", iteration)], key=lambda row: row["sft_kl"])
+            _errorbar(axis, front, column, marker="o", color=color, label=f"iteration {iteration}: front (LITI)")
             for row in _select(rows, "policy", iteration):
                 axis.plot(row["sft_kl"], row[column], marker="x", color=color, alpha=0.6, linestyle="none")
         if baseline:
             trajectory = [baseline[0], *(row for row in baseline if row["stage"] == "policy")]
-            values = _column(trajectory, "sft_kl"), _column(trajectory, column)
-            errors = _column(trajectory, f"{column}_se")
-            axis.errorbar(*values, yerr=errors, marker="s", color="black", linestyle="--", label="baseline: one run")
+            _errorbar(axis, trajectory, column, marker="s", color="black", linestyle="--", label="baseline: one run")
         axis.plot([], [], marker="x", color="grey", linestyle="none", label="single runs, one point per evaluation")
         axis.set(xlabel=LABELS["sft_kl"], ylabel=LABELS[column])
         axis.legend()
@@ -48,9 +38,9 @@ def draw_trajectories(rows: Sequence[Row]) -> bytes:
     for axis, column in zip(axes, ("reward", "sft_kl"), strict=True):
         for iteration, run in runs:
             points = [row for row in _select(rows, "policy", iteration) if row["run"] == run]
+            steps, values = ([row[name] for row in points] for name in ("step", column))
             style: dict[str, Any] = {"marker": "o", "color": f"C{iteration - 1}", "alpha": run**-0.5}
-            label = f"iteration {iteration}, run {run}"
-            axis.plot(_column(points, "step"), _column(points, column), label=label, **style)
+            axis.plot(steps, values, label=f"iteration {iteration}, run {run}", **style)
         axis.set(xlabel="training step", ylabel=LABELS[column])
         axis.legend()
     return _png(figure)
@@ -73,16 +63,14 @@ def draw_angles(geometries: Sequence[dict[str, Any]]) -> bytes:
     return _png(figure)
 
 
-def _iterations(rows: Sequence[Row]) -> list[int]:
-    return sorted({row["iteration"] for row in rows if row["stage"] == "liti"})
-
-
 def _select(rows: Sequence[Row], stage: str, iteration: int) -> list[Row]:
     return [row for row in rows if row["stage"] == stage and row["iteration"] == iteration]
 
 
-def _column(rows: Sequence[Row], name: str) -> list[float]:
-    return [row[name] for row in rows]
+def _errorbar(axis: Any, rows: Sequence[Row], column: str, **style: Any) -> None:
+    """Draw a column, with its standard errors, against KL to SFT."""
+    kls, values, errors = ([row[name] for row in rows] for name in ("sft_kl", column, f"{column}_se"))
+    axis.errorbar(kls, values, yerr=errors, **style)
 
 
 def _png(figure: Figure) -> bytes:
