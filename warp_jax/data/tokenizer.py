@@ -129,9 +129,7 @@ class Tokenizer:
         alone = self.decode(answer_ids, answer_mask)
         both = np.concatenate([prompt_ids, answer_ids], 1), np.concatenate([prompt_mask, answer_mask], 1)
         answers = [
-            whole.removeprefix(prompt)
-            if whole.startswith(prompt)
-            else answer  # not if a character is split between both
+            whole.removeprefix(prompt) if whole.startswith(prompt) else answer  # a character may be split between both
             for whole, prompt, answer in zip(self.decode(*both), prompts, alone, strict=True)
         ]
         return prompts, answers

@@ -106,11 +106,9 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return ""
     if isinstance(value, float):
         return "" if np.isnan(value) else f"{value:.4g}"
-    return html.escape(str(value))
+    return "" if value is None else html.escape(str(value))
 
 
 def _image(png: bytes) -> str:

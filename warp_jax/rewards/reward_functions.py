@@ -68,10 +68,6 @@ def length(rollout: Rollout) -> Array:
 
 def weighted_sum(weights: Mapping[str, float], parts: Mapping[str, Callable[[Rollout], Any]]) -> RewardFn:
     """Make the RewardFn sum over names of weights[name] * parts[name](rollout). Rewards.parts are unweighted."""
-    if weights.keys() != parts.keys() or not parts:
-        raise ValueError(
-            f"rewards: got weights {sorted(weights)} and parts {sorted(parts)}, want the same names, at least one"
-        )
 
     def reward(rollout: Rollout) -> Rewards:
         scores = {name: part(rollout) for name, part in parts.items()}

@@ -28,7 +28,6 @@ class GoldReward(NamedTuple):
         self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()
     ) -> np.ndarray:
         """Text reward: the log-odds that prompt + completion is positive."""
-        del rows
         vectorizer = _make_vectorizer(vocabulary=self.terms)
         vectorizer.idf_ = self.idf
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
