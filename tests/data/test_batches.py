@@ -144,7 +144,7 @@ def test_order_depends_on_seed_and_stream_only():
 
 def test_prompts_are_left_padded_and_cut():
     """Fails when padding goes right, or the last tokens are kept instead of the first."""
-    batch = batches.make_prompts([np.array([7, 8, 9, 10]), np.array([5])], 4, bos_id=1, pad_id=0)
+    batch = batches.left_pad([np.array([1, 7, 8, 9, 10]), np.array([1, 5])], 4, pad_id=0)
     assert batch.prompt_ids.tolist() == [[1, 7, 8, 9], [0, 0, 1, 5]]
     assert batch.prompt_mask.tolist() == [[True] * 4, [False, False, True, True]]
 

@@ -78,8 +78,8 @@ def _programs(mesh, ema_rate=0.01, **rl):
 
 
 def _prompt_batch():
-    rows = [np.arange(3, 3 + 1 + i % 4, dtype=np.int32) for i in range(12)]
-    return batches.make_prompts(rows, 4, bos_id=1, pad_id=0)
+    rows = [np.array([1, *range(3, 3 + 1 + i % 4)], np.int32) for i in range(12)]
+    return batches.left_pad(rows, 4, pad_id=0)
 
 
 def _count_token(rollout):

@@ -8,20 +8,15 @@ import numpy as np
 from warp_jax.types import PromptBatch
 
 
-def make_prompts(token_rows: Sequence[np.ndarray], prompt_tokens: int, bos_id: int | None, pad_id: int) -> PromptBatch:
-    """Left-padded batch (numpy) of the first tokens of each row, after the BOS token if the model has one."""
-    bos = np.array([] if bos_id is None else [bos_id], np.int32)
-    return left_pad([np.concatenate([bos, row])[:prompt_tokens] for row in token_rows], prompt_tokens, pad_id)
-
-
 def left_pad(token_rows: Sequence[np.ndarray], length: int, pad_id: int) -> PromptBatch:
-    """Left-pad N rows of at most `length` tokens to a PromptBatch (numpy); example_ids are 0 .. N - 1."""
+    """Left-pad the first `length` tokens of N rows to a PromptBatch (numpy); example_ids are 0 .. N - 1."""
     count = len(token_rows)
     ids = np.full((count, length), pad_id, np.int32)
     mask = np.zeros((count, length), bool)
     for i, row in enumerate(token_rows):
-        ids[i, length - len(row) :] = row
-        mask[i, length - len(row) :] = True
+        start = max(length - len(row), 0)
+        ids[i, start:] = row[:length]
+        mask[i, start:] = True
     return PromptBatch(ids, mask, np.arange(count, dtype=np.int32))
 
 
@@ -57,10 +52,11 @@ def random_windows(
     shorter than the window are left-padded.
     """
     generator = np.random.default_rng([seed, zlib.crc32(stream.encode()), step])
-    room = length - (bos_id is not None)
+    bos = np.array([] if bos_id is None else [bos_id], np.int32)
+    room = length - len(bos)
     windows = []
     for row in token_rows:
         spare = max(len(row) - room, 0)
         start = int(generator.integers(0, spare + 1)) if generator.random() < 0.5 else 0
-        windows.append(row[start : start + room])
-    return make_prompts(windows, length, bos_id, pad_id)
+        windows.append(np.append(bos, row[start : start + room]))
+    return left_pad(windows, length, pad_id)

@@ -127,7 +127,7 @@ def make_prompts(settings: Settings, tokenizer: Tokenizer, split: Corpus, name: 
     """
     data, length = settings.data, settings.sampling.prompt_tokens
     if not data.prompt_template and not data.chat:
-        return batches.make_prompts(tokenizer.encode(split.texts), length, tokenizer.bos_id, tokenizer.pad_id)
+        return batches.left_pad(tokenizer.encode_with_bos(split.texts), length, tokenizer.pad_id)
     texts = [prompt_text(tokenizer, data, row) for row in split.rows]
     rows = tokenizer.encode_with_special(texts) if data.chat else tokenizer.encode_with_bos(texts)
     batch = batches.drop_long(rows, length, tokenizer.pad_id)

@@ -50,8 +50,7 @@ def auc(gold: GoldReward, texts: Sequence[str], labels: Sequence[int]) -> float:
 
 def save(gold: GoldReward, path: Path) -> None:
     """Write the gold reward as JSON."""
-    fields = gold._replace(idf=gold.idf.tolist(), weights=gold.weights.tolist())._asdict()
-    files.write_text(path, json.dumps(fields))
+    files.write_text(path, json.dumps(gold._asdict(), default=np.ndarray.tolist))
 
 
 def load(path: Path) -> GoldReward:
