@@ -43,13 +43,6 @@ def test_reward_outside_the_front_is_nan():
     assert np.isnan(pareto.reward_at_kl(KL, REWARD, 4.2))
 
 
-def test_best_under_budget():
-    """Fails when the budget is ignored, or the lowest KL is taken."""
-    assert pareto.best_under_budget(KL, REWARD, 2.0) == 1
-    assert pareto.best_under_budget(KL, REWARD, 9.0) == 2
-    assert pareto.best_under_budget(KL[1:], REWARD[1:], 0.5) is None
-
-
 def test_bootstrap_interval_matches_the_normal_one():
     """Fails when rows are drawn without replacement, or the percentiles are swapped."""
     values = np.random.default_rng(0).normal(3.0, 2.0, 400)

@@ -82,7 +82,8 @@ def _message(item: object, number: int) -> dict[str, str]:
         raise ValueError(
             f"conversation: message {number} has {sorted(map(str, given))}, want role and content, or from and value"
         )
-    (speaker, content), speakers = (given[name] for name in names), (*ROLES, *aliases)
+    speaker, content = (given[name] for name in names)
+    speakers = (*ROLES, *aliases)
     if not isinstance(speaker, str) or speaker not in speakers:
         raise ValueError(f"conversation: message {number} is from {speaker!r}, want one of {', '.join(speakers)}")
     if not isinstance(content, str):

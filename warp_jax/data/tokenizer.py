@@ -50,7 +50,8 @@ class Tokenizer:
 
     @classmethod
     def _trained(cls, backend: tokenizers.Tokenizer) -> "Tokenizer":
-        texts, vocabulary = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}, backend.get_vocab()
+        texts = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
+        vocabulary = backend.get_vocab()
         if missing := [token for token in texts.values() if token not in vocabulary]:
             raise ValueError(f"tokenizer: has no special token {missing[0]!r}; train it with Tokenizer.train")
         pad_id, bos_id, eos_id = (vocabulary[token] for token in texts.values())
@@ -159,8 +160,9 @@ class _ModelFolder:
         eos_id = self._id_of("eos_token", ends)
         if eos_id is None:
             raise ValueError(f"{self._folder}: no EOS token, want eos_token in tokenizer_config.json")
-        pad_id, bos_id = self._id_of("pad_token", self._model_ids("pad_token_id")), self._bos_id()
+        pad_id = self._id_of("pad_token", self._model_ids("pad_token_id"))
         pad_id = eos_id if pad_id is None else pad_id
+        bos_id = self._bos_id()
         stop_ids = tuple(dict.fromkeys((eos_id, *ends)))
         size = (self._model.get("text_config") or self._model).get("vocab_size")
         largest = max(pad_id, bos_id or 0, *stop_ids)

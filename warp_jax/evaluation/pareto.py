@@ -35,12 +35,6 @@ def kl_at_reward(kl: np.ndarray, reward: np.ndarray, at: float) -> float:
     return _interpolate(reward[front], kl[front], at)
 
 
-def best_under_budget(kl: np.ndarray, reward: np.ndarray, budget: float) -> int | None:
-    """Index of the point with the highest reward among those with kl <= budget; None if no point is within it."""
-    allowed = np.flatnonzero(kl <= budget)
-    return int(allowed[np.argmax(reward[allowed])]) if len(allowed) else None
-
-
 def bootstrap(statistic: Callable[[np.ndarray], float], count: int, *, resamples: int, seed: int) -> Interval:
     """Value of a statistic over `count` prompts, with its percentile bootstrap interval.
 

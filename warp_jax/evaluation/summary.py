@@ -23,22 +23,21 @@ def as_row(point: Point) -> dict[str, Any]:
 def summarise(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
     """Contents of summary.json. points: those of the whole job, SFT first."""
     iterations = range(1, settings.warp.num_iterations + 1)
-    sft, (final,) = points[0], select(points, "merged", iterations[-1])
+    sft = points[0]
+    (final,) = select(points, "merged", iterations[-1])
     gain = np.asarray(final.evaluation.reward, np.float64) - sft.evaluation.reward
-    chosen = None
-    if settings.front.kl_budget:
-        front = select(points, "liti", iterations[-1])
-        kls, rewards = (column.mean(1) for column in _stacked(front))
-        index = pareto.best_under_budget(kls, rewards, settings.front.kl_budget)
-        chosen = None if index is None else as_row(front[index])
+    budget = settings.front.kl_budget
+    front = select(points, "liti", iterations[-1]) if budget else []
+    allowed = [point for point in front if point.evaluation.sft_kl.mean() <= budget]
+    best = max(allowed, key=lambda point: point.evaluation.reward.mean(), default=None)
     return {
         "sft_reward": float(sft.evaluation.reward.mean()),
         "final_reward": float(final.evaluation.reward.mean()),
         "final_gold_reward": _number(final.evaluation.gold_reward.mean()),
         "final_sft_kl": float(final.evaluation.sft_kl.mean()),
         "gain_in_standard_errors": float(gain.mean() / (gain.std(ddof=1) / np.sqrt(len(gain)))),
-        "kl_budget": settings.front.kl_budget,
-        "best_eta_under_budget": chosen,
+        "kl_budget": budget,
+        "best_eta_under_budget": as_row(best) if best else None,
         "iterations_compared": [
             {"iterations": [i - 1, i], "reward_difference": _compare(settings, points, i)} for i in iterations[1:]
         ],
@@ -99,7 +98,8 @@ def front_against_policies(
     the policy's reward) / (the policy's KL). Both have 95 % bootstrap intervals, and are None where the front does not
     reach that KL or reward. The front is interpolated linearly, which understates a concave front.
     """
-    rows, stacked = [], _stacked(front)
+    stacked = _stacked(front)
+    rows = []
     for point in policies:
         kl, reward = point.evaluation.sft_kl, point.evaluation.reward
         row: dict[str, Any] = {name: getattr(point, name) for name in ("iteration", "run", "step")}
