@@ -53,9 +53,8 @@ def draw_angles(geometries: Sequence[dict[str, Any]]) -> bytes:
     for number, geometry in enumerate(geometries, start=1):
         angles = np.array(geometry["angles_degrees"])
         pairs = angles[:, *np.triu_indices(angles.shape[-1], k=1)]
-        for pair in range(pairs.shape[1]):
-            label = f"iteration {number}" if pair == 0 else None
-            axis.plot(range(len(units)), pairs[:, pair], marker="o", color=f"C{number - 1}", label=label)
+        labels = [f"iteration {number}", *[None] * (pairs.shape[1] - 1)]
+        axis.plot(range(len(units)), pairs, marker="o", color=f"C{number - 1}", label=labels)
     axis.axhline(90, color="grey", linewidth=0.8, linestyle="--", label="orthogonal")
     axis.set(xlabel="unit of the merge", ylabel="angle between task vectors (degrees)", ylim=(0, None))
     axis.set_xticks(range(len(units)), units, rotation=60, ha="right")
