@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from warp_jax import trees
-from warp_jax.merging import kernels, leaf_units, units
+from warp_jax import naming, trees
+from warp_jax.merging import kernels, units
 from warp_jax.merging.coefficients import FULL_WEIGHTS, METHODS, solve, with_liti
 from warp_jax.types import Array, HostOrDevice, Params
 
@@ -122,14 +122,15 @@ def merge(
             inner = gram(start, policies, unit, stacked=stacked)
         else:  # the coefficients are the same in every unit
             unit, inner = "model", Gram(np.zeros((1, len(policies), len(policies))), ("model",))
-        layout = leaf_units.units_of(init_params, unit, stacked)
+        _, unit_of_leaf = units_of(init_params, unit, stacked)
         solved = solve(method, inner.matrix, weights, inner.names)
-        sums = with_liti(method, solved, _as_float64(liti_rate))
+        rate = jnp.asarray(liti_rate, jnp.float64) if isinstance(liti_rate, jax.Array) else liti_rate
+        sums = with_liti(method, solved, rate)
         leaves, treedef = jax.tree.flatten(init_params)
         columns = [jax.tree.leaves(policy) for policy in policies]
         merged = [
             kernels.weighted_sum(init, parts, sums[unit_ids], donate=donate)
-            for init, unit_ids, *parts in zip(leaves, layout.of_leaf, *columns, strict=True)
+            for init, unit_ids, *parts in zip(leaves, unit_of_leaf, *columns, strict=True)
         ]
     return jax.tree.unflatten(treedef, merged)
 
@@ -139,27 +140,42 @@ def gram(
 ) -> Gram:
     """Inner products <delta_a, delta_b> of every pair of task vectors in every unit, summed in float64."""
     _check_policies(init_params, policies)
-    layout = leaf_units.units_of(init_params, unit, stacked)
+    names, unit_of_leaf = units_of(init_params, unit, stacked)
     columns = [jax.tree.leaves(p) for p in policies]
     with jax.enable_x64(True):
         inner = [
             kernels.gram(init, parts, stacked=unit_ids.ndim > 0)
-            for init, unit_ids, *parts in zip(jax.tree.leaves(init_params), layout.of_leaf, *columns, strict=True)
+            for init, unit_ids, *parts in zip(jax.tree.leaves(init_params), unit_of_leaf, *columns, strict=True)
         ]
-        shape = (len(layout.names), len(policies), len(policies))
-        if any(isinstance(matrix, jax.core.Tracer) for matrix in inner):
-            total = jnp.zeros(shape, jnp.float64)
-            for unit_ids, matrix in zip(layout.of_leaf, inner, strict=True):
+        traced = any(isinstance(matrix, jax.core.Tracer) for matrix in inner)
+        total: Any = (jnp if traced else np).zeros((len(names), len(policies), len(policies)), np.float64)
+        for unit_ids, matrix in zip(unit_of_leaf, inner, strict=True):
+            if traced:
                 total = total.at[unit_ids].add(matrix)
-            return Gram(total, layout.names)
-        summed = np.zeros(shape)
-        for unit_ids, matrix in zip(layout.of_leaf, inner, strict=True):
-            np.add.at(summed, unit_ids, np.asarray(matrix))
-        return Gram(summed, layout.names)
+            else:
+                np.add.at(total, unit_ids, np.asarray(matrix))
+        return Gram(total, names)
 
 
-def _as_float64(rate: float | Array) -> Any:
-    return jnp.asarray(rate, jnp.float64) if isinstance(rate, jax.Array) else rate
+def units_of(
+    tree: Params, unit: units.Unit = "layer", stacked: str | None = "layers"
+) -> tuple[tuple[str, ...], list[np.ndarray]]:
+    """Assign each leaf to a unit, and each layer of a leaf that is stacked under the key `stacked`.
+
+    Returns:
+      Names of the units, in order of first use; and for each leaf, in `jax.tree.leaves` order, the number of its unit,
+      int32 [], or of its layers' units, [L].
+    """
+    unit_fn = units.unit_function(unit)
+    numbers: dict[str, int] = {}
+    unit_of_leaf = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = trees.path_name(path)
+        in_layers = leaf.ndim > 0 and naming.is_stacked(name, stacked)
+        members = naming.layer_names(name, leaf.shape[0], stacked) if in_layers else [name]
+        ids = np.array([numbers.setdefault(unit_fn(member), len(numbers)) for member in members], np.int32)
+        unit_of_leaf.append(ids if in_layers else ids[0])
+    return tuple(numbers), unit_of_leaf
 
 
 def _check_policies(init_params: Params, policies: Sequence[Params]) -> None:

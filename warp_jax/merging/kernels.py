@@ -6,7 +6,6 @@ terms of the sum are 57 times longer than the sum, and a float32 cosine gives th
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,23 +34,16 @@ def gram(init: HostOrDevice, policies: Sequence[HostOrDevice], *, stacked: bool)
         return matrix if stacked else matrix[0]
 
 
-def weighted_sum(
-    init: HostOrDevice,
-    policies: Sequence[HostOrDevice],
-    weights: Array,
-    *,
-    dtype: Any = None,
-    donate: bool = False,
-) -> Array:
+def weighted_sum(init: HostOrDevice, policies: Sequence[HostOrDevice], weights: Array, *, donate: bool) -> Array:
     """Compute weights[..., 0] * init + sum_m weights[..., m] * (policy_m - init).
 
-    weights: float64 [1 + M], or [L, 1 + M] for a leaf whose first axis runs over L layers. dtype: None keeps that of
-    the policies. donate: write the result over the first policy, whose array then cannot be used.
+    The result has the dtype of the first policy. weights: float64 [1 + M], or [L, 1 + M] for a leaf whose first axis
+    runs over L layers. donate: write the result over the first policy, whose array then cannot be used.
     """
     with jax.enable_x64(True):
         first, *rest = (jnp.asarray(x) for x in policies)
         mix = _mix_in_place if donate else _mix
-        return mix(first, tuple(rest), jnp.asarray(init), weights, dtype=dtype or first.dtype)
+        return mix(first, tuple(rest), jnp.asarray(init), weights)
 
 
 @functools.partial(jax.jit, static_argnames="rows")
@@ -90,7 +82,7 @@ def _blocked_gram(init: Array, policies: tuple[Array, ...], *, rows: int) -> Arr
     return _symmetric(list(lax.map(row_sums, jnp.arange(rows)).T), len(policies))
 
 
-def _mix_leaf(first: Array, rest: tuple[Array, ...], init: Array, weights: Array, *, dtype: Any) -> Array:
+def _mix_leaf(first: Array, rest: tuple[Array, ...], init: Array, weights: Array) -> Array:
     def weight(m: int) -> Array:
         return weights[..., m].reshape(weights.shape[:-1] + (1,) * (init.ndim + 1 - weights.ndim))
 
@@ -98,11 +90,11 @@ def _mix_leaf(first: Array, rest: tuple[Array, ...], init: Array, weights: Array
     mixed = weight(0) * start
     for m, policy in enumerate((first, *rest), start=1):
         mixed = mixed + weight(m) * (_wide(policy) - start)
-    return mixed.astype(dtype)
+    return mixed.astype(first.dtype)
 
 
-_mix = jax.jit(_mix_leaf, static_argnames="dtype")
-_mix_in_place = jax.jit(_mix_leaf, static_argnames="dtype", donate_argnums=0)
+_mix = jax.jit(_mix_leaf)
+_mix_in_place = jax.jit(_mix_leaf, donate_argnums=0)
 
 
 def _products(deltas: Sequence[Array]) -> list[Array]:
