@@ -57,14 +57,9 @@ def open_inputs(init: Path, policies: Sequence[Path], dtype: str | None) -> Inpu
     first, *others = (open_weights(path) for path in (init, *policies))
     for other in others:
         _check_same_tensors(first, other, dtype)
-    floating = {name for name, tensor in first.tensors.items() if tensor.dtype in FLOATING}
-    copied = tuple(name for name in first.tensors if name not in floating)
-    for name in copied:
-        values = [folder.view(name, 0, first.tensors[name].size) for folder in (first, *others)]
-        if any(not np.array_equal(values[0], other) for other in values[1:]):
-            dtype_name = first.tensors[name].dtype
-            raise ValueError(f"tensor {name!r}: {dtype_name} values differ between folders, want equal ones or floats")
-    return Inputs(first, tuple(others), tuple(name for name in first.tensors if name in floating), copied)
+    merged = tuple(name for name, tensor in first.tensors.items() if tensor.dtype in FLOATING)
+    copied = tuple(name for name, tensor in first.tensors.items() if tensor.dtype not in FLOATING)
+    return Inputs(first, tuple(others), merged, copied)
 
 
 def _check_same_tensors(init: WeightFolder, other: WeightFolder, dtype: str | None) -> None:
@@ -80,6 +75,11 @@ def _check_same_tensors(init: WeightFolder, other: WeightFolder, dtype: str | No
         if got.dtype != want.dtype and (dtype is None or not {got.dtype, want.dtype} <= FLOATING):
             raise ValueError(
                 f"{other.path}: tensor {name!r} is {got.dtype}, want {want.dtype} as in {init.path}; or set --dtype"
+            )
+        whole = (name, 0, want.size)
+        if want.dtype not in FLOATING and not np.array_equal(init.view(*whole), other.view(*whole)):
+            raise ValueError(
+                f"{other.path}: tensor {name!r}: {want.dtype} values differ from {init.path}, want equal ones"
             )
 
 

@@ -212,9 +212,10 @@ class _Job:
 
     def make_report(self, inner: np.ndarray, coefficients: np.ndarray, hashes: Sequence[str]) -> dict[str, Any]:
         """Contents of merge_report.json."""
-        degrees, lengths = np.degrees(angles(inner)), norms(inner)
         inputs, tensors = self.inputs, self.inputs.init.tensors
         alone = [name for name in inputs.merged if tensors[name].num_layers == 1 and not naming.in_layer(name)]
+        fields = ("name", "angles_degrees", "norms", "coefficients")
+        columns = [values.tolist() for values in (np.degrees(angles(inner)), norms(inner), coefficients)]
         return {
             **self.settings._asdict(),
             "init": str(inputs.init.path),
@@ -222,15 +223,7 @@ class _Job:
             "xxh3_128": dict(zip(map(str, inputs.weight_paths()), hashes, strict=True)),
             "not_in_a_layer": alone,
             "copied": list(inputs.copied),
-            "units": [
-                {
-                    "name": name,
-                    "angles_degrees": degrees[u].tolist(),
-                    "norms": lengths[u].tolist(),
-                    "coefficients": coefficients[u].tolist(),
-                }
-                for u, name in enumerate(self.units)
-            ],
+            "units": [dict(zip(fields, row, strict=True)) for row in zip(self.units, *columns, strict=True)],
         }
 
 
