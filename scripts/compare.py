@@ -33,7 +33,8 @@ def read_row(workdir: Path) -> list[str]:
     """Cells of the row of one workdir."""
     numbers = files.read_json(workdir / "summary.json")
     seed = files.read_json(workdir / "config.json")["seed"]
-    geometries = [files.read_json(path) for path in _iterations(workdir)]
+    paths = workdir.glob("iteration_*/geometry.json")
+    geometries = [files.read_json(path) for path in sorted(paths, key=lambda path: int(path.parent.name.split("_")[1]))]
     return [
         workdir.name,
         str(seed),
@@ -42,12 +43,12 @@ def read_row(workdir: Path) -> list[str]:
         _or_dash(numbers["final_gold_reward"], "{:.3f}"),
         f"{numbers['final_sft_kl']:.2f}",
         " / ".join(_or_dash(_median_angle(geometry), "{:.0f}") for geometry in geometries),
-        "; ".join(_difference(d) for entry in numbers["iterations_compared"][-1:] for d in entry["reward_difference"]),
+        "; ".join(
+            "{value:+.3f} at {sft_kl:.1f} ({low:+.3f} .. {high:+.3f})".format(**difference)
+            for entry in numbers["iterations_compared"][-1:]
+            for difference in entry["reward_difference"]
+        ),
     ]
-
-
-def _iterations(workdir: Path) -> list[Path]:
-    return sorted(workdir.glob("iteration_*/geometry.json"), key=lambda path: int(path.parent.name.split("_")[1]))
 
 
 def _median_angle(geometry: dict[str, Any]) -> float | None:
@@ -58,10 +59,6 @@ def _median_angle(geometry: dict[str, Any]) -> float | None:
 
 def _or_dash(value: float | None, style: str) -> str:
     return "-" if value is None else style.format(value)
-
-
-def _difference(difference: dict[str, float]) -> str:
-    return "{value:+.3f} at {sft_kl:.1f} ({low:+.3f} .. {high:+.3f})".format(**difference)
 
 
 BASELINE_COLUMNS = (
