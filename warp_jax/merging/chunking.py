@@ -96,17 +96,15 @@ def chunk_room(inputs: Inputs, memory_gb: float, workers: int) -> int:
 def plan_chunks(inputs: Inputs, unit: units.Unit, room: int) -> tuple[tuple[str, ...], list[Chunk]]:
     """Return the names of the units, and all weights cut into chunks of at most `room` elements."""
     unit_of = units.unit_function(unit)
-    numbers: dict[str, int] = {}
-    pieces: dict[int, list[Piece]] = {}
+    pieces: dict[str, list[Piece]] = {}
     for name in inputs.merged:
         tensor = inputs.init.tensors[name]
         rows = naming.layer_names(name, tensor.num_layers) if tensor.num_layers > 1 else [name]
         size = tensor.size // len(rows)
         for row, row_name in enumerate(rows):
-            number = numbers.setdefault(unit_of(row_name), len(numbers))
-            pieces.setdefault(number, []).append(Piece(name, row * size, (row + 1) * size))
-    chunks = [Chunk(number, part) for number, members in pieces.items() for part in _cut(members, room)]
-    return tuple(numbers), chunks
+            pieces.setdefault(unit_of(row_name), []).append(Piece(name, row * size, (row + 1) * size))
+    chunks = [Chunk(number, part) for number, members in enumerate(pieces.values()) for part in _cut(members, room)]
+    return tuple(pieces), chunks
 
 
 def _cut(pieces: Sequence[Piece], room: int) -> Iterator[tuple[Piece, ...]]:
