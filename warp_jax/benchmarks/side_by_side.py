@@ -4,7 +4,6 @@ The grades are those of the paper's Table 1 (arXiv 2406.16768, section 4.5), com
 All results are from the view of `ours`: a positive score or a rate above 1/2 means that `ours` is better.
 """
 
-import functools
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from warp_jax.evaluation.pareto import Interval
 from warp_jax.rewards.reward_functions import TextFn
 
 Row = Mapping[str, Any]  # one answer: "prompt", "completion" and any further fields of its line
-Margins = tuple[float, float, float]  # tie, slightly, better: see grade()
+Margins = tuple[float, ...]  # tie, slightly, better: see grade()
 
 GRADES = {
     "much better": 1.5,
@@ -103,19 +102,6 @@ def judge_scores(judge: TextFn, ours: Sequence[Row], theirs: Sequence[Row]) -> n
     return values.reshape(2, -1)
 
 
-def check_margins(margins: Sequence[float]) -> Margins:
-    """Return the margins (tie, slightly, better); raise ValueError unless 0 <= tie < slightly < better."""
-    if len(margins) != 3 or not 0 <= margins[0] < margins[1] < margins[2] < np.inf:
-        raise ValueError(f"margins: got {list(margins)}, want three increasing numbers >= 0: tie, slightly, better")
-    return margins[0], margins[1], margins[2]
-
-
-def default_margins(scores: np.ndarray) -> Margins:
-    """Margins from the standard deviation of the scores of both policies together, times MARGINS_IN_DEVIATIONS."""
-    tie, slightly, better = (float(scores.std() * margin) for margin in MARGINS_IN_DEVIATIONS)
-    return tie, slightly, better
-
-
 def grade(difference: np.ndarray, margins: Margins) -> np.ndarray:
     """Grade each pair: 0, +-0.5, +-1 or +-1.5, [N], from the score of ours minus the score of theirs, [N].
 
@@ -163,28 +149,38 @@ def compare(
     ours: Sequence[Row],
     theirs: Sequence[Row],
     *,
-    margins: Sequence[float] | None,
+    margins: Margins | None,
     length_unit: str,
     resamples: int,
     seed: int,
 ) -> Comparison:
     """Compare two sets of answers to the same prompts, in any order; raise ValueError if an input is wrong.
 
-    `margins` (tie, slightly, better) are in the judge's unit; None takes `default_margins`. `length_unit` is a name in
-    LENGTHS. The bootstrap draws prompts, each with all its answers, and does not change the margins.
+    `margins` (tie, slightly, better) are in the judge's unit; None takes MARGINS_IN_DEVIATIONS times the standard
+    deviation of the scores of both policies together. `length_unit` is a name in LENGTHS. The bootstrap draws prompts,
+    each with all its answers, and does not change the margins.
     """
-    given = None if margins is None else check_margins(margins)
+    if margins is not None and (len(margins) != 3 or not 0 <= margins[0] < margins[1] < margins[2] < np.inf):
+        raise ValueError(f"margins: got {list(margins)}, want three increasing numbers >= 0: tie, slightly, better")
     theirs = match(ours, theirs)
     members = _members([row["prompt"] for row in ours])
     if len(members) < 2:
         raise ValueError(f"prompts: got {len(members)}, want at least 2 different ones, to resample them")
     scores = judge_scores(judge, ours, theirs)
-    used = given or default_margins(scores)
+    used = margins or tuple(float(scores.std() * margin) for margin in MARGINS_IN_DEVIATIONS)
     grades = grade(scores[0] - scores[1], used)
     wins = (np.sign(grades) + 1) / 2
     lengths = np.array([[LENGTHS[length_unit](row["completion"]) for row in rows] for rows in (ours, theirs)])
     difference = lengths[0] - lengths[1]
-    interval = functools.partial(_interval, members=members, resamples=resamples, seed=seed)
+
+    def interval(statistic: Callable[[np.ndarray], float]) -> Interval:
+        return pareto.bootstrap(
+            lambda prompts: statistic(np.concatenate([members[prompt] for prompt in prompts])),
+            len(members),
+            resamples=resamples,
+            seed=seed,
+        )
+
     return Comparison(
         prompts=len(members),
         answers=len(ours),
@@ -199,20 +195,8 @@ def compare(
     )
 
 
-def _interval(
-    statistic: Callable[[np.ndarray], float], *, members: Sequence[np.ndarray], resamples: int, seed: int
-) -> Interval:
-    """Bootstrap interval of statistic(rows) over prompts; members[i] are the row numbers of prompt i."""
-    return pareto.bootstrap(
-        lambda drawn: statistic(np.concatenate([members[prompt] for prompt in drawn])),
-        len(members),
-        resamples=resamples,
-        seed=seed,
-    )
-
-
 def _members(prompts: Sequence[str]) -> list[np.ndarray]:
-    """Group row numbers by prompt."""
+    """Row numbers of each prompt."""
     rows: dict[str, list[int]] = defaultdict(list)
     for row, prompt in enumerate(prompts):
         rows[prompt].append(row)
