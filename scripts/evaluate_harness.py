@@ -39,7 +39,7 @@ INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Folder with YAML files
 NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", 0, "Examples before each question; -1 = default of the task.", -1)
 LIMIT = flags.DEFINE_float("limit", None, "Documents per (sub)task, or a fraction if below 1; default: all.", 0)
 BATCH_SIZE = flags.DEFINE_string("batch_size", "1", "Documents per batch, or auto.")
-DEVICE = flags.DEFINE_string("device", None, "Device of torch, such as cuda:1 or mps; default: cuda, else cpu.")
+DEVICE = flags.DEFINE_string("device", "cuda", "Device of torch, such as cuda:1 or mps; cuda = cpu without a GPU.")
 DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "bfloat16", "float16", "float32"], "Dtype of weights; auto = as saved."
 )
@@ -48,12 +48,12 @@ TRUST_CODE = flags.DEFINE_bool("trust_code", False, "Let mbpp and humaneval run 
 
 
 class Model(NamedTuple):
-    """A column of the table; `records` holds the finished results by task."""
+    """A column of the table; `records` holds the result of each task, None if it is missing."""
 
     name: str
     folder: Path
     fingerprint: str
-    records: dict[str, dict[str, Any]]
+    records: dict[str, dict[str, Any] | None]
 
 
 def main(argv: list[str]) -> None:
@@ -139,8 +139,8 @@ def _path(out: Path, name: str, task: str) -> Path:
 
 def _model(out: Path, name: str, folder: Path) -> Model:
     fingerprint = files.fingerprint(folder)
-    saved = ((task, harness.load_record(_path(out, name, task), _settings(), fingerprint)) for task in TASKS.value)
-    return Model(name, folder, fingerprint, {task: record for task, record in saved if record})
+    records = {task: harness.load_record(_path(out, name, task), _settings(), fingerprint) for task in TASKS.value}
+    return Model(name, folder, fingerprint, records)
 
 
 def _task_manager() -> Any:
@@ -183,7 +183,7 @@ def _evaluate(out: Path, model: Model, manager: Any) -> int:
     load = functools.cache(lambda: _load_model(model.folder))
     for number, task in enumerate(TASKS.value, 1):
         label = f"{model.name}, {task} ({number} of {len(TASKS.value)})"
-        if task in model.records:
+        if model.records[task]:
             _progress(f"{label}: already evaluated, skipped")
             continue
         _progress(f"{label}: started")
@@ -208,12 +208,9 @@ def _progress(text: str) -> None:
 
 
 def _load_model(folder: Path) -> Any:
-    import torch  # noqa: PLC0415
     from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
-    device = DEVICE.value or ("cuda" if torch.cuda.is_available() else "cpu")
-    batch_size = int(BATCH_SIZE.value) if BATCH_SIZE.value.isdecimal() else BATCH_SIZE.value
-    return HFLM(pretrained=str(folder), device=device, dtype=DTYPE.value, batch_size=batch_size)
+    return HFLM(pretrained=str(folder), device=DEVICE.value, dtype=DTYPE.value, batch_size=BATCH_SIZE.value)
 
 
 def _run_task(model: Model, loaded: Any, task: str, manager: Any) -> dict[str, Any]:
@@ -239,9 +236,7 @@ def _run_task(model: Model, loaded: Any, task: str, manager: Any) -> dict[str, A
 
 def _write_tables(out: Path, models: list[Model]) -> None:
     columns = {
-        model.name: [
-            score for task in TASKS.value if task in model.records for score in harness.scores(model.records[task])
-        ]
+        model.name: [score for record in model.records.values() if record for score in harness.scores(record)]
         for model in models
     }
     table = harness.markdown(columns)

@@ -4,13 +4,12 @@ This file does not import the harness: `make_record` takes the output of `lm_eva
 """
 
 import csv
-import dataclasses
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,8 +24,7 @@ CSV_COLUMNS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """Settings of an evaluation, saved with each result. num_fewshot None: the task's default."""
 
     num_fewshot: int | None = 0
@@ -35,8 +33,7 @@ class Settings:
     apply_chat_template: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """One metric of one model on one task.
 
     stderr: standard error, None if the harness gives none. values: one value per document, by subtask; empty if their
@@ -91,7 +88,7 @@ def make_record(
     return {
         "model": model,
         "task": task,
-        "settings": dataclasses.asdict(settings),
+        "settings": settings._asdict(),
         "fingerprint": model_hash,
         "harness": {name: value for name, value in output.items() if name != "samples"},
         "values": _values(output["samples"]),
@@ -103,7 +100,7 @@ def load_record(path: Path, settings: Settings, model_hash: str) -> dict[str, An
     if not path.is_file():
         return None
     record: dict[str, Any] = files.read_json(path)
-    for name, want in (("settings", dataclasses.asdict(settings)), ("fingerprint", model_hash)):
+    for name, want in (("settings", settings._asdict()), ("fingerprint", model_hash)):
         if record[name] != want:
             raise ValueError(f"{path}: got {name} {record[name]}, want {want}; delete it or choose another --out")
     return record
@@ -113,7 +110,8 @@ def scores(record: Mapping[str, Any]) -> list[Score]:
     """All metrics of a result: of its task or group; if it was made for a tag, of every task with that tag."""
     results, task = record["harness"]["results"], record["task"]
     names = [task] if task in results else sorted(results)
-    return [_score(record, name, key) for name in names for key in results[name] if _is_metric(key)]
+    keys = [(name, key) for name in names for key in results[name] if "," in key and "_stderr," not in key]
+    return [_score(record, name, key) for name, key in keys]  # a key is "metric,filter" or "metric_stderr,filter"
 
 
 def difference(score: Score, base: Score) -> tuple[float, float | None]:
@@ -138,25 +136,24 @@ def markdown(columns: Mapping[str, Sequence[Score]]) -> str:
     first, *others = columns
     head = ["task", "metric", "documents", *columns, *(f"{name} - {first}" for name in others)]
     lines = [head, ["---"] * len(head)]
-    for row, by_model in _rows(columns):
-        task, metric, filter_name = row
+    for by_model, changes in _rows(columns):
+        task, metric, filter_name, documents = next(iter(by_model.values()))[:4]
         label = metric if filter_name == "none" else f"{metric} ({filter_name})"
         cells = [_cell(by_model[m].value, by_model[m].stderr) if m in by_model else "" for m in columns]
-        changes = [_change(by_model, m, first) for m in others]
-        documents = str(next(iter(by_model.values())).documents)
-        lines.append([task, label, documents, *cells, *(_cell(*c, sign="+") if c else "" for c in changes)])
+        cells += [_cell(*changes[m], sign="+") if m in changes else "" for m in others]
+        lines.append([task, label, str(documents), *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def csv_text(columns: Mapping[str, Sequence[Score]]) -> str:
     """CSV table for plots: a line for each task, metric and model."""
-    first, text = next(iter(columns)), io.StringIO()
+    text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
-    for row, by_model in _rows(columns):
+    for by_model, changes in _rows(columns):
         for model, score in by_model.items():
-            change = _change(by_model, model, first) if model != first else None
-            writer.writerow([*row, score.documents, model, score.value, score.stderr, *(change or (None, None))])
+            change = changes.get(model, (None, None))
+            writer.writerow([*score.row, score.documents, model, score.value, score.stderr, *change])
     return text.getvalue()
 
 
@@ -182,7 +179,9 @@ def _score(record: Mapping[str, Any], name: str, key: str) -> Score:
     every = [value for part in values.values() for value in part]
     is_mean = bool(every) and math.isclose(float(np.mean(every)), result[key], rel_tol=1e-9, abs_tol=1e-12)
     return Score(
-        *(name, metric, filter_name),
+        task=name,
+        metric=metric,
+        filter=filter_name,
         documents=sum(sizes[part]["effective"] for part in parts),
         value=float(result[key]),
         stderr=float(stderr) if isinstance(stderr, int | float) else None,
@@ -190,23 +189,21 @@ def _score(record: Mapping[str, Any], name: str, key: str) -> Score:
     )
 
 
-def _is_metric(key: str) -> bool:
-    return "," in key and not key.partition(",")[0].endswith("_stderr")
+def _rows(
+    columns: Mapping[str, Sequence[Score]],
+) -> Iterator[tuple[dict[str, Score], dict[str, tuple[float, float | None]]]]:
+    """Yield the scores of each table row by model, and the differences of the other models to the first.
 
-
-def _rows(columns: Mapping[str, Sequence[Score]]) -> list[tuple[tuple[str, str, str], dict[str, Score]]]:
-    """Group scores by table row, then by model; rows keep the order in which they first appear."""
+    Rows keep the order in which they first appear.
+    """
     rows: dict[tuple[str, str, str], dict[str, Score]] = {}
     for model, column in columns.items():
         for score in column:
             rows.setdefault(score.row, {})[model] = score
-    return list(rows.items())
-
-
-def _change(by_model: Mapping[str, Score], model: str, first: str) -> tuple[float, float | None] | None:
-    if model not in by_model or first not in by_model:
-        return None
-    return difference(by_model[model], by_model[first])
+    first, *others = columns
+    for by_model in rows.values():
+        both = [model for model in others if {model, first} <= by_model.keys()]
+        yield by_model, {model: difference(by_model[model], by_model[first]) for model in both}
 
 
 def _cell(value: float, stderr: float | None, sign: str = "") -> str:
