@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
+from scipy.special import log_softmax
 
 from warp_jax import cli
+from warp_jax.benchmarks import answers
 from warp_jax.data import batches, corpus
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.models import apply, partitioning
@@ -48,54 +49,50 @@ def main(argv: list[str]) -> None:
         tokenizer = Tokenizer.from_folder(folder)
     except (ValueError, OSError) as error:
         cli.fail(str(error))
-    apply_fn = apply.make_apply_fn(config)
     chosen = [texts[i] for i in np.linspace(0, len(texts) - 1, NUM_TEXTS.value).astype(int)]
-    rows = [ids[: MAX_TOKENS.value] for ids in tokenizer.encode_with_bos(chosen)]
-    forward = jax.jit(lambda params, ids, mask: apply_fn(params, ids, mask)[0])
-
-    def our_logits(batch: PromptBatch) -> np.ndarray:
-        return np.asarray(forward(params, jnp.asarray(batch.prompt_ids), jnp.asarray(batch.prompt_mask)))
-
-    greedy = functools.partial(_our_greedy, apply_fn, functools.partial(init_cache, config), params, tokenizer)
-    missed = compare(rows, tokenizer, our_logits, greedy, folder)
+    rows = [row[: MAX_TOKENS.value] for row in answers.encode(tokenizer, chosen, use_chat=False)]
+    apply_fn = apply.make_apply_fn(config)
+    forward = jax.jit(lambda params, batch: apply_fn(params, batch.prompt_ids, batch.prompt_mask)[0])
+    greedy = sampling.SamplingConfig(NUM_TOKENS.value, 1.0, (), tokenizer.pad_id, top_k=1)
+    sample = jax.jit(functools.partial(sampling.sample, apply_fn, functools.partial(init_cache, config), config=greedy))
+    short = [row[: 16 + 4 * i] for i, row in enumerate(rows[:3])]
+    padded = batches.left_pad(short, max(map(len, short)), tokenizer.pad_id)
+    tokens = np.asarray(sample(params, padded, jax.random.key(0)).completion_ids)
+    missed = compare(folder, rows, padded, functools.partial(forward, params), tokens)
     sys.exit(MISSED if missed else 0)
 
 
 def compare(
-    rows: list[np.ndarray],
-    tokenizer: Tokenizer,
-    our_logits: Callable[..., Any],
-    greedy: Callable[..., Any],
-    folder: Path,
+    folder: Path, rows: list[np.ndarray], padded: PromptBatch, our_logits: Callable[..., Any], our_tokens: np.ndarray
 ) -> bool:
-    """Print the differences; return True if one is above its bound."""
+    """Print the differences; return True if one is above its bound.
+
+    rows: token ids for the perplexity. padded: prompts for the logits, and for the greedy completions `our_tokens`.
+    """
     import torch  # noqa: PLC0415  optional dependency
     import transformers  # noqa: PLC0415
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
-    def their_logits(batch: PromptBatch) -> np.ndarray:
-        mask = np.asarray(batch.prompt_mask)
-        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-        arrays = (torch.from_numpy(np.asarray(x, np.int64)) for x in (batch.prompt_ids, mask, positions))
-        with torch.no_grad():
-            ids, seen, places = arrays
-            return model(input_ids=ids, attention_mask=seen, position_ids=places, use_cache=False).logits.numpy()
+    def inputs(batch: PromptBatch) -> dict[str, Any]:
+        arrays = {"input_ids": batch.prompt_ids, "attention_mask": batch.prompt_mask}
+        return {name: torch.from_numpy(np.asarray(x, np.int64)) for name, x in arrays.items()}
 
-    short = [row[: 16 + 4 * i] for i, row in enumerate(rows[:3])]
-    padded = batches.left_pad(short, max(map(len, short)), tokenizer.pad_id)
-    ours, theirs = our_logits(padded), their_logits(padded)
-    real = np.asarray(padded.prompt_mask)
+    @torch.no_grad()
+    def their_logits(batch: PromptBatch) -> np.ndarray:
+        positions = torch.from_numpy(np.maximum(np.cumsum(batch.prompt_mask, axis=1) - 1, 0))
+        return model(**inputs(batch), position_ids=positions, use_cache=False).logits.numpy()
+
+    ours, theirs, real = np.asarray(our_logits(padded)), their_logits(padded), padded.prompt_mask
     difference = float(np.abs(ours - theirs)[real].max() / np.abs(theirs[real]).max())
     print(f"largest difference of logits / largest logit, 3 left-padded rows: {difference:.2e} (bound {LOGIT_BOUND})")
-    settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=NUM_TOKENS.value, pad_token_id=0)
-    with torch.no_grad():
-        ids, mask = (torch.from_numpy(np.asarray(x, np.int64)) for x in (padded.prompt_ids, padded.prompt_mask))
-        model.generation_config = settings
-        want = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :].numpy()
-    same = bool((greedy(padded) == want).all())
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=NUM_TOKENS.value, pad_token_id=0
+    )
+    their_tokens = model.generate(**inputs(padded))[:, padded.prompt_ids.shape[1] :].numpy()
+    same = bool((our_tokens == their_tokens).all())
     print(f"{NUM_TOKENS.value} greedy tokens of 3 prompts: {'identical' if same else 'DIFFERENT'}")
-    perplexities = [_perplexity(rows, tokenizer, logits) for logits in (our_logits, their_logits)]
+    perplexities = [_perplexity(rows, logits) for logits in (our_logits, their_logits)]
     gap = abs(perplexities[0] / perplexities[1] - 1)
     print(
         f"perplexity of {len(rows)} reviews: {perplexities[0]:.5f}, transformers {perplexities[1]:.5f}, "
@@ -104,22 +101,13 @@ def compare(
     return difference > LOGIT_BOUND or not same or gap > PERPLEXITY_BOUND
 
 
-def _our_greedy(apply_fn: Any, make_cache: Any, params: Any, tokenizer: Tokenizer, batch: PromptBatch) -> np.ndarray:
-    config = sampling.SamplingConfig(NUM_TOKENS.value, 1.0, (), tokenizer.pad_id, top_k=1)
-    sample = jax.jit(functools.partial(sampling.sample, apply_fn, make_cache, config=config))
-    device = jax.tree.map(jnp.asarray, batch)
-    return np.asarray(sample(params, device, jax.random.key(0)).completion_ids)
-
-
-def _perplexity(rows: list[np.ndarray], tokenizer: Tokenizer, logits_fn: Callable[..., Any]) -> float:
+def _perplexity(rows: list[np.ndarray], logits_fn: Callable[..., Any]) -> float:
     """Perplexity: exp of the mean negative log-likelihood (nats) of every token after the first of its row."""
     total, count = 0.0, 0
     for row in rows:
-        batch = batches.left_pad([row], MAX_TOKENS.value, tokenizer.pad_id)
+        batch = batches.left_pad([row], MAX_TOKENS.value, pad_id=0)
         logits = np.asarray(logits_fn(batch)[0, -len(row) : -1], np.float64)
-        shifted = logits - logits.max(axis=-1, keepdims=True)
-        logps = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-        total -= logps[np.arange(len(row) - 1), row[1:]].sum()
+        total -= log_softmax(logits, axis=-1)[np.arange(len(row) - 1), row[1:]].sum()
         count += len(row) - 1
     return float(np.exp(total / count))
 
