@@ -51,18 +51,11 @@ def main(argv: list[str]) -> None:
     try:
         margins = _numbers(MARGINS.value) if MARGINS.value is not None else None
         out = _checked_out(OUT.value) if OUT.value is not None else None
-        ours, theirs = (side_by_side.read_answers(Path(path)) for path in (OURS.value, THEIRS.value))
-        comparison = side_by_side.compare(
-            load_judge(JUDGE.value),
-            ours,
-            theirs,
-            margins=margins,
-            length_unit=LENGTH_UNIT.value,
-            resamples=RESAMPLES.value,
-            seed=SEED.value,
-        )
+        answers = [side_by_side.read_answers(Path(path)) for path in (OURS.value, THEIRS.value)]
+        options = {"length_unit": LENGTH_UNIT.value, "resamples": RESAMPLES.value, "seed": SEED.value}
+        comparison = side_by_side.compare(load_judge(JUDGE.value), *answers, margins=margins, **options)
         if out is not None:
-            files.write_json(out, as_json(comparison))
+            files.write_json(out, as_json(comparison, options))
     except (ValueError, OSError, SyntaxError) as error:
         cli.fail(str(error))
     Console(highlight=False).print(as_table(comparison))
@@ -85,15 +78,9 @@ def load_judge(source: str) -> reward_functions.TextFn:
     return judge
 
 
-def as_json(comparison: Comparison) -> dict[str, Any]:
+def as_json(comparison: Comparison, options: Mapping[str, Any]) -> dict[str, Any]:
     """All results and settings as JSON values; null for a result that is not defined."""
-    settings = {
-        "margins_given": MARGINS.value is not None,
-        "length_unit": LENGTH_UNIT.value,
-        "resamples": RESAMPLES.value,
-        "seed": SEED.value,
-        "ridge": side_by_side.RIDGE,
-    }
+    settings = {"margins_given": MARGINS.value is not None, **options, "ridge": side_by_side.RIDGE}
     figures = {
         name: {key: x if math.isfinite(x) else None for key, x in value._asdict().items()}
         if isinstance(value, Interval)
@@ -108,7 +95,13 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 def as_table(comparison: Comparison) -> Table:
     """Results as a table for the terminal."""
     title = f"ours: {OURS.value}\ntheirs: {THEIRS.value}\njudge: {JUDGE.value}"
-    table = Table(title=Text(title), title_justify="left", caption=Text(_caption(comparison)), caption_justify="left")
+    origin = "as given" if MARGINS.value is not None else "from the deviation of these scores; see --margins"
+    margins = ", ".join(f"{margin:.4g}" for margin in comparison.margins)
+    caption = (
+        f"{comparison.answers} pairs of answers to {comparison.prompts} prompts; margins {margins} ({origin}); "
+        f"{RESAMPLES.value} resamples, seed {SEED.value}"
+    )
+    table = Table(title=Text(title), title_justify="left", caption=Text(caption), caption_justify="left")
     table.add_column()
     table.add_column("value", justify="right")
     table.add_column()
@@ -122,15 +115,6 @@ def as_table(comparison: Comparison) -> Table:
     table.add_row(f"mean {LENGTH_UNIT.value}: ours, theirs", *(f"{x:.1f}" for x in comparison.mean_length))
     table.add_row("pairs with the longer answer: ours, theirs", *(str(x) for x in comparison.longer))
     return table
-
-
-def _caption(comparison: Comparison) -> str:
-    origin = "as given" if MARGINS.value is not None else "from the deviation of these scores; see --margins"
-    margins = ", ".join(f"{margin:.4g}" for margin in comparison.margins)
-    return (
-        f"{comparison.answers} pairs of answers to {comparison.prompts} prompts; margins {margins} ({origin}); "
-        f"{RESAMPLES.value} resamples, seed {SEED.value}"
-    )
 
 
 def _cells(interval: Interval, form: str) -> tuple[str, str]:
