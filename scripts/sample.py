@@ -18,6 +18,7 @@ from rich.text import Text
 from warp_jax import cli, files
 from warp_jax.benchmarks import answers
 from warp_jax.experiment import stages
+from warp_jax.training import sampling
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a run of warp_jax.main.")
 STAGES = flags.DEFINE_list("stages", ["sft"], f"Stages to sample, separated by commas: {stages.NAMES}.")
@@ -64,19 +65,16 @@ def sample_stages(job: stages.Workdir, prompts: list[object]) -> dict[str, list[
     if job.settings.data.prompt_template:
         print("note: prompts are used as given, without data.prompt_template of the workdir", file=sys.stderr)
     rows = answers.encode(job.tokenizer, prompts, use_chat=use_chat)
-    settings = {
-        "max_new_tokens": MAX_NEW_TOKENS.value,
-        "temperature": TEMPERATURE.value or job.settings.sampling.temperature,
-        "top_k": TOP_K.value,
-        "top_p": TOP_P.value,
-    }
+    temperature = TEMPERATURE.value or job.settings.sampling.temperature
+    ids = job.tokenizer.stop_ids, job.tokenizer.pad_id
+    config = sampling.SamplingConfig(MAX_NEW_TOKENS.value, temperature, *ids, TOP_K.value, TOP_P.value)
     columns = {}
     for stage in STAGES.value:
         params, model = job.load(stage)
         if model.head != "language":
             raise ValueError(f"--stages: got {stage}, want policies, such as sft, iteration_1/merged, liti:0.3")
         columns[stage] = answers.sample_answers(
-            params, model, job.tokenizer, rows, mesh=job.mesh, seed=SEED.value, settings=settings
+            params, model, job.tokenizer, rows, mesh=job.mesh, seed=SEED.value, config=config
         )
     return columns
 

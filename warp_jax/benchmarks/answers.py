@@ -1,7 +1,7 @@
 """Sample answers of a policy to text prompts and conversations."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,9 @@ def sample_answers(
     *,
     mesh: jax.sharding.Mesh,
     seed: int,
-    settings: Mapping[str, Any],
+    config: sampling.SamplingConfig,
 ) -> list[str]:
-    """Sample one answer to each prompt in `rows` (token ids from `encode`).
-
-    `settings` holds max_new_tokens, temperature, top_k and top_p of SamplingConfig.
-    """
-    config = sampling.SamplingConfig(stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, **settings)
+    """Sample one answer to each prompt in `rows` (token ids from `encode`)."""
     sample = jax.jit(
         functools.partial(sampling.sample, make_apply_fn(model), functools.partial(init_cache, model), config=config)
     )
