@@ -4,8 +4,6 @@ Pass 1 sums the Gram matrix of each unit's task vectors. Pass 2 writes one weigh
 the same time; each maps a chunk, computes and writes.
 """
 
-import contextlib
-import dataclasses
 import os
 import shutil
 import threading
@@ -88,27 +86,19 @@ class _Maths(threading.local):
 
     def __init__(self, count: int):
         self._rows = np.empty((1 + count, BLOCK))
-        self._mixed = np.empty(BLOCK)
+        self.mixed = np.empty(BLOCK)  # room for a weighted sum of rows
 
     def gram(self, init: np.ndarray, policies: Sequence[np.ndarray]) -> np.ndarray:
         """Inner products <delta_a, delta_b>: float64 [M, M]."""
         total = np.zeros((len(policies), len(policies)))
-        for _, (_, *deltas) in self._blocks(init, policies):
+        for _, (_, *deltas) in self.blocks(init, policies):
             for a, first in enumerate(deltas):
                 for b, second in enumerate(deltas[: a + 1]):
                     total[a, b] += np.dot(first, second)
         return np.tril(total) + np.tril(total, -1).T
 
-    def mix(
-        self, init: np.ndarray, policies: Sequence[np.ndarray], weights: np.ndarray, dtype: np.dtype
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield blocks of weights[0] * init + sum_m weights[m] * (policy_m - init), rounded once, and their starts."""
-        for first, rows in self._blocks(init, policies):
-            mixed = np.dot(weights, rows, out=self._mixed[: rows.shape[1]])
-            yield first, mixed.astype(dtype)
-
-    def _blocks(self, init: np.ndarray, policies: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield a block's start and float64 rows: init, then the task vectors. The next block overwrites the rows."""
+    def blocks(self, init: np.ndarray, policies: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield a block's start and float64 rows: init, then the task vectors. The next block overwrites this one."""
         for first in range(0, len(init), BLOCK):
             part = slice(first, min(first + BLOCK, len(init)))
             rows = self._rows[:, : part.stop - first]
@@ -118,8 +108,7 @@ class _Maths(threading.local):
             yield first, rows
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
+class _Job(NamedTuple):
     inputs: Inputs
     settings: Settings
     units: tuple[str, ...]
@@ -134,10 +123,9 @@ class _Job:
 
         def chunk_gram(chunk: Chunk) -> np.ndarray:
             matrix = np.zeros((count, count))
-            for piece in chunk.pieces:
-                with self.views(piece) as (init, *policies):
-                    start = np.zeros_like(init) if self.settings.method == FULL_WEIGHTS else init
-                    matrix += self.maths.gram(start, policies)
+            for _, init, policies in self.views(chunk):
+                start = np.zeros_like(init) if self.settings.method == FULL_WEIGHTS else init
+                matrix += self.maths.gram(start, policies)
             if not np.isfinite(matrix).all():
                 chunking.raise_not_finite(self.inputs, chunk)
             return matrix
@@ -169,12 +157,11 @@ class _Job:
         writers = [self.make_folder(staging / _eta_folder(eta), tensors) for eta in etas]
 
         def write_chunk(chunk: Chunk) -> None:
-            for piece in chunk.pieces:
-                with self.views(piece) as (init, *policies):
-                    out_dtype = dtype or policies[0].dtype
+            for piece, init, policies in self.views(chunk):
+                for first, rows in self.maths.blocks(init, policies):
                     for writer, of_unit in zip(writers, weights, strict=True):
-                        for first, mixed in self.maths.mix(init, policies, of_unit[chunk.unit], out_dtype):
-                            writer.write(piece.name, piece.start + first, mixed)
+                        mixed = np.dot(of_unit[chunk.unit], rows, out=self.maths.mixed[: rows.shape[1]])
+                        writer.write(piece.name, piece.start + first, mixed)  # rounds once, to the tensor's dtype
 
         for _ in self.run(write_chunk, "merges"):
             pass
@@ -183,12 +170,13 @@ class _Job:
                 writer.write(name, 0, self.inputs.init.view(name, 0, self.inputs.init.tensors[name].size))
             writer.close()
 
-    @contextlib.contextmanager
-    def views(self, piece: Piece) -> Iterator[list[np.ndarray]]:
-        """Yield a piece of init and of each policy, flat; release their memory at the end."""
-        yield [folder.view(*piece) for folder in self.inputs.folders]
-        for folder in self.inputs.folders:
-            folder.release(*piece)
+    def views(self, chunk: Chunk) -> Iterator[tuple[Piece, np.ndarray, list[np.ndarray]]]:
+        """Yield each piece of a chunk with its values in init and in the policies, flat; then release their memory."""
+        for piece in chunk.pieces:
+            init, *policies = (folder.view(*piece) for folder in self.inputs.folders)
+            yield piece, init, policies
+            for folder in self.inputs.folders:
+                folder.release(*piece)
 
     def run(self, function: Callable[[Chunk], Any], phase: str) -> Iterator[tuple[Chunk, Any]]:
         """Yield results in the order of the chunks, so that sums do not depend on the timing of threads."""
