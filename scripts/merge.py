@@ -16,6 +16,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the merge has threads of i
 from warp_jax import cli
 from warp_jax.merging import on_disk
 from warp_jax.merging.coefficients import METHODS
+from warp_jax.merging.units import UNITS
 from warp_jax.storage.weight_files import OUTPUT_DTYPES
 
 INIT = flags.DEFINE_string("init", None, "Folder of the weights where all policies started, e.g. SFT.")
@@ -23,7 +24,7 @@ POLICIES = flags.DEFINE_list("policies", [], "Folders of the trained policies, s
 OUT = flags.DEFINE_string("out", None, "New folder for the results: one folder eta_X per eta, and merge_report.json.")
 ETAS = flags.DEFINE_list("etas", ["1.0"], "LITI rates from init (0) to the merge (1), separated by commas.")
 METHOD = flags.DEFINE_enum("method", "slerp", list(METHODS), "Merging method; see docs/merging.md.")
-UNIT = flags.DEFINE_enum("unit", "layer", ["layer", "tensor", "model"], "The weights that share one angle.")
+UNIT = flags.DEFINE_enum("unit", "layer", list(UNITS), "The weights that share one angle.")
 WEIGHTS = flags.DEFINE_list("weights", None, "slerp: one per policy after the first; lerp, task_arithmetic: one each.")
 DTYPE = flags.DEFINE_enum("dtype", None, list(OUTPUT_DTYPES), "Dtype of the result; default: dtype of the policies.")
 MEMORY_GB = flags.DEFINE_float("memory_gb", 1.0, "Limit for weights in memory; the program itself takes 0.1 GB more.")
@@ -35,14 +36,9 @@ def main(argv: list[str]) -> None:
     started = time.monotonic()
     out = Path(OUT.value)
     try:
-        settings = on_disk.Settings(
-            method=METHOD.value,
-            unit=UNIT.value,
-            weights=_numbers("weights", WEIGHTS.value) if WEIGHTS.value else None,
-            etas=_numbers("etas", ETAS.value),
-            dtype=DTYPE.value,
-            memory_gb=MEMORY_GB.value,
-        )
+        weights = _numbers("weights", WEIGHTS.value) if WEIGHTS.value else None
+        etas = _numbers("etas", ETAS.value)
+        settings = on_disk.Settings(METHOD.value, UNIT.value, weights, etas, DTYPE.value, MEMORY_GB.value)
         report = on_disk.merge_folders(Path(INIT.value), [Path(p) for p in POLICIES.value], out, settings)
     except (ValueError, OSError) as error:
         cli.fail(str(error))
