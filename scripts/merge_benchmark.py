@@ -156,14 +156,11 @@ def large(workdir: Path) -> None:
 
 def in_memory(model: TransformerConfig) -> None:
     """Measure the bandwidth (bytes per second) of a merge of two trees of about 1 GB against that of a copy."""
-    shapes = shapes_of(model)
-    block = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
+    shapes = {name.replace(".", "/"): shape for name, shape in shapes_of(model).items()}
 
     def tree(seed: int, scale: float) -> dict[str, jax.Array]:
-        return {
-            name.replace(".", "/"): jnp.asarray(np.resize(np.roll(block, seed * 7919 + i), shape) * np.float32(scale))
-            for i, (name, shape) in enumerate(shapes.items())
-        }
+        draw = np.random.default_rng(seed).standard_normal
+        return {name: jnp.asarray(draw(shape, np.float32) * np.float32(scale)) for name, shape in shapes.items()}
 
     init = tree(0, 0.02)
     first, second = (jax.tree.map(jnp.add, init, tree(seed, 0.0002)) for seed in (1, 2))
