@@ -36,20 +36,12 @@ def main(argv: list[str]) -> None:
     started = time.monotonic()
     out = Path(OUT.value)
     try:
-        weights = _numbers("weights", WEIGHTS.value) if WEIGHTS.value else None
-        etas = _numbers("etas", ETAS.value)
-        settings = on_disk.Settings(METHOD.value, UNIT.value, weights, etas, DTYPE.value, MEMORY_GB.value)
+        weights = cli.numbers(WEIGHTS) if WEIGHTS.value else None
+        settings = on_disk.Settings(METHOD.value, UNIT.value, weights, cli.numbers(ETAS), DTYPE.value, MEMORY_GB.value)
         report = on_disk.merge_folders(Path(INIT.value), [Path(p) for p in POLICIES.value], out, settings)
     except (ValueError, OSError) as error:
         cli.fail(str(error))
     print(f"{on_disk.summary_line(report)} in {time.monotonic() - started:.1f} s: {out}")
-
-
-def _numbers(name: str, values: list[str]) -> tuple[float, ...]:
-    try:
-        return tuple(float(value) for value in values)
-    except ValueError:
-        raise ValueError(f"--{name}: got {','.join(values)!r}, want numbers separated by commas") from None
 
 
 if __name__ == "__main__":

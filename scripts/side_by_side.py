@@ -49,12 +49,15 @@ def main(argv: list[str]) -> None:
     del argv
     sys.path.append(str(Path.cwd()))  # a judge may be a file in this folder
     try:
-        margins = _numbers(MARGINS.value) if MARGINS.value is not None else None
-        out = _checked_out(OUT.value) if OUT.value is not None else None
+        wanted = "three numbers, for example 0.1,0.5,1"
+        margins = cli.numbers(MARGINS, wanted) if MARGINS.value is not None else None
+        out = Path(OUT.value) if OUT.value is not None else None
+        if out and (out.is_dir() or out.resolve() in (Path(OURS.value).resolve(), Path(THEIRS.value).resolve())):
+            raise ValueError(f"--out: got {OUT.value!r}, a folder or an input file; want a new JSON file")
         answers = [side_by_side.read_answers(Path(path)) for path in (OURS.value, THEIRS.value)]
         options = {"length_unit": LENGTH_UNIT.value, "resamples": RESAMPLES.value, "seed": SEED.value}
         comparison = side_by_side.compare(load_judge(JUDGE.value), *answers, margins=margins, **options)
-        if out is not None:
+        if out:
             files.write_json(out, as_json(comparison, options))
     except (ValueError, OSError, SyntaxError) as error:
         cli.fail(str(error))
@@ -121,21 +124,6 @@ def _cells(interval: Interval, form: str) -> tuple[str, str]:
     if not math.isfinite(interval.value):
         return "undefined", "every pair has the same length difference"
     return f"{interval.value:{form}}", f"95 %: {interval.low:{form}} .. {interval.high:{form}}"
-
-
-def _checked_out(name: str) -> Path:
-    """Path of --out; raise ValueError, before the judge runs, if it is a folder or an input."""
-    out = Path(name)
-    if out.is_dir() or out.resolve() in (Path(OURS.value).resolve(), Path(THEIRS.value).resolve()):
-        raise ValueError(f"--out: got {name!r}, a folder or an input file; want a new JSON file")
-    return out
-
-
-def _numbers(values: list[str]) -> tuple[float, ...]:
-    try:
-        return tuple(float(value) for value in values)
-    except ValueError:
-        raise ValueError(f"--margins: got {','.join(values)!r}, want three numbers, for example 0.1,0.5,1") from None
 
 
 if __name__ == "__main__":

@@ -63,6 +63,14 @@ def load_config(config: flags.FlagHolder[Any]) -> None:
         config.value.to_dict()
 
 
+def numbers(flag: flags.FlagHolder[list[str]], want: str = "numbers separated by commas") -> tuple[float, ...]:
+    """Convert the items of a list flag to numbers; raise ValueError, which says what is wanted, if one is no number."""
+    try:
+        return tuple(map(float, flag.value))
+    except ValueError:
+        raise ValueError(f"--{flag.name}: got {','.join(flag.value)!r}, want {want}") from None
+
+
 def run(main: Callable[[list[str]], object], **wanted: Any) -> None:
     """Run a script: parse its flags by `parse_flags(argv, **wanted)`, then call main."""
     app.run(main, flags_parser=functools.partial(parse_flags, **wanted))
