@@ -10,7 +10,6 @@ Prints a table. Times are medians of paired runs: the programs or operations tak
 import functools
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -31,9 +30,7 @@ from warp_jax.pretrained import hf_config, hf_weights
 from warp_jax.storage.weight_files import SafetensorsWriter, Tensor, open_weights
 
 WHAT = flags.DEFINE_enum("what", "in_memory", ["in_memory", "mergekit", "large"], "Benchmark to run.")
-WORKDIR = flags.DEFINE_string(
-    "workdir", "/tmp/merge_benchmark", "Folder for checkpoints and mergekit; not deleted at the end."
-)
+WORKDIR = flags.DEFINE_string("workdir", "/tmp/merge_benchmark", "Folder for checkpoints and mergekit; not deleted.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Number of paired runs.")
 ROOT = Path(__file__).parents[1]
 MERGEKIT = ("torch", "mergekit", "pydantic<2.11")
@@ -113,11 +110,11 @@ def against_mergekit(workdir: Path) -> None:
         "dtype": "float32",
     }
     files.write_json(workdir / "nuslerp.yml", recipe)  # JSON is valid YAML
-    runs = []  # seconds and GB of mergekit, then ours
+    rows = []  # seconds and GB of mergekit, then ours
     for repeat in range(REPEATS.value):
         theirs, ours = (workdir / f"{name}_{repeat}_{os.getpid()}" for name in ("theirs", "ours"))
         of_mergekit = run(programs / "mergekit-yaml", workdir / "nuslerp.yml", theirs)
-        runs.append([*of_mergekit, *run_ours(paths, ours, "--unit=tensor")])
+        rows.append([*of_mergekit, *run_ours(paths, ours, "--unit=tensor")])
         if repeat == 0:
             distance = difference(paths[0], theirs, ours / "eta_1")
             print(f"difference from mergekit, relative to the task vector: {distance:.2e}")
@@ -125,8 +122,9 @@ def against_mergekit(workdir: Path) -> None:
             print("transformers loads our folder without a missing or unexpected key")
         for out in (theirs, ours):
             shutil.rmtree(out)
+    runs = np.array(rows)
     seconds, gigabytes, our_seconds, our_gigabytes = np.median(runs, axis=0)
-    ratio = statistics.median(theirs / ours for theirs, _, ours, _ in runs)
+    ratio = np.median(runs[:, 0] / runs[:, 2])
     table = Table("program", "seconds", "peak GB", title="two policies of 538 MB, float32, one angle per tensor")
     table.add_row("mergekit nuslerp", f"{seconds:.2f}", f"{gigabytes:.2f}")
     table.add_row("warp_jax", f"{our_seconds:.2f}", f"{our_gigabytes:.2f}")

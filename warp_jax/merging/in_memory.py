@@ -126,13 +126,12 @@ def merge(
         solved = solve(method, inner.matrix, weights, inner.names)
         rate = jnp.asarray(liti_rate, jnp.float64) if isinstance(liti_rate, jax.Array) else liti_rate
         sums = with_liti(method, solved, rate)
-        leaves, treedef = jax.tree.flatten(init_params)
-        columns = [jax.tree.leaves(policy) for policy in policies]
+        columns = map(jax.tree.leaves, (init_params, *policies))
         merged = [
             kernels.weighted_sum(init, parts, sums[unit_ids], donate=donate)
-            for init, unit_ids, *parts in zip(leaves, unit_of_leaf, *columns, strict=True)
+            for unit_ids, init, *parts in zip(unit_of_leaf, *columns, strict=True)
         ]
-    return jax.tree.unflatten(treedef, merged)
+    return jax.tree.unflatten(jax.tree.structure(init_params), merged)
 
 
 def gram(
@@ -141,11 +140,11 @@ def gram(
     """Inner products <delta_a, delta_b> of every pair of task vectors in every unit, summed in float64."""
     _check_policies(init_params, policies)
     names, unit_of_leaf = units_of(init_params, unit, stacked)
-    columns = [jax.tree.leaves(p) for p in policies]
+    columns = map(jax.tree.leaves, (init_params, *policies))
     with jax.enable_x64(True):
         inner = [
             kernels.gram(init, parts, stacked=unit_ids.ndim > 0)
-            for init, unit_ids, *parts in zip(jax.tree.leaves(init_params), unit_of_leaf, *columns, strict=True)
+            for unit_ids, init, *parts in zip(unit_of_leaf, *columns, strict=True)
         ]
         traced = any(isinstance(matrix, jax.core.Tracer) for matrix in inner)
         total: Any = (jnp if traced else np).zeros((len(names), len(policies), len(policies)), np.float64)

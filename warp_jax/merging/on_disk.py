@@ -63,9 +63,8 @@ def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Set
                 job.write_merges(coefficients, staging)
                 report = job.make_report(inner, coefficients, list(hashes))
                 files.write_json(staging / REPORT, report)
-        except BaseException:
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
     return report
 
 
