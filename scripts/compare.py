@@ -43,11 +43,7 @@ def read_row(workdir: Path) -> list[str]:
         _or_dash(numbers["final_gold_reward"], "{:.3f}"),
         f"{numbers['final_sft_kl']:.2f}",
         " / ".join(_or_dash(_median_angle(geometry), "{:.0f}") for geometry in geometries),
-        "; ".join(
-            "{value:+.3f} at {sft_kl:.1f} ({low:+.3f} .. {high:+.3f})".format(**difference)
-            for entry in numbers["iterations_compared"][-1:]
-            for difference in entry["reward_difference"]
-        ),
+        "; ".join(_difference(d) for entry in numbers["iterations_compared"][-1:] for d in entry["reward_difference"]),
     ]
 
 
@@ -59,6 +55,10 @@ def _median_angle(geometry: dict[str, Any]) -> float | None:
 
 def _or_dash(value: float | None, style: str) -> str:
     return "-" if value is None else style.format(value)
+
+
+def _difference(difference: dict[str, float]) -> str:
+    return "{value:+.3f} at {sft_kl:.1f} ({low:+.3f} .. {high:+.3f})".format(**difference)
 
 
 BASELINE_COLUMNS = (
