@@ -69,8 +69,10 @@ def main(argv: list[str]) -> None:
         models = [_model(out, name, folder) for name, folder in folders.items()]
     except (ValueError, OSError) as error:
         cli.fail(str(error))
-    failed = sum(_evaluate(out, model, manager) for model in models)
+    for model in models:
+        _evaluate(out, model, manager)
     _write_tables(out, models)
+    failed = sum(record is None for model in models for record in model.records.values())
     if failed:
         print(f"{failed} evaluations failed: see *.error.txt in {out / 'results'}", file=sys.stderr)
         sys.exit(1)
@@ -177,9 +179,8 @@ def _all_known(index: Any, tasks: list[Any]) -> bool:
     return all(_all_known(index, entry.cfg["task"]) for entry in entries if entry.kind.name == "GROUP")
 
 
-def _evaluate(out: Path, model: Model, manager: Any) -> int:
-    """Evaluate the missing tasks of one model; return the number of failures."""
-    failed = 0
+def _evaluate(out: Path, model: Model, manager: Any) -> None:
+    """Evaluate the missing tasks of one model; the record of a task that fails stays None."""
     load = functools.cache(lambda: _load_model(model.folder))
     for number, task in enumerate(TASKS.value, 1):
         label = f"{model.name}, {task} ({number} of {len(TASKS.value)})"
@@ -193,14 +194,12 @@ def _evaluate(out: Path, model: Model, manager: Any) -> int:
         except Exception as error:  # any library may raise; the other tasks continue
             files.write_text(path.with_suffix(".error.txt"), traceback.format_exc())
             _progress(f"{label}: failed: {type(error).__name__}: {error}"[:400])
-            failed += 1
             continue
         files.write_json(path, model.records[task])
         path.with_suffix(".error.txt").unlink(missing_ok=True)
         _progress(f"{label}: done in {time.monotonic() - started:.0f} s")
     load.cache_clear()
     gc.collect()
-    return failed
 
 
 def _progress(text: str) -> None:
