@@ -110,22 +110,17 @@ UNITS = [
 @pytest.mark.parametrize(("unit", "names", "of_leaf"), UNITS, ids=["layer", "tensor", "model", "function"])
 def test_units_of(unit, names, of_leaf):
     """Mutation: units numbered per leaf; a stacked leaf given one unit."""
-    found, unit_of_leaf = in_memory.units_of(stacked_tree(), unit)
+    found, unit_of_leaf = in_memory.units_of(stacked_tree(), unit, "layers")
     assert found == names
     assert [np.asarray(x).tolist() for x in unit_of_leaf] == of_leaf
     assert [np.ndim(x) for x in unit_of_leaf] == [0, 0, 0, 1, 1]
-
-
-def test_the_layer_is_the_default_unit():
-    """Mutation: default unit 'tensor'."""
-    assert in_memory.units_of(stacked_tree())[0] == ("embed", "head", "layers/0", "layers/1")
 
 
 def test_a_stacked_tree_has_the_units_of_the_unstacked():
     """Mutation: slices of a stacked leaf named otherwise than leaves of unstacked layers."""
     tree = stacked_tree()
     tree["layers"] = [jax.tree.map(lambda x, i=i: x[i], tree["layers"]) for i in range(2)]
-    names, unit_of_leaf = in_memory.units_of(tree)
+    names, unit_of_leaf = in_memory.units_of(tree, "layer", "layers")
     assert names == ("embed", "head", "layers/0", "layers/1")
     assert [int(x) for x in unit_of_leaf] == [0, 1, 1, 2, 2, 3, 3]
 
@@ -133,7 +128,7 @@ def test_a_stacked_tree_has_the_units_of_the_unstacked():
 def test_unknown_unit_raises():
     """Mutation: an unknown unit taken as 'layer'."""
     with pytest.raises(ValueError, match="unit: got 'layers', want 'layer'"):
-        in_memory.units_of(stacked_tree(), "layers")
+        in_memory.units_of(stacked_tree(), "layers", "layers")
 
 
 REFERENCE = {"a": {"x": jnp.ones(2), "y": jnp.ones((2, 3))}, "b": jnp.ones(4)}

@@ -156,9 +156,7 @@ def gram(
         return Gram(total, names)
 
 
-def units_of(
-    tree: Params, unit: units.Unit = "layer", stacked: str | None = "layers"
-) -> tuple[tuple[str, ...], list[np.ndarray]]:
+def units_of(tree: Params, unit: units.Unit, stacked: str | None) -> tuple[tuple[str, ...], list[np.ndarray]]:
     """Assign each leaf to a unit, and each layer of a leaf that is stacked under the key `stacked`.
 
     Returns:

@@ -58,7 +58,7 @@ def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Set
         try:
             hashes = pool.map(hash_file, inputs.weight_paths())
             inner = job.sum_grams()
-            coefficients = job.solve(inner)
+            coefficients = solve(settings.method, inner, settings.weights, units)
             with files.staged(out) as staging:
                 job.write_merges(coefficients, staging)
                 report = job.make_report(inner, coefficients, list(hashes))
@@ -117,7 +117,7 @@ class _Job(NamedTuple):
     progress: JobProgress
 
     def sum_grams(self) -> np.ndarray:
-        """Run pass 1: the Gram matrices, float64 [U, M, M]."""
+        """Run pass 1: the Gram matrices, float64 [U, M, M]. Raises ValueError if a policy is identical to init."""
         count = len(self.inputs.policies)
 
         def chunk_gram(chunk: Chunk) -> np.ndarray:
@@ -132,15 +132,11 @@ class _Job(NamedTuple):
         total = np.zeros((len(self.units), count, count))
         for chunk, matrix in self.run(chunk_gram, "angles"):
             total[chunk.unit] += matrix
-        return total
-
-    def solve(self, inner: np.ndarray) -> np.ndarray:
-        """Compute the coefficients [U, M] for eta = 1."""
         start = "zero" if self.settings.method == FULL_WEIGHTS else f"init {self.inputs.init.path}"
-        for policy, square in zip(self.inputs.policies, np.einsum("umm->m", inner), strict=True):
+        for policy, square in zip(self.inputs.policies, np.einsum("umm->m", total), strict=True):
             if not square:
                 raise ValueError(f"{policy.path}: identical to {start}; nothing to merge")
-        return solve(self.settings.method, inner, self.settings.weights, self.units)
+        return total
 
     def write_merges(self, coefficients: np.ndarray, staging: Path) -> None:
         """Run pass 2: write a folder per eta to `staging`."""
