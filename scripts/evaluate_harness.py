@@ -39,7 +39,7 @@ INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Folder with YAML files
 NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", 0, "Examples before each question; -1 = default of the task.", -1)
 LIMIT = flags.DEFINE_float("limit", None, "Documents per (sub)task, or a fraction if below 1; default: all.", 0)
 BATCH_SIZE = flags.DEFINE_string("batch_size", "1", "Documents per batch, or auto.")
-DEVICE = flags.DEFINE_string("device", "cuda", "Device of torch, such as cuda:1 or mps; cuda = cpu without a GPU.")
+DEVICE = flags.DEFINE_string("device", "", "Device of torch, such as cuda:1 or mps; default: cuda, else cpu.")
 DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "bfloat16", "float16", "float32"], "Dtype of weights; auto = as saved."
 )
@@ -209,6 +209,7 @@ def _progress(text: str) -> None:
 def _load_model(folder: Path) -> Any:
     from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
+    # device "": cuda if there is one, else cpu
     return HFLM(pretrained=str(folder), device=DEVICE.value, dtype=DTYPE.value, batch_size=BATCH_SIZE.value)
 
 
