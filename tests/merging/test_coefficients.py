@@ -83,7 +83,7 @@ def test_full_weights_that_are_nearly_collinear_are_averaged():
 def test_methods_that_set_their_weights_take_none(method):
     """Fails when weights are ignored in silence."""
     init, policies = _trees(2)
-    with pytest.raises(ValueError, match="weights: got 2, want none"):
+    with pytest.raises(ValueError, match="weights: got 2 for 2 policies, want 0"):
         merging.merge(init, policies, method, weights=[0.2, 0.8])
 
 

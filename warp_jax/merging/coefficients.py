@@ -44,11 +44,7 @@ def slerp_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
     SLERP). Opposite task vectors give NaN.
     """
     xp, count = matrix.__array_namespace__(), matrix.shape[-1]
-    chosen = [1.0 / m for m in range(2, count + 1)] if weights is None else list(weights)
-    if len(chosen) != count - 1:
-        raise ValueError(
-            f"weights: got {len(chosen)} for {count} policies, want {count - 1}: one for each after the first"
-        )
+    chosen = _choose(weights, [1.0 / m for m in range(2, count + 1)], count, "one for each after the first")
     columns = [xp.ones_like(matrix[:, 0, 0])]
     for m, weight in enumerate(chosen, start=1):
         so_far = xp.stack(columns, axis=-1)
@@ -65,8 +61,8 @@ def symmetric_slerp_coefficients(matrix: Matrix, weights: Weights = None) -> Any
     It is 1/M times the factor that gives the merge the mean length of the task vectors. For M = 2 and equal lengths
     this is SLERP at 1/2. Task vectors that add up to zero give NaN.
     """
-    _refuse_weights(weights, "the symmetric slerp")
     xp, count = matrix.__array_namespace__(), matrix.shape[-1]
+    _choose(weights, [], count, "the symmetric slerp sets them itself")
     mean_length = norms(matrix).mean(-1)
     lerp_length = xp.clip(matrix.sum((-2, -1)), 0, None) ** 0.5 / count
     opposite = (lerp_length <= PARALLEL_SIN * mean_length) & (mean_length > 0)
@@ -77,13 +73,12 @@ def symmetric_slerp_coefficients(matrix: Matrix, weights: Weights = None) -> Any
 
 def lerp_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
     """Linear interpolation (paper, Appendix B): the weights, by default 1/M (a uniform soup), in every unit."""
-    count = matrix.shape[-1]
-    return _same_in_every_unit(matrix, [1.0 / count] * count if weights is None else weights)
+    return _same_in_every_unit(matrix, weights, default=1.0 / matrix.shape[-1])
 
 
 def task_arithmetic_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
     """Sum of task vectors (Ilharco et al. 2023, arXiv 2212.04089): the weights, by default 1, in every unit."""
-    return _same_in_every_unit(matrix, [1.0] * matrix.shape[-1] if weights is None else weights)
+    return _same_in_every_unit(matrix, weights, default=1.0)
 
 
 def model_stock_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
@@ -92,8 +87,8 @@ def model_stock_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
     All coefficients of a unit are t / M, t = M cos / (1 + (M - 1) cos), with cos the mean cosine between two of its
     task vectors; 1 / M if all of them are zero.
     """
-    _refuse_weights(weights, "model stock")
     xp, count = matrix.__array_namespace__(), matrix.shape[-1]
+    _choose(weights, [], count, "model stock sets them itself")
     if count < 2:
         raise ValueError(f"policies: got {count}, want at least two for model stock")
     mean = (xp.cos(angles(matrix)).sum((-2, -1)) - count) / (count * (count - 1))
@@ -161,13 +156,14 @@ def _squares(matrix: Matrix) -> Any:
     return matrix.__array_namespace__().einsum("...mm->...m", matrix)
 
 
-def _same_in_every_unit(matrix: Matrix, weights: Sequence[float]) -> Any:
-    if len(weights) != matrix.shape[-1]:
-        raise ValueError(f"weights: got {len(weights)} for {matrix.shape[-1]} policies, want one each")
-    xp = matrix.__array_namespace__()
-    return xp.broadcast_to(xp.asarray(weights, dtype=matrix.dtype), matrix.shape[:-1])
+def _same_in_every_unit(matrix: Matrix, weights: Weights, default: float) -> Any:
+    xp, count = matrix.__array_namespace__(), matrix.shape[-1]
+    chosen = _choose(weights, [default] * count, count, "one each")
+    return xp.broadcast_to(xp.asarray(chosen, dtype=matrix.dtype), matrix.shape[:-1])
 
 
-def _refuse_weights(weights: Weights, method: str) -> None:
-    if weights is not None:
-        raise ValueError(f"weights: got {len(weights)}, want none: {method} sets them itself")
+def _choose(weights: Weights, default: Sequence[float], count: int, which: str) -> Sequence[float]:
+    """Return the weights, or the default if they are None; ValueError unless they are as many as the default."""
+    if weights is not None and len(weights) != len(default):
+        raise ValueError(f"weights: got {len(weights)} for {count} policies, want {len(default)}: {which}")
+    return default if weights is None else weights
