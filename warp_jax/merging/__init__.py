@@ -24,12 +24,11 @@ Raises:
     arrays; a wrong number of weights; outside jit, units whose task vectors are opposite or not finite.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from etils import epy
 
 from warp_jax.merging.coefficients import METHODS, angles, norms, slerp_coefficients
 
-if TYPE_CHECKING:
+with epy.lazy_api_imports(globals()):  # on first use, so that `warp_jax.merging.on_disk` starts without JAX
     from warp_jax.merging.in_memory import (
         Gram,
         ema_update,
@@ -65,10 +64,3 @@ __all__ = [
     "task_arithmetic",
     "task_vector",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Import a function on first use, so that `warp_jax.merging.on_disk` starts without JAX."""
-    if name in __all__:
-        return getattr(importlib.import_module("warp_jax.merging.in_memory"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
