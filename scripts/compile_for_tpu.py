@@ -26,13 +26,10 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 import jax
 from absl import flags
 from jax.experimental import topologies
-from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from warp_jax import cli, files
-from warp_jax.experiment import architecture
-from warp_jax.parallel import meshes
-from warp_jax.settings import Settings, from_config
+from warp_jax.settings import from_config
 from warp_jax.tpu_fit import chips, compile, memory, tables
 
 DOES_NOT_FIT = 3  # exit code
@@ -67,12 +64,6 @@ def get_devices(chip: chips.Chip, topology: str, slices: int) -> Sequence[jax.De
         ) from error
 
 
-def make_plan(devices: Sequence[jax.Device], settings: Settings) -> compile.Plan:
-    """Plan the programs of a config on a mesh of these devices."""
-    mesh: Mesh = meshes.make_mesh(settings.mesh, devices)
-    return compile.make_plan(settings, mesh, *architecture.planned(settings))
-
-
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
@@ -82,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
         if MESH.value:
             settings = settings.replace({"mesh": tuple(map(int, ["1", *MESH.value][-3:]))})
         devices = get_devices(chip, str(TOPOLOGY.value), SLICES.value)
-        plan = make_plan(devices, settings)
+        plan = compile.make_plan(settings, devices)
         settings = settings.replace({"mesh": tuple(plan.mesh.devices.shape)})
         names = [] if PROGRAMS.value == ["all"] else PROGRAMS.value
         memory.check_names(plan, names)
@@ -99,11 +90,11 @@ def main(argv: Sequence[str]) -> None:
     print(_title(settings.mesh), tables.table(fit, chip, SPARE.value), sep="\n\n")
     if not names and not fit.failing:
         print("\nLower bound on the time of an RL step, from the chip's published peaks (not a measurement):\n")
-        print(tables.step_table(settings, *architecture.planned(settings), fit, chip))
+        print(tables.step_table(settings, fit, chip))
     changes = None
     if fit.failing and SUGGEST.value:
         say("searching for the nearest setting that fits")
-        try_plan = functools.partial(make_plan, devices)
+        try_plan = functools.partial(compile.make_plan, devices=devices)
         changes = memory.search(settings, try_plan, fit.failing, limit, names=names, on_program=on_program)
         print(tables.advice(changes))
     if JSON.value:

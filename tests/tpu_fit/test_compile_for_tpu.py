@@ -12,7 +12,6 @@ import pytest
 
 from tests.commands import run, script_command
 from tests.settings_of import settings_of
-from warp_jax.experiment import architecture
 from warp_jax.parallel import meshes
 from warp_jax.tpu_fit import compile
 
@@ -47,7 +46,7 @@ def _config(**settings):
 
 def _plan(topology, config, **options):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-    return compile.make_plan(config, meshes.make_mesh(config.mesh, devices), *architecture.planned(config))
+    return compile.make_plan(config, devices)
 
 
 @pytest.fixture(autouse=True)

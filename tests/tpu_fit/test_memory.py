@@ -10,7 +10,6 @@ from jax.sharding import AbstractMesh
 
 from configs import gemma_7b
 from tests.settings_of import settings_of
-from warp_jax.experiment import architecture
 from warp_jax.parallel import meshes
 from warp_jax.settings import check_devices
 from warp_jax.tpu_fit import compile, memory
@@ -21,8 +20,7 @@ def _config(**settings):
 
 
 def _plan(config):
-    mesh = meshes.make_mesh(config.mesh, jax.devices()[:8])
-    return compile.make_plan(config, mesh, *architecture.planned(config))
+    return compile.make_plan(config, jax.devices()[:8])
 
 
 REFUSED = {"rl.batch_size": 10, "rl.num_microbatches": 4, "rl.samples_per_prompt": 16, "evaluation.batch_size": 2}
@@ -111,10 +109,8 @@ def test_supervised_stages_are_planned_where_they_run(plan):
 
 def test_a_supervised_stage_has_moments_of_what_it_trains():
     """Fails when frozen weights get moments, or a reward model that a folder brings is trained."""
-    rewards = {"rewards.sentiment.weight": 0.0, "rewards.length.weight": 1.0}
-    config = _config(**rewards, **{"model.trainable": "layers/1/"})
-    policy, reward_model = architecture.planned(config)[0], architecture.planned(_config())[1]
-    plan = compile.make_plan(config, meshes.make_mesh(config.mesh, jax.devices()[:8]), policy, reward_model)
+    plan = _plan(_config(**{"rewards.sentiment.source": "models/of_a_folder", "model.trainable": "layers/1/"}))
+    assert compile.chip_bytes(plan.resident["reward model"]) == RESIDENT["reward model"]
     (step,) = [p for p in plan.programs if p.name in SUPERVISED]
     layer = 4 * ((QO + MLP) / 4 + KV / 2 + 2 * 16)
     assert compile.chip_bytes(step.args) == POLICY + 2 * layer + 8 + 8 / 4 * 16 * 5

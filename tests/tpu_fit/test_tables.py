@@ -19,6 +19,7 @@ def _traffic(once=0.0, per_loop_step=0.0):
     return hlo.Collectives({"all-gather": hlo.Traffic(2, once)}, {"all-reduce": hlo.Traffic(3, per_loop_step)})
 
 
+NO_MODEL = {"rewards.sentiment.weight": 0.0, "rewards.length.weight": 1.0}  # no reward model
 HALF_GIB = chips.GIB // 2
 FITS = compile.Compiled("generation", 1.5, HALF_GIB, HALF_GIB, 4 * HALF_GIB, 2 * HALF_GIB, _traffic(3e9, 2e6))
 OVER = compile.Compiled("update", 61.0, HALF_GIB, 0, 5 * HALF_GIB, 2 * HALF_GIB, compile.NO_TRAFFIC)
@@ -71,20 +72,18 @@ def test_advice_is_for_a_shell():
 
 def test_network_traffic_of_a_token_counts_for_every_token():
     """Fails when the loop's traffic counts once: 3 GB + 6 tokens x 2 MB over 200 GB/s."""
-    config = _config()
-    policy, _ = architecture.planned(config)
-    table = tables.step_table(config, policy, None, FOUND, CHIP)
+    table = tables.step_table(_config(**NO_MODEL), FOUND, CHIP)
     generation, update = [line.split(" | ") for line in table.splitlines()[2:4]]
     assert (generation[0], generation[3]) == ("| generation", f"{1000 * (3e9 + 6 * 2e6) / 200e9:.3g}")
     assert (update[0], update[3]) == ("| update", "0")
     assert "reward" not in table
-    assert "reward" in tables.step_table(config, *architecture.planned(config), FOUND, CHIP)
+    assert "reward" in tables.step_table(_config(), FOUND, CHIP)
 
 
 def test_settings_of_the_config_reach_the_bound():
     """Fails when sizes are swapped, or remat and pieces of the logits are not passed on."""
     model = {"model.remat": "full", "model.logits_chunk": 4}
-    config = _config(mesh=(4, 1, 2), **{"rl.batch_size": 16, **model})
+    config = _config(mesh=(4, 1, 2), **{"rl.batch_size": 16, **model, **NO_MODEL})
     policy, _ = architecture.planned(config)
     sizes = roofline.Sizes(batch=16, prompt=4, completion=6, batch_chips=4, tensor=2)
     works = {
@@ -92,7 +91,7 @@ def test_settings_of_the_config_reach_the_bound():
         "update": roofline.update(policy, sizes, remat=True, in_pieces=True),
     }
     want = tables.bounds_table(works, {"generation": 3e9 + 6 * 2e6}, CHIP)
-    assert tables.step_table(config, policy, None, FOUND, CHIP) == want
+    assert tables.step_table(config, FOUND, CHIP) == want
 
 
 def test_the_largest_buffers_are_named():
@@ -124,7 +123,7 @@ def test_tables_of_the_docs_are_those_of_their_figures(path):
     name, _, slice_ = path.stem.rpartition("_v")
     config = settings_of({"mesh": figures["mesh"]}, importlib.import_module(f"configs.{name}"))
     assert tables.table(found, chip, 0.1) in text
-    table = tables.step_table(config, *architecture.planned(config), found, chip)
+    table = tables.step_table(config, found, chip)
     step = f"{name} on v{slice_.replace('_', ':')}:\n\n{table}"
     assert f"\n{step}\n\n" in text, step
     assert tables.as_json(found, chip).items() <= figures.items()

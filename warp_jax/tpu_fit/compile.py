@@ -5,9 +5,10 @@ which XLA counts, and the co-resident arrays: those that stay in memory but are 
 """
 
 import functools
+import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from warp_jax import merging
-from warp_jax.experiment import ingredients
+from warp_jax.experiment import architecture, ingredients
 from warp_jax.experiment.programs import make_programs
 from warp_jax.models import freezing, partitioning
 from warp_jax.models.apply import make_apply_fn, param_shapes
-from warp_jax.models.transformer import TransformerConfig
 from warp_jax.parallel import meshes
 from warp_jax.rewards import reward_functions
 from warp_jax.settings import Settings, check_devices
@@ -74,47 +74,31 @@ RUN_ONLY = ("init", *STATE, COPY)  # in memory only during a run
 NO_TRAFFIC = hlo.Collectives({}, {})
 
 
-def make_plan(
-    settings: Settings, mesh: Mesh, policy: TransformerConfig, reward_model: TransformerConfig | None
-) -> Plan:
-    """Plan the programs of Algorithm 1 and of the supervised training before it, for models of these sizes.
+def make_plan(settings: Settings, devices: Sequence[jax.Device]) -> Plan:
+    """Plan the programs of Algorithm 1 and of the supervised training before it, on a mesh of these devices.
 
-    The policy's stacks of layers must be cut for config.model.trainable. The resident trees are those of an iteration
-    after the first, whose init differs from SFT. Raises ValueError if a job would refuse this config on this mesh.
+    The resident trees are those of an iteration after the first, whose init differs from SFT. Raises ValueError if a
+    job would refuse this config on this mesh.
     """
+    mesh = meshes.make_mesh(settings.mesh, devices)
     check_devices(settings, meshes.batch_devices(mesh))
-    planner = _Planner(settings, mesh, policy, reward_model)
-    programs = [planner.start_of_run()]
-    if COPY in planner.resident:
-        programs.append(planner.copy())
-    batches = {"": settings.rl.batch_size, EVALUATION: settings.evaluation.batch_size}
-    if batches[""] == batches[EVALUATION]:
-        del batches[EVALUATION]
-    for suffix, batch in batches.items():
-        programs.append(planner.generation(suffix, batch))
-        if reward_model is not None:
-            programs.append(planner.reward(suffix, batch, reward_model))
-    programs += [planner.update(), planner.kl_to_sft(), planner.gram_matrix(), planner.merge(), planner.liti()]
-    if settings.sft.num_steps:
-        programs.append(planner.sft_step(policy))
-    if reward_model is not None and settings.needs_reward_model:
-        programs.append(planner.reward_model_step(reward_model))
-    return Plan(mesh, tuple(programs), planner.resident)
+    planner = _Planner(settings, mesh)
+    parts = planner.start(), planner.rollouts(), planner.updates(), planner.merges(), planner.supervised_steps()
+    return Plan(mesh, tuple(itertools.chain(*parts)), planner.resident)
 
 
 class _Planner:
-    """Makes the programs of a plan, one per method. Its trees hold shapes with shardings instead of arrays."""
+    """Makes the programs of a plan. Its trees hold shapes with shardings instead of arrays."""
 
-    def __init__(
-        self, settings: Settings, mesh: Mesh, policy: TransformerConfig, reward_model: TransformerConfig | None
-    ) -> None:
+    def __init__(self, settings: Settings, mesh: Mesh) -> None:
         self.settings, self.mesh = settings, mesh
-        self.weights = partitioning.with_shardings(mesh, param_shapes(policy))
+        self.policy, self.reward_model = architecture.planned(settings)
+        self.weights = partitioning.with_shardings(mesh, param_shapes(self.policy))
         self.trained, self.frozen = freezing.split(self.weights, settings.model.trainable)
         sizes = settings.sampling
         sampler = sampling.SamplingConfig(sizes.max_new_tokens, sizes.temperature, stop_ids=(1,), pad_id=0)
         self.functions = make_programs(
-            settings, mesh, policy, sampling_config=sampler, trained=self.trained, frozen=self.frozen
+            settings, mesh, self.policy, sampling_config=sampler, trained=self.trained, frozen=self.frozen
         )
         self.state = partitioning.with_shardings(mesh, jax.eval_shape(self.functions.train.init, self.trained))
         trees = (self.state.params, self.state.anchor_params, self.state.opt_state)
@@ -123,74 +107,78 @@ class _Planner:
         if isinstance(self.functions.sampler.lay_out, jax.stages.Wrapped):  # else generation reads the policy itself
             shapes = jax.eval_shape(self.functions.sampler.lay_out, self.weights)
             self.resident[COPY] = partitioning.shaped(shapes, partitioning.decode_shardings(mesh, shapes))
-        if reward_model is not None:
-            self.resident["reward model"] = partitioning.with_shardings(mesh, param_shapes(reward_model))
+        if self.reward_model is not None:
+            self.resident["reward model"] = partitioning.with_shardings(mesh, param_shapes(self.reward_model))
 
-    def program(self, name: str, call: Any, args: tuple[Any, ...], *, reads: Names, absent: Names = ()) -> Program:
+    def program(self, name: str, call: Any, *args: Any, reads: Names, absent: Names = ()) -> Program:
         """Return a program that gets the resident trees `reads` as arguments, and runs when `absent` do not exist."""
         return Program(name, call, args, tuple(tree for tree in self.resident if tree not in (*reads, *absent)))
 
-    def start_of_run(self) -> Program:
-        init = self.functions.train.init
-        return self.program("start of a run", init, (self.trained,), reads=("init",), absent=RUN_ONLY)
+    def start(self) -> Iterator[Program]:
+        """The start of a run, and the copy of the weights for generation: the previous copy counts as co-resident."""
+        functions = self.functions
+        yield self.program("start of a run", functions.train.init, self.trained, reads=("init",), absent=RUN_ONLY)
+        if COPY in self.resident:
+            yield self.program(COPY, functions.sampler.lay_out, self.weights, reads=WHOLE)
 
-    def copy(self) -> Program:
-        """The copy of the weights for generation. The previous copy counts as co-resident."""
-        return self.program(COPY, self.functions.sampler.lay_out, (self.weights,), reads=WHOLE)
+    def rollouts(self) -> Iterator[Program]:
+        """Generation and reward in training, and in evaluation if its batch has another size."""
+        batches = {"": self.settings.rl.batch_size}
+        if self.settings.evaluation.batch_size != self.settings.rl.batch_size:
+            batches[EVALUATION] = self.settings.evaluation.batch_size
+        key = partitioning.shaped(jax.eval_shape(jax.random.key, 0), meshes.replicated(self.mesh))
+        weights, reads = self.resident.get(COPY, self.weights), (COPY,) if COPY in self.resident else WHOLE
+        for suffix, batch in batches.items():
+            rollout = self._rollout(batch)
+            generate, prompts = self.functions.sampler.generate, PromptBatch(*rollout[:3])
+            yield self.program(f"generation{suffix}", generate, weights, prompts, key, reads=reads)
+            if self.reward_model is not None:
+                apply_fn = make_apply_fn(self.reward_model, self.mesh)
+                score = jax.jit(functools.partial(reward_functions.sequence_scores, apply_fn))
+                shape = batch, self.settings.sampling.prompt_tokens + self.settings.sampling.max_new_tokens
+                args = self.resident["reward model"], self._rows(jnp.int32, *shape), self._rows(jnp.bool_, *shape)
+                yield self.program(f"reward{suffix}", score, *args, reads=("reward model",))
 
-    def generation(self, suffix: str, batch: int) -> Program:
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=meshes.replicated(self.mesh))
-        args = self.resident.get(COPY, self.weights), PromptBatch(*self._rollout(batch)[:3]), key
-        reads = (COPY,) if COPY in self.resident else WHOLE
-        return self.program(f"generation{suffix}", self.functions.sampler.generate, args, reads=reads)
-
-    def reward(self, suffix: str, batch: int, model: TransformerConfig) -> Program:
-        score = jax.jit(functools.partial(reward_functions.sequence_scores, make_apply_fn(model, self.mesh)))
-        shape = batch, self.settings.sampling.prompt_tokens + self.settings.sampling.max_new_tokens
-        args = self.resident["reward model"], self._rows(jnp.int32, *shape), self._rows(jnp.bool_, *shape)
-        return self.program(f"reward{suffix}", score, args, reads=("reward model",))
-
-    def update(self) -> Program:
-        batch = self.settings.rl.batch_size
+    def updates(self) -> Iterator[Program]:
+        """The update of RL, and the KL of an evaluation."""
+        batch, functions = self.settings.rl.batch_size, self.functions
         args = self.state, self.frozen, self._rollout(batch), self._rows(jnp.float32, batch)
-        return self.program("update", self.functions.train.update, args, reads=(*STATE, "frozen weights"))
-
-    def kl_to_sft(self) -> Program:
+        yield self.program("update", functions.train.update, *args, reads=(*STATE, "frozen weights"))
         args = self.trained, self.trained, self.frozen, self._rollout(self.settings.evaluation.batch_size)
-        return self.program("KL to SFT", self.functions.kl_to_sft, args, reads=(*WHOLE, "SFT"))
+        yield self.program("KL to SFT", functions.kl_to_sft, *args, reads=(*WHOLE, "SFT"))
 
-    def gram_matrix(self) -> Program:
-        """First pass of a merge, on all leaves at once. A job merges leaf by leaf and needs no more memory."""
-        unit, policies = self.settings.warp.unit, [self.trained] * self.settings.warp.num_runs
-        gram = jax.jit(lambda init, policies: merging.gram(init, policies, unit).matrix)
-        return self.program("Gram matrix", gram, (self.trained, policies), reads=("init",), absent=RUN_ONLY)
+    def merges(self) -> Iterator[Program]:
+        """Both passes of a merge, a weighted sum whatever the method, and LITI, on all leaves at once.
 
-    def merge(self) -> Program:
-        """Second pass of a merge: a weighted sum, whatever the method."""
-        policies = [self.trained] * self.settings.warp.num_runs
-        return self.program("merge", jax.jit(merging.lerp), (self.trained, policies), reads=("init",), absent=RUN_ONLY)
+        A job merges leaf by leaf and needs no more memory.
+        """
+        warp, policies = self.settings.warp, [self.trained] * self.settings.warp.num_runs
+        gram = jax.jit(lambda init, policies: merging.gram(init, policies, warp.unit).matrix)
+        liti = jax.jit(functools.partial(merging.liti, liti_rate=warp.liti_rate))
+        calls = (
+            ("Gram matrix", gram, policies),
+            ("merge", jax.jit(merging.lerp), policies),
+            ("LITI", liti, self.trained),
+        )
+        for name, call, merged in calls:
+            yield self.program(name, call, self.trained, merged, reads=("init",), absent=RUN_ONLY)
 
-    def liti(self) -> Program:
-        liti = jax.jit(functools.partial(merging.liti, liti_rate=self.settings.warp.liti_rate))
-        return self.program("LITI", liti, (self.trained, self.trained), reads=("init",), absent=RUN_ONLY)
-
-    def sft_step(self, model: TransformerConfig) -> Program:
-        """Step of SFT. Its start weights are co-resident, under the name SFT."""
-        loss_fn = ingredients.sft_loss(self.settings, make_apply_fn(model, self.mesh))
-        call, args = self._supervised_step(self.settings.sft, loss_fn, self.trained, self.frozen)
-        return self.program("SFT step", call, args, reads=("frozen weights",), absent=(*RUN_ONLY, "reward model"))
-
-    def reward_model_step(self, model: TransformerConfig) -> Program:
-        """Step of the reward model's training. Its start weights are co-resident, under the name reward model."""
-        loss_fn = ingredients.reward_loss(self.settings, make_apply_fn(model, self.mesh))
-        trained, frozen = freezing.split(self.resident["reward model"], self.settings.reward_model.trainable)
-        call, args = self._supervised_step(self.settings.reward_model, loss_fn, trained, frozen)
-        return self.program("reward model step", call, args, reads=(), absent=RUN_ONLY)
+    def supervised_steps(self) -> Iterator[Program]:
+        """Steps of SFT and of the reward model. Start weights are co-resident, named SFT and reward model."""
+        settings = self.settings
+        if settings.sft.num_steps:
+            loss_fn = ingredients.sft_loss(settings, make_apply_fn(self.policy, self.mesh))
+            step = self._supervised_step(settings.sft, loss_fn, self.trained, self.frozen)
+            yield self.program("SFT step", *step, reads=("frozen weights",), absent=(*RUN_ONLY, "reward model"))
+        if self.reward_model is not None and settings.needs_reward_model:
+            loss_fn = ingredients.reward_loss(settings, make_apply_fn(self.reward_model, self.mesh))
+            weights = freezing.split(self.resident["reward model"], settings.reward_model.trainable)
+            step = self._supervised_step(settings.reward_model, loss_fn, *weights)
+            yield self.program("reward model step", *step, reads=(), absent=RUN_ONLY)
 
     def _supervised_step(
         self, group: Sft | RewardModel, loss_fn: supervised.LossFn, trained: Params, frozen: Params
-    ) -> tuple[Any, tuple[Any, ...]]:
+    ) -> tuple[Any, ...]:
         """The step function that is configured in `group`, and its arguments."""
         optimizer = optimizers.make_optimizer(group, self.settings.adam)
         programs = supervised.make_programs(self.mesh, loss_fn, trained, optimizer)
@@ -199,7 +187,7 @@ class _Planner:
         batch = {"token_ids": self._rows(jnp.int32, *shape), "mask": self._rows(jnp.bool_, *shape)}
         if isinstance(group, RewardModel):
             batch["labels"] = self._rows(jnp.int32, group.batch_size)
-        return programs.update, (state, frozen, batch)
+        return programs.update, state, frozen, batch
 
     def _rollout(self, batch: int) -> Rollout:
         prompt, completion = self.settings.sampling.prompt_tokens, self.settings.sampling.max_new_tokens

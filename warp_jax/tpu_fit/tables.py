@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from warp_jax.models.transformer import TransformerConfig
+from warp_jax.experiment import architecture
 from warp_jax.settings import Settings
 from warp_jax.tpu_fit import roofline
 from warp_jax.tpu_fit.chips import GIB, Chip
@@ -66,10 +66,9 @@ def biggest_buffers(error: str, count: int = 5) -> list[str]:
     return found or lines[:1]
 
 
-def step_table(
-    settings: Settings, policy: TransformerConfig, reward_model: TransformerConfig | None, fit: Fit, chip: Chip
-) -> str:
+def step_table(settings: Settings, fit: Fit, chip: Chip) -> str:
     """Lower bound on the time of an RL step as Markdown, with the network traffic of the compiled programs."""
+    policy, reward_model = architecture.planned(settings)
     data, fsdp, tensor = settings.mesh
     completion = settings.sampling.max_new_tokens
     sizes = roofline.Sizes(settings.rl.batch_size, settings.sampling.prompt_tokens, completion, data * fsdp, tensor)
