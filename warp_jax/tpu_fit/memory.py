@@ -45,42 +45,29 @@ def search(
     names: Sequence[str] = (),
     on_program: Callable[[Compiled], None] = print,
 ) -> Change | None:
-    """Find config changes after which the programs fit, or return None.
+    """Find config changes after which the failing programs, at least one, and all others fit, or return None.
 
     Changes that keep the experiment the same are tried first. Every try is compiled: the failing programs, then the
     rest of `names` (empty means all). A change is skipped if make_plan raises ValueError.
     """
     changes = dict[str, Any]()
     for _ in range(MOST_TRIES):
+        for change in _changes(settings, failing[0]):
+            with contextlib.suppress(ValueError):  # if the mesh does not divide the model or a batch
+                changed = settings.replace(change)
+                plan = make_plan(changed)
+                break
+        else:
+            return None
+        settings, changes = changed, {**changes, **change}
+        suspects = _of_names(plan, failing)
+        rest = [name for name in _of_names(plan, names) if name not in suspects]
+        failing = check(plan, limit, suspects, on_program).failing
+        if rest and not failing:
+            failing = check(plan, limit, rest, on_program).failing
         if not failing:
             return changes
-        accepted = next(_accepted(settings, failing[0], make_plan), None)
-        if accepted is None:
-            return None
-        change, settings, plan = accepted
-        changes |= change
-        failing = _failing(plan, limit, failing, names, on_program)
-    return None if failing else changes
-
-
-def _accepted(
-    settings: Settings, failing: str, make_plan: Callable[[Settings], Plan]
-) -> Iterator[tuple[Change, Settings, Plan]]:
-    """Yield the changes that make_plan accepts, each with its settings and plan."""
-    for change in _changes(settings, failing):
-        with contextlib.suppress(ValueError):  # if the mesh does not divide the model or a batch
-            changed = settings.replace(change)
-            yield change, changed, make_plan(changed)
-
-
-def _failing(
-    plan: Plan, limit: float, suspects: Sequence[str], names: Sequence[str], on_program: Callable[[Compiled], None]
-) -> list[str]:
-    """Return the suspects that do not fit, or else the other programs that do not fit."""
-    first = _of_names(plan, suspects)
-    rest = [name for name in _of_names(plan, names) if name not in first]
-    failing = check(plan, limit, first, on_program).failing
-    return failing or (check(plan, limit, rest, on_program).failing if rest else [])
+    return None
 
 
 def _of_names(plan: Plan, names: Sequence[str]) -> list[str]:
