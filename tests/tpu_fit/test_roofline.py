@@ -15,7 +15,7 @@ TINY = TransformerConfig(
     vocab_size=10, width=4, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=6, mlp_dim=8, tied_head=False
 )
 N = 2 * (4 * 6 * (2 + 1 + 1 + 2) + 3 * 4 * 8) + 4 * 10
-SIZES = Sizes(batch=8, prompt=3, completion=5, batch_chips=2, tensor=2)
+SIZES = Sizes(batch=8, prompt=3, completion=5, chips=4, tensor=2)
 
 
 def test_parameters_are_those_of_the_model():

@@ -85,7 +85,7 @@ def test_settings_of_the_config_reach_the_bound():
     model = {"model.remat": "full", "model.logits_chunk": 4}
     config = _config(mesh=(4, 1, 2), **{"rl.batch_size": 16, **model, **NO_MODEL})
     policy, _ = architecture.planned(config)
-    sizes = roofline.Sizes(batch=16, prompt=4, completion=6, batch_chips=4, tensor=2)
+    sizes = roofline.Sizes(batch=16, prompt=4, completion=6, chips=8, tensor=2)
     works = {
         "generation": roofline.generation(policy, sizes),
         "update": roofline.update(policy, sizes, remat=True, in_pieces=True),

@@ -24,13 +24,8 @@ class Sizes(NamedTuple):
     batch: int  # completions
     prompt: int  # tokens of a prompt
     completion: int  # tokens of a completion
-    batch_chips: int  # data x fsdp
+    chips: int  # in the mesh
     tensor: int  # chips along tensor
-
-    @property
-    def chips(self) -> int:
-        """Number of chips in the mesh."""
-        return self.batch_chips * self.tensor
 
 
 def matmul_parameters(model: TransformerConfig) -> int:
@@ -52,14 +47,15 @@ def forward_flops(model: TransformerConfig, batch: int, length: int, outputs: in
     return products + _attention_flops(model, batch * length, length / 2)
 
 
-def generation(model: TransformerConfig, sizes: Sizes, weight_bytes: int = 2) -> Work:
-    """Work of sampling: a prefill gives the first token; each token reads the chip's weights, keys and values."""
+def generation(model: TransformerConfig, sizes: Sizes) -> Work:
+    """Work of sampling in bfloat16: a prefill gives the first token; each token reads weights, keys and values."""
     tokens, seen = sizes.batch * (sizes.completion - 1), sizes.prompt + sizes.completion / 2
     flops = forward_flops(model, sizes.batch, sizes.prompt, 1)
     flops += 2.0 * matmul_parameters(model) * tokens + _attention_flops(model, tokens, seen)
-    weights = weight_bytes * matmul_parameters(model) / sizes.tensor
+    weights = 2 * matmul_parameters(model) / sizes.tensor
     heads = model.num_kv_heads / min(sizes.tensor, model.num_kv_heads)
-    cache = sizes.batch / sizes.batch_chips * seen * 2 * weight_bytes * model.num_layers * heads * model.head_dim
+    rows = sizes.batch * sizes.tensor / sizes.chips
+    cache = rows * seen * 2 * 2 * model.num_layers * heads * model.head_dim
     return Work(flops / sizes.chips, sizes.completion * (weights + cache))
 
 

@@ -1,5 +1,6 @@
 """Reports on compiled programs: memory and time tables in Markdown, all figures as JSON, and command-line advice."""
 
+import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -27,8 +28,8 @@ def table(fit: Fit, chip: Chip, spare: float) -> str:
         lines.append(f"| {p.name} | {p.seconds:.0f} | {' | '.join(cells)} | {share} | {traffic(p)} |")
     resident = ", ".join(f"{name} {count / GIB:.2f}" for name, count in fit.resident.items() if count)
     lines += ["", f"In memory between programs, GiB per chip: {resident}; sum {sum(fit.resident.values()) / GIB:.2f}."]
-    capacity = f"{chip.hbm_bytes / GIB:.2f} GiB for programs"
-    lines += [f"A {chip.name} chip has {capacity}; {100 * spare:.0f} % must stay free."]
+    capacity = chip.hbm_bytes / GIB
+    lines += [f"A {chip.name} chip has {capacity:.2f} GiB for programs; {100 * spare:.0f} % must stay free."]
     for p in fit.programs:
         if p.error:
             lines += ["", f"{p.name} alone is too large:", *(f"  {line}" for line in biggest_buffers(p.error))]
@@ -55,12 +56,12 @@ def size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def biggest_buffers(error: str, count: int = 5) -> list[str]:
-    """Extract the memory that a program needs, and its largest buffers, from an out-of-memory error of XLA."""
+def biggest_buffers(error: str) -> list[str]:
+    """Extract the memory that a program needs, and its five largest buffers, from an out-of-memory error of XLA."""
     lines = [line.strip() for line in error.splitlines()]
     found = [line for line in lines if re.search(r"Used .* of .* hbm|exceeds available HBM", line)][:1]
     for i, line in enumerate(lines):
-        if re.match(r"\d+\. Size: ", line) and len(found) <= count:
+        if re.match(r"\d+\. Size: ", line) and len(found) <= 5:
             names = [re.sub(r"^(Operator: op_name=|Shape: )", "", x) for x in lines[i + 1 : i + 3]]
             found.append(f"{line.split('. ', 1)[1]}, {', '.join(names)}")
     return found or lines[:1]
@@ -69,9 +70,9 @@ def biggest_buffers(error: str, count: int = 5) -> list[str]:
 def step_table(settings: Settings, fit: Fit, chip: Chip) -> str:
     """Lower bound on the time of an RL step as Markdown, with the network traffic of the compiled programs."""
     policy, reward_model = architecture.planned(settings)
-    data, fsdp, tensor = settings.mesh
-    completion = settings.sampling.max_new_tokens
-    sizes = roofline.Sizes(settings.rl.batch_size, settings.sampling.prompt_tokens, completion, data * fsdp, tensor)
+    prompt, completion = settings.sampling.prompt_tokens, settings.sampling.max_new_tokens
+    chips, tensor = math.prod(settings.mesh), settings.mesh[-1]
+    sizes = roofline.Sizes(settings.rl.batch_size, prompt, completion, chips, tensor)
     works = {"generation": roofline.generation(policy, sizes)}
     if reward_model is not None:
         works["reward"] = roofline.scoring(reward_model, sizes)
@@ -83,10 +84,8 @@ def step_table(settings: Settings, fit: Fit, chip: Chip) -> str:
 
 def bounds_table(works: Mapping[str, roofline.Work], sent: Mapping[str, float], chip: Chip) -> str:
     """Lower bounds on the time of programs and their sum as Markdown. `sent`: bytes that a chip sends per program."""
-    lines = [
-        "| program | compute ms | memory ms | network ms | lower bound ms | limited by |",
-        "|---|---|---|---|---|---|",
-    ]
+    header = "| program | compute ms | memory ms | network ms | lower bound ms | limited by |"
+    lines = [header, "|---" * 6 + "|"]
     total = 0.0
     for name, work in works.items():
         times = roofline.seconds(work, sent.get(name, 0.0), chip)
