@@ -24,7 +24,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -51,28 +51,18 @@ SPOT = flags.DEFINE_bool("spot", False, "Use spot nodes.")
 OUT = flags.DEFINE_string("out", "", "File to write with the manifest; default: stdout.")
 
 
-class Slice(NamedTuple):
-    """TPU slice of one job."""
-
-    accelerator: str
-    topology: str
-    chips_per_host: int
-    hosts: int
-
-
-def find_slice(accelerator: str, topology: str) -> Slice:
-    """Find the slice of a TPU topology, in the names of GKE; a host has 2x2 chips."""
+def count_hosts(accelerator: str, topology: str) -> int:
+    """Number of hosts of a TPU slice, of 2x2 chips each. Raises ValueError if GKE has no such slice."""
     _, count = chips.parse_topology(f"{accelerator}:{topology}")
     sizes = [int(size) for size in topology.split("x")]
     if topology not in ("1x1", "2x2x1") and (sizes != sorted(sizes) or any(size % 2 for size in sizes)):
         raise ValueError(f"--topology: got {topology}, want even sizes, the smallest first, or 1x1 or 2x2x1")
-    chips_per_host = min(count, CHIPS_PER_HOST)
-    return Slice(ACCELERATORS[accelerator], topology, chips_per_host, count // chips_per_host)
+    return max(count // CHIPS_PER_HOST, 1)
 
 
 def check_flags(num_iterations: int, num_runs: int, hosts: int) -> None:
     """Raise ValueError if Kubernetes or JobSet would reject a value."""
-    longest = f"{NAME.value}-{merge_name(num_iterations)}-0-{hosts - 1}-abcde"
+    longest = f"{NAME.value}-i{num_iterations}-merge-0-{hosts - 1}-abcde"
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", NAME.value) or len(longest) > POD_NAME:
         most = POD_NAME - len(longest) + len(NAME.value)
         raise ValueError(f"--name: got {NAME.value!r}, want at most {most} lower-case letters, digits and -")
@@ -90,18 +80,18 @@ def config_arguments(argv: Sequence[str]) -> list[str]:
     return [argument for argument in argv if re.match(r"--?config[.=]", argument)]
 
 
-def make_jobset(arguments: list[str], num_iterations: int, num_runs: int, tpu: Slice) -> dict[str, Any]:
+def make_jobset(arguments: list[str], num_iterations: int, num_runs: int, hosts: int) -> dict[str, Any]:
     """Make the manifest; `arguments` of warp_jax.main are common to all jobs."""
     jobs: list[dict[str, Any]] = []
     before: list[str] = []
     for i in range(1, num_iterations + 1):
-        runs = [f"i{i}-run{m}" for m in range(1, num_runs + 1)]
+        runs, merge = [f"i{i}-run{m}" for m in range(1, num_runs + 1)], f"i{i}-merge"
         for m, name in enumerate(runs, 1):
-            jobs.append(make_job(name, [*arguments, f"--run={m}", f"--iteration={i}"], before, tpu))
-        jobs.append(make_job(merge_name(i), [*arguments, "--merge", f"--iteration={i}"], runs, tpu))
-        before = [merge_name(i)]
+            jobs.append(make_job(name, [*arguments, f"--run={m}", f"--iteration={i}"], before, hosts))
+        jobs.append(make_job(merge, [*arguments, "--merge", f"--iteration={i}"], runs, hosts))
+        before = [merge]
     metadata: dict[str, Any] = {"name": NAME.value}
-    if tpu.hosts > 1:  # place all pods of a job on one slice
+    if hosts > 1:  # place all pods of a job on one slice
         metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -111,21 +101,16 @@ def make_jobset(arguments: list[str], num_iterations: int, num_runs: int, tpu: S
     }
 
 
-def merge_name(iteration: int) -> str:
-    """Name of the replicatedJob that merges an iteration."""
-    return f"i{iteration}-merge"
-
-
-def make_job(name: str, arguments: list[str], after: Sequence[str], tpu: Slice) -> dict[str, Any]:
+def make_job(name: str, arguments: list[str], after: Sequence[str], hosts: int) -> dict[str, Any]:
     """Make a replicatedJob that runs warp_jax.main on one slice after the jobs in `after`."""
     spec = {
         "completionMode": "Indexed",
-        "completions": tpu.hosts,
-        "parallelism": tpu.hosts,
-        "backoffLimit": RESTARTS.value * tpu.hosts,
+        "completions": hosts,
+        "parallelism": hosts,
+        "backoffLimit": RESTARTS.value * hosts,
         "podReplacementPolicy": "Failed",
         "podFailurePolicy": {"rules": failure_rules()},
-        "template": {"spec": make_pod(name, arguments, tpu)},
+        "template": {"spec": make_pod(name, arguments, hosts)},
     }
     depends_on = {"dependsOn": [{"name": other, "status": "Complete"} for other in after]} if after else {}
     return {"name": name, "groupName": name, "replicas": 1, **depends_on, "template": {"spec": spec}}
@@ -136,29 +121,32 @@ def failure_rules() -> list[dict[str, Any]]:
 
     If one pod of a job is lost, all others exit with TRY_AGAIN; only the failure of the lost pod counts.
     """
+    on_exit = [
+        {"action": action, "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [code]}}
+        for action, code in (("FailJob", cli.BAD_INPUT), ("Ignore", cli.TRY_AGAIN))
+    ]
+    return [*on_exit, {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
 
-    def on_exit(action: str, code: int) -> dict[str, Any]:
-        return {"action": action, "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [code]}}
 
-    evicted = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
-    return [on_exit("FailJob", cli.BAD_INPUT), on_exit("Ignore", cli.TRY_AGAIN), evicted]
-
-
-def make_pod(name: str, arguments: list[str], tpu: Slice) -> dict[str, Any]:
+def make_pod(name: str, arguments: list[str], hosts: int) -> dict[str, Any]:
     """Make the pod of one host of a job."""
     environment = {"JAX_PLATFORMS": "tpu,cpu"}  # fail without a TPU, instead of running on the CPU
-    if tpu.hosts > 1:
+    if hosts > 1:
         arguments = [*arguments, "--multihost"]
         coordinator = f"{NAME.value}-{name}-0-0.{NAME.value}"
         environment |= {"MEGASCALE_COORDINATOR_ADDRESS": coordinator}
         environment |= {"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
-    nodes = {"cloud.google.com/gke-tpu-accelerator": tpu.accelerator, "cloud.google.com/gke-tpu-topology": tpu.topology}
+    chips_per_host = 1 if TOPOLOGY.value == "1x1" else CHIPS_PER_HOST
+    nodes = {
+        "cloud.google.com/gke-tpu-accelerator": ACCELERATORS[ACCELERATOR.value],
+        "cloud.google.com/gke-tpu-topology": TOPOLOGY.value,
+    }
     container = {
         "name": CONTAINER,
         "image": IMAGE.value,
         "command": ["python", "-m", "warp_jax.main", *arguments],
         "env": [{"name": key, "value": value} for key, value in environment.items()],
-        "resources": {kind: {"google.com/tpu": tpu.chips_per_host} for kind in ("requests", "limits")},
+        "resources": {kind: {"google.com/tpu": chips_per_host} for kind in ("requests", "limits")},
         "volumeMounts": [{"name": "work", "mountPath": MOUNT.value}],
     }
     return {
@@ -174,10 +162,10 @@ def main(argv: list[str]) -> None:
     del argv
     warp = CONFIG.value.warp
     try:
-        tpu = find_slice(ACCELERATOR.value, TOPOLOGY.value)
-        check_flags(warp.num_iterations, warp.num_runs, tpu.hosts)
+        hosts = count_hosts(ACCELERATOR.value, TOPOLOGY.value)
+        check_flags(warp.num_iterations, warp.num_runs, hosts)
         arguments = [*config_arguments(sys.argv[1:]), f"--workdir={WORKDIR.value}"]
-        manifest = json.dumps(make_jobset(arguments, warp.num_iterations, warp.num_runs, tpu), indent=2)  # JSON is YAML
+        manifest = json.dumps(make_jobset(arguments, warp.num_iterations, warp.num_runs, hosts), indent=2)  # also YAML
         if OUT.value:
             files.write_text(Path(OUT.value), f"{manifest}\n")
     except (ValueError, OSError) as error:
