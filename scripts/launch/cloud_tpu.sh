@@ -79,24 +79,16 @@ check_arguments() { # arguments of warp_jax.main
 }
 
 tpus() { # run gcloud compute tpus; with DRY_RUN=1, print the command
-  local command=(gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE")
+  local line command=(gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE")
   if [[ $DRY_RUN == 0 ]]; then
     "${command[@]}"
-    return
+  else
+    printf -v line ' %q' "${command[@]}"
+    echo "${line# }"
   fi
-  local word line=""
-  for word in "${command[@]}"; do
-    [[ $word =~ ^[A-Za-z0-9_./:=,+-]+$ ]] || word=${word@Q}
-    line+=" $word"
-  done
-  echo "${line# }"
 }
 
 state() { # print the state of the request; ABSENT if it does not exist
-  if [[ $DRY_RUN == 1 ]]; then
-    echo "$dry_state"
-    return
-  fi
   local errors # stderr of describe; its stdout goes to the caller
   until { errors=$(tpus queued-resources describe "$SLICE" --format='value(state.state)' 2>&1 >&3); } 3>&1; do
     if [[ $errors == *' NOT_FOUND: '* ]]; then
@@ -113,7 +105,6 @@ create() {
   [[ $SPOT == 0 ]] || flags+=(--spot)
   read -r -a more <<<"$CREATE_FLAGS"
   tpus queued-resources create "$SLICE" "${flags[@]}" "${more[@]}"
-  dry_state=ACTIVE
 }
 
 delete() {
@@ -130,7 +121,7 @@ wait_until_active() {
       delete
       ;;
     esac
-    [[ $DRY_RUN == 1 ]] || echo "$SLICE: $now" >&2
+    echo "$SLICE: $now" >&2
     sleep "$POLL"
   done
 }
@@ -163,19 +154,20 @@ host_script() { # command on a host: start the job, which survives a lost connec
   local try job
   try=warp_jax_$(date +%s)
   job=$(job_script "$try" "$@")
-  # shellcheck disable=SC2016 # expanded on the hosts
-  echo 'touch warp_jax.log; seen=$(wc -c <warp_jax.log)'
-  # after a lost connection, gcloud runs the same script again: start the job only once
-  echo "if mkdir $try 2>/dev/null; then"
-  # the lock makes the job wait for the job of an earlier start
-  echo "  setsid nohup flock warp_jax.lock bash -c ${job@Q} >>warp_jax.log 2>&1 </dev/null &"
-  echo "  echo \$! >$try/pid"
-  echo 'fi'
-  echo "tail --pid=\$(cat $try/pid) -c +\$((seen + 1)) -f warp_jax.log; exit \$(cat $try/code)"
+  # After a lost connection, gcloud runs the same script again: mkdir lets the job start only once. The lock makes the
+  # job wait for the job of an earlier start.
+  cat <<TEXT
+touch warp_jax.log; seen=\$(wc -c <warp_jax.log)
+if mkdir $try 2>/dev/null; then
+  setsid nohup flock warp_jax.lock bash -c ${job@Q} >>warp_jax.log 2>&1 </dev/null &
+  echo \$! >$try/pid
+fi
+tail --pid=\$(cat $try/pid) -c +\$((seen + 1)) -f warp_jax.log; exit \$(cat $try/code)
+TEXT
 }
 
-on_all_hosts() {
-  tpus tpu-vm ssh "$SLICE" --worker=all --command="$1"
+start() { # run the command on all hosts: arguments of warp_jax.main
+  tpus tpu-vm ssh "$SLICE" --worker=all --command="$(host_script "$@")"
 }
 
 run() {
@@ -183,7 +175,7 @@ run() {
   while true; do
     wait_until_active
     code=0 began=$SECONDS
-    on_all_hosts "$(host_script "$@")" || code=$?
+    start "$@" || code=$?
     [[ $code != 0 ]] || break
     ((SECONDS - began < STEADY)) || failures=0
     sleep "$POLL"
@@ -200,24 +192,27 @@ run() {
       exit 1
     fi
   done
-  [[ $DRY_RUN == 1 ]] || echo "done; $SLICE still exists and costs money: delete it with $0 delete" >&2
+  echo "done; $SLICE still exists and costs money: delete it with $0 delete" >&2
 }
 
-dry_state=ABSENT
 : "${REF=main}" "${NFS=}" "${SPOT=0}" "${RECREATE=0}" "${CREATE_FLAGS=}" "${PYTHON=3.12}"
 : "${RETRIES=3}" "${STEADY=1800}" "${POLL=30}" "${DRY_RUN=0}"
 if [[ ${1-} == --dry_run ]]; then
   DRY_RUN=1
   shift
 fi
-[[ $DRY_RUN != 1 ]] || POLL=0
 action=${1-}
 shift || true
 case $action in
 run)
   check_variables run
   check_arguments "$@"
-  run "$@"
+  if [[ $DRY_RUN == 1 ]]; then
+    create
+    start "$@"
+  else
+    run "$@"
+  fi
   ;;
 status | delete)
   check_variables "$action"

@@ -48,25 +48,14 @@ print(config.value.warp.num_iterations, config.value.warp.num_runs)
 CODE
 }
 
-queue() { # submit a job and set job_id: name (runs_1, ...), options of sbatch, --, arguments of inside()
-  local name=$1 more
-  shift
+queue() { # submit a job and set job_id: name (runs_1, ...), options of sbatch, this script, arguments of inside()
+  local name=$1 more line
   read -r -a more <<<"$SBATCH_OPTIONS"
-  local options=(--parsable --job-name="warp_$name" --nodes="$NODES" --ntasks-per-node=1)
-  options+=(--requeue --open-mode=append --signal=B:USR1@120 "${more[@]}")
-  while [[ $1 != -- ]]; do
-    options+=("$1")
-    shift
-  done
-  shift
-  local command=(sbatch "${options[@]}" "$0" inside "$@")
+  local command=(sbatch --parsable --job-name="warp_$name" --nodes="$NODES" --ntasks-per-node=1)
+  command+=(--requeue --open-mode=append --signal=B:USR1@120 "${more[@]}" "${@:2}")
   if [[ $DRY_RUN == 1 ]]; then
     job_id=$name
-    local word line=""
-    for word in "${command[@]}"; do
-      [[ $word =~ ^[A-Za-z0-9_./:=,@+-]+$ ]] || word=${word@Q}
-      line+=" $word"
-    done
+    printf -v line ' %q' "${command[@]}"
     echo "${line# }"
   else
     job_id=$("${command[@]}")
@@ -80,8 +69,8 @@ submit() {
   numbers=$(counts "$@") || exit $?
   read -r iterations runs <<<"$numbers"
   for ((i = 1; i <= iterations; i++)); do
-    queue "runs_$i" --array="1-$runs" "${after[@]}" -- run "$i" "$@"
-    queue "merge_$i" --dependency="afterok:$job_id" --kill-on-invalid-dep=yes -- merge "$i" "$@"
+    queue "runs_$i" --array="1-$runs" "${after[@]}" "$0" inside run "$i" "$@"
+    queue "merge_$i" --dependency="afterok:$job_id" --kill-on-invalid-dep=yes "$0" inside merge "$i" "$@"
     after=(--dependency="afterok:$job_id" --kill-on-invalid-dep=yes)
   done
 }
@@ -132,10 +121,7 @@ fi
 [[ $DRY_RUN =~ ^[01]$ ]] || fail "DRY_RUN: got '$DRY_RUN', want 0 or 1; see --help"
 command -v "$PYTHON" >/dev/null || fail "PYTHON: got '$PYTHON', want a Python program on PATH; see --help"
 case ${1-} in
-inside)
-  shift
-  inside "$@"
-  ;;
+inside) inside "${@:2}" ;;
 -h | --help | help) usage ;;
 *) submit "$@" ;;
 esac
