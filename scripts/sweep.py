@@ -21,14 +21,14 @@ one line of it in this folder. With Slurm, and in an Indexed Job of Kubernetes:
 """
 
 import functools
+import operator
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 import time
-import types
-from collections.abc import Callable, Mapping, Sequence
-from importlib.machinery import SourceFileLoader
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +49,8 @@ COMPARE = [sys.executable, str(Path(__file__).with_name("compare.py"))]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
+say = functools.partial(print, file=sys.stderr, flush=True)  # stdout is for the table
+
 
 class Point(NamedTuple):
     """One job of a sweep."""
@@ -61,6 +63,10 @@ class Point(NamedTuple):
 
 def load_points(config_file: str, common: Mapping[str, Any], out: Path) -> list[Point]:
     """Read the points of a config file; raise ValueError if main would read another value for one of them."""
+    path = config_file.split(":", 1)[0]  # without the argument of get_config
+    define_points = runpy.run_path(path).get("sweep")
+    if define_points is None:
+        raise ValueError(f"--config: {path} has no sweep(add), want one as in configs/sweep_ema_rate.py")
     values_of: dict[str, dict[str, Any]] = {}
 
     def add(name: str, values: Mapping[str, Any]) -> None:
@@ -72,30 +78,20 @@ def load_points(config_file: str, common: Mapping[str, Any], out: Path) -> list[
             raise ValueError(f"sweep: two points have the name {name!r}, want different names")
         values_of[name] = {**common, **values}
 
-    find_sweep(config_file)(add)
+    define_points(add)
     if not values_of:
         raise ValueError(f"--config: sweep(add) of {config_file} adds no point, want add(name, values) for each point")
     return [make_point(config_file, name, values, out) for name, values in values_of.items()]
 
 
-def find_sweep(config_file: str) -> Callable[[Any], None]:
-    """Load the function `sweep` of a config file (PATH, or PATH:ARGUMENT with an argument of get_config)."""
-    path = config_file.split(":", 1)[0]
-    module = types.ModuleType("sweep_config")
-    SourceFileLoader("sweep_config", path).exec_module(module)
-    if not hasattr(module, "sweep"):
-        raise ValueError(f"--config: {path} has no sweep(add), want one as in configs/sweep_ema_rate.py")
-    return module.sweep
-
-
 def make_point(config_file: str, name: str, values: Mapping[str, Any], out: Path) -> Point:
-    """Make a point and check that its command line, when parsed, gives exactly `values`."""
+    """Make a point and check that its command line, when parsed, gives `values`; an int may stand for a float."""
     try:
         overrides = [to_argument(path, value) for path, value in values.items()]
         config = parse([f"--config={config_file}", *overrides])
         for path, value in values.items():
-            got = functools.reduce(lambda group, key: group[key], path.split("."), config)
-            if not is_same(got, plain(value)):
+            got, want = operator.attrgetter(path)(config), plain(value)
+            if got != want or (type(got) is not type(want) and (type(got), type(want)) != (float, int)):
                 raise ValueError(
                     f"config.{path}: got {value!r}, but main would read {got!r}; want a value of the same type"
                 )
@@ -131,13 +127,6 @@ def parse(arguments: Sequence[str]) -> ConfigDict:
     return values["config"].value
 
 
-def is_same(got: Any, want: Any) -> bool:
-    """Return True if the values and their types are equal; an int may stand for a float."""
-    if isinstance(want, tuple):
-        return isinstance(got, tuple) and len(got) == len(want) and all(map(is_same, got, want))
-    return got == want and (type(got) is type(want) or (type(got), type(want)) == (float, int))
-
-
 def settings(point: Point) -> dict[str, Any]:
     """Validate the config of a point; return it as main writes it to config.json. Raises ValueError."""
     try:
@@ -150,11 +139,6 @@ def is_finished(point: Point) -> bool:
     """Return True if the workdir holds the report of this config. main reports a workdir of another config."""
     results = [point.workdir / name for name in ("report.html", "summary.json", "config.json")]
     return all(path.is_file() for path in results) and legacy.upgrade(files.read_json(results[-1])) == settings(point)
-
-
-def say(text: str) -> None:
-    """Print a line on stderr; stdout is for the table."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def run_points(points: Sequence[Point]) -> list[Point]:
