@@ -68,11 +68,11 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
     try:
-        chip, _ = chips.parse_topology(str(TOPOLOGY.value))
+        chip, _ = chips.parse_topology(TOPOLOGY.value)
         settings = from_config(CONFIG.value.to_dict())
         if MESH.value:
             settings = settings.replace({"mesh": tuple(map(int, ["1", *MESH.value][-3:]))})
-        devices = get_devices(chip, str(TOPOLOGY.value), SLICES.value)
+        devices = get_devices(chip, TOPOLOGY.value, SLICES.value)
         plan = compile.make_plan(settings, devices)
         settings = settings.replace({"mesh": tuple(plan.mesh.devices.shape)})
         names = [] if PROGRAMS.value == ["all"] else PROGRAMS.value
@@ -87,7 +87,11 @@ def main(argv: Sequence[str]) -> None:
         say(f"{done.name}: compiled in {done.seconds:.0f} s ({time.monotonic() - started:.0f} s in total)")
 
     fit = memory.check(plan, limit, names, on_program)
-    print(_title(settings.mesh), tables.table(fit, chip, SPARE.value), sep="\n\n")
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    slices = f"{SLICES.value} x " if SLICES.value > 1 else ""
+    compilers = ", ".join(f"{name} {version}" for name, version in versions.items())
+    print(f"{slices}{TOPOLOGY.value}, mesh (data, fsdp, tensor) = {settings.mesh}; {compilers}\n")
+    print(tables.table(fit, chip, SPARE.value))
     if not names and not fit.failing:
         print("\nLower bound on the time of an RL step, from the chip's published peaks (not a measurement):\n")
         print(tables.step_table(settings, fit, chip))
@@ -98,20 +102,10 @@ def main(argv: Sequence[str]) -> None:
         changes = memory.search(settings, try_plan, fit.failing, limit, names=names, on_program=on_program)
         print(tables.advice(changes))
     if JSON.value:
-        about = {"command": " ".join(sys.argv), "mesh": settings.mesh, "versions": _versions(), "suggestion": changes}
+        about = {"command": " ".join(sys.argv), "mesh": settings.mesh, "versions": versions, "suggestion": changes}
         files.write_json(Path(JSON.value), about | tables.as_json(fit, chip))
     if fit.failing:
         sys.exit(DOES_NOT_FIT)
-
-
-def _title(mesh: tuple[int, ...]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
-    slices = f"{SLICES.value} x " if SLICES.value > 1 else ""
-    return f"{slices}{TOPOLOGY.value}, mesh (data, fsdp, tensor) = {mesh}; {versions}"
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
 
 
 if __name__ == "__main__":
