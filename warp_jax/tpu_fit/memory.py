@@ -1,7 +1,7 @@
 """Check of compiled programs against a chip's memory, and a search for the nearest setting that fits."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from warp_jax.settings import Settings
@@ -76,29 +76,22 @@ def _of_names(plan: Plan, names: Sequence[str]) -> list[str]:
     return [p.name for p in plan.programs if not bases or p.name.removesuffix(EVALUATION) in bases]
 
 
-def _changes(settings: Settings, failing: str) -> Iterator[Change]:
-    """Yield changes that could make a program smaller, first those that keep the experiment the same."""
+def _changes(settings: Settings, failing: str) -> list[Change]:
+    """Changes that could make a program smaller, first those that keep the experiment the same."""
     data, fsdp, tensor = settings.mesh
     batch, pieces, chunk = settings.rl.batch_size, settings.rl.num_microbatches, settings.model.logits_chunk
-    if failing == "update" and settings.model.remat != "full":
-        yield {"model.remat": "full"}
-    if failing == "update":
-        yield {"rl.num_microbatches": 2 * pieces}
-    if failing in ("update", "KL to SFT") and not 0 < chunk <= 64:
-        yield {"model.logits_chunk": 64}
-    if failing.endswith(EVALUATION) or failing == "KL to SFT":
-        yield from _halved({"evaluation.batch_size": settings.evaluation.batch_size})
-    if fsdp % 2 == 0 and tensor < 64:
-        yield {"mesh": (data, fsdp // 2, tensor * 2)}
-    if failing in ("generation", "reward"):  # the update's smallest piece is a row per chip in any batch
-        yield from _halved({"rl.batch_size": batch})
-        yield from _halved({"rl.batch_size": batch, "rl.num_microbatches": pieces})
-
-
-def _halved(sizes: Mapping[str, int]) -> Iterator[Change]:
-    """Yield all sizes halved, if all are even."""
-    if not any(size % 2 for size in sizes.values()):
-        yield {path: size // 2 for path, size in sizes.items()}
+    update, kl, evaluated = failing == "update", failing == "KL to SFT", settings.evaluation.batch_size
+    halves = failing in ("generation", "reward") and batch % 2 == 0  # the update's smallest piece is the same then
+    candidates: list[tuple[bool, Change]] = [
+        (update and settings.model.remat != "full", {"model.remat": "full"}),
+        (update, {"rl.num_microbatches": 2 * pieces}),
+        ((update or kl) and not 0 < chunk <= 64, {"model.logits_chunk": 64}),
+        ((kl or failing.endswith(EVALUATION)) and evaluated % 2 == 0, {"evaluation.batch_size": evaluated // 2}),
+        (fsdp % 2 == 0 and tensor < 64, {"mesh": (data, fsdp // 2, tensor * 2)}),
+        (halves, {"rl.batch_size": batch // 2}),
+        (halves and pieces % 2 == 0, {"rl.batch_size": batch // 2, "rl.num_microbatches": pieces // 2}),
+    ]
+    return [change for applies, change in candidates if applies]
 
 
 def check_names(plan: Plan, names: Sequence[str]) -> None:
