@@ -135,8 +135,8 @@ class _Planner:
             if self.reward_model is not None:
                 apply_fn = make_apply_fn(self.reward_model, self.mesh)
                 score = jax.jit(functools.partial(reward_functions.sequence_scores, apply_fn))
-                shape = batch, self.settings.sampling.prompt_tokens + self.settings.sampling.max_new_tokens
-                args = self.resident["reward model"], self._rows(jnp.int32, *shape), self._rows(jnp.bool_, *shape)
+                length = self.settings.sampling.prompt_tokens + self.settings.sampling.max_new_tokens
+                args = self.resident["reward model"], *self._texts(batch, length)
                 yield self.program(f"reward{suffix}", score, *args, reads=("reward model",))
 
     def updates(self) -> Iterator[Program]:
@@ -183,22 +183,19 @@ class _Planner:
         optimizer = optimizers.make_optimizer(group, self.settings.adam)
         programs = supervised.make_programs(self.mesh, loss_fn, trained, optimizer)
         state = partitioning.with_shardings(self.mesh, jax.eval_shape(programs.init, trained))
-        shape = group.batch_size, group.sequence_tokens
-        batch = {"token_ids": self._rows(jnp.int32, *shape), "mask": self._rows(jnp.bool_, *shape)}
+        batch = dict(zip(("token_ids", "mask"), self._texts(group.batch_size, group.sequence_tokens), strict=True))
         if isinstance(group, RewardModel):
             batch["labels"] = self._rows(jnp.int32, group.batch_size)
         return programs.update, state, frozen, batch
 
     def _rollout(self, batch: int) -> Rollout:
         prompt, completion = self.settings.sampling.prompt_tokens, self.settings.sampling.max_new_tokens
-        return Rollout(
-            prompt_ids=self._rows(jnp.int32, batch, prompt),
-            prompt_mask=self._rows(jnp.bool_, batch, prompt),
-            example_ids=self._rows(jnp.int32, batch),
-            completion_ids=self._rows(jnp.int32, batch, completion),
-            completion_mask=self._rows(jnp.bool_, batch, completion),
-            per_token_logps=self._rows(jnp.float32, batch, completion),
-        )
+        prompts = *self._texts(batch, prompt), self._rows(jnp.int32, batch)
+        return Rollout(*prompts, *self._texts(batch, completion), self._rows(jnp.float32, batch, completion))
+
+    def _texts(self, batch: int, length: int) -> tuple[Any, Any]:
+        """Token ids and mask."""
+        return self._rows(jnp.int32, batch, length), self._rows(jnp.bool_, batch, length)
 
     def _rows(self, dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(self.mesh))
