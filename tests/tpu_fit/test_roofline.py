@@ -5,17 +5,19 @@ import dataclasses
 import jax
 import pytest
 
+from tests.settings_of import settings_of
 from warp_jax.models import apply, presets
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.tpu_fit import roofline
 from warp_jax.tpu_fit.chips import CHIPS
-from warp_jax.tpu_fit.roofline import Sizes
 
 TINY = TransformerConfig(
     vocab_size=10, width=4, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=6, mlp_dim=8, tied_head=False
 )
 N = 2 * (4 * 6 * (2 + 1 + 1 + 2) + 3 * 4 * 8) + 4 * 10
-SIZES = Sizes(batch=8, prompt=3, completion=5, chips=4, tensor=2)
+SETTINGS = settings_of(
+    {"mesh": (2, 1, 2), "rl.batch_size": 8, "sampling.prompt_tokens": 3, "sampling.max_new_tokens": 5}
+)
 
 
 def test_parameters_are_those_of_the_model():
@@ -46,7 +48,7 @@ def test_forward_pass_by_hand():
 def test_the_head_of_a_reward_model_is_one_number():
     """Fails when the reward model is taken to have logits over the vocabulary."""
     model = dataclasses.replace(TINY, head="scalar")
-    work = roofline.scoring(model, SIZES)
+    work = roofline.scoring(model, SETTINGS)
     assert work.flops == (LAYERS + 2 * 4 * 64) / 4
     assert work.hbm == 4 * (N - HEAD + 4) / 4
 
@@ -56,7 +58,8 @@ def test_update_by_hand():
     head = 2 * HEAD * 8 * 5
     passes = {(True, True): (6, 6), (True, False): (6, 5), (False, True): (5, 6), (False, False): (5, 5)}
     for (remat, in_pieces), (layer_passes, head_passes) in passes.items():
-        work = roofline.update(TINY, SIZES, remat=remat, in_pieces=in_pieces)
+        model = dataclasses.replace(TINY, remat="full" if remat else "dots")
+        work = roofline.update(model, SETTINGS.replace({"model.logits_chunk": 4 if in_pieces else 5}))
         assert work.flops == (layer_passes * LAYERS + head_passes * head) / 4
         assert work.hbm == 4 * 9 * N / 4  # policy, anchor, two moments: read and written; the gradient: read
 
@@ -65,13 +68,13 @@ def test_generation_by_hand():
     """Fails when the prefill has logits of the whole prompt, or the first token costs a pass of its own."""
     prefill = 2 * (N - HEAD) * 8 * 3 + 2 * HEAD * 8 + 4 * 8 * 3 * 1.5 * 12 * 2
     tokens = 2 * N * 8 * 4 + 4 * 8 * 4 * 5.5 * 12 * 2
-    assert roofline.generation(TINY, SIZES).flops == (prefill + tokens) / 4
+    assert roofline.generation(TINY, SETTINGS).flops == (prefill + tokens) / 4
 
 
 def test_generation_reads_weights_and_cache_for_each_token():
     """Fails when weights are taken as split over the batch's chips too, or the cache as full from the start."""
     weights, cache = 2 * N / 2, 4 * 5.5 * 2 * 2 * 2 * 1 * 6
-    assert roofline.generation(TINY, SIZES).hbm == pytest.approx(5 * (weights + cache))
+    assert roofline.generation(TINY, SETTINGS).hbm == pytest.approx(5 * (weights + cache))
 
 
 def test_the_limit_is_the_slowest_resource():

@@ -5,9 +5,11 @@ products: a tied head counts, the embedding lookup does not. All weights are ass
 `model.trainable`, which makes the update cheaper, the result is not a lower bound.
 """
 
+import math
 from typing import NamedTuple
 
 from warp_jax.models.transformer import TransformerConfig
+from warp_jax.settings import Settings
 from warp_jax.tpu_fit.chips import Chip
 
 
@@ -16,16 +18,6 @@ class Work(NamedTuple):
 
     flops: float  # floating-point operations
     hbm: float  # bytes read from and written to the chip's memory
-
-
-class Sizes(NamedTuple):
-    """Sizes of one RL step."""
-
-    batch: int  # completions
-    prompt: int  # tokens of a prompt
-    completion: int  # tokens of a completion
-    chips: int  # in the mesh
-    tensor: int  # chips along tensor
 
 
 def matmul_parameters(model: TransformerConfig) -> int:
@@ -47,36 +39,43 @@ def forward_flops(model: TransformerConfig, batch: int, length: int, outputs: in
     return products + _attention_flops(model, batch * length, length / 2)
 
 
-def generation(model: TransformerConfig, sizes: Sizes) -> Work:
+def generation(model: TransformerConfig, settings: Settings) -> Work:
     """Work of sampling in bfloat16: a prefill gives the first token; each token reads weights, keys and values."""
-    tokens, seen = sizes.batch * (sizes.completion - 1), sizes.prompt + sizes.completion / 2
-    flops = forward_flops(model, sizes.batch, sizes.prompt, 1)
+    batch, prompt, completion = (
+        settings.rl.batch_size,
+        settings.sampling.prompt_tokens,
+        settings.sampling.max_new_tokens,
+    )
+    data, fsdp, tensor = settings.mesh
+    tokens, seen = batch * (completion - 1), prompt + completion / 2
+    flops = forward_flops(model, batch, prompt, 1)
     flops += 2.0 * matmul_parameters(model) * tokens + _attention_flops(model, tokens, seen)
-    weights = 2 * matmul_parameters(model) / sizes.tensor
-    heads = model.num_kv_heads / min(sizes.tensor, model.num_kv_heads)
-    rows = sizes.batch * sizes.tensor / sizes.chips
-    cache = rows * seen * 2 * 2 * model.num_layers * heads * model.head_dim
-    return Work(flops / sizes.chips, sizes.completion * (weights + cache))
+    weights = 2 * matmul_parameters(model) / tensor
+    heads = model.num_kv_heads / min(tensor, model.num_kv_heads)
+    cache = batch / (data * fsdp) * seen * 2 * 2 * model.num_layers * heads * model.head_dim
+    return Work(flops / (data * fsdp * tensor), completion * (weights + cache))
 
 
-def scoring(model: TransformerConfig, sizes: Sizes) -> Work:
+def scoring(model: TransformerConfig, settings: Settings) -> Work:
     """Work of the reward model: one forward pass over prompt and completion."""
-    length = sizes.prompt + sizes.completion
-    flops = forward_flops(model, sizes.batch, length, length)
-    return Work(flops / sizes.chips, 4 * matmul_parameters(model) / sizes.chips)
+    length, chips = settings.sampling.prompt_tokens + settings.sampling.max_new_tokens, math.prod(settings.mesh)
+    flops = forward_flops(model, settings.rl.batch_size, length, length)
+    return Work(flops / chips, 4 * matmul_parameters(model) / chips)
 
 
-def update(model: TransformerConfig, sizes: Sizes, *, remat: bool, in_pieces: bool) -> Work:
+def update(model: TransformerConfig, settings: Settings) -> Work:
     """Work of the update: log-probs of policy and anchor (2 forward passes), gradient (3 passes), Adam and EMA.
 
     Adam and EMA read policy, anchor, two moments and gradient, and write all but the gradient, in float32. The gradient
-    needs one more forward pass of the layers with `remat`, and of the head with `in_pieces` (chunked logits).
+    needs one more forward pass of the layers with full remat, and of the head if its logits are made in pieces.
     """
-    length = sizes.prompt + sizes.completion
-    layers = forward_flops(model, sizes.batch, length, 0)
-    head = forward_flops(model, sizes.batch, length, sizes.completion) - layers
-    flops = (5 + remat) * layers + (5 + in_pieces) * head
-    return Work(flops / sizes.chips, 4 * 9 * matmul_parameters(model) / sizes.chips)
+    batch, completion, chips = settings.rl.batch_size, settings.sampling.max_new_tokens, math.prod(settings.mesh)
+    length = settings.sampling.prompt_tokens + completion
+    layers = forward_flops(model, batch, length, 0)
+    head = forward_flops(model, batch, length, completion) - layers
+    in_pieces = 0 < settings.model.logits_chunk < completion
+    flops = (5 + (model.remat == "full")) * layers + (5 + in_pieces) * head
+    return Work(flops / chips, 4 * 9 * matmul_parameters(model) / chips)
 
 
 def seconds(work: Work, sent: float, chip: Chip) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Reports on compiled programs: memory and time tables in Markdown, all figures as JSON, and command-line advice."""
 
-import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -70,14 +69,11 @@ def biggest_buffers(error: str) -> list[str]:
 def step_table(settings: Settings, fit: Fit, chip: Chip) -> str:
     """Lower bound on the time of an RL step as Markdown, with the network traffic of the compiled programs."""
     policy, reward_model = architecture.planned(settings)
-    prompt, completion = settings.sampling.prompt_tokens, settings.sampling.max_new_tokens
-    chips, tensor = math.prod(settings.mesh), settings.mesh[-1]
-    sizes = roofline.Sizes(settings.rl.batch_size, prompt, completion, chips, tensor)
-    works = {"generation": roofline.generation(policy, sizes)}
+    works = {"generation": roofline.generation(policy, settings)}
     if reward_model is not None:
-        works["reward"] = roofline.scoring(reward_model, sizes)
-    in_pieces = 0 < settings.model.logits_chunk < completion
-    works["update"] = roofline.update(policy, sizes, remat=policy.remat == "full", in_pieces=in_pieces)
+        works["reward"] = roofline.scoring(reward_model, settings)
+    works["update"] = roofline.update(policy, settings)
+    completion = settings.sampling.max_new_tokens
     sent = {p.name: _sent(p.traffic.once) + completion * _sent(p.traffic.per_loop_step) for p in fit.programs}
     return bounds_table(works, sent, chip)
 
