@@ -5,7 +5,6 @@ which XLA counts, and the co-resident arrays: those that stay in memory but are 
 """
 
 import functools
-import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,7 +68,7 @@ class Compiled(NamedTuple):
 COPY = "copy for generation"
 EVALUATION = " (evaluation)"  # suffix of the programs that evaluation runs with its own batch size
 STATE = ("policy", "anchor", "Adam moments")
-WHOLE = ("policy", "frozen weights")  # all weights of the policy
+WHOLE: Names = ("policy", "frozen weights")  # all weights of the policy
 RUN_ONLY = ("init", *STATE, COPY)  # in memory only during a run
 NO_TRAFFIC = hlo.Collectives({}, {})
 
@@ -83,8 +82,8 @@ def make_plan(settings: Settings, devices: Sequence[jax.Device]) -> Plan:
     mesh = meshes.make_mesh(settings.mesh, devices)
     check_devices(settings, meshes.batch_devices(mesh))
     planner = _Planner(settings, mesh)
-    parts = planner.start(), planner.rollouts(), planner.updates(), planner.merges(), planner.supervised_steps()
-    return Plan(mesh, tuple(itertools.chain(*parts)), planner.resident)
+    programs = (*planner.rl(), *planner.merges(), *planner.supervised_steps())
+    return Plan(mesh, programs, planner.resident)
 
 
 class _Planner:
@@ -101,8 +100,7 @@ class _Planner:
             settings, mesh, self.policy, sampling_config=sampler, trained=self.trained, frozen=self.frozen
         )
         self.state = partitioning.with_shardings(mesh, jax.eval_shape(self.functions.train.init, self.trained))
-        trees = (self.state.params, self.state.anchor_params, self.state.opt_state)
-        self.resident: dict[str, Any] = dict(zip(STATE, trees, strict=True))
+        self.resident: dict[str, Any] = dict(zip(STATE, self.state[1:], strict=True))  # without the step
         self.resident |= {"init": self.trained, "SFT": self.trained, "frozen weights": self.frozen}
         if isinstance(self.functions.sampler.lay_out, jax.stages.Wrapped):  # else generation reads the policy itself
             shapes = jax.eval_shape(self.functions.sampler.lay_out, self.weights)
@@ -114,37 +112,28 @@ class _Planner:
         """Return a program that gets the resident trees `reads` as arguments, and runs when `absent` do not exist."""
         return Program(name, call, args, tuple(tree for tree in self.resident if tree not in (*reads, *absent)))
 
-    def start(self) -> Iterator[Program]:
-        """The start of a run, and the copy of the weights for generation: the previous copy counts as co-resident."""
-        functions = self.functions
+    def rl(self) -> Iterator[Program]:
+        """Start of a run, step of RL and evaluation, which generates and scores with its own batch size."""
+        functions, train, evaluation = self.functions, self.settings.rl.batch_size, self.settings.evaluation.batch_size
         yield self.program("start of a run", functions.train.init, self.trained, reads=("init",), absent=RUN_ONLY)
-        if COPY in self.resident:
+        weights, reads = self.weights, WHOLE
+        if COPY in self.resident:  # a new copy is made while the previous one is still in memory
             yield self.program(COPY, functions.sampler.lay_out, self.weights, reads=WHOLE)
-
-    def rollouts(self) -> Iterator[Program]:
-        """Generation and reward in training, and in evaluation if its batch has another size."""
-        batches = {"": self.settings.rl.batch_size}
-        if self.settings.evaluation.batch_size != self.settings.rl.batch_size:
-            batches[EVALUATION] = self.settings.evaluation.batch_size
+            weights, reads = self.resident[COPY], (COPY,)
         key = partitioning.shaped(jax.eval_shape(jax.random.key, 0), meshes.replicated(self.mesh))
-        weights, reads = self.resident.get(COPY, self.weights), (COPY,) if COPY in self.resident else WHOLE
-        for suffix, batch in batches.items():
-            rollout = self._rollout(batch)
-            generate, prompts = self.functions.sampler.generate, PromptBatch(*rollout[:3])
-            yield self.program(f"generation{suffix}", generate, weights, prompts, key, reads=reads)
+        rollouts = {train: self._rollout(train), evaluation: self._rollout(evaluation)}
+        for batch, rollout in rollouts.items():
+            suffix, prompts = "" if batch == train else EVALUATION, PromptBatch(*rollout[:3])
+            yield self.program(f"generation{suffix}", functions.sampler.generate, weights, prompts, key, reads=reads)
             if self.reward_model is not None:
                 apply_fn = make_apply_fn(self.reward_model, self.mesh)
                 score = jax.jit(functools.partial(reward_functions.sequence_scores, apply_fn))
                 length = self.settings.sampling.prompt_tokens + self.settings.sampling.max_new_tokens
-                args = self.resident["reward model"], *self._texts(batch, length)
-                yield self.program(f"reward{suffix}", score, *args, reads=("reward model",))
-
-    def updates(self) -> Iterator[Program]:
-        """The update of RL, and the KL of an evaluation."""
-        batch, functions = self.settings.rl.batch_size, self.functions
-        args = self.state, self.frozen, self._rollout(batch), self._rows(jnp.float32, batch)
+                scored = self.resident["reward model"], *self._texts(batch, length)
+                yield self.program(f"reward{suffix}", score, *scored, reads=("reward model",))
+        args = self.state, self.frozen, rollouts[train], self._rows(jnp.float32, train)
         yield self.program("update", functions.train.update, *args, reads=(*STATE, "frozen weights"))
-        args = self.trained, self.trained, self.frozen, self._rollout(self.settings.evaluation.batch_size)
+        args = self.trained, self.trained, self.frozen, rollouts[evaluation]
         yield self.program("KL to SFT", functions.kl_to_sft, *args, reads=(*WHOLE, "SFT"))
 
     def merges(self) -> Iterator[Program]:
@@ -155,13 +144,10 @@ class _Planner:
         warp, policies = self.settings.warp, [self.trained] * self.settings.warp.num_runs
         gram = jax.jit(lambda init, policies: merging.gram(init, policies, warp.unit).matrix)
         liti = jax.jit(functools.partial(merging.liti, liti_rate=warp.liti_rate))
-        calls = (
-            ("Gram matrix", gram, policies),
-            ("merge", jax.jit(merging.lerp), policies),
-            ("LITI", liti, self.trained),
-        )
-        for name, call, merged in calls:
-            yield self.program(name, call, self.trained, merged, reads=("init",), absent=RUN_ONLY)
+        common: dict[str, Names] = {"reads": ("init",), "absent": RUN_ONLY}
+        yield self.program("Gram matrix", gram, self.trained, policies, **common)
+        yield self.program("merge", jax.jit(merging.lerp), self.trained, policies, **common)
+        yield self.program("LITI", liti, self.trained, self.trained, **common)
 
     def supervised_steps(self) -> Iterator[Program]:
         """Steps of SFT and of the reward model. Start weights are co-resident, named SFT and reward model."""
