@@ -79,14 +79,14 @@ def main(argv: Sequence[str]) -> None:
         memory.check_names(plan, names)
     except (ValueError, OSError) as error:
         cli.fail(str(error))
-    limit = (1 - SPARE.value) * chip.hbm_bytes
     say = functools.partial(print, file=sys.stderr, flush=True)
     started = time.monotonic()
 
     def on_program(done: compile.Compiled) -> None:
         say(f"{done.name}: compiled in {done.seconds:.0f} s ({time.monotonic() - started:.0f} s in total)")
 
-    fit = memory.check(plan, limit, names, on_program)
+    check_plan = functools.partial(memory.check, limit=(1 - SPARE.value) * chip.hbm_bytes, on_program=on_program)
+    fit = check_plan(plan, names)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     slices = f"{SLICES.value} x " if SLICES.value > 1 else ""
     compilers = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
     if fit.failing and SUGGEST.value:
         say("searching for the nearest setting that fits")
         try_plan = functools.partial(compile.make_plan, devices=devices)
-        changes = memory.search(settings, try_plan, fit.failing, limit, names=names, on_program=on_program)
+        changes = memory.search(settings, fit.failing, names, make_plan=try_plan, check_plan=check_plan)
         print(tables.advice(changes))
     if JSON.value:
         about = {"command": " ".join(sys.argv), "mesh": settings.mesh, "versions": versions, "suggestion": changes}

@@ -1,5 +1,6 @@
 """Plans on eight simulated devices: memory by hand, and the search for a setting that fits."""
 
+import functools
 import operator
 import types
 
@@ -133,7 +134,7 @@ def test_names_can_be_given_in_a_list(plan):
 MODEL_NAMES = ("start of a run", "generation", "reward", "update", "KL to SFT")
 
 
-def _search(monkeypatch, settings, needs, **options):
+def _search(monkeypatch, settings, needs, names=()):
     """Run `memory.search` with a limit of 1 byte, `needs(name, config)` bytes per program, and tensor at most 2."""
     tried = []
 
@@ -154,9 +155,9 @@ def _search(monkeypatch, settings, needs, **options):
 
     monkeypatch.setattr(memory, "compile_program", compile_program)
     config = _config(**settings)
-    names = options.get("names", [])
-    failing = memory.check(make_plan(config), 1, names, lambda done: None).failing
-    found = memory.search(config, make_plan, failing, 1, on_program=lambda done: None, **options)
+    check_plan = functools.partial(memory.check, limit=1, on_program=lambda done: None)
+    failing = check_plan(make_plan(config), names).failing
+    found = memory.search(config, failing, names, make_plan=make_plan, check_plan=check_plan)
     return found, len(tried) - 1
 
 
@@ -309,14 +310,14 @@ def small_plan():
 def test_compiled_programs_are_weighed(small_plan):
     """Fails when co-resident memory is not added, or an out-of-memory error of the compiler ends the program."""
     heard = []
-    found = memory.check(small_plan, 45, on_program=heard.append)
+    found = memory.check(small_plan, limit=45, on_program=heard.append)
     one, two = found.programs
     assert (one.arguments, one.temporaries, one.peak, one.co_resident, one.total) == (7, 11, 13, 32, 45)
     assert (two.arguments, two.co_resident, two.error) == (32, 16 + 32, "RESOURCE_EXHAUSTED: too large")
     assert (found.resident, found.chips, found.limit) == ({"split": 16, "whole": 32}, 8, 45)
     assert heard == [one, two]
-    assert [p.name for p in memory.check(small_plan, 45, ["one"], heard.append).programs] == ["one"]
-    assert memory.check(small_plan, 44, ["one"], heard.append).failing == ["one"]
+    one = memory.check(small_plan, ["one"], limit=44, on_program=heard.append)
+    assert ([p.name for p in one.programs], one.failing) == (["one"], ["one"])
     with pytest.raises(ValueError, match="'three', want all, or some of: one, two"):
         memory.check_names(small_plan, ["one", "three"])
 

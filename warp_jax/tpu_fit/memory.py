@@ -8,6 +8,8 @@ from warp_jax.settings import Settings
 from warp_jax.tpu_fit.compile import EVALUATION, Compiled, Plan, chip_bytes, compile_program
 
 Change = Mapping[str, Any]  # new config values by path
+PlanFn = Callable[[Settings], Plan]
+CheckFn = Callable[[Plan, Sequence[str]], "Fit"]  # plan, names of programs
 MOST_TRIES = 16  # of a search; each takes minutes
 
 
@@ -25,7 +27,7 @@ class Fit(NamedTuple):
         return [p.name for p in self.programs if p.error or p.total > self.limit]
 
 
-def check(plan: Plan, limit: float, names: Sequence[str] = (), on_program: Callable[[Compiled], None] = print) -> Fit:
+def check(plan: Plan, names: Sequence[str] = (), *, limit: float, on_program: Callable[[Compiled], None]) -> Fit:
     """Compile the programs of a plan, or those of `names`, and compare their memory with `limit` bytes per chip."""
     compiled = []
     for program in plan.programs:
@@ -37,13 +39,7 @@ def check(plan: Plan, limit: float, names: Sequence[str] = (), on_program: Calla
 
 
 def search(
-    settings: Settings,
-    make_plan: Callable[[Settings], Plan],
-    failing: list[str],
-    limit: float,
-    *,
-    names: Sequence[str] = (),
-    on_program: Callable[[Compiled], None] = print,
+    settings: Settings, failing: list[str], names: Sequence[str], *, make_plan: PlanFn, check_plan: CheckFn
 ) -> Change | None:
     """Find config changes after which the failing programs, at least one, and all others fit, or return None.
 
@@ -62,9 +58,7 @@ def search(
         settings, changes = changed, {**changes, **change}
         suspects = _of_names(plan, failing)
         rest = [name for name in _of_names(plan, names) if name not in suspects]
-        failing = check(plan, limit, suspects, on_program).failing
-        if rest and not failing:
-            failing = check(plan, limit, rest, on_program).failing
+        failing = check_plan(plan, suspects).failing or (check_plan(plan, rest).failing if rest else [])
         if not failing:
             return changes
     return None
