@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# Runs warp_jax.main on every host of a Cloud TPU slice and resumes it after a preemption; see usage() below.
 # Not tested on a real slice, only with a fake gcloud (flags and states of gcloud 528). Needs bash 4.4.
 set -euo pipefail
 
@@ -142,12 +141,11 @@ install_script() { # first commands on each host; safe to repeat
 
 job_script() { # background job on a host; it writes its exit code to a file
   echo "trap 'echo \$? >~/$1/code' EXIT"
-  shift
   echo '('
   install_script
   printf ')\n[ $? = 0 ] || exit 1 # not the code of the failed tool: 2 would mean bad input\n'
   printf 'cd warp_jax; JAX_PLATFORMS=tpu,cpu .venv/bin/python -m warp_jax.main'
-  printf ' %q' "$@" --multihost
+  printf ' %q' "${@:2}" --multihost
 }
 
 host_script() { # command on a host: start the job, which survives a lost connection, and print its output

@@ -133,8 +133,7 @@ def make_pod(name: str, arguments: list[str], hosts: int) -> dict[str, Any]:
     environment = {"JAX_PLATFORMS": "tpu,cpu"}  # fail without a TPU, instead of running on the CPU
     if hosts > 1:
         arguments = [*arguments, "--multihost"]
-        coordinator = f"{NAME.value}-{name}-0-0.{NAME.value}"
-        environment |= {"MEGASCALE_COORDINATOR_ADDRESS": coordinator}
+        environment["MEGASCALE_COORDINATOR_ADDRESS"] = f"{NAME.value}-{name}-0-0.{NAME.value}"
         environment |= {"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
     chips_per_host = 1 if TOPOLOGY.value == "1x1" else CHIPS_PER_HOST
     nodes = {

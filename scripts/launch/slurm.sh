@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# Submits WARP to Slurm: for each iteration, an array job of the runs and a merge; see usage() below.
 # Not tested on a real cluster, only with fake sbatch, srun and scontrol. Needs bash 4.4.
 set -euo pipefail
 
