@@ -71,9 +71,7 @@ def load_points(config_file: str, common: Mapping[str, Any], out: Path) -> list[
 
     def add(name: str, values: Mapping[str, Any]) -> None:
         if not NAME.fullmatch(name):
-            raise ValueError(
-                f"sweep: got the name {name!r}, want letters, digits and . _ = + -, since it names a folder"
-            )
+            raise ValueError(f"sweep: got the name {name!r}, want letters, digits and . _ = + -: it names a folder")
         if name in values_of:
             raise ValueError(f"sweep: two points have the name {name!r}, want different names")
         values_of[name] = {**common, **values}
@@ -92,9 +90,7 @@ def make_point(config_file: str, name: str, values: Mapping[str, Any], out: Path
         for path, value in values.items():
             got, want = operator.attrgetter(path)(config), plain(value)
             if got != want or (type(got) is not type(want) and (type(got), type(want)) != (float, int)):
-                raise ValueError(
-                    f"config.{path}: got {value!r}, but main would read {got!r}; want a value of the same type"
-                )
+                raise ValueError(f"config.{path}: got {value!r}, but main would read {got!r}; want the same type")
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"sweep, point {name}: {error.args[0] if error.args else error}") from error
     return Point(name, out / name, (f"--config={config_file}", f"--workdir={out / name}", *overrides), config)
