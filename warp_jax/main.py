@@ -74,8 +74,7 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         corpora = check(settings, workdir)
         part = jobs.choose_part(settings, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
     except (ValueError, OSError, hosts.PeerError) as error:
-        if MULTIHOST.value:
-            hosts.exit_if_peer_lost(error)
+        hosts.exit_if_peer_lost(error)
         cli.fail(str(error))
     try:
         line = jobs.run_part(settings, corpora, workdir, part)

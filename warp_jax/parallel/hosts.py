@@ -53,17 +53,12 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def broadcast(value: Any) -> Any:
-    """Return process 0's value, a number or a numpy array, in every process."""
-    return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
-
-
 def exists(path: Path) -> bool:
     """True in every process if the path exists for process 0.
 
     Only process 0 looks: on NFS, other hosts see a new file late, and cache each failed look-up.
     """
-    return bool(broadcast(np.array(is_first() and path.exists())))
+    return bool(multihost_utils.broadcast_one_to_all(np.array(is_first() and path.exists())))
 
 
 def all_or_none(action: Callable[[], Result]) -> Result:
@@ -98,9 +93,12 @@ def on_first_process(make: Callable[[], None]) -> None:
 
 def fetch(tree: Any) -> Any:
     """Gather every array of a tree as a complete numpy array in every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(_gather, tree)
+
+    def gather(x: Any) -> Any:
+        is_here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+        return x if is_here else multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.device_get(jax.tree.map(gather, tree))
 
 
 def computed_on_first_process(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
@@ -117,7 +115,7 @@ def computed_on_first_process(function: Callable[..., np.ndarray]) -> Callable[.
             if result.shape != values.shape:
                 raise ValueError(f"function: returned shape {result.shape}, want {values.shape}, one number each")
             values = result
-        return np.asarray(broadcast(values))
+        return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
     return call
 
@@ -167,12 +165,4 @@ def _exit_at_once(code: int) -> None:
 
 def _gather_flag(failed: bool) -> list[bool]:
     """The flag of each process, in order."""
-    if jax.process_count() == 1:
-        return [failed]
     return multihost_utils.process_allgather(np.array([failed])).ravel().tolist()
-
-
-def _gather(x: Any) -> np.ndarray:
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    return np.asarray(jax.device_get(x))

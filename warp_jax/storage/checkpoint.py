@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from warp_jax.parallel import hosts
 from warp_jax.types import Params
@@ -43,7 +44,7 @@ class StateStore:
 
     def latest_step(self) -> int:
         """Step of the saved state; 0 if no state is saved."""
-        return int(hosts.broadcast(self._manager.latest_step() or 0))
+        return int(multihost_utils.broadcast_one_to_all(self._manager.latest_step() or 0))
 
     def save(self, step: int, state: Any) -> None:
         """Start saving the state after `step` steps; return before it is on disk."""
