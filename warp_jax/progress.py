@@ -15,7 +15,7 @@ class JobProgress:
     def __init__(self, total_steps: int, *, quiet: bool = False):
         self._console = Console(stderr=True, quiet=quiet)
         self._total = total_steps
-        self._before = 0
+        self._before, self._phase_steps = 0, 0  # steps of the phases before this one, and of this one
         self._phase = ""
         self._last_line = time.monotonic()
         self._since: float | None = None  # end of the last step or evaluation of this phase
@@ -35,11 +35,11 @@ class JobProgress:
 
     def start_phase(self, name: str, num_steps: int, *, finished: bool) -> None:
         """Start a phase of num_steps steps, or skip it if `finished`: its result is already saved."""
+        self._before, self._phase_steps = self._before + self._phase_steps, num_steps
         self._phase, self._since = name, None
         self.note(f"{name}: {'done before, skipped' if finished else 'started'}")
         if finished:
             self.on_step(num_steps, {})
-            self.end_phase(num_steps)
 
     def on_step(self, done: int, values: Mapping[str, float]) -> None:
         """Move the bar to `done` steps of this phase. values: latest metrics, empty for steps of an earlier process."""
@@ -57,10 +57,6 @@ class JobProgress:
             count = f"{self._before + done}/{self._total} of all steps"
             parts = filter(None, (f"{self._phase}: step {done}", latest, count, left))
             self.note(", ".join(parts))
-
-    def end_phase(self, num_steps: int) -> None:
-        """End a phase: count its steps as done."""
-        self._before += num_steps
 
     def expect_evaluations(self, count: int) -> None:
         """Set how many evaluations remain. The time left includes them as soon as one evaluation has been timed."""

@@ -26,7 +26,7 @@ def _evaluation(value):
 
 
 class _Progress:
-    start_phase = end_phase = note = on_step = expect_evaluations = lambda *args, **kwargs: None
+    start_phase = note = on_step = expect_evaluations = lambda *args, **kwargs: None
 
 
 def _tree(vector):

@@ -166,7 +166,6 @@ class Maker:
         self._measure(name, settings.batch_size, task, params)
         checkpoint.save_params(directory / "params", trained)
         checkpoint.forget_state(directory)
-        self.progress.end_phase(settings.num_steps)
         return params
 
     def _measure(self, name: str, batch_size: int, task: Task, params: Params) -> None:

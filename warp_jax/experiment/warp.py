@@ -66,7 +66,6 @@ class Job:
             with hosts.locked(directory / "lock", functools.partial(_refuse, f"run {run}", iteration)):
                 if not checkpoint.has_params(directory / "params"):  # another job may have finished it meanwhile
                     self._train(init_params, iteration, run, directory)
-            self.progress.end_phase(num_steps)
         checkpoint.forget_state(directory)  # a killed job may have left it
 
         def params_at(step: int, name: str) -> Params:

@@ -180,7 +180,6 @@ class _Job(NamedTuple):
         for number, (chunk, result) in enumerate(zip(self.chunks, results, strict=True), start=1):
             self.progress.on_step(number, {"chunk": number})
             yield chunk, result
-        self.progress.end_phase(len(self.chunks))
 
     def make_folder(self, folder: Path, tensors: Sequence[Tensor]) -> SafetensorsWriter:
         """Create a model folder with init's config and tokenizer, and weight files to fill."""
