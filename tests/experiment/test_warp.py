@@ -47,7 +47,7 @@ def job(monkeypatch):
         settings = settings_of({**changes, "evaluation.every": 6, "front.etas": (0.3, 1.0)})
         starts, measured, planned = {}, {}, set()
 
-        def train_policy(trainer, init_params, frozen_params, *, iteration, run, schedule):
+        def train_policy(trainer, init_params, *, iteration, run, schedule):
             starts[iteration, run] = _vector(init_params)
             policy = _tree(_vector(init_params) + STEPS[iteration, run])
             schedule.after_step(schedule.num_steps, types.SimpleNamespace(params=policy))
@@ -67,9 +67,7 @@ def job(monkeypatch):
 
         monkeypatch.setattr(warp.reinforce, "run_policy", train_policy)
         monkeypatch.setattr(warp, "EvaluationStore", Store)
-        programs = types.SimpleNamespace(train=None, sampler=None, kl_to_sft=None)
-        monkeypatch.setattr(warp, "make_programs", lambda *args, **kwargs: programs)
-        setup = Setup(**{**dict.fromkeys(Setup._fields), "sft_params": _tree(SFT)})
+        setup = Setup(tokenizer=None, trainer=None, examiner=types.SimpleNamespace(sft_params=_tree(SFT)))
         run.made = warp.make_job(settings, setup, workdir, _Progress())
         points = warp.run_warp(run.made)
         assert planned == measured.keys()

@@ -105,6 +105,7 @@ def _run(directory, mesh=None, num_steps=4, *, stop_after=None, checkpoint_every
         sampler=_sampler(mesh),
         reward_fn=REWARD,
         train_prompts=_prompt_batch(),
+        frozen_params={},
         mesh=mesh,
         rl=SETTINGS.rl,
         seed=7,
@@ -112,7 +113,7 @@ def _run(directory, mesh=None, num_steps=4, *, stop_after=None, checkpoint_every
     schedule = loop.Schedule(
         num_steps, directory, checkpoint_every, lambda step, values: metrics.append(values), after_step
     )
-    final = reinforce.run_policy(trainer, params, {}, iteration=1, run=2, schedule=schedule)
+    final = reinforce.run_policy(trainer, params, iteration=1, run=2, schedule=schedule)
     return jax.device_get(final), [m for m in metrics if m]
 
 
@@ -276,12 +277,13 @@ def _draws(directory, seed, iteration, run):
         sampler=sampler,
         reward_fn=lambda rollout: types.SimpleNamespace(total=np.zeros(BATCH, np.float32), parts={}),
         train_prompts=_prompt_batch(),
+        frozen_params={},
         mesh=ONE_DEVICE,
         rl=SETTINGS.rl,
         seed=seed,
     )
     schedule = loop.Schedule(2, directory, checkpoint_every=100, on_step=lambda *args: None)
-    reinforce.run_policy(trainer, {"w": jnp.zeros(2)}, {}, iteration=iteration, run=run, schedule=schedule)
+    reinforce.run_policy(trainer, {"w": jnp.zeros(2)}, iteration=iteration, run=run, schedule=schedule)
     return seen
 
 

@@ -72,7 +72,7 @@ def run_part(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, p
         points = warp.run_warp(job)
         if not hosts.is_first():
             return ""
-        return report.write_report(settings, setup.tokenizer, setup.eval_prompts, points, workdir)
+        return report.write_report(settings, setup.tokenizer, setup.examiner.eval_prompts, points, workdir)
 
 
 def total_steps(settings: Settings, part: Part = WHOLE) -> int:

@@ -5,47 +5,39 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 
 from warp_jax import files
 from warp_jax.data import batches, chat, corpus
 from warp_jax.data.corpus import Corpus
 from warp_jax.data.tokenizer import Tokenizer
+from warp_jax.evaluation import measure
 from warp_jax.experiment import architecture
 from warp_jax.experiment.ingredients import Maker, Tokens
+from warp_jax.experiment.programs import make_programs
 from warp_jax.models import freezing
-from warp_jax.models.transformer import TransformerConfig
 from warp_jax.parallel import hosts, meshes
 from warp_jax.pretrained import sources
 from warp_jax.progress import JobProgress
 from warp_jax.rewards import reward_functions
 from warp_jax.settings import Settings
 from warp_jax.settings.groups import Data
-from warp_jax.training import sampling
-from warp_jax.types import Params, PromptBatch, RewardFn, Rollout
+from warp_jax.training import reinforce
+from warp_jax.types import PromptBatch, RewardFn, Rollout
 
 
 class Setup(NamedTuple):
-    """Inputs that all runs share. sft_params, frozen_params: trained leaves of the SFT policy, and its other leaves.
+    """What all runs share: the ingredients of their training and of their evaluation."""
 
-    Training and evaluation have a reward function each, because a reward on text may read the rows of its split.
-    """
-
-    mesh: Mesh
-    model: TransformerConfig
     tokenizer: Tokenizer
-    sampling_config: sampling.SamplingConfig
-    sft_params: Params
-    frozen_params: Params
-    train_prompts: PromptBatch
-    eval_prompts: PromptBatch
-    train_reward_fn: RewardFn
-    eval_reward_fn: RewardFn
-    gold_fn: Callable[[Rollout], np.ndarray]
+    trainer: reinforce.Trainer
+    examiner: measure.Examiner
 
 
 def prepare(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, progress: JobProgress) -> Setup:
-    """Load or make every ingredient; what the workdir already holds is restored."""
+    """Load or make every ingredient; what the workdir already holds is restored.
+
+    Training and evaluation have a reward function each, because a reward on text may read the rows of its split.
+    """
     mesh = meshes.make_mesh(settings.mesh)
     tokenizer = load_tokenizer(settings, corpora, workdir / "tokenizer.json")
     prompts = {name: make_prompts(settings, tokenizer, corpora[name], name) for name in ("prompts", "eval")}
@@ -61,24 +53,31 @@ def prepare(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, pr
     learned = maker.reward_model(policy, tokens, corpora, sft_params) if settings.needs_reward_model else None
     reward_fns = {name: make_reward_fn(maker, learned, corpora[name].rows) for name in prompts}
     trained, frozen = freezing.split(sft_params, settings.model.trainable)
-    return Setup(
+    stop_ids, pad_id = tokenizer.stop_ids, tokenizer.pad_id
+    programs = make_programs(settings, mesh, policy, trained=trained, frozen=frozen, stop_ids=stop_ids, pad_id=pad_id)
+    trainer = reinforce.Trainer(
+        programs=programs.train,
+        sampler=programs.sampler,
+        reward_fn=reward_fns["prompts"],
+        train_prompts=prompts["prompts"],
+        frozen_params=frozen,
         mesh=mesh,
-        model=policy,
-        tokenizer=tokenizer,
-        sampling_config=sampling.SamplingConfig(
-            max_new_tokens=settings.sampling.max_new_tokens,
-            temperature=settings.sampling.temperature,
-            stop_ids=tokenizer.stop_ids,
-            pad_id=tokenizer.pad_id,
-        ),
+        rl=settings.rl,
+        seed=settings.seed,
+    )
+    examiner = measure.Examiner(
+        mesh=mesh,
+        sampler=programs.sampler,
+        kl_to_sft=programs.kl_to_sft,
+        reward_fn=reward_fns["eval"],
+        gold_fn=reward_functions.make_from_text(gold_fn, tokenizer, corpora["eval"].rows),
         sft_params=trained,
         frozen_params=frozen,
-        train_prompts=prompts["prompts"],
         eval_prompts=batches.take(prompts["eval"], np.arange(settings.evaluation.num_prompts)),
-        train_reward_fn=reward_fns["prompts"],
-        eval_reward_fn=reward_fns["eval"],
-        gold_fn=reward_functions.make_from_text(gold_fn, tokenizer, corpora["eval"].rows),
+        batch_size=settings.evaluation.batch_size,
+        seed=settings.seed,
     )
+    return Setup(tokenizer, trainer, examiner)
 
 
 def load_corpora(settings: Settings) -> dict[str, Corpus]:

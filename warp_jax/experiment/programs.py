@@ -27,13 +27,14 @@ def make_programs(
     mesh: Mesh,
     model: TransformerConfig,
     *,
-    sampling_config: sampling.SamplingConfig,
     trained: Params,
     frozen: Params,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
 ) -> Programs:
     """Jit the programs for a policy `model`, whose trained and frozen leaves are shaped like these trees."""
     apply_fn = make_apply_fn(model, mesh)
-    temperature, chunk = sampling_config.temperature, settings.model.logits_chunk
+    temperature, chunk = settings.sampling.temperature, settings.model.logits_chunk
     update = reinforce.make_programs(
         mesh,
         trained,
@@ -48,7 +49,7 @@ def make_programs(
         apply_fn=apply_fn,
         make_cache=functools.partial(init_cache, model, mesh=mesh),
         dtype=model.dtype,
-        config=sampling_config,
+        config=sampling.SamplingConfig(settings.sampling.max_new_tokens, temperature, stop_ids, pad_id),
     )
     score_kl = functools.partial(scoring.sequence_kl, apply_fn, temperature=temperature, chunk=chunk)
     return Programs(sampler, update, measure.make_kl_to_sft(score_kl))

@@ -13,7 +13,6 @@ from warp_jax.evaluation import measure
 from warp_jax.evaluation.measure import Evaluation, EvaluationStore
 from warp_jax.evaluation.points import Point, evaluation_names, front_names, front_points, trajectory
 from warp_jax.experiment.preparation import Setup
-from warp_jax.experiment.programs import Programs, make_programs
 from warp_jax.parallel import hosts
 from warp_jax.progress import JobProgress
 from warp_jax.settings import Settings
@@ -38,10 +37,10 @@ class Job:
     """
 
     settings: Settings
-    setup: Setup
+    sft_params: Params  # trained leaves of SFT
+    trainer: reinforce.Trainer
     workdir: Path
     progress: JobProgress
-    programs: Programs
     evaluations: EvaluationStore
 
     def directory(self, iteration: int) -> Path:
@@ -50,7 +49,7 @@ class Job:
 
     def init_params(self, iteration: int) -> Params:
         """theta_init of an iteration, from the saved merges of all iterations before it (line 13)."""
-        init_params = self.setup.sft_params
+        init_params = self.sft_params
         for before in range(1, iteration):
             merged = checkpoint.restore_params(self.directory(before) / "merged", init_params)
             init_params = merging.liti(init_params, merged, self.settings.warp.liti_rate)
@@ -109,10 +108,10 @@ class Job:
 
     def front(self, merged: Params, iteration: int) -> list[Point]:
         """The points of an iteration's merge and of its front: LITI from SFT to the merge, one point per eta."""
-        return front_points(self.settings.front.etas, self.setup.sft_params, merged, iteration, self.evaluations)
+        return front_points(self.settings.front.etas, self.sft_params, merged, iteration, self.evaluations)
 
     def _train(self, init_params: Params, iteration: int, run: int, directory: Path) -> None:
-        settings, setup = self.settings, self.setup
+        settings = self.settings
         evaluated = trajectory(settings, iteration, run)
 
         def after_step(step: int, state: TrainState) -> None:
@@ -121,56 +120,26 @@ class Job:
 
         num_steps = settings.warp.steps_per_iteration[iteration - 1]
         schedule = loop.Schedule(num_steps, directory, settings.checkpoint_every, self.progress.on_step, after_step)
-        trainer = reinforce.Trainer(
-            programs=self.programs.train,
-            sampler=self.programs.sampler,
-            reward_fn=setup.train_reward_fn,
-            train_prompts=setup.train_prompts,
-            mesh=setup.mesh,
-            rl=settings.rl,
-            seed=settings.seed,
-        )
-        params = reinforce.run_policy(
-            trainer, init_params, setup.frozen_params, iteration=iteration, run=run, schedule=schedule
-        )
+        params = reinforce.run_policy(self.trainer, init_params, iteration=iteration, run=run, schedule=schedule)
         checkpoint.save_params(directory / "params", params)
 
 
 def make_job(settings: Settings, setup: Setup, workdir: Path, progress: JobProgress) -> Job:
-    """The job of a workdir, with its programs."""
+    """The job of a workdir."""
 
     def on_new(name: str, evaluation: Evaluation, seconds: float) -> None:
         row = measure.summary(evaluation)
         measured = f"reward {row['reward']:.3f} (gold {row['gold_reward']:.3f}) at {row['sft_kl']:.2f} nats from SFT"
         progress.on_evaluation(f"{name}: {measured}", seconds)
 
-    programs = make_programs(
-        settings,
-        setup.mesh,
-        setup.model,
-        sampling_config=setup.sampling_config,
-        trained=setup.sft_params,
-        frozen=setup.frozen_params,
-    )
-    examiner = measure.Examiner(
-        mesh=setup.mesh,
-        sampler=programs.sampler,
-        kl_to_sft=programs.kl_to_sft,
-        reward_fn=setup.eval_reward_fn,
-        gold_fn=setup.gold_fn,
-        sft_params=setup.sft_params,
-        frozen_params=setup.frozen_params,
-        eval_prompts=setup.eval_prompts,
-        batch_size=settings.evaluation.batch_size,
-        seed=settings.seed,
-    )
-    evaluate = functools.partial(measure.evaluate, examiner)
-    return Job(settings, setup, workdir, progress, programs, EvaluationStore(workdir / "evaluations", evaluate, on_new))
+    evaluate = functools.partial(measure.evaluate, setup.examiner)
+    evaluations = EvaluationStore(workdir / "evaluations", evaluate, on_new)
+    return Job(settings, setup.examiner.sft_params, setup.trainer, workdir, progress, evaluations)
 
 
 def run_warp(job: Job) -> list[Point]:
     """Train, merge and evaluate everything that the workdir lacks; return all points in order."""
-    warp, sft = job.settings.warp, job.setup.sft_params
+    warp, sft = job.settings.warp, job.sft_params
     _expect(job, evaluation_names(job.settings))
     points = [Point("sft", 0, 0, 0.0, 0, job.evaluations.get("sft", lambda: sft))]
     init_params = sft

@@ -24,7 +24,7 @@ from warp_jax.rewards import reward_functions
 from warp_jax.settings import Settings, check_devices
 from warp_jax.settings.groups import RewardModel, Sft
 from warp_jax.tpu_fit import hlo
-from warp_jax.training import optimizers, sampling, supervised
+from warp_jax.training import optimizers, supervised
 from warp_jax.types import Params, PromptBatch, Rollout
 
 Names = tuple[str, ...]  # keys of Plan.resident
@@ -94,10 +94,8 @@ class _Planner:
         self.policy, self.reward_model = architecture.planned(settings)
         self.weights = partitioning.with_shardings(mesh, param_shapes(self.policy))
         self.trained, self.frozen = freezing.split(self.weights, settings.model.trainable)
-        sizes = settings.sampling
-        sampler = sampling.SamplingConfig(sizes.max_new_tokens, sizes.temperature, stop_ids=(1,), pad_id=0)
         self.functions = make_programs(
-            settings, mesh, self.policy, sampling_config=sampler, trained=self.trained, frozen=self.frozen
+            settings, mesh, self.policy, trained=self.trained, frozen=self.frozen, stop_ids=(1,), pad_id=0
         )
         self.state = partitioning.with_shardings(mesh, jax.eval_shape(self.functions.train.init, self.trained))
         self.resident: dict[str, Any] = dict(zip(STATE, self.state[1:], strict=True))  # without the step

@@ -36,6 +36,7 @@ class Trainer(NamedTuple):
     sampler: sampling.Sampler
     reward_fn: RewardFn
     train_prompts: PromptBatch
+    frozen_params: Params  # leaves of the model that no run trains
     mesh: Mesh
     rl: Rl
     seed: int  # for the order of prompts and for sampling, together with iteration, run and step
@@ -126,26 +127,24 @@ def _accumulate(score: ScoreFn, params: Params, chunks: Rollout, weights: Array)
     return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (chunks, weights))
 
 
-def run_policy(
-    trainer: Trainer, init_params: Params, frozen_params: Params, *, iteration: int, run: int, schedule: loop.Schedule
-) -> Params:
+def run_policy(trainer: Trainer, init_params: Params, *, iteration: int, run: int, schedule: loop.Schedule) -> Params:
     """Train one policy from init_params, or resume its training; return the trained leaves of the policy.
 
     Prompts and random keys depend only on (seed, iteration, run, step).
     """
     stream = f"iteration {iteration} run {run}"
     run_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(trainer.seed), iteration), run)
-    group_size, mesh = trainer.rl.samples_per_prompt, trainer.mesh
+    group_size, mesh, frozen = trainer.rl.samples_per_prompt, trainer.mesh, trainer.frozen_params
     num_prompts = trainer.rl.batch_size // group_size
 
     def step_fn(state: TrainState, step: int) -> tuple[TrainState, Mapping[str, Any]]:
         count = len(trainer.train_prompts.example_ids)
         rows = batches.epoch_rows(count, num_prompts, step, seed=trainer.seed, stream=stream)
         batch = batches.take(trainer.train_prompts, np.repeat(rows, group_size))
-        params = trees.join(state.params, frozen_params)
-        rollout = trainer.sampler(params, meshes.put_batch(mesh, batch), jax.random.fold_in(run_key, step))
+        key = jax.random.fold_in(run_key, step)
+        rollout = trainer.sampler(trees.join(state.params, frozen), meshes.put_batch(mesh, batch), key)
         rewards = trainer.reward_fn(rollout)
-        state, metrics = trainer.programs.update(state, frozen_params, rollout, meshes.put_batch(mesh, rewards.total))
+        state, metrics = trainer.programs.update(state, frozen, rollout, meshes.put_batch(mesh, rewards.total))
         parts = {f"reward/{name}": jnp.mean(values) for name, values in rewards.parts.items()}
         return state, {**metrics, **parts}
 
