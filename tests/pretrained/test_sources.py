@@ -203,9 +203,8 @@ def test_a_reward_model_reads_the_filled_template(models):
     config.data.prompt_template = "Answer in one word: {messages}"
     row = {"messages": "what is 3 and 4?"}
     assert corpus.asked(row, "messages", config.data.prompt_template) == "Answer in one word: what is 3 and 4?"
-    found = ingredients.Maker(typed(config), models, None, meshes.make_mesh((-1, 1, 1)), None).text_fn(
-        str(models / "reward")
-    )
+    maker = ingredients.Maker(typed(config), models, None, meshes.make_mesh((-1, 1, 1)), None, {})
+    found = maker.text_fn(str(models / "reward"))
     plain = from_folder.load(models / "reward", meshes.make_mesh((-1, 1, 1)), "float32", lambda row: row["whole"])
     want = plain(["-"], ["7"], [{"whole": "Answer in one word: what is 3 and 4?"}])
     np.testing.assert_allclose(found(["-"], ["7"], [row]), want, rtol=1e-6)

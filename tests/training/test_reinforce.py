@@ -271,7 +271,7 @@ def _draws(directory, seed, iteration, run):
         return rollout
 
     trainer = reinforce.Trainer(
-        programs=reinforce.Programs(
+        programs=loop.Programs(
             init=lambda params: types.SimpleNamespace(params=params), update=lambda state, *rest: (state, {})
         ),
         sampler=sampler,

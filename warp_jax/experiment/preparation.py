@@ -12,7 +12,7 @@ from warp_jax.data.corpus import Corpus
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.evaluation import measure
 from warp_jax.experiment import architecture
-from warp_jax.experiment.ingredients import Maker, Tokens
+from warp_jax.experiment.ingredients import Maker
 from warp_jax.experiment.programs import make_programs
 from warp_jax.models import freezing
 from warp_jax.parallel import hosts, meshes
@@ -46,11 +46,10 @@ def prepare(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, pr
             limit = settings.sampling.prompt_tokens
             progress.note(f"split {name!r}: {dropped} prompts of more than sampling.prompt_tokens = {limit} left out")
     policy = architecture.policy_config(settings.model, tokenizer.vocab_size)
-    tokens = {name: encode_texts(tokenizer, corpora[name].texts) for name in settings.learned_splits}
-    maker = Maker(settings, workdir, progress, mesh, tokenizer)
-    gold_fn = maker.gold(tokens, corpora)
-    sft_params = maker.sft(policy, tokens)
-    learned = maker.reward_model(policy, tokens, corpora, sft_params) if settings.needs_reward_model else None
+    maker = Maker(settings, workdir, progress, mesh, tokenizer, corpora)
+    gold_fn = maker.gold()
+    sft_params = maker.sft(policy)
+    learned = maker.reward_model(policy, sft_params) if settings.needs_reward_model else None
     reward_fns = {name: make_reward_fn(maker, learned, corpora[name].rows) for name in prompts}
     trained, frozen = freezing.split(sft_params, settings.model.trainable)
     stop_ids, pad_id = tokenizer.stop_ids, tokenizer.pad_id
@@ -149,19 +148,10 @@ def make_reward_fn(
     maker: Maker, learned: Callable[[Rollout], Any] | None, rows: Sequence[Mapping[str, Any]]
 ) -> RewardFn:
     """The weighted sum of the parts of the reward; learned: the reward model trained here, if one is needed."""
-    used = maker.settings.reward_parts
-    parts: dict[str, Callable[[Rollout], Any]] = {}
-    for name, part in used.items():
-        if part.source == "length":
-            parts[name] = reward_functions.length
-        elif part.source == "reward_model":
-            assert learned is not None  # settings.needs_reward_model is True because of this part
-            parts[name] = learned
-        else:
-            parts[name] = reward_functions.make_from_text(maker.text_fn(part.source), maker.tokenizer, rows)
+    used, on_device = maker.settings.reward_parts, {"length": reward_functions.length, "reward_model": learned}
+    parts = {
+        name: on_device.get(part.source)
+        or reward_functions.make_from_text(maker.text_fn(part.source), maker.tokenizer, rows)
+        for name, part in used.items()
+    }
     return reward_functions.weighted_sum({name: part.weight for name, part in used.items()}, parts)
-
-
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokens:
-    """Ids of whole texts, each with its end-of-sequence token."""
-    return [np.append(ids, np.int32(tokenizer.eos_id)) for ids in tokenizer.encode(texts)]

@@ -10,15 +10,15 @@ from warp_jax.evaluation import measure
 from warp_jax.models.apply import make_apply_fn
 from warp_jax.models.transformer import TransformerConfig, init_cache
 from warp_jax.settings import Settings
-from warp_jax.training import optimizers, reinforce, sampling, scoring
-from warp_jax.types import Params
+from warp_jax.training import loop, optimizers, reinforce, sampling, scoring
+from warp_jax.types import Params, TrainState
 
 
 class Programs(NamedTuple):
     """sampler: generation, in training and evaluation. train: a step of RL. kl_to_sft: the KL of an evaluation."""
 
     sampler: sampling.Sampler
-    train: reinforce.Programs
+    train: loop.Programs[TrainState]
     kl_to_sft: measure.KlFn
 
 

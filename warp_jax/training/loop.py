@@ -4,17 +4,39 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+from jax.sharding import Mesh
 
-from warp_jax.parallel import hosts
+from warp_jax.models import partitioning
+from warp_jax.parallel import hosts, meshes
 from warp_jax.storage import checkpoint
 from warp_jax.training.metric_writer import MetricWriter
+from warp_jax.types import Params
 
 State = TypeVar("State")
-StepFn = Callable[[State, int], tuple[State, Mapping[str, Any]]]
+Metrics = Mapping[str, Any]
+StepFn = Callable[[State, int], tuple[State, Metrics]]
 OnStep = Callable[[int, Mapping[str, float]], None]  # steps done, latest metrics
+
+
+class Programs(NamedTuple, Generic[State]):
+    """Compiled functions of a training loop."""
+
+    init: Callable[[Params], State]  # trained params
+    update: Callable[..., tuple[State, Metrics]]  # state (its buffers are reused), frozen params, ...
+
+
+def make_programs(
+    mesh: Mesh, params: Params, init: Callable[[Params], State], update: Callable[..., tuple[State, Metrics]]
+) -> Programs[State]:
+    """Compile init and update for trained params shaped like `params`, with the state sharded over the mesh."""
+    layout = partitioning.param_shardings(mesh, jax.eval_shape(init, params))
+    return Programs(
+        init=jax.jit(init, out_shardings=layout),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(layout, meshes.replicated(mesh))),
+    )
 
 
 class Schedule(NamedTuple):
@@ -53,7 +75,7 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
     on_step(start, {})
     metrics_file = MetricWriter(directory, start) if hosts.is_first() else contextlib.nullcontext()
     with contextlib.closing(store), metrics_file as writer:
-        pending: Mapping[str, Any] = {}
+        pending: Metrics = {}
         try:
             for step in range(start, schedule.num_steps):
                 state, metrics = step_fn(state, step)
@@ -76,7 +98,7 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
     return state
 
 
-def _log(writer: MetricWriter | None, step: int, metrics: Mapping[str, Any], on_step: OnStep) -> None:
+def _log(writer: MetricWriter | None, step: int, metrics: Metrics, on_step: OnStep) -> None:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     if bad:

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from warp_jax import merging, trees
 from warp_jax.data import batches
-from warp_jax.models import partitioning
 from warp_jax.parallel import meshes
 from warp_jax.settings.groups import Rl
 from warp_jax.training import loop, objective, sampling
@@ -21,18 +20,10 @@ from warp_jax.types import Array, Params, PromptBatch, RewardFn, Rollout, TrainS
 ScoreFn = Callable[[Params, Rollout], Array]  # params of the whole model -> log-probability of each token [B, C], nats
 
 
-class Programs(NamedTuple):
-    """Compiled functions shared by all runs; sampling is compiled separately, in `sampling.Sampler`."""
-
-    init: Callable[[Params], TrainState]  # trained params
-    # state (its buffers are reused), frozen params, rollout, rewards [B] -> state, metrics
-    update: Callable[[TrainState, Params, Rollout, Array], tuple[TrainState, Mapping[str, Array]]]
-
-
 class Trainer(NamedTuple):
     """Functions, data and settings shared by all runs."""
 
-    programs: Programs
+    programs: loop.Programs[TrainState]
     sampler: sampling.Sampler
     reward_fn: RewardFn
     train_prompts: PromptBatch
@@ -42,15 +33,12 @@ class Trainer(NamedTuple):
     seed: int  # for the order of prompts and for sampling, together with iteration, run and step
 
 
-def make_programs(mesh: Mesh, params: Params, *, optimizer: optax.GradientTransformation, **options: Any) -> Programs:
+def make_programs(
+    mesh: Mesh, params: Params, *, optimizer: optax.GradientTransformation, **options: Any
+) -> loop.Programs[TrainState]:
     """Compile init and update for trained params shaped like `params`; options: further keywords of `policy_update`."""
-    init_fn = functools.partial(init_state, optimizer)
-    layout = partitioning.param_shardings(mesh, jax.eval_shape(init_fn, params))
     update = functools.partial(policy_update, optimizer=optimizer, **options)
-    return Programs(
-        init=jax.jit(init_fn, out_shardings=layout),
-        update=jax.jit(update, donate_argnums=0, out_shardings=(layout, meshes.replicated(mesh))),
-    )
+    return loop.make_programs(mesh, params, functools.partial(init_state, optimizer), update)
 
 
 def init_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:

@@ -1,6 +1,6 @@
 """Supervised training: fine-tuning a policy on text (SFT), and a reward model on human labels."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from warp_jax import trees
 from warp_jax.data import batches
-from warp_jax.models import partitioning
 from warp_jax.parallel import meshes
 from warp_jax.rewards import reward_functions
 from warp_jax.training import loop, scoring
@@ -55,13 +54,6 @@ def bradley_terry_loss(apply_fn: ApplyFn, params: Params, batch: Batch) -> tuple
 REWARD_LOSSES = {"label": label_loss, "bradley_terry": bradley_terry_loss}
 
 
-def text_batch(token_rows: Sequence[np.ndarray], chosen: np.ndarray, length: int, step: int, **options: Any) -> Batch:
-    """Random windows of the chosen rows; options: seed, stream, bos_id and pad_id of `batches.random_windows`."""
-    rows = [token_rows[i] for i in chosen]
-    token_ids, mask, _ = batches.random_windows(rows, length, step, **options)
-    return {"token_ids": token_ids, "mask": mask}
-
-
 def paired_rows(labels: np.ndarray, batch_size: int, step: int, *, seed: int, stream: str) -> np.ndarray:
     """Row numbers of one batch for the reward model: batch_size / 2 rows with label 1, then as many with label 0."""
     halves = []
@@ -71,14 +63,9 @@ def paired_rows(labels: np.ndarray, batch_size: int, step: int, *, seed: int, st
     return np.concatenate(halves)
 
 
-class Programs(NamedTuple):
-    """Compiled functions of a supervised training."""
-
-    init: Callable[[Params], State]  # trained params
-    update: Callable[[State, Params, Batch], tuple[State, Mapping[str, Array]]]  # state (buffers reused), frozen params
-
-
-def make_programs(mesh: Mesh, loss_fn: LossFn, params: Params, optimizer: optax.GradientTransformation) -> Programs:
+def make_programs(
+    mesh: Mesh, loss_fn: LossFn, params: Params, optimizer: optax.GradientTransformation
+) -> loop.Programs[State]:
     """Compile init and update for trained params shaped like `params`."""
 
     def init(params: Params) -> State:
@@ -92,37 +79,32 @@ def make_programs(mesh: Mesh, loss_fn: LossFn, params: Params, optimizer: optax.
         metrics = {**metrics, "grad_norm": optax.global_norm(grads)}
         return (optax.apply_updates(params, updates), opt_state), metrics
 
-    layout = partitioning.param_shardings(mesh, jax.eval_shape(init, params))
-    return Programs(
-        init=jax.jit(init, out_shardings=layout),
-        update=jax.jit(update, donate_argnums=0, out_shardings=(layout, meshes.replicated(mesh))),
-    )
+    return loop.make_programs(mesh, params, init, update)
 
 
-def fit(
-    loss_fn: LossFn,
-    params: Params,
-    frozen_params: Params,
-    batch_fn: Callable[[int], Batch],
-    *,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    schedule: loop.Schedule,
-) -> Params:
-    """Minimise loss_fn over `params`, or resume from a saved state; return the trained leaves.
+class Task(NamedTuple):
+    """One supervised training. params, frozen_params: the trained and the other leaves of the model at its start."""
 
-    params and frozen_params are the trained and the other leaves of one model; batch_fn(step) returns a batch.
-    """
-    programs = make_programs(mesh, loss_fn, params, optimizer)
+    loss_fn: LossFn
+    params: Params
+    frozen_params: Params
+    batch_fn: Callable[[int], Batch]  # of a step
+    held_out_batch: Callable[[int], Batch]  # number 0, 1, ...
+
+
+def fit(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, schedule: loop.Schedule) -> Params:
+    """Minimise the loss over `task.params`, or resume from a saved state; return the trained leaves."""
+    programs = make_programs(mesh, task.loss_fn, task.params, optimizer)
 
     def step_fn(state: State, step: int) -> tuple[State, Mapping[str, Array]]:
-        return programs.update(state, frozen_params, meshes.put_batch(mesh, batch_fn(step)))
+        return programs.update(state, task.frozen_params, meshes.put_batch(mesh, task.batch_fn(step)))
 
-    return loop.run_steps(step_fn, lambda: programs.init(params), schedule)[0]
+    return loop.run_steps(step_fn, lambda: programs.init(task.params), schedule)[0]
 
 
-def held_out(loss_fn: LossFn, params: Params, held_out_batches: Sequence[Batch], mesh: Mesh) -> dict[str, float]:
-    """Mean of loss_fn's metrics over held-out batches; params are those of the whole model."""
-    metrics_fn = jax.jit(lambda params, batch: loss_fn(params, batch)[1])
-    rows = [jax.device_get(metrics_fn(params, meshes.put_batch(mesh, batch))) for batch in held_out_batches]
+def held_out(task: Task, params: Params, num_batches: int, mesh: Mesh) -> dict[str, float]:
+    """Mean of the loss and other metrics over the first held-out batches; params are those of the whole model."""
+    metrics_fn = jax.jit(lambda params, batch: task.loss_fn(params, batch)[1])
+    held_out_batches = (meshes.put_batch(mesh, task.held_out_batch(number)) for number in range(num_batches))
+    rows = [jax.device_get(metrics_fn(params, batch)) for batch in held_out_batches]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
