@@ -1,5 +1,6 @@
 """Run a whole job, or one part of it: one run or one merge. Parts exchange their results through the workdir."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from warp_jax.experiment.workdir import LOCK
 from warp_jax.parallel import hosts
 from warp_jax.progress import JobProgress
 from warp_jax.settings import Settings
+from warp_jax.storage import checkpoint
 
 
 class Part(NamedTuple):
@@ -39,28 +41,25 @@ def choose_part(settings: Settings, workdir: Path, *, run: int, merge: bool, ite
         raise ValueError(f"run: got {run}, want 1 to warp.num_runs = {num_runs}")
     if not 0 <= iteration <= num_iterations:
         raise ValueError(f"iteration: got {iteration}, want 1 to warp.num_iterations = {num_iterations}")
-    unmerged = [i for i in range(1, num_iterations + 1) if not warp.is_merged(workdir, i)]
+    folders = {i: workdir / f"iteration_{i}" for i in range(1, num_iterations + 1)}
+    unmerged = [i for i, folder in folders.items() if not checkpoint.has_params(folder / "merged")]
     iteration = iteration or (unmerged[0] if unmerged else num_iterations)
     if [i for i in unmerged if i < iteration]:
         raise ValueError(
             f"iteration: {iteration} starts from the merge of {unmerged[0]}, which is missing; make its runs, "
             "then --merge"
         )
-    if merge and iteration in unmerged and (missing := warp.missing_runs(workdir, iteration, num_runs)):
-        raise ValueError(
-            f"merge: run {missing[0]} of iteration {iteration} is not finished; start it again: --run={missing[0]}"
-        )
+    for m in range(1, num_runs + 1) if merge and iteration in unmerged else ():
+        if not checkpoint.has_params(folders[iteration] / f"run_{m}" / "params"):
+            raise ValueError(f"merge: run {m} of iteration {iteration} is not finished; start it again: --run={m}")
     return Part(iteration, run)
 
 
 def run_part(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, part: Part = WHOLE) -> str:
     """Run the unfinished part of a job; return a one-line summary."""
     with JobProgress(total_steps(settings, part), quiet=not hosts.is_first()) as progress:
-
-        def on_wait() -> None:
-            progress.note("another process is preparing this workdir: waiting for it")
-
-        with hosts.locked(workdir / LOCK, on_wait):
+        waiting = "another process is preparing this workdir: waiting for it"
+        with hosts.locked(workdir / LOCK, functools.partial(progress.note, waiting)):
             setup = preparation.prepare(settings, corpora, workdir, progress)
         job = warp.make_job(settings, setup, workdir, progress)
         if part.run:

@@ -132,9 +132,8 @@ def make_job(settings: Settings, setup: Setup, workdir: Path, progress: JobProgr
         measured = f"reward {row['reward']:.3f} (gold {row['gold_reward']:.3f}) at {row['sft_kl']:.2f} nats from SFT"
         progress.on_evaluation(f"{name}: {measured}", seconds)
 
-    evaluate = functools.partial(measure.evaluate, setup.examiner)
-    evaluations = EvaluationStore(workdir / "evaluations", evaluate, on_new)
-    return Job(settings, setup.examiner.sft_params, setup.trainer, workdir, progress, evaluations)
+    store = EvaluationStore(workdir / "evaluations", functools.partial(measure.evaluate, setup.examiner), on_new)
+    return Job(settings, setup.examiner.sft_params, setup.trainer, workdir, progress, store)
 
 
 def run_warp(job: Job) -> list[Point]:
@@ -163,17 +162,6 @@ def merge_one(job: Job, iteration: int) -> None:
     """Make the merge of one iteration, whose runs must be finished, and its front, as a job of its own."""
     _expect(job, front_names(job.settings, iteration))
     job.front(job.merge(job.init_params(iteration), iteration), iteration)
-
-
-def is_merged(workdir: Path, iteration: int) -> bool:
-    """True if the merge of an iteration is saved."""
-    return checkpoint.has_params(workdir / f"iteration_{iteration}" / "merged")
-
-
-def missing_runs(workdir: Path, iteration: int, num_runs: int) -> list[int]:
-    """The unfinished runs of an iteration."""
-    folder = workdir / f"iteration_{iteration}"
-    return [run for run in range(1, num_runs + 1) if not checkpoint.has_params(folder / f"run_{run}" / "params")]
 
 
 def _expect(job: Job, names: Iterable[str]) -> None:

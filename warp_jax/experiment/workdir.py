@@ -1,5 +1,6 @@
 """A workdir: the config that it belongs to, and fingerprints of the models that were used in it."""
 
+import functools
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,13 +23,11 @@ def claim(settings: Settings, workdir: Path) -> None:
     Jobs of one workdir may start together. Raises ValueError if the workdir belongs to another config or holds other
     files, or if it cannot be written.
     """
-
-    def on_wait() -> None:
-        print(f"another process is preparing {workdir}: waiting for it", file=sys.stderr)
+    waiting = f"another process is preparing {workdir}: waiting for it"
 
     def claim_locked() -> None:
         _check_owner(settings, workdir)  # before the lock, which is a file in there
-        with files.locked(workdir / LOCK, on_wait):
+        with files.locked(workdir / LOCK, functools.partial(print, waiting, file=sys.stderr)):
             _check_owner(settings, workdir)
             fingerprints = check_models_unchanged(settings, workdir)
             files.write_json(workdir / CONFIG, settings.as_json())
