@@ -5,7 +5,6 @@ from typing import Any
 
 from warp_jax import files
 from warp_jax.experiment.stages import Workdir
-from warp_jax.models.transformer import TransformerConfig
 from warp_jax.pretrained import hf_config, hf_weights
 from warp_jax.storage import weight_files
 
@@ -26,41 +25,17 @@ def export_stage(workdir: Path, stage: str, out: Path, dtype: str = "") -> None:
         raise ValueError(f"out: {out} exists, and nothing is overwritten; choose another folder")
     job = Workdir(workdir)
     params, model = job.load(stage)
+    source, sidecars = {}, []  # config.json of the source, and its tokenizer and other files
+    if job.source is not None:
+        source = files.read_json(job.source / hf_config.CONFIG)
+        sidecars = [path for path in weight_files.open_weights(job.source).sidecars() if path.name != hf_config.CONFIG]
+    dtype = dtype or source.get("dtype") or source.get("torch_dtype") or "float32"
+    is_same_kind = source and model.head == "language" and source["architectures"][0].endswith("ForCausalLM")
+    config = source if is_same_kind else {**hf_config.to_json(model, "float32"), **_token_ids(job)}
     with files.staged(out) as staging:
-        hf_weights.export_params(
-            params,
-            model,
-            staging,
-            dtype=dtype or _stored_dtype(job),
-            config_json=_config_json(job, model),
-            sidecars=_sidecars(job),
-        )
+        hf_weights.export_params(params, model, staging, dtype=dtype, config_json=config, sidecars=sidecars)
         if job.source is None:
             _write_tokenizer(job, staging)
-
-
-def _config_json(job: Workdir, model: TransformerConfig) -> dict[str, Any]:
-    """The source's config.json if the source is a model of the same kind, else one made from the architecture."""
-    if job.source is not None:
-        content = files.read_json(job.source / hf_config.CONFIG)
-        if model.head == "language" and content["architectures"][0].endswith("ForCausalLM"):
-            return content
-    return {**hf_config.to_json(model, "float32"), **_token_ids(job)}
-
-
-def _stored_dtype(job: Workdir) -> str:
-    """The dtype of the source's weights; float32 without a source."""
-    if job.source is None:
-        return "float32"
-    content = files.read_json(job.source / hf_config.CONFIG)
-    return content.get("dtype") or content.get("torch_dtype") or "float32"
-
-
-def _sidecars(job: Workdir) -> list[Path]:
-    """Tokenizer and other files in the source's folder."""
-    if job.source is None:
-        return []
-    return [path for path in weight_files.open_weights(job.source).sidecars() if path.name != hf_config.CONFIG]
 
 
 def _token_ids(job: Workdir) -> dict[str, Any]:

@@ -35,7 +35,12 @@ class Workdir:
         self.mesh: Mesh = meshes.make_mesh((1, -1, 1))
         self.source = sources.find(self.settings.model.source) if self.settings.model.source else None
         workdir.check_models_unchanged(self.settings, path)
-        self.tokenizer = self._load_tokenizer()
+        if self.source is not None:
+            self.tokenizer = Tokenizer.from_folder(self.source)
+        elif (path / "tokenizer.json").is_file():
+            self.tokenizer = Tokenizer.load(path / "tokenizer.json")
+        else:
+            raise ValueError(f"workdir: {path} has no tokenizer.json yet; start warp_jax.main first")
         self.policy = architecture.policy_config(self.settings.model, self.tokenizer.vocab_size)
 
     def stages(self) -> list[str]:
@@ -57,14 +62,6 @@ class Workdir:
         elif stage != "sft":
             trained = self._restore(stage, trained)
         return trees.join(trained, frozen), self.policy
-
-    def _load_tokenizer(self) -> Tokenizer:
-        if self.source is not None:
-            return Tokenizer.from_folder(self.source)
-        path = self.path / "tokenizer.json"
-        if not path.is_file():
-            raise ValueError(f"workdir: {self.path} has no tokenizer.json yet; start warp_jax.main first")
-        return Tokenizer.load(path)
 
     def _sft(self) -> Params:
         like = partitioning.with_shardings(self.mesh, apply.param_shapes(self.policy))
