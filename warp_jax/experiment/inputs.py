@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from jax.sharding import Mesh
-
 from warp_jax.data import corpus
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.experiment import architecture
@@ -23,16 +21,10 @@ def check(settings: Settings) -> None:
     for name, part in settings.reward_parts.items():
         _check_reward(f"rewards.{name}.source", part.source, ("reward_model", "length"), settings.data.chat)
     _check_reward("gold.source", settings.gold.source, ("tfidf", ""), settings.data.chat)
-    _check_models(settings, mesh)
-
-
-def _check_models(settings: Settings, mesh: Mesh) -> None:
-    """Check that all weights can be split over the mesh, and that the policy's files hold the right tensors."""
     policy = architecture.policy_config(settings.model, settings.vocab_size)
-    models = [policy]
+    shapes = [param_shapes(policy)]
     if settings.needs_reward_model:
-        models.append(architecture.reward_model_config(settings.reward_model, policy))
-    shapes = [param_shapes(model) for model in models]
+        shapes.append(param_shapes(architecture.reward_model_config(settings.reward_model, policy)))
     for tree in shapes:
         partitioning.param_shardings(mesh, tree)
     if settings.model.source:

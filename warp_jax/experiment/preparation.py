@@ -20,7 +20,6 @@ from warp_jax.pretrained import sources
 from warp_jax.progress import JobProgress
 from warp_jax.rewards import reward_functions
 from warp_jax.settings import Settings
-from warp_jax.settings.groups import Data
 from warp_jax.training import reinforce
 from warp_jax.types import PromptBatch, RewardFn, Rollout
 
@@ -126,8 +125,11 @@ def make_prompts(settings: Settings, tokenizer: Tokenizer, split: Corpus, name: 
     data, length = settings.data, settings.sampling.prompt_tokens
     if not data.prompt_template and not data.chat:
         return batches.left_pad(tokenizer.encode_with_bos(split.texts), length, tokenizer.pad_id)
-    texts = [prompt_text(tokenizer, data, row) for row in split.rows]
-    rows = tokenizer.encode_with_special(texts) if data.chat else tokenizer.encode_with_bos(texts)
+    values = [corpus.asked(row, data.text_field, data.prompt_template) for row in split.rows]
+    if data.chat:  # its template writes the BOS token
+        rows = tokenizer.encode_with_special([chat.prompt_text(tokenizer, value) for value in values])
+    else:
+        rows = tokenizer.encode_with_bos(values)
     batch = batches.drop_long(rows, length, tokenizer.pad_id)
     wanted = settings.evaluation.num_prompts if name == "eval" else 1
     if len(batch.example_ids) < wanted:
@@ -136,12 +138,6 @@ def make_prompts(settings: Settings, tokenizer: Tokenizer, split: Corpus, name: 
             f"most {length} tokens, want {wanted}; allow longer prompts"
         )
     return batch
-
-
-def prompt_text(tokenizer: Tokenizer, data: Data, row: Mapping[str, Any]) -> str:
-    """The prompt of a row, written in the model's chat template if `data.chat`."""
-    value = corpus.asked(row, data.text_field, data.prompt_template)
-    return chat.prompt_text(tokenizer, value) if data.chat else value
 
 
 def make_reward_fn(

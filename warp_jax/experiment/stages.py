@@ -65,7 +65,6 @@ class Workdir:
 
     def _sft(self) -> Params:
         like = partitioning.with_shardings(self.mesh, apply.param_shapes(self.policy))
-
         start_params = functools.partial(architecture.start_params, self.settings, self.policy, self.mesh)
         if not self.settings.sft.num_steps:
             return start_params()

@@ -5,7 +5,7 @@
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -130,7 +130,7 @@ def _draw(loop: _Loop, logits: Array, key: Array, config: SamplingConfig) -> _Lo
     token = jnp.where(alive, token, config.pad_id)
     return loop._replace(
         step=loop.step + 1,
-        done=loop.done | _is_stop(token, config.stop_ids),
+        done=loop.done | jnp.isin(token, jnp.array(config.stop_ids, jnp.int32)),
         completion_ids=loop.completion_ids.at[:, loop.step].set(token),
         completion_mask=loop.completion_mask.at[:, loop.step].set(alive),
         logps=loop.logps.at[:, loop.step].set(jnp.where(alive, token_logp, 0.0)),
@@ -155,7 +155,3 @@ def _outside_nucleus(logits: Array, top_p: float) -> Array:
     before = jnp.cumsum(probs, axis=-1) - probs
     ranks = jnp.argsort(order, axis=-1)
     return jnp.take_along_axis(before >= top_p, ranks, axis=-1)
-
-
-def _is_stop(token: Array, stop_ids: Sequence[int]) -> Array:
-    return jnp.isin(token, jnp.array(stop_ids, jnp.int32)) if stop_ids else jnp.zeros_like(token, bool)
