@@ -1,6 +1,6 @@
-"""Pytrees of weights: names of leaves, checks, split and join."""
+"""Pytrees of weights: names of leaves, checks, and join."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -41,20 +41,6 @@ def check_same_structure(reference: Any, other: Any, what: str) -> None:
         raise ValueError(
             f"{what}: same leaves, but containers differ from the reference tree's; want the same structure"
         )
-
-
-def split(tree: Mapping[str, Any], is_chosen: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a tree of nested dicts into the leaves whose name `is_chosen`, and the rest. `join` reverses it."""
-    chosen: dict[str, Any] = {}
-    rest: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = path_name(path)
-        keys = name.split("/")
-        branch = chosen if is_chosen(name) else rest
-        for key in keys[:-1]:
-            branch = branch.setdefault(key, {})
-        branch[keys[-1]] = leaf
-    return chosen, rest
 
 
 def join(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from warp_jax import naming, trees
 from warp_jax.types import Params
@@ -42,11 +43,10 @@ def layer_groups(pattern: str, shapes: Any) -> tuple[int, ...]:
 
 def split(params: Params, pattern: str) -> tuple[Params, Params]:
     """Split parameters into (trained, frozen); `trees.join` is the inverse. Stacks must be cut as in `layer_groups`."""
-    first_names = {
-        trees.path_name(path): names_of(trees.path_name(path), leaf)[0]
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    return trees.split(params, lambda name: bool(re.search(pattern, first_names[name])))
+    leaves = traverse_util.flatten_dict(params, sep="/")
+    trained = {name: leaf for name, leaf in leaves.items() if re.search(pattern, names_of(name, leaf)[0])}
+    frozen = {name: leaf for name, leaf in leaves.items() if name not in trained}
+    return traverse_util.unflatten_dict(trained, sep="/"), traverse_util.unflatten_dict(frozen, sep="/")
 
 
 def restacked(source: Params, like: Params) -> Params:
