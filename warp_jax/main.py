@@ -37,9 +37,7 @@ def check(settings: Settings, workdir: Path) -> Mapping[str, Corpus]:
 
     def read() -> Mapping[str, Corpus]:
         inputs.check(settings)
-        corpora = preparation.load_corpora(settings)
-        preparation.check_prompts(settings, corpora)
-        return corpora
+        return preparation.load_corpora(settings)
 
     corpora = hosts.all_or_none(read)
     claim(settings, workdir)

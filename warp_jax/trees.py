@@ -27,10 +27,9 @@ def check_same_structure(reference: Any, other: Any, what: str) -> None:
     """Raise ValueError naming the first leaf of `other` that is missing, extra or has another shape."""
     expected = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(reference)}
     got = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(other)}
-    for name in expected:
+    for name in [*expected, *got]:
         if name not in got:
             raise ValueError(f"{what}: leaf {name!r} is missing")
-    for name in got:
         if name not in expected:
             raise ValueError(f"{what}: leaf {name!r} is not in the reference tree")
     for name, leaf in expected.items():

@@ -12,7 +12,6 @@ from tests.settings_of import settings_of
 from warp_jax import files
 from warp_jax.evaluation.measure import Evaluation
 from warp_jax.experiment import warp
-from warp_jax.experiment.preparation import Setup
 from warp_jax.storage import checkpoint
 
 SFT = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
@@ -67,8 +66,8 @@ def job(monkeypatch):
 
         monkeypatch.setattr(warp.reinforce, "run_policy", train_policy)
         monkeypatch.setattr(warp, "EvaluationStore", Store)
-        setup = Setup(tokenizer=None, trainer=None, examiner=types.SimpleNamespace(sft_params=_tree(SFT)))
-        run.made = warp.make_job(settings, setup, workdir, _Progress())
+        examiner = types.SimpleNamespace(sft_params=_tree(SFT))
+        run.made = warp.make_job(settings, None, examiner, workdir, _Progress())
         points = warp.run_warp(run.made)
         assert planned == measured.keys()
         return points, starts, measured

@@ -27,8 +27,6 @@ from warp_jax.types import ApplyFn, Params, Rollout
 
 HELD_OUT_BATCHES = 16  # at most, for the held-out quality of SFT and of the reward model
 
-Tokens = list[np.ndarray]  # ids of each text
-
 
 def sft_loss(settings: Settings, apply_fn: ApplyFn) -> supervised.LossFn:
     """The loss of SFT."""
@@ -52,8 +50,8 @@ class Maker:
     corpora: Mapping[str, Corpus]
 
     @functools.cached_property
-    def tokens(self) -> dict[str, Tokens]:
-        """The texts of the splits that are learned from, each with its end-of-sequence token."""
+    def tokens(self) -> dict[str, list[np.ndarray]]:
+        """Ids of the texts of each split that is learned from, each text with its end-of-sequence token."""
         end = np.int32(self.tokenizer.eos_id)
         texts = {name: self.corpora[name].texts for name in self.settings.learned_splits}
         return {name: [np.append(ids, end) for ids in self.tokenizer.encode(texts[name])] for name in texts}
@@ -148,7 +146,9 @@ class Maker:
         checkpoint.forget_state(directory)
         return params
 
-    def _text_batch(self, rows: Tokens, chosen: np.ndarray, length: int, step: int, stream: str) -> supervised.Batch:
+    def _text_batch(
+        self, rows: list[np.ndarray], chosen: np.ndarray, length: int, step: int, stream: str
+    ) -> supervised.Batch:
         """One random window of each chosen row."""
         texts, bos_id, pad_id = [rows[i] for i in chosen], self.tokenizer.bos_id, self.tokenizer.pad_id
         ids, mask, _ = batches.random_windows(

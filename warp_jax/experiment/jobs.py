@@ -60,8 +60,8 @@ def run_part(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, p
     with JobProgress(total_steps(settings, part), quiet=not hosts.is_first()) as progress:
         waiting = "another process is preparing this workdir: waiting for it"
         with hosts.locked(workdir / LOCK, functools.partial(progress.note, waiting)):
-            setup = preparation.prepare(settings, corpora, workdir, progress)
-        job = warp.make_job(settings, setup, workdir, progress)
+            tokenizer, trainer, examiner = preparation.prepare(settings, corpora, workdir, progress)
+        job = warp.make_job(settings, trainer, examiner, workdir, progress)
         if part.run:
             warp.run_one(job, part.iteration, part.run)
             return f"iteration {part.iteration} run {part.run}: finished"
@@ -71,7 +71,7 @@ def run_part(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, p
         points = warp.run_warp(job)
         if not hosts.is_first():
             return ""
-        return report.write_report(settings, setup.tokenizer, setup.examiner.eval_prompts, points, workdir)
+        return report.write_report(settings, tokenizer, examiner.eval_prompts, points, workdir)
 
 
 def total_steps(settings: Settings, part: Part = WHOLE) -> int:

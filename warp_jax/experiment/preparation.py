@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,16 +24,10 @@ from warp_jax.training import reinforce
 from warp_jax.types import PromptBatch, RewardFn, Rollout
 
 
-class Setup(NamedTuple):
-    """What all runs share: the ingredients of their training and of their evaluation."""
-
-    tokenizer: Tokenizer
-    trainer: reinforce.Trainer
-    examiner: measure.Examiner
-
-
-def prepare(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, progress: JobProgress) -> Setup:
-    """Load or make every ingredient; what the workdir already holds is restored.
+def prepare(
+    settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, progress: JobProgress
+) -> tuple[Tokenizer, reinforce.Trainer, measure.Examiner]:
+    """Load or make what all runs share; what the workdir already holds is restored.
 
     Training and evaluation have a reward function each, because a reward on text may read the rows of its split.
     """
@@ -75,11 +69,14 @@ def prepare(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, pr
         batch_size=settings.evaluation.batch_size,
         seed=settings.seed,
     )
-    return Setup(tokenizer, trainer, examiner)
+    return tokenizer, trainer, examiner
 
 
 def load_corpora(settings: Settings) -> dict[str, Corpus]:
-    """The four splits of the source. Raises ValueError if a split lacks rows or labels."""
+    """The four splits of the source. Raises ValueError if a split lacks rows or labels, or its prompts cannot be made.
+
+    Trains no tokenizer and writes nothing.
+    """
     data = settings.data
     rows = corpus.load_rows(data.source, data.split, task=data.task)
     text_types: Any = object if data.prompt_template else str | list if data.chat else str
@@ -90,6 +87,13 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
         num_eval=settings.evaluation.num_prompts,
         labelled=settings.needs_labels,
     )
+    tokenizer = Tokenizer.from_folder(sources.find(settings.model.source)) if settings.model.source else None
+    for name in ("prompts", "eval"):
+        if tokenizer is not None:
+            make_prompts(settings, tokenizer, splits[name], name)
+            continue
+        for row in splits[name].rows:
+            corpus.asked(row, data.text_field, data.prompt_template)
     return splits
 
 
@@ -104,17 +108,6 @@ def load_tokenizer(settings: Settings, corpora: Mapping[str, Corpus], path: Path
 
     hosts.make_if_missing(path, make)
     return Tokenizer.load(path)
-
-
-def check_prompts(settings: Settings, corpora: Mapping[str, Corpus]) -> None:
-    """Raise ValueError if the prompts cannot be made. Trains no tokenizer and writes nothing."""
-    tokenizer = Tokenizer.from_folder(sources.find(settings.model.source)) if settings.model.source else None
-    for name in ("prompts", "eval"):
-        if tokenizer is not None:
-            make_prompts(settings, tokenizer, corpora[name], name)
-            continue
-        for row in corpora[name].rows:
-            corpus.asked(row, settings.data.text_field, settings.data.prompt_template)
 
 
 def make_prompts(settings: Settings, tokenizer: Tokenizer, split: Corpus, name: str) -> PromptBatch:

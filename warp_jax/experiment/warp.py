@@ -12,7 +12,6 @@ from warp_jax import files, merging
 from warp_jax.evaluation import measure
 from warp_jax.evaluation.measure import Evaluation, EvaluationStore
 from warp_jax.evaluation.points import Point, evaluation_names, front_names, front_points, trajectory
-from warp_jax.experiment.preparation import Setup
 from warp_jax.parallel import hosts
 from warp_jax.progress import JobProgress
 from warp_jax.settings import Settings
@@ -124,7 +123,9 @@ class Job:
         checkpoint.save_params(directory / "params", params)
 
 
-def make_job(settings: Settings, setup: Setup, workdir: Path, progress: JobProgress) -> Job:
+def make_job(
+    settings: Settings, trainer: reinforce.Trainer, examiner: measure.Examiner, workdir: Path, progress: JobProgress
+) -> Job:
     """The job of a workdir."""
 
     def on_new(name: str, evaluation: Evaluation, seconds: float) -> None:
@@ -132,8 +133,8 @@ def make_job(settings: Settings, setup: Setup, workdir: Path, progress: JobProgr
         measured = f"reward {row['reward']:.3f} (gold {row['gold_reward']:.3f}) at {row['sft_kl']:.2f} nats from SFT"
         progress.on_evaluation(f"{name}: {measured}", seconds)
 
-    store = EvaluationStore(workdir / "evaluations", functools.partial(measure.evaluate, setup.examiner), on_new)
-    return Job(settings, setup.examiner.sft_params, setup.trainer, workdir, progress, store)
+    store = EvaluationStore(workdir / "evaluations", functools.partial(measure.evaluate, examiner), on_new)
+    return Job(settings, examiner.sft_params, trainer, workdir, progress, store)
 
 
 def run_warp(job: Job) -> list[Point]:

@@ -45,7 +45,11 @@ def check_models_unchanged(settings: Settings, workdir: Path) -> dict[str, str]:
 
     Raises ValueError if a model's files have changed since the workdir was made.
     """
-    found, path = _fingerprints(settings), workdir / FINGERPRINTS
+    names = [part.source for part in settings.reward_parts.values()]
+    folders = {name: Path(name) for name in (*names, settings.gold.source) if name and Path(name).is_dir()}
+    if settings.model.source:
+        folders[settings.model.source] = sources.find(settings.model.source)
+    found, path = {name: files.fingerprint(folder) for name, folder in folders.items()}, workdir / FINGERPRINTS
     before = files.read_json(path) if path.exists() else {}
     for source, fingerprint in found.items():
         if before.get(source, fingerprint) != fingerprint:
@@ -54,14 +58,6 @@ def check_models_unchanged(settings: Settings, workdir: Path) -> dict[str, str]:
                 "restore those files, or choose another --workdir"
             )
     return found
-
-
-def _fingerprints(settings: Settings) -> dict[str, str]:
-    names = [part.source for part in settings.reward_parts.values()]
-    folders = {name: Path(name) for name in (*names, settings.gold.source) if name and Path(name).is_dir()}
-    if settings.model.source:
-        folders[settings.model.source] = sources.find(settings.model.source)
-    return {name: files.fingerprint(folder) for name, folder in folders.items()}
 
 
 def _check_owner(settings: Settings, workdir: Path) -> None:
