@@ -4,24 +4,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from warp_jax.training.metric_writer import MetricWriter, read_rows
+from warp_jax.training.metric_writer import open_metrics, read_rows
 
 
 def test_rows_are_written_as_numbers(tmp_path):
     """Mutation: the step left out; no flush, so that a kill loses the rows."""
-    with MetricWriter(tmp_path) as writer:
-        writer.write(3, {"loss": jnp.float32(0.25), "kl": np.ones(()), "count": 7})
+    with open_metrics(tmp_path) as write:
+        write(3, {"loss": jnp.float32(0.25), "kl": np.ones(()), "count": 7})
         assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 3, "loss": 0.25, "kl": 1.0, "count": 7.0}]
     assert list(tmp_path.glob("events.out.tfevents*"))
 
 
 def test_rows_from_the_start_step_on_are_dropped(tmp_path):
     """Mutation: `<=` for `<`; nothing dropped; everything dropped."""
-    with MetricWriter(tmp_path) as writer:
+    with open_metrics(tmp_path) as write:
         for step in range(5):
-            writer.write(step, {"loss": step + 0.5})
-    with MetricWriter(tmp_path, start_step=3) as writer:
-        writer.write(3, {"loss": 30})
+            write(step, {"loss": step + 0.5})
+    with open_metrics(tmp_path, start_step=3) as write:
+        write(3, {"loss": 30})
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["loss"]) for row in rows] == [(0, 0.5), (1, 1.5), (2, 2.5), (3, 30)]
 
@@ -29,8 +29,8 @@ def test_rows_from_the_start_step_on_are_dropped(tmp_path):
 def test_a_fresh_writer_drops_all_rows(tmp_path):
     """Mutation: start_step defaults to None or infinity."""
     for loss in (1, 2):
-        with MetricWriter(tmp_path / "stage") as writer:
-            writer.write(0, {"loss": loss})
+        with open_metrics(tmp_path / "stage") as write:
+            write(0, {"loss": loss})
     assert read_rows(tmp_path / "stage" / "metrics.jsonl") == [{"step": 0, "loss": 2}]
 
 
@@ -41,8 +41,8 @@ def test_a_line_cut_short_is_left_out(tmp_path, cut):
     whole = '{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 2.0}\n'
     path.write_text(whole + cut)
     assert [row["step"] for row in read_rows(path)] == [0, 1]
-    with MetricWriter(tmp_path, start_step=2) as writer:
-        writer.write(2, {"loss": 3.0})
+    with open_metrics(tmp_path, start_step=2) as write:
+        write(2, {"loss": 3.0})
     assert path.read_text() == whole + '{"step": 2, "loss": 3.0}\n'
 
 

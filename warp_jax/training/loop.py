@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from warp_jax.models import partitioning
 from warp_jax.parallel import hosts, meshes
 from warp_jax.storage import checkpoint
-from warp_jax.training.metric_writer import MetricWriter
+from warp_jax.training.metric_writer import open_metrics
 from warp_jax.types import Params
 
 State = TypeVar("State")
@@ -73,20 +73,20 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
         del state  # device memory may not hold two
         state = store.restore(like)
     on_step(start, {})
-    metrics_file = MetricWriter(directory, start) if hosts.is_first() else contextlib.nullcontext()
-    with contextlib.closing(store), metrics_file as writer:
+    metrics_file = open_metrics(directory, start) if hosts.is_first() else contextlib.nullcontext()
+    with contextlib.closing(store), metrics_file as write:
         pending: Metrics = {}
         try:
             for step in range(start, schedule.num_steps):
                 state, metrics = step_fn(state, step)
                 if pending:
-                    _log(writer, step - 1, pending, on_step)
+                    _log(write, step - 1, pending, on_step)
                 pending = metrics
                 done = step + 1
                 schedule.after_step(done, state)
                 is_saved = done % schedule.checkpoint_every == 0
                 if done == schedule.num_steps or is_saved:
-                    _log(writer, step, pending, on_step)
+                    _log(write, step, pending, on_step)
                     pending = {}
                 if is_saved:
                     store.save(done, state)
@@ -98,11 +98,11 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
     return state
 
 
-def _log(writer: MetricWriter | None, step: int, metrics: Metrics, on_step: OnStep) -> None:
+def _log(write: OnStep | None, step: int, metrics: Metrics, on_step: OnStep) -> None:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise FloatingPointError(f"step {step}: {', '.join(bad)}, want finite; lower learning_rate or check rewards")
-    if writer:
-        writer.write(step, values)
+    if write:
+        write(step, values)
     on_step(step + 1, values)
