@@ -76,7 +76,7 @@ def run_part(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, p
 
 def total_steps(settings: Settings, part: Part = WHOLE) -> int:
     """Optimizer steps of a part, SFT and reward model included."""
-    steps = settings.warp.steps_per_iteration[: settings.warp.num_iterations]
+    steps = settings.warp.steps_per_iteration
     if part.run:
         rl = steps[part.iteration - 1]
     else:

@@ -73,10 +73,7 @@ def prepare(
 
 
 def load_corpora(settings: Settings) -> dict[str, Corpus]:
-    """The four splits of the source. Raises ValueError if a split lacks rows or labels, or its prompts cannot be made.
-
-    Trains no tokenizer and writes nothing.
-    """
+    """The four splits of the source. Raises ValueError if one lacks rows or labels, or its prompts cannot be made."""
     data = settings.data
     rows = corpus.load_rows(data.source, data.split, task=data.task)
     text_types: Any = object if data.prompt_template else str | list if data.chat else str

@@ -52,7 +52,10 @@ class Workdir:
     def load(self, stage: str) -> tuple[Params, TransformerConfig]:
         """All weights of a stage, and its architecture. Raises ValueError if the stage is unknown or not saved."""
         if stage == "reward_model":
-            return self._reward_model()
+            model = architecture.reward_model_config(self.settings.reward_model, self.policy)
+            like = partitioning.with_shardings(self.mesh, apply.param_shapes(model))
+            pattern = self.settings.reward_model.trainable
+            return self._restore_part(stage, like, pattern, lambda: freezing.restacked(self._sft(), like)), model
         sft = self._sft()
         trained, frozen = freezing.split(sft, self.settings.model.trainable)
         kind, _, number = stage.partition(":")
@@ -69,12 +72,6 @@ class Workdir:
         if not self.settings.sft.num_steps:
             return start_params()
         return self._restore_part("sft", like, self.settings.model.trainable, start_params)
-
-    def _reward_model(self) -> tuple[Params, TransformerConfig]:
-        model = architecture.reward_model_config(self.settings.reward_model, self.policy)
-        like = partitioning.with_shardings(self.mesh, apply.param_shapes(model))
-        pattern = self.settings.reward_model.trainable
-        return self._restore_part("reward_model", like, pattern, lambda: freezing.restacked(self._sft(), like)), model
 
     def _restore_part(self, stage: str, like: Params, trainable: str, start: Callable[[], Params]) -> Params:
         """The trained leaves of a stage from its checkpoint, and the others from start(), where its training began."""

@@ -30,10 +30,7 @@ class JobError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Algorithm 1 in one workdir. Several processes may share the runs and merges: they read each other's checkpoints.
-
-    init_params of an iteration is computed from SFT and the earlier merges. Every result is made once, then restored.
-    """
+    """Algorithm 1 in one workdir. Several processes may share the work: each result is made once, then restored."""
 
     settings: Settings
     sft_params: Params  # trained leaves of SFT
@@ -42,21 +39,17 @@ class Job:
     progress: JobProgress
     evaluations: EvaluationStore
 
-    def directory(self, iteration: int) -> Path:
-        """The folder of an iteration."""
-        return self.workdir / f"iteration_{iteration}"
-
     def init_params(self, iteration: int) -> Params:
         """theta_init of an iteration, from the saved merges of all iterations before it (line 13)."""
         init_params = self.sft_params
         for before in range(1, iteration):
-            merged = checkpoint.restore_params(self.directory(before) / "merged", init_params)
+            merged = checkpoint.restore_params(self.workdir / f"iteration_{before}" / "merged", init_params)
             init_params = merging.liti(init_params, merged, self.settings.warp.liti_rate)
         return init_params
 
     def run_policy(self, init_params: Params, iteration: int, run: int) -> list[Point]:
         """Train one run of one iteration (lines 4 to 9), and return the points of its trajectory."""
-        directory = self.directory(iteration) / f"run_{run}"
+        directory = self.workdir / f"iteration_{iteration}" / f"run_{run}"
         num_steps = self.settings.warp.steps_per_iteration[iteration - 1]
         finished = checkpoint.has_params(directory / "params")
         self.progress.start_phase(f"iteration {iteration} run {run}", num_steps, finished=finished)
@@ -79,7 +72,7 @@ class Job:
 
     def merge(self, init_params: Params, iteration: int) -> Params:
         """theta_slerp of one iteration (line 12), saved with the angles and norms of its task vectors per unit."""
-        directory = self.directory(iteration)
+        directory = self.workdir / f"iteration_{iteration}"
         if not checkpoint.has_params(directory / "merged"):
             with hosts.locked(directory / "lock", functools.partial(_refuse, "the merge", iteration)):
                 if not checkpoint.has_params(directory / "merged"):
