@@ -71,14 +71,14 @@ def staged(folder: Path) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for path in folder.parent.glob(f".{glob.escape(folder.name)}.*partial"):
-        with contextlib.suppress(OSError), locked(path / "lock", _raise_locked):
+        with contextlib.suppress(OSError), locked(path / "lock"):
             shutil.rmtree(path)
     with (
         tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as hidden,
         contextlib.ExitStack() as stack,
     ):
         with contextlib.suppress(OSError):  # a file system without locks
-            stack.enter_context(locked(Path(hidden, "lock"), _raise_locked))
+            stack.enter_context(locked(Path(hidden, "lock")))
         staging = Path(hidden, folder.name)
         yield staging
         try:
@@ -89,21 +89,20 @@ def staged(folder: Path) -> Iterator[Path]:
             raise FileExistsError(f"{folder}: another process wrote it first; nothing is overwritten") from error
 
 
-def _raise_locked() -> None:
-    raise BlockingIOError("locked by another process")
-
-
 @contextlib.contextmanager
-def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Lock the file `path`. The system releases the lock when the process ends, even if it is killed.
 
-    If another process holds the lock, call on_wait, which may raise; if it returns, wait for the lock.
+    If another process holds the lock, call on_wait, which may raise; if it returns, wait for the lock. Without on_wait,
+    raise BlockingIOError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if on_wait is None:
+                raise
             on_wait()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
