@@ -34,22 +34,15 @@ def export_stage(workdir: Path, stage: str, out: Path, dtype: str = "") -> None:
     config = source if is_same_kind else {**hf_config.to_json(model, "float32"), **_token_ids(job)}
     with files.staged(out) as staging:
         hf_weights.export_params(params, model, staging, dtype=dtype, config_json=config, sidecars=sidecars)
-        if job.source is None:
-            _write_tokenizer(job, staging)
+        if job.source is None:  # then the workdir trained a tokenizer
+            files.write_text(staging / "tokenizer.json", job.tokenizer.to_json())
+            files.write_json(staging / "generation_config.json", _token_ids(job))
+            names = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}
+            files.write_json(staging / "tokenizer_config.json", names | job.tokenizer.special_tokens)
 
 
 def _token_ids(job: Workdir) -> dict[str, Any]:
     """Special tokens under their names in config.json and generation_config.json."""
     tokenizer = job.tokenizer
-    ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
-    return {name: value for name, value in ids.items() if value is not None} | {
-        "eos_token_id": list(tokenizer.stop_ids)
-    }
-
-
-def _write_tokenizer(job: Workdir, out: Path) -> None:
-    """Write the tokenizer that the workdir trained, in the files that transformers reads."""
-    files.write_text(out / "tokenizer.json", job.tokenizer.to_json())
-    files.write_json(out / "generation_config.json", _token_ids(job))
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}
-    files.write_json(out / "tokenizer_config.json", names | job.tokenizer.special_tokens)
+    ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id, "eos_token_id": list(tokenizer.stop_ids)}
+    return {name: value for name, value in ids.items() if value is not None}
