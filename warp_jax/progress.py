@@ -55,8 +55,7 @@ class JobProgress:
         if values and not self._console.is_terminal and now - self._last_line > PLAIN_LINE_SECONDS:
             self._last_line = now
             count = f"{self._before + done}/{self._total} of all steps"
-            parts = filter(None, (f"{self._phase}: step {done}", latest, count, left))
-            self.note(", ".join(parts))
+            self.note(", ".join(filter(None, (f"{self._phase}: step {done}", latest, count, left))))
 
     def expect_evaluations(self, count: int) -> None:
         """Set how many evaluations remain. The time left includes them as soon as one evaluation has been timed."""

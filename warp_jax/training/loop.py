@@ -90,10 +90,9 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
                     pending = {}
                 if is_saved:
                     store.save(done, state)
-        except FloatingPointError:  # every process raises it, so none waits for another
-            raise
         except Exception as error:
-            hosts.exit_if_multihost(error)  # before closing the store, which would wait for the others
+            if not isinstance(error, FloatingPointError):  # that one every process raises, so none waits for another
+                hosts.exit_if_multihost(error)  # before closing the store, which would wait for the others
             raise
     return state
 
