@@ -57,9 +57,7 @@ class Maker:
         return {name: [np.append(ids, end) for ids in self.tokenizer.encode(texts[name])] for name in texts}
 
     def sft(self, model: TransformerConfig) -> Params:
-        """theta_sft: the pretrained model or random weights, after next-token training on the reward and gold splits
-        for sft.num_steps steps.
-        """
+        """theta_sft: start weights after sft.num_steps steps of next-token training on the reward and gold splits."""
         sft, start = self.settings.sft, architecture.start_params(self.settings, model, self.mesh)
         if not sft.num_steps:
             return start
