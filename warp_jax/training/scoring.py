@@ -26,8 +26,7 @@ def per_token_logps(
         target_logits = jnp.take_along_axis(scaled, targets[..., None], axis=-1)[..., 0]
         return target_logits - jax.nn.logsumexp(scaled, axis=-1)
 
-    logps = _map_completion(apply_fn, [params], rollout, logps_of, chunk)
-    return jnp.where(rollout.completion_mask, logps, 0.0)
+    return _map_completion(apply_fn, [params], rollout, logps_of, chunk)
 
 
 def sequence_kl(
@@ -49,8 +48,7 @@ def sequence_kl(
         logps, reference_logps = (jax.nn.log_softmax(x / temperature) for x in logits)
         return jnp.sum(jnp.exp(logps) * (logps - reference_logps), axis=-1)
 
-    per_token = _map_completion(apply_fn, [params, reference_params], rollout, kl, chunk)
-    return jnp.where(rollout.completion_mask, per_token, 0.0).sum(axis=1)
+    return _map_completion(apply_fn, [params, reference_params], rollout, kl, chunk).sum(axis=1)
 
 
 def next_token_losses(apply_fn: ApplyFn, params: Params, token_ids: Array, mask: Array, *, chunk: int = 0) -> Array:
@@ -103,11 +101,12 @@ def map_logits(
 def _map_completion(
     apply_fn: ApplyFn, policies: Sequence[Params], rollout: Rollout, reduce: Reduce, chunk: int
 ) -> Array:
-    """Apply `map_logits` to the positions that predict the completion tokens: [B, C]."""
+    """Apply `map_logits` to the positions that predict the completion tokens: [B, C], 0 where masked."""
     token_ids = jnp.concatenate([rollout.prompt_ids, rollout.completion_ids], axis=1)[:, :-1]
     mask = jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)[:, :-1]
     targets = jnp.asarray(rollout.completion_ids)
-    return map_logits(apply_fn, policies, token_ids, mask, targets, reduce=reduce, chunk=chunk)
+    values = map_logits(apply_fn, policies, token_ids, mask, targets, reduce=reduce, chunk=chunk)
+    return jnp.where(rollout.completion_mask, values, 0.0)
 
 
 def _cut(x: Array, pieces: int) -> Array:
