@@ -5,6 +5,7 @@ NAMES maps our leaf paths to tensor names; POST_NORM_NAMES does so for Gemma 2 a
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,12 +37,8 @@ POST_NORM_NAMES = {  # for models with `post_norms`
     "mlp_norm/scale": "pre_feedforward_layernorm.weight",
     "mlp_post_norm/scale": "post_feedforward_layernorm.weight",
 }
-# in models with images: prefixes of the text tensors, in older and newer files, and their names without images
-TEXT_TOWERS = (
-    ("language_model.model.", "model."),
-    ("model.language_model.", "model."),
-    ("language_model.lm_head", "lm_head"),
-)
+# in models with images: the part of a text tensor's name that models without images lack, and the other tensors
+TEXT_TOWER = re.compile(r"^(model\.)?language_model\.")
 NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 COMPUTED = ("rotary_emb.inv_freq",)  # suffixes of tensors in old files that are computed from the config
 SHARD_BYTES = 5_000_000_000
@@ -59,24 +56,19 @@ class Slice(NamedTuple):
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of the tensor in the file."""
         if not self.num_inputs:
-            return self.shape if len(self.shape) == 2 and self.leaf == "embed/embedding" else (math.prod(self.shape),)
+            return self.shape if self.leaf == "embed/embedding" else (math.prod(self.shape),)
         inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
         return math.prod(outputs), math.prod(inputs)
 
     def from_stored(self, values: np.ndarray) -> np.ndarray:
         """View a stored tensor with our axes."""
-        k = self.num_inputs
-        if not k:
-            return values.reshape(self.shape)
-        outputs = len(self.shape) - k
-        axes = (*range(outputs, len(self.shape)), *range(outputs))
-        return values.reshape(*self.shape[k:], *self.shape[:k]).transpose(axes)
+        k, n = self.num_inputs, len(self.shape)
+        return values.reshape(*self.shape[k:], *self.shape[:k]).transpose(*range(n - k, n), *range(n - k))
 
     def to_stored(self, values: np.ndarray) -> np.ndarray:
         """Values in the stored order, flattened: the inverse of `from_stored`."""
-        k = self.num_inputs
-        axes = (*range(k, len(self.shape)), *range(k))
-        return (values.transpose(axes) if k else values).reshape(-1)
+        k, n = self.num_inputs, len(self.shape)
+        return values.transpose(*range(k, n), *range(k)).reshape(-1)
 
 
 def load_params(folder: Path, config: TransformerConfig, like: Params) -> Params:
@@ -84,10 +76,10 @@ def load_params(folder: Path, config: TransformerConfig, like: Params) -> Params
 
     Each device reads only its own part of each tensor, from a memory-mapped file. Raises as `check_weights`.
     """
-    weights, slices, stored = check_weights(folder, config, like)
+    weights, slices = check_weights(folder, config, like)
 
     def load_leaf(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-        parts = {s.layer: (stored[name], s) for name, s in slices.items() if s.leaf == trees.path_name(path)}
+        parts = {part.layer: (name, part) for name, part in slices.items() if part.leaf == trees.path_name(path)}
 
         def read(index: Any) -> np.ndarray:
             if None in parts:
@@ -100,23 +92,25 @@ def load_params(folder: Path, config: TransformerConfig, like: Params) -> Params
     return jax.tree_util.tree_map_with_path(load_leaf, like)
 
 
-def check_weights(
-    folder: Path, config: TransformerConfig, like: Params
-) -> tuple[WeightFolder, dict[str, Slice], dict[str, str]]:
-    """Check that a folder has exactly the tensors of a model.
-
-    Returns:
-        The open files; our slices by standard tensor name; the stored name by standard tensor name.
+def check_weights(folder: Path, config: TransformerConfig, like: Params) -> tuple[WeightFolder, dict[str, Slice]]:
+    """Check that a folder has exactly the tensors of a model. Returns the open files, and our slices by tensor name.
 
     Raises:
         ValueError: a tensor is missing, unexpected, of another shape or not floating-point; names file and tensor.
     """
     weights = open_weights(folder)
-    slices = slices_of(like, config)
     kind = files.read_json(folder / hf_config.CONFIG)["architectures"][0]
     stored = _stored_names(weights, has_images=kind.endswith("ForConditionalGeneration"))
-    _check_tensors(weights, slices, stored, config)
-    return weights, slices, stored
+    slices = slices_of(like, config)
+    for name, part in slices.items():
+        if name not in stored:
+            raise ValueError(f"{weights.path}: tensor {name!r} is missing, want shape {part.stored_shape}")
+        _check_tensor(weights, stored[name], part.stored_shape)
+    if config.tied_head and "lm_head.weight" in stored:
+        _check_tied(weights, stored.pop("lm_head.weight"), stored["model.embed_tokens.weight"])
+    for name in stored.keys() - slices.keys():
+        raise ValueError(f"{_place(weights, stored[name])} is unexpected: the model has no such weight")
+    return weights, {stored[name]: part for name, part in slices.items()}
 
 
 def export_params(
@@ -158,17 +152,14 @@ def slices_of(tree: Params, config: TransformerConfig) -> dict[str, Slice]:
     slices: dict[str, Slice] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = trees.path_name(path)
+        inputs = 0 if not name.endswith("kernel") else 2 if name.endswith("attention/o/kernel") else 1
         if not naming.is_stacked(name):
-            slices[table[name]] = Slice(name, None, leaf.shape, _num_inputs(name))
+            slices[table[name]] = Slice(name, None, leaf.shape, inputs)
             continue
         for layer, layer_name in enumerate(naming.layer_names(name, leaf.shape[0])):
             _, number, rest = layer_name.split("/", 2)
-            slices[f"model.layers.{number}.{table[rest]}"] = Slice(name, layer, leaf.shape[1:], _num_inputs(name))
+            slices[f"model.layers.{number}.{table[rest]}"] = Slice(name, layer, leaf.shape[1:], inputs)
     return slices
-
-
-def _num_inputs(name: str) -> int:
-    return 0 if not name.endswith("kernel") else 2 if name.endswith("attention/o/kernel") else 1
 
 
 def _read(weights: WeightFolder, name: str, part: Slice, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
@@ -184,11 +175,7 @@ def _stored_names(weights: WeightFolder, *, has_images: bool) -> dict[str, str]:
     for stored in weights.tensors:
         if stored.endswith(COMPUTED) or (has_images and stored.startswith(NOT_TEXT)):
             continue
-        name = stored
-        for prefix, plain in TEXT_TOWERS if has_images else ():
-            if stored.startswith(prefix):
-                name = plain + stored.removeprefix(prefix)
-                break
+        name = TEXT_TOWER.sub(r"\1", stored) if has_images else stored
         if name in names:
             raise ValueError(
                 f"{weights.path}: {names[name]!r} and {stored!r} are the same weight, want only one of them"
@@ -197,37 +184,23 @@ def _stored_names(weights: WeightFolder, *, has_images: bool) -> dict[str, str]:
     return names
 
 
-def _check_tensors(
-    weights: WeightFolder, slices: Mapping[str, Slice], stored: dict[str, str], config: TransformerConfig
-) -> None:
-    for name, part in slices.items():
-        if name not in stored:
-            raise ValueError(f"{weights.path}: tensor {name!r} is missing, want shape {part.stored_shape}")
-        tensor = weights.tensors[stored[name]]
-        where = f"{weights.path / tensor.file}: tensor {stored[name]!r}"
-        if tensor.shape != part.stored_shape:
-            raise ValueError(f"{where} has shape {tensor.shape}, want {part.stored_shape} by {hf_config.CONFIG}")
-        if tensor.dtype not in FLOATING:
-            raise ValueError(
-                f"{where} is {tensor.dtype}, want a floating-point type: quantised weights are not supported"
-            )
-    if config.tied_head and "lm_head.weight" in stored:
-        _check_tied(weights, stored)
-    for name in stored.keys() - slices.keys():
-        tensor = weights.tensors[stored[name]]
-        raise ValueError(
-            f"{weights.path / tensor.file}: tensor {stored[name]!r} is unexpected: the model has no such weight"
-        )
+def _place(weights: WeightFolder, name: str) -> str:
+    return f"{weights.path / weights.tensors[name].file}: tensor {name!r}"
 
 
-def _check_tied(weights: WeightFolder, stored: dict[str, str]) -> None:
-    """Drop the output head that some files of tied models store; raise ValueError if it is not the embedding."""
-    head, embedding = (stored[name] for name in ("lm_head.weight", NAMES["embed/embedding"]))
+def _check_tensor(weights: WeightFolder, name: str, shape: tuple[int, ...]) -> None:
+    tensor, where = weights.tensors[name], _place(weights, name)
+    if tensor.shape != shape:
+        raise ValueError(f"{where} has shape {tensor.shape}, want {shape} by {hf_config.CONFIG}")
+    if tensor.dtype not in FLOATING:
+        raise ValueError(f"{where} is {tensor.dtype}, want a floating-point type: quantised weights are not supported")
+
+
+def _check_tied(weights: WeightFolder, head: str, embedding: str) -> None:
+    """Raise ValueError if the output head that some files of tied models store is not the embedding."""
     first, second = (weights.view(name, 0, weights.tensors[name].size) for name in (head, embedding))
     if not np.array_equal(first, second):
-        where = weights.path / weights.tensors[head].file
-        raise ValueError(f"{where}: tensor {head!r} differs from {embedding!r}, but tie_word_embeddings is true")
-    del stored["lm_head.weight"]
+        raise ValueError(f"{_place(weights, head)} differs from {embedding!r}, but tie_word_embeddings is true")
 
 
 def _shard(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: np.dtype) -> list[Tensor]:
