@@ -56,7 +56,6 @@ class StateStore:
 
     def close(self) -> None:
         """Wait until saving has finished."""
-        self._manager.wait_until_finished()
         self._manager.close()
 
 

@@ -4,8 +4,10 @@ Weights are read only on request, so a program can hold a small part of a model 
 """
 
 import abc
+import hashlib
 import itertools
 import json
+import math
 import mmap
 import os
 import threading
@@ -50,12 +52,10 @@ class Tensor(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of elements."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes."""
         return self.size * self.dtype.itemsize
 
 
@@ -87,11 +87,9 @@ def open_weights(path: Path) -> WeightFolder:
         raise ValueError(f"{path}: no such folder; want a safetensors folder or an Orbax checkpoint")
     if (path / "_METADATA").is_file():
         return OrbaxFolder(path)
-    names = _safetensors_names(path)
-    if names:
+    if names := _safetensors_names(path):
         return SafetensorsFolder(path, names)
-    pickled = sorted(p.name for p in path.iterdir() if p.suffix in PICKLED)
-    if pickled:
+    if pickled := sorted(p.name for p in path.iterdir() if p.suffix in PICKLED):
         raise ValueError(
             f"{path}: contains {pickled[0]}, a pickle that can run code; want .safetensors files; convert it first"
         )
@@ -100,11 +98,8 @@ def open_weights(path: Path) -> WeightFolder:
 
 def hash_file(path: Path) -> str:
     """Hash a file with XXH3 (128 bits): ten times faster than SHA-256, but not safe against an attacker."""
-    digest, block = xxhash.xxh3_128(), bytearray(1 << 18)
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(memoryview(block)[:count])
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 class SafetensorsFolder(WeightFolder):
@@ -114,7 +109,6 @@ class SafetensorsFolder(WeightFolder):
         self.path = path
         self.tensors: dict[str, Tensor] = {}
         self._offsets: dict[str, int] = {}
-        self._names = names
         self._maps: dict[str, mmap.mmap] = {}
         for name in names:
             for tensor, offset in _read_header(path / name):
@@ -128,27 +122,25 @@ class SafetensorsFolder(WeightFolder):
                 self._maps[name] = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
 
     def view(self, name: str, start: int, stop: int) -> np.ndarray:
-        """See WeightFolder."""
+        first, last = self._byte_range(name, start, stop)
         tensor = self.tensors[name]
-        if start == stop:
-            return np.empty(0, tensor.dtype)
-        offset = self._offsets[name] + start * tensor.dtype.itemsize
-        return np.frombuffer(self._maps[tensor.file], tensor.dtype, stop - start, offset)
+        return np.frombuffer(self._maps[tensor.file], np.uint8)[first:last].view(tensor.dtype)
 
     def release(self, name: str, start: int, stop: int) -> None:
         """See WeightFolder: pages of a mapped file count as memory of the process until they are released."""
-        tensor = self.tensors[name]
-        first, last = (self._offsets[name] + number * tensor.dtype.itemsize for number in (start, stop))
+        first, last = self._byte_range(name, start, stop)
         first -= first % mmap.PAGESIZE
         if last > first:
-            self._maps[tensor.file].madvise(mmap.MADV_DONTNEED, first, last - first)
+            self._maps[self.tensors[name].file].madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def _byte_range(self, name: str, start: int, stop: int) -> tuple[int, int]:
+        offset, size = self._offsets[name], self.tensors[name].dtype.itemsize
+        return offset + start * size, offset + stop * size
 
     def weight_paths(self) -> Sequence[Path]:
-        """See WeightFolder."""
-        return [self.path / name for name in self._names]
+        return [self.path / name for name in self._maps]
 
     def sidecars(self) -> Sequence[Path]:
-        """See WeightFolder."""
         return [p for p in sorted(self.path.iterdir()) if p.is_file() and p.suffix in SIDECARS and p.name != INDEX]
 
 
@@ -159,24 +151,26 @@ class OrbaxFolder(WeightFolder):
     """
 
     def __init__(self, path: Path):
+        import tensorstore  # noqa: PLC0415  not needed for safetensors
+
         self.path = path
         self._lock = threading.Lock()
         self._held: tuple[str, np.ndarray] = ("", np.zeros(0))
         self._stores: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
         try:
-            keys = [entry["key_metadata"] for entry in files.read_json(path / "_METADATA")["tree_metadata"].values()]
-            for name in ("/".join(str(part["key"]) for part in key) for key in keys):
-                store = self._stores[name] = _open_tensorstore(path, name.replace("/", "."))
+            for entry in files.read_json(path / "_METADATA")["tree_metadata"].values():
+                name = "/".join(str(part["key"]) for part in entry["key_metadata"])
+                place = {"driver": "ocdbt", "base": f"file://{path.absolute()}/", "path": f"{name.replace('/', '.')}/"}
+                store = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True).result()
                 num_layers = store.shape[0] if naming.is_stacked(name) else 1
-                self.tensors[name] = Tensor(
-                    name, store.dtype.numpy_dtype, tuple(store.shape), "model.safetensors", num_layers
-                )
+                shape, dtype = tuple(store.shape), store.dtype.numpy_dtype
+                self._stores[name] = store
+                self.tensors[name] = Tensor(name, dtype, shape, "model.safetensors", num_layers)
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise ValueError(f"{path}: not an Orbax checkpoint of parameters: {error}") from error
 
     def view(self, name: str, start: int, stop: int) -> np.ndarray:
-        """See WeightFolder."""
         with self._lock:
             if self._held[0] != name:
                 self._held = ("", np.zeros(0))
@@ -184,7 +178,6 @@ class OrbaxFolder(WeightFolder):
             return self._held[1][start:stop]
 
     def weight_paths(self) -> Sequence[Path]:
-        """See WeightFolder."""
         return sorted(p for p in self.path.rglob("*") if p.is_file())
 
 
@@ -193,14 +186,14 @@ class SafetensorsWriter:
 
     def __init__(self, folder: Path, tensors: Sequence[Tensor]):
         """Create the files at their full size. Raises OSError at once if the disk is full."""
-        self._descriptors: dict[str, int] = {}
+        self._descriptors: list[int] = []
         self._places: dict[str, tuple[int, int, np.dtype]] = {}
         by_file: dict[str, list[Tensor]] = {}
         for tensor in tensors:
             by_file.setdefault(tensor.file, []).append(tensor)
         for file, members in by_file.items():
             descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            self._descriptors[file] = descriptor
+            self._descriptors.append(descriptor)
             starts = [0, *itertools.accumulate(tensor.nbytes for tensor in members)]
             header = _make_header(members, starts)
             os.posix_fallocate(descriptor, 0, len(header) + starts[-1])
@@ -222,9 +215,8 @@ class SafetensorsWriter:
             view, offset = view[count:], offset + count
 
     def close(self) -> None:
-        """Close the files."""
         while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+            os.close(self._descriptors.pop())
 
 
 def _safetensors_names(path: Path) -> list[str]:
@@ -235,8 +227,7 @@ def _safetensors_names(path: Path) -> list[str]:
         names = sorted(set(map(str, files.read_json(path / INDEX)["weight_map"].values())))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path / INDEX}: not an index of safetensors files ({error}); download it again") from error
-    missing = [name for name in names if not (path / name).is_file()]
-    if missing:
+    if missing := [name for name in names if not (path / name).is_file()]:
         raise ValueError(f"{path}: {missing[0]} is missing; {INDEX} lists it")
     return names
 
@@ -280,10 +271,3 @@ def _make_header(tensors: Sequence[Tensor], starts: Sequence[int]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _open_tensorstore(path: Path, name: str) -> Any:
-    import tensorstore  # noqa: PLC0415  not needed for safetensors
-
-    store = {"driver": "ocdbt", "base": f"file://{path.absolute()}/", "path": f"{name}/"}
-    return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result()
