@@ -65,15 +65,14 @@ def test_cpu_meshes_and_cached_keys_use_the_plain_one():
 
 @pytest.mark.parametrize("local", [None, False, True], ids=["no_windows", "whole", "window"])
 def test_the_kernel_sees_what_the_plain_one_does(monkeypatch, local):
-    """Fails when local and global layers are swapped on TPU, or the kernel's queries are not scaled."""
+    """Fails when local and global layers are swapped on TPU, or only one of the two scales the queries."""
     inputs = _inputs(2)
     positions = jnp.maximum(jnp.cumsum(LEFT_PADDED, axis=1) - 1, 0)
     positions = attention.Positions(positions, positions, jnp.asarray(LEFT_PADDED))
-    settings = attention.Settings(window=40, scale=0.3, softcap=0.0)
 
     @functools.partial(jax.jit, static_argnums=0)
     def attend(mesh, local):
-        return attention.attend(*inputs, positions, local=local, settings=settings, mesh=mesh)
+        return attention.attend(*inputs, positions, local=local, window=40, softcap=0.0, mesh=mesh)
 
     local = None if local is None else jnp.array(local)
     want = attend(None, local)

@@ -172,17 +172,17 @@ def test_attention_scale(scaling, want):
 
 
 def attend_one(keys, *, softcap=0.0):
-    """One query of 2 with scale 0.5, values 8, 4 and an invisible 100."""
+    """One query of 1, values 8, 4 and an invisible 100."""
     key = jnp.asarray([*keys, 9.0], jnp.float32).reshape(1, 3, 1, 1)
     positions = attention.Positions(jnp.array([[1]]), jnp.array([[0, 1, 0]]), jnp.array([[True, True, False]]))
     value = jnp.array([8.0, 4.0, 100.0]).reshape(1, 3, 1, 1)
-    query = jnp.full((1, 1, 1, 1), 2.0)
-    settings = attention.Settings(window=0, scale=0.5, softcap=softcap)
-    return attention.attend(query, key, value, positions, local=None, settings=settings, mesh=None).item()
+    query = jnp.ones((1, 1, 1, 1))
+    mixed = attention.attend(query, key, value, positions, local=None, window=0, softcap=softcap, mesh=None)
+    return mixed.item()
 
 
 def test_attend_by_hand():
-    """Fails if scores miss the scale, or a masked key is seen: weights 1/4 and 3/4."""
+    """Fails if scores are scaled once more, or a masked key is seen: weights 1/4 and 3/4."""
     assert attend_one([0.0, math.log(3)]) == pytest.approx(5.0, rel=1e-5)
 
 

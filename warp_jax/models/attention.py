@@ -3,7 +3,6 @@
 Axis letters: B batch, S query tokens, T keys, H heads, G key-value heads, K head size.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -27,15 +26,6 @@ class Positions(NamedTuple):
     key_valid: Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Fixed numbers of a model's attention."""
-
-    window: int  # tokens that a query of a local layer can see, itself included
-    scale: float  # factor on the queries
-    softcap: float  # scores become softcap * tanh(score / softcap); 0 = unchanged
-
-
 def attend(
     query: Array,
     key: Array,
@@ -43,28 +33,29 @@ def attend(
     positions: Positions,
     *,
     local: Array | None,
-    settings: Settings,
+    window: int,
+    softcap: float,
     mesh: Mesh | None,
 ) -> Array:
     """Mean of the values that each query can see, weighted by the softmax of its scores: [B, S, H, K].
 
     Args:
-        query: [B, S, H, K].
+        query: [B, S, H, K], scaled already.
         key: [B, T, G, K].
         value: [B, T, G, K].
         positions: a query sees the valid keys at its own position and before.
-        local: bool []; if True, a query sees only the last `settings.window` of these. None if no layer is local.
-        settings: window, scale and softcap of the model.
+        local: bool []; if True, a query sees only the last `window` of these, itself included. None: no layer is local.
+        window: number of tokens.
+        softcap: scores become softcap * tanh(score / softcap); 0 = unchanged.
         mesh: on TPUs, whole sequences of a supported shape use the splash kernel.
     """
-    query = query * settings.scale
     if not splash_fits(query, key, mesh):
-        return plain(query, key, value, visible(positions, local, settings.window), settings.softcap)
+        return plain(query, key, value, visible(positions, local, window), softcap)
     assert mesh is not None
-    kernel = functools.partial(splash, query, key, value, positions.key_valid, softcap=settings.softcap, mesh=mesh)
+    kernel = functools.partial(splash, query, key, value, positions.key_valid, softcap=softcap, mesh=mesh)
     if local is None:
         return kernel(window=0)
-    return jax.lax.cond(local, lambda: kernel(window=settings.window), lambda: kernel(window=0))
+    return jax.lax.cond(local, lambda: kernel(window=window), lambda: kernel(window=0))
 
 
 def visible(positions: Positions, local: Array | None, window: int) -> Array:

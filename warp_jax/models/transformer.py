@@ -191,16 +191,14 @@ class Attention(nn.Module):
             cache = _write(cache, layer, key, value)
             key = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
             value = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
-        settings = attention.Settings(
-            window=cfg.sliding_window, scale=cfg.query_scale or cfg.head_dim**-0.5, softcap=cfg.attention_softcap
-        )
         mixed = attention.attend(
-            query,
+            query * (cfg.query_scale or cfg.head_dim**-0.5),
             key,
             value,
             positions,
             local=local if any(cfg.local_pattern) else None,
-            settings=settings,
+            window=cfg.sliding_window,
+            softcap=cfg.attention_softcap,
             mesh=self.mesh,
         )
         return Linear((cfg.width,), cfg.dtype, num_input_axes=2, name="o")(mixed), cache
