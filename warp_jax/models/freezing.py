@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
+from flax.traverse_util import flatten_dict
 
 from warp_jax import naming, trees
 from warp_jax.types import Params
@@ -31,7 +31,7 @@ def layer_groups(pattern: str, shapes: Any) -> tuple[int, ...]:
         expression = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"trainable: {pattern!r} is not a regular expression: {error}") from error
-    leaf_names = [names_of(trees.path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)]
+    leaf_names = [_names_of(name, leaf) for name, leaf in flatten_dict(shapes, sep="/").items()]
     if not any(expression.search(name) for names in leaf_names for name in names):
         examples = ", ".join(sorted(names[-1] for names in leaf_names)[:3])
         raise ValueError(f"trainable: no weight matches {pattern!r}; names look like {examples}")
@@ -43,31 +43,28 @@ def layer_groups(pattern: str, shapes: Any) -> tuple[int, ...]:
 
 def split(params: Params, pattern: str) -> tuple[Params, Params]:
     """Split parameters into (trained, frozen); `trees.join` is the inverse. Stacks must be cut as in `layer_groups`."""
-    leaves = traverse_util.flatten_dict(params, sep="/")
-    trained = {name: leaf for name, leaf in leaves.items() if re.search(pattern, names_of(name, leaf)[0])}
-    frozen = {name: leaf for name, leaf in leaves.items() if name not in trained}
-    return traverse_util.unflatten_dict(trained, sep="/"), traverse_util.unflatten_dict(frozen, sep="/")
+    first_names = {name: _names_of(name, leaf)[0] for name, leaf in flatten_dict(params, sep="/").items()}
+    return trees.split(params, lambda name: bool(re.search(pattern, first_names[name])))
 
 
 def restacked(source: Params, like: Params) -> Params:
     """Copy the weights of `source` into the stacks and shardings of `like`; leaves that it lacks stay as in `like`."""
     slices = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(source):
-        names = names_of(trees.path_name(path), leaf)
-        in_stack = naming.is_stacked(trees.path_name(path))
-        slices.update({name: leaf[i] if in_stack else leaf for i, name in enumerate(names)})
+    for name, leaf in flatten_dict(source, sep="/").items():
+        for i, slice_name in enumerate(_names_of(name, leaf)):
+            slices[slice_name] = leaf[i] if naming.is_stacked(name) else leaf
 
     def take(path: tuple[Any, ...], leaf: Any) -> Any:
-        names = names_of(trees.path_name(path), leaf)
+        name = trees.path_name(path)
+        names = _names_of(name, leaf)
         if not all(name in slices for name in names):
             return leaf
-        layers = [slices[name] for name in names]
-        values = jnp.stack(layers) if naming.is_stacked(trees.path_name(path)) else layers[0]
+        values = jnp.stack([slices[name] for name in names]) if naming.is_stacked(name) else slices[name]
         return jax.device_put(values, leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(take, like)
 
 
-def names_of(name: str, leaf: Any) -> list[str]:
+def _names_of(name: str, leaf: Any) -> list[str]:
     """One name for each layer of a stacked leaf; otherwise the leaf's own name."""
     return naming.layer_names(name, leaf.shape[0]) if naming.is_stacked(name) else [name]
