@@ -114,7 +114,7 @@ def _make_layout(config: Mapping[str, Any], architecture: str, tensors: Sequence
     shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in tensors}
     layout = {}
     for name, part in hf_weights.slices_of(param_shapes(model), model).items():
-        stored, want = gguf_names.get_name(name, (".weight",)), part.stored_shape
+        stored, want = gguf_names.get_name(name, (".weight",)) or name, part.stored_shape
         if stored not in shapes:
             raise ValueError(f"tensor {stored!r} is missing")
         if shapes[stored] != want:
