@@ -6,23 +6,21 @@ Each field is read, ignored because it does not change the logits, or rejected b
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from warp_jax import files
 from warp_jax.models.transformer import TransformerConfig
-from warp_jax.pretrained.hf_rope import normal_scaling, read_rope, rope_fields
+from warp_jax.pretrained.hf_rope import Json, normal_scaling, read_rope, rope_fields
 
 CONFIG = "config.json"
-Json = Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """One architecture of the transformers library."""
 
     class_name: str  # prefix of its classes, before 'ForCausalLM'
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of TransformerConfig, fixed for the family
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # optional fields, in addition to COMMON
+    settings: Mapping[str, Any] = {}  # of TransformerConfig, fixed for the family
+    defaults: Mapping[str, Any] = {}  # optional fields, in addition to COMMON
 
 
 GEMMA = {"norm_offset": 1.0, "scale_embedding": True}
@@ -73,6 +71,16 @@ FAMILIES: dict[str, Family] = {
         },
     ),
 }
+OUR_NAMES = {  # names in TransformerConfig of fields with the same value there
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "intermediate_size": "mlp_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "norm_eps",
+}
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 COMMON = {
     "num_key_value_heads": None,
@@ -118,8 +126,7 @@ _IGNORED_FIELDS = (
 )
 IGNORED = frozenset(_IGNORED_FIELDS.split())
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
-HEADS = {"ForCausalLM": "language", "ForSequenceClassification": "scalar"}
-HEAD_SUFFIX = {head: suffix for suffix, head in HEADS.items()}
+HEADS = {"language": "ForCausalLM", "scalar": "ForSequenceClassification"}  # suffixes of class names
 
 
 def read_config(folder: Path) -> TransformerConfig:
@@ -143,25 +150,22 @@ def from_json(content: Json) -> TransformerConfig:
     family = FAMILIES[content["model_type"]]
     fields = {**COMMON, **family.defaults, **content}
     _check_fields(content, {*REQUIRED, *COMMON, *family.defaults})
-    missing = [name for name in REQUIRED if name not in fields]
-    if missing:
+    if missing := [name for name in REQUIRED if name not in fields]:
         raise ValueError(f"field {missing[0]!r} is missing")
     _check_numbers(fields)
     if content["model_type"] == "gemma3_text" and fields["attn_logit_softcapping"]:
         raise ValueError("field 'attn_logit_softcapping' is set, want null: transformers ignores its value for Gemma 3")
+    labels = len(content.get("id2label") or range(content.get("num_labels", 2)))
+    if head == "scalar" and labels != 1:
+        raise ValueError(f"model has {labels} labels, want a reward model with num_labels = 1")
     heads = fields["num_attention_heads"]
+    fields["num_key_value_heads"] = fields["num_key_value_heads"] or heads
+    fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // heads
     window, pattern = _windows(fields)
     scalar = fields.get("query_pre_attn_scalar")
     return TransformerConfig(
-        vocab_size=fields["vocab_size"],
-        width=fields["hidden_size"],
-        num_layers=fields["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=fields["num_key_value_heads"] or heads,
-        head_dim=fields["head_dim"] or fields["hidden_size"] // heads,
-        mlp_dim=fields["intermediate_size"],
+        **{ours: fields[name] for name, ours in OUR_NAMES.items()},
         activation=_activation(fields),
-        norm_eps=fields["rms_norm_eps"],
         query_scale=float(scalar) ** -0.5 if scalar else 0.0,
         attention_softcap=fields.get("attn_logit_softcapping") or 0.0,
         final_softcap=fields.get("final_logit_softcapping") or 0.0,
@@ -180,30 +184,19 @@ def to_json(config: TransformerConfig, dtype: str) -> dict[str, Any]:
     dtype: of the weights, such as 'bfloat16'. Raises ValueError if no family has these settings.
     """
     model_type = _family_of(config)
-    suffix = HEAD_SUFFIX[config.head]
-    name = FAMILIES[model_type].class_name
     text = "Text" if model_type == "gemma3_text" and config.head == "scalar" else ""
     result = {
-        "architectures": [f"{name}{text}{suffix}"],
+        "architectures": [f"{FAMILIES[model_type].class_name}{text}{HEADS[config.head]}"],
         "model_type": model_type,
         "torch_dtype": dtype,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.norm_eps,
+        **{name: getattr(config, ours) for name, ours in OUR_NAMES.items()},
         "tie_word_embeddings": config.tied_head,
         "max_position_embeddings": 131_072,
-        **_activation_fields(config, model_type),
-        **_attention_fields(config, model_type),
+        **_family_fields(config, FAMILIES[model_type]),
         **rope_fields(config),
         **({"id2label": {"0": "reward"}, "label2id": {"reward": 0}} if config.head == "scalar" else {}),
     }
-    plain = dataclasses.replace(config, layer_groups=(), dtype="float32", tied_head=config.tied_head)
-    if from_json(result) != _normal(plain):
+    if from_json(result) != _normal(config):
         raise ValueError(f"model: no Hugging Face architecture has these settings; the closest is {model_type}")
     return result
 
@@ -220,21 +213,14 @@ def _text_model(content: Json) -> tuple[Json, str]:
         tied = content.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
         return {**text, "model_type": "gemma3_text", "tie_word_embeddings": tied}, "language"
     for model_type, family in FAMILIES.items():
-        for suffix, head in HEADS.items():
+        for head, suffix in HEADS.items():
             names = {f"{family.class_name}{suffix}", f"{family.class_name}Text{suffix}"}
             if architecture in names and content.get("model_type") == model_type:
-                _check_labels(content, head)
                 return content, head
     known = ", ".join(f"{family.class_name}ForCausalLM" for family in FAMILIES.values())
     raise ValueError(
         f"architecture {architecture!r} is not supported, want one of {known}, or their ForSequenceClassification"
     )
-
-
-def _check_labels(content: Json, head: str) -> None:
-    labels = len(content.get("id2label") or range(content.get("num_labels", 2)))
-    if head == "scalar" and labels != 1:
-        raise ValueError(f"model has {labels} labels, want a reward model with num_labels = 1")
 
 
 def _check_fields(content: Json, known: set[str]) -> None:
@@ -306,48 +292,41 @@ def _family_of(config: TransformerConfig) -> str:
     return "mistral" if all(config.local_pattern) else "llama"
 
 
-def _activation_fields(config: TransformerConfig, model_type: str) -> dict[str, Any]:
-    name = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[config.activation]
-    both = {"hidden_act": name, "hidden_activation": name}
-    if model_type == "gemma":
-        return both
-    field = "hidden_activation" if "hidden_activation" in FAMILIES[model_type].defaults else "hidden_act"
-    return {field: name}
-
-
-def _attention_fields(config: TransformerConfig, model_type: str) -> dict[str, Any]:
-    """Query scale, soft-caps and windows, limited to the fields that the family has."""
-    known = FAMILIES[model_type].defaults
-    window = config.sliding_window or None
-    kinds = ["sliding_attention" if local else "full_attention" for local in config.is_local]
-    scale = config.query_scale or config.head_dim**-0.5
+def _family_fields(config: TransformerConfig, family: Family) -> dict[str, Any]:
+    """Activation, query scale, soft-caps and windows, limited to the fields that the family has."""
+    known = family.defaults if "hidden_activation" in family.defaults else {"hidden_act", *family.defaults}
+    activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[config.activation]
     fields = {
-        "query_pre_attn_scalar": _whole(scale**-2),
+        "hidden_act": activation,
+        "hidden_activation": activation,
+        "query_pre_attn_scalar": _query_scalar(config),
         "attn_logit_softcapping": config.attention_softcap or None,
         "final_logit_softcapping": config.final_softcap or None,
-        "sliding_window": window,
-        "use_sliding_window": window is not None,
+        "sliding_window": config.sliding_window or None,
+        "use_sliding_window": config.sliding_window > 0,
         "max_window_layers": config.is_local.index(True) if any(config.is_local) else config.num_layers,
-        "layer_types": kinds,
+        "layer_types": ["sliding_attention" if local else "full_attention" for local in config.is_local],
     }
     return {name: value for name, value in fields.items() if name in known}
 
 
 def _normal(config: TransformerConfig) -> TransformerConfig:
     """The same settings in the form that `from_json` returns, for a comparison."""
-    scalar = float(_whole((config.query_scale or config.head_dim**-0.5) ** -2))
     has_scalar = "query_pre_attn_scalar" in FAMILIES[_family_of(config)].defaults
     pattern = shortest_pattern(list(config.is_local))
     return dataclasses.replace(
         config,
-        query_scale=scalar**-0.5 if has_scalar else config.query_scale,
+        query_scale=float(_query_scalar(config)) ** -0.5 if has_scalar else config.query_scale,
         local_pattern=pattern,
         sliding_window=config.sliding_window if any(pattern) else 0,
         tied_head=config.tied_head and config.head == "language",
         rope_scaling=normal_scaling(config.rope_scaling),
+        layer_groups=(),
+        dtype="float32",
     )
 
 
-def _whole(value: float) -> float:
-    """Round a value that is a whole number up to float error; return others unchanged."""
+def _query_scalar(config: TransformerConfig) -> float:
+    """Field query_pre_attn_scalar, a whole number if it is one up to float error."""
+    value = (config.query_scale or config.head_dim**-0.5) ** -2
     return round(value) if abs(value - round(value)) < 1e-6 * value else value

@@ -31,7 +31,7 @@ def read_rope(fields: Json) -> dict[str, Any]:
     """Rotary settings as keyword arguments of TransformerConfig, from config.json's fields with their defaults."""
     parameters = fields["rope_parameters"] or {}
     shared = {"rope_theta": fields["rope_theta"], **(fields["rope_scaling"] or {})}
-    local_theta = fields.get("rope_local_base_freq", 0.0)
+    global_rope, local_theta = {**shared, **parameters}, fields.get("rope_local_base_freq", 0.0)
     if "full_attention" in parameters or "sliding_attention" in parameters:
         global_rope = {**shared, **(parameters.get("full_attention") or {})}
         local_rope = parameters.get("sliding_attention") or {}
@@ -39,8 +39,6 @@ def read_rope(fields: Json) -> dict[str, Any]:
         if local_rope.get("rope_type", "default") != "default":
             raise ValueError(f"sliding layers have rope type {local_rope['rope_type']!r}, want 'default'")
         local_theta = local_rope.get("rope_theta", local_theta)
-    else:
-        global_rope = {**shared, **parameters}
     result = {
         "rope_theta": float(global_rope["rope_theta"]),
         "rope_scaling": _scaling(global_rope, fields["max_position_embeddings"]),
@@ -57,19 +55,20 @@ def _scaling(parameters: Json, max_length: int | None) -> RopeScaling:
         raise ValueError(f"partial_rotary_factor is {parameters['partial_rotary_factor']!r}, want 1")
     if kind == "default":
         return RopeScaling()
+    factor = float(parameters["factor"])
     if kind == "linear":
-        return RopeScaling("linear", float(parameters["factor"]))
+        return RopeScaling("linear", factor)
     length = parameters.get(LENGTH) or max_length
     if length is None:
         raise ValueError(f"rope type {kind!r} needs {LENGTH}")
     if kind == "llama3":
         low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
-        return RopeScaling("llama3", float(parameters["factor"]), length, low, high)
+        return RopeScaling("llama3", factor, length, low, high)
     if parameters.get("truncate", True) is not True:
         raise ValueError("rope type 'yarn': truncate is false, want true")
     return RopeScaling(
         "yarn",
-        float(parameters["factor"]),
+        factor,
         length,
         beta_fast=float(parameters.get("beta_fast") or 32),
         beta_slow=float(parameters.get("beta_slow") or 1),
@@ -101,18 +100,17 @@ def rope_fields(config: TransformerConfig) -> dict[str, Any]:
         fields["rope_local_base_freq"] = config.rope_theta_local
     scaling = config.rope_scaling
     if scaling.kind != "none":
-        values = {name: getattr(scaling, OUR_NAMES[name]) for name in _used_fields(scaling.kind)}
-        if not values.get("attention_factor"):
-            values.pop("attention_factor", None)
+        values = {name: getattr(scaling, ours) for name, ours in _used_fields(scaling.kind).items()}
+        values = {name: value for name, value in values.items() if value or name != "attention_factor"}
         fields["rope_scaling"] = {"rope_type": scaling.kind, **values}
     return fields
 
 
 def normal_scaling(scaling: RopeScaling) -> RopeScaling:
     """Reset the values that this kind of scaling does not use to their defaults."""
-    used = [OUR_NAMES[name] for name in _used_fields(scaling.kind)]
-    return RopeScaling(scaling.kind, **{name: getattr(scaling, name) for name in used})
+    return RopeScaling(scaling.kind, **{name: getattr(scaling, name) for name in _used_fields(scaling.kind).values()})
 
 
-def _used_fields(kind: str) -> list[str]:
-    return sorted(SCALING_FIELDS.get(kind, set()) & OUR_NAMES.keys())
+def _used_fields(kind: str) -> dict[str, str]:
+    """OUR_NAMES of the fields that a kind of scaling has."""
+    return {name: OUR_NAMES[name] for name in sorted(SCALING_FIELDS.get(kind, set()) & OUR_NAMES.keys())}
