@@ -123,12 +123,10 @@ def make_generation_config(vocabulary: Mapping[str, Any]) -> dict[str, Any]:
 def make_tokenizer_config(vocabulary: Mapping[str, Any], max_length: int) -> dict[str, Any]:
     """Content of tokenizer_config.json; max_length: tokens in the model's context."""
     roles = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    config = {f"{name}_token": _token(vocabulary, role) for name, role in roles.items()}
-    config = {key: token for key, token in config.items() if token is not None}
-    if "chat_template" in vocabulary:
-        config["chat_template"] = vocabulary["chat_template"]
+    texts = {f"{name}_token": _token(vocabulary, role) for name, role in roles.items()}
+    texts["chat_template"] = vocabulary.get("chat_template")
     return {
-        **config,
+        **{key: text for key, text in texts.items() if text is not None},
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": vocabulary["ggml.add_bos_token"],
         "clean_up_tokenization_spaces": False,

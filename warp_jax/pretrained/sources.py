@@ -40,7 +40,14 @@ def find(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    model = _in_package(source.removeprefix(PACKAGE)) if source.startswith(PACKAGE) else _in_file(source)
+    if source.startswith(PACKAGE):
+        model = _find_in_package(source.removeprefix(PACKAGE))
+    elif path.suffix != ".gguf":
+        raise ValueError(f"{source!r}: no such folder; want a Hugging Face folder, a .gguf file or {PACKAGE}NAME")
+    elif not path.is_file():
+        raise ValueError(f"{source!r}: no such file")
+    else:
+        model = _Gguf(path.stem, [path])
     key = xxhash.xxh3_64_hexdigest("".join(map(hash_file, model.parts)).encode())
     cache = Path(os.environ.get("WARP_JAX_CACHE") or "~/.cache/warp_jax").expanduser()
     folder = cache / f"{model.name}-{key}-v{FORMAT}"
@@ -54,16 +61,7 @@ def find(source: str) -> Path:
     return folder
 
 
-def _in_file(source: str) -> _Gguf:
-    path = Path(source).expanduser()
-    if path.suffix != ".gguf":
-        raise ValueError(f"{source!r}: no such folder; want a Hugging Face folder, a .gguf file or {PACKAGE}NAME")
-    if not path.is_file():
-        raise ValueError(f"{source!r}: no such file")
-    return _Gguf(path.stem, [path])
-
-
-def _in_package(name: str) -> _Gguf:
+def _find_in_package(name: str) -> _Gguf:
     """Find the one .gguf file in a package, without importing it; otherwise use the package's `assemble`."""
     install = INSTALL.get(name, f"pip install {name.replace('_', '-')}")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
