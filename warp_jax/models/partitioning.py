@@ -19,15 +19,12 @@ KEY_VALUE = r"layers(_from_\d+)?/attention/[kv]/"
 # (pattern of the end of a leaf's path, mesh axis of each array axis). Stacked leaves have the layer axis first.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
-    (r"layers(_from_\d+)?/attention/q/kernel", PartitionSpec(None, "fsdp", "tensor", None)),
-    (r"layers(_from_\d+)?/attention/q/bias", PartitionSpec(None, "tensor", None)),
-    (KEY_VALUE + "kernel", PartitionSpec(None, "fsdp", "tensor", None)),
-    (KEY_VALUE + "bias", PartitionSpec(None, "tensor", None)),
+    (r"layers(_from_\d+)?/attention/[qkv]/kernel", PartitionSpec(None, "fsdp", "tensor", None)),
+    (r"layers(_from_\d+)?/attention/[qkv]/bias", PartitionSpec(None, "tensor", None)),
     (r"layers(_from_\d+)?/attention/o/kernel", PartitionSpec(None, "tensor", None, "fsdp")),
-    (r"layers(_from_\d+)?/attention/[qk]_norm/scale", PartitionSpec()),
     (r"layers(_from_\d+)?/mlp/(gate|up)/kernel", PartitionSpec(None, "fsdp", "tensor")),
     (r"layers(_from_\d+)?/mlp/down/kernel", PartitionSpec(None, "tensor", "fsdp")),
-    (r"layers(_from_\d+)?/(attention|mlp)(_post)?_norm/scale", PartitionSpec()),
+    (r"layers(_from_\d+)?/((attention|mlp)(_post)?|attention/[qk])_norm/scale", PartitionSpec()),
     (r"final_norm/scale", PartitionSpec()),
     (r"lm_head/kernel", PartitionSpec("fsdp", "tensor")),
     (r"score/kernel", PartitionSpec("fsdp", None)),
@@ -48,11 +45,16 @@ def param_shardings(mesh: Mesh, tree: Any) -> Any:
     """NamedSharding of every leaf of a tree of arrays or shapes (parameters, TrainState, Adam moments)."""
 
     def leaf_sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = trees.path_name(path)
-        spec = partition_spec(name, leaf.shape)
-        if re.search(KEY_VALUE, name) and mesh.shape["tensor"] % leaf.shape[spec.index("tensor")] == 0:
-            spec = meshes.divisible(mesh, leaf.shape, spec)
-        _check_divisible(mesh, name, leaf.shape, spec)
+        name, shape = trees.path_name(path), tuple(leaf.shape)
+        spec = partition_spec(name, shape)
+        if re.search(KEY_VALUE, name) and mesh.shape["tensor"] % shape[spec.index("tensor")] == 0:
+            spec = meshes.divisible(mesh, shape, spec)
+        for size, axis in zip(shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"sharding: leaf {name!r} has shape {shape}; {size} is not divisible by mesh axis {axis!r} of size "
+                    f"{mesh.shape[axis]}; choose a smaller {axis!r} axis"
+                )
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
@@ -75,12 +77,3 @@ def with_shardings(mesh: Mesh, shapes: Any) -> Any:
 def shaped(shapes: Any, shardings: Any) -> Any:
     """Tree of jax.ShapeDtypeStruct with the shapes of one tree and the shardings of the other."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
-def _check_divisible(mesh: Mesh, name: str, shape: Sequence[int], spec: PartitionSpec) -> None:
-    for size, axis in zip(shape, spec, strict=False):
-        if axis is not None and size % mesh.shape[axis]:
-            raise ValueError(
-                f"sharding: leaf {name!r} has shape {tuple(shape)}; {size} is not divisible by mesh axis "
-                f"{axis!r} of size {mesh.shape[axis]}; choose a smaller {axis!r} axis"
-            )

@@ -88,10 +88,8 @@ class TransformerConfig:
         """(name, first layer, last layer + 1) of each stack of layers."""
         if len(self.layer_groups) < 2:
             return (("layers", 0, self.num_layers),)
-        ends = tuple(itertools.accumulate(self.layer_groups))
-        return tuple(
-            (f"layers_from_{end - size}", end - size, end) for size, end in zip(self.layer_groups, ends, strict=True)
-        )
+        bounds = itertools.accumulate(self.layer_groups, initial=0)
+        return tuple((f"layers_from_{first}", first, end) for first, end in itertools.pairwise(bounds))
 
 
 # Sharding of activations: rows over the batch axes, heads and vocabulary over `tensor`.
