@@ -25,8 +25,7 @@ class RopeScaling:
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
     """Angle in radians per position, for each rotated pair: float32 [head_dim / 2]."""
-    exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-    plain = theta**-exponent
+    plain = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling.kind == "none":
         result = plain
     elif scaling.kind == "linear":

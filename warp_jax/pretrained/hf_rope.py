@@ -10,21 +10,22 @@ from warp_jax.models.transformer import TransformerConfig
 Json = Mapping[str, Any]
 
 LENGTH = "original_max_position_embeddings"
-SCALING_FIELDS = {  # by rope type
-    "default": set[str](),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", LENGTH},
-    "yarn": {"factor", LENGTH, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+OUR_NAMES: dict[str, dict[str, str]] = {  # by rope type: names in RopeScaling of the fields that it stores
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "high_freq_factor": "high_frequency_factor",
+        "low_freq_factor": "low_frequency_factor",
+        LENGTH: "original_length",
+    },
+    "yarn": {
+        **{name: name for name in ("attention_factor", "beta_fast", "beta_slow", "factor")},
+        LENGTH: "original_length",
+    },
 }
-OUR_NAMES = {  # names of these fields in RopeScaling
-    "factor": "factor",
-    LENGTH: "original_length",
-    "low_freq_factor": "low_frequency_factor",
-    "high_freq_factor": "high_frequency_factor",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "attention_factor": "attention_factor",
-}
+OTHER_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+YARN_FIELDS = {"mscale", "mscale_all_dim", "truncate"}  # that only change how the stored fields are read
 
 
 def read_rope(fields: Json) -> dict[str, Any]:
@@ -48,9 +49,9 @@ def read_rope(fields: Json) -> dict[str, Any]:
 
 def _scaling(parameters: Json, max_length: int | None) -> RopeScaling:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind not in SCALING_FIELDS:
-        raise ValueError(f"rope type {kind!r} is not supported, want one of {', '.join(SCALING_FIELDS)}")
-    _check_names(parameters, {"rope_type", "type", "rope_theta", "partial_rotary_factor", *SCALING_FIELDS[kind]})
+    if kind not in OUR_NAMES:
+        raise ValueError(f"rope type {kind!r} is not supported, want one of {', '.join(OUR_NAMES)}")
+    _check_names(parameters, {*OTHER_FIELDS, *OUR_NAMES[kind], *(YARN_FIELDS if kind == "yarn" else ())})
     if parameters.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"partial_rotary_factor is {parameters['partial_rotary_factor']!r}, want 1")
     if kind == "default":
@@ -100,7 +101,7 @@ def rope_fields(config: TransformerConfig) -> dict[str, Any]:
         fields["rope_local_base_freq"] = config.rope_theta_local
     scaling = config.rope_scaling
     if scaling.kind != "none":
-        values = {name: getattr(scaling, ours) for name, ours in _used_fields(scaling.kind).items()}
+        values = {name: getattr(scaling, ours) for name, ours in OUR_NAMES[scaling.kind].items()}
         values = {name: value for name, value in values.items() if value or name != "attention_factor"}
         fields["rope_scaling"] = {"rope_type": scaling.kind, **values}
     return fields
@@ -108,9 +109,5 @@ def rope_fields(config: TransformerConfig) -> dict[str, Any]:
 
 def normal_scaling(scaling: RopeScaling) -> RopeScaling:
     """Reset the values that this kind of scaling does not use to their defaults."""
-    return RopeScaling(scaling.kind, **{name: getattr(scaling, name) for name in _used_fields(scaling.kind).values()})
-
-
-def _used_fields(kind: str) -> dict[str, str]:
-    """OUR_NAMES of the fields that a kind of scaling has."""
-    return {name: OUR_NAMES[name] for name in sorted(SCALING_FIELDS.get(kind, set()) & OUR_NAMES.keys())}
+    used = OUR_NAMES.get(scaling.kind, {}).values()
+    return RopeScaling(scaling.kind, **{name: getattr(scaling, name) for name in used})
