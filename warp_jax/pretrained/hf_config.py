@@ -26,7 +26,15 @@ class Family(NamedTuple):
 GEMMA = {"norm_offset": 1.0, "scale_embedding": True}
 GEMMA_DEFAULTS = {"head_dim": 256, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"}
 GEMMA_1_ACTIVATION = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": None}  # files have one or both
-SOFTCAPS = {"query_pre_attn_scalar": 256, "attn_logit_softcapping": None, "final_logit_softcapping": None}
+GEMMA_2_DEFAULTS = {
+    **GEMMA_DEFAULTS,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "sliding_window": 4096,
+    "layer_types": None,
+}
 QWEN_DEFAULTS = {
     "num_key_value_heads": 32,
     "use_sliding_window": False,
@@ -41,33 +49,19 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2", {"qkv_bias": True}, QWEN_DEFAULTS),
     "qwen3": Family("Qwen3", {"qk_norm": True}, {**QWEN_DEFAULTS, "head_dim": 128}),
     "gemma": Family("Gemma", GEMMA, {**GEMMA_DEFAULTS, "num_key_value_heads": 16, **GEMMA_1_ACTIVATION}),
-    "gemma2": Family(
-        "Gemma2",
-        {**GEMMA, "post_norms": True},
-        {
-            **GEMMA_DEFAULTS,
-            **SOFTCAPS,
-            "num_key_value_heads": 4,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-            "sliding_window": 4096,
-            "layer_types": None,
-        },
-    ),
+    "gemma2": Family("Gemma2", {**GEMMA, "post_norms": True}, GEMMA_2_DEFAULTS),
     "gemma3_text": Family(
         "Gemma3",
         {**GEMMA, "post_norms": True, "qk_norm": True},
         {
-            **GEMMA_DEFAULTS,
-            **SOFTCAPS,
+            **GEMMA_2_DEFAULTS,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
             "vocab_size": 262_208,
             "num_attention_heads": 8,
-            "num_key_value_heads": 4,
             "rope_theta": 1_000_000.0,
             "rope_local_base_freq": 10_000.0,
-            "sliding_window": 4096,
             "sliding_window_pattern": 6,
-            "layer_types": None,
         },
     ),
 }
@@ -95,21 +89,14 @@ COMMON = {
 }
 # fields with only one supported meaning; other values are rejected, and the last one is named in the error
 FIXED: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "rope_interleaved"), (False,)),
+    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"), (False,)),
+    **dict.fromkeys(("use_bidirectional_attention", "use_mrope", "attn_output_gate"), (None, False)),
+    **dict.fromkeys(("quantization_config", "cross_attention_hidden_size"), (None,)),
     "pretraining_tp": (1,),
     "partial_rotary_factor": (None, 1, 1.0),
-    "rope_interleaved": (False,),
-    "use_bidirectional_attention": (None, False),
-    "quantization_config": (None,),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "tie_encoder_decoder": (False,),
-    "cross_attention_hidden_size": (None,),
     "chunk_size_feed_forward": (0,),
     "pruned_heads": (None, {}),
-    "use_mrope": (None, False),
-    "attn_output_gate": (None, False),
 }
 # fields that do not change the logits of a text
 _IGNORED_FIELDS = (
@@ -158,10 +145,8 @@ def from_json(content: Json) -> TransformerConfig:
     labels = len(content.get("id2label") or range(content.get("num_labels", 2)))
     if head == "scalar" and labels != 1:
         raise ValueError(f"model has {labels} labels, want a reward model with num_labels = 1")
-    heads = fields["num_attention_heads"]
-    fields["num_key_value_heads"] = fields["num_key_value_heads"] or heads
-    fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // heads
-    window, pattern = _windows(fields)
+    fields["num_key_value_heads"] = fields["num_key_value_heads"] or fields["num_attention_heads"]
+    fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // fields["num_attention_heads"]
     scalar = fields.get("query_pre_attn_scalar")
     return TransformerConfig(
         **{ours: fields[name] for name, ours in OUR_NAMES.items()},
@@ -170,10 +155,9 @@ def from_json(content: Json) -> TransformerConfig:
         attention_softcap=fields.get("attn_logit_softcapping") or 0.0,
         final_softcap=fields.get("final_logit_softcapping") or 0.0,
         tied_head=bool(fields["tie_word_embeddings"]) and head == "language",
-        local_pattern=pattern,
-        sliding_window=window,
         head=head,
         **family.settings,
+        **_read_windows(fields),
         **read_rope(fields),
     )
 
@@ -254,11 +238,11 @@ def _activation(fields: Json) -> str:
     return ACTIVATIONS[names[0]]
 
 
-def _windows(fields: Json) -> tuple[int, tuple[bool, ...]]:
-    """Size of the sliding window in tokens, and the pattern of local layers."""
+def _read_windows(fields: Json) -> dict[str, Any]:
+    """Sliding window and pattern of local layers as keyword arguments of TransformerConfig."""
     window, layers = fields.get("sliding_window"), fields["num_hidden_layers"]
     if not window or not fields.get("use_sliding_window", True):
-        return 0, (False,)
+        return {}
     types = fields.get("layer_types")
     if types is not None:
         unknown = set(types) - {"sliding_attention", "full_attention"}
@@ -274,7 +258,7 @@ def _windows(fields: Json) -> tuple[int, tuple[bool, ...]]:
     else:
         every = fields.get("sliding_window_pattern", 2)
         local = [(i + 1) % every > 0 for i in range(layers)]
-    return (window, shortest_pattern(local)) if any(local) else (0, (False,))
+    return {"sliding_window": window, "local_pattern": shortest_pattern(local)} if any(local) else {}
 
 
 def shortest_pattern(local: list[bool]) -> tuple[bool, ...]:
