@@ -40,7 +40,7 @@ POST_NORM_NAMES = {  # for models with `post_norms`
 # in models with images: the part of a text tensor's name that models without images lack, and the other tensors
 TEXT_TOWER = re.compile(r"^(model\.)?language_model\.")
 NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-COMPUTED = ("rotary_emb.inv_freq",)  # suffixes of tensors in old files that are computed from the config
+COMPUTED = "rotary_emb.inv_freq"  # suffix of tensors in old files that are computed from the config
 SHARD_BYTES = 5_000_000_000
 
 
@@ -54,7 +54,6 @@ class Slice(NamedTuple):
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Shape of the tensor in the file."""
         if not self.num_inputs:
             return self.shape if self.leaf == "embed/embedding" else (math.prod(self.shape),)
         inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
@@ -95,8 +94,7 @@ def load_params(folder: Path, config: TransformerConfig, like: Params) -> Params
 def check_weights(folder: Path, config: TransformerConfig, like: Params) -> tuple[WeightFolder, dict[str, Slice]]:
     """Check that a folder has exactly the tensors of a model. Returns the open files, and our slices by tensor name.
 
-    Raises:
-        ValueError: a tensor is missing, unexpected, of another shape or not floating-point; names file and tensor.
+    Raises ValueError, naming file and tensor, if one is missing, unexpected, of another shape or not floating-point.
     """
     weights = open_weights(folder)
     kind = files.read_json(folder / hf_config.CONFIG)["architectures"][0]
@@ -105,7 +103,13 @@ def check_weights(folder: Path, config: TransformerConfig, like: Params) -> tupl
     for name, part in slices.items():
         if name not in stored:
             raise ValueError(f"{weights.path}: tensor {name!r} is missing, want shape {part.stored_shape}")
-        _check_tensor(weights, stored[name], part.stored_shape)
+        tensor, where = weights.tensors[stored[name]], _place(weights, stored[name])
+        if tensor.shape != part.stored_shape:
+            raise ValueError(f"{where} has shape {tensor.shape}, want {part.stored_shape} by {hf_config.CONFIG}")
+        if tensor.dtype not in FLOATING:
+            raise ValueError(
+                f"{where} is {tensor.dtype}, want a floating-point type: quantised weights are not supported"
+            )
     if config.tied_head and "lm_head.weight" in stored:
         _check_tied(weights, stored.pop("lm_head.weight"), stored["model.embed_tokens.weight"])
     for name in stored.keys() - slices.keys():
@@ -186,14 +190,6 @@ def _stored_names(weights: WeightFolder, *, has_images: bool) -> dict[str, str]:
 
 def _place(weights: WeightFolder, name: str) -> str:
     return f"{weights.path / weights.tensors[name].file}: tensor {name!r}"
-
-
-def _check_tensor(weights: WeightFolder, name: str, shape: tuple[int, ...]) -> None:
-    tensor, where = weights.tensors[name], _place(weights, name)
-    if tensor.shape != shape:
-        raise ValueError(f"{where} has shape {tensor.shape}, want {shape} by {hf_config.CONFIG}")
-    if tensor.dtype not in FLOATING:
-        raise ValueError(f"{where} is {tensor.dtype}, want a floating-point type: quantised weights are not supported")
 
 
 def _check_tied(weights: WeightFolder, head: str, embedding: str) -> None:
