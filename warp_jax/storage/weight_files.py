@@ -61,8 +61,9 @@ class Tensor(NamedTuple):
 class WeightFolder(abc.ABC):
     """Folder of named tensors, whose elements several threads can read."""
 
-    path: Path
-    tensors: dict[str, Tensor]
+    def __init__(self, path: Path):
+        self.path = path
+        self.tensors: dict[str, Tensor] = {}
 
     @abc.abstractmethod
     def view(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -105,8 +106,7 @@ class SafetensorsFolder(WeightFolder):
     """A folder of one or several safetensors files (https://github.com/huggingface/safetensors#format)."""
 
     def __init__(self, path: Path, names: Sequence[str]):
-        self.path = path
-        self.tensors: dict[str, Tensor] = {}
+        super().__init__(path)
         self._offsets: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
         for name in names:
@@ -152,20 +152,17 @@ class OrbaxFolder(WeightFolder):
     def __init__(self, path: Path):
         import tensorstore  # noqa: PLC0415  not needed for safetensors
 
-        self.path = path
+        super().__init__(path)
         self._lock = threading.Lock()
         self._held: tuple[str, np.ndarray] = ("", np.zeros(0))
         self._stores: dict[str, Any] = {}
-        self.tensors: dict[str, Tensor] = {}
         try:
             for entry in files.read_json(path / "_METADATA")["tree_metadata"].values():
                 name = "/".join(str(part["key"]) for part in entry["key_metadata"])
                 place = {"driver": "ocdbt", "base": f"file://{path.absolute()}/", "path": f"{name.replace('/', '.')}/"}
-                store = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True).result()
-                num_layers = store.shape[0] if naming.is_stacked(name) else 1
-                shape, dtype = tuple(store.shape), store.dtype.numpy_dtype
-                self._stores[name] = store
-                self.tensors[name] = Tensor(name, dtype, shape, "model.safetensors", num_layers)
+                store = self._stores[name] = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True).result()
+                layers = store.shape[0] if naming.is_stacked(name) else 1
+                self.tensors[name] = Tensor(name, store.dtype.numpy_dtype, store.shape, "model.safetensors", layers)
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise ValueError(f"{path}: not an Orbax checkpoint of parameters: {error}") from error
 
@@ -185,14 +182,12 @@ class SafetensorsWriter:
 
     def __init__(self, folder: Path, tensors: Sequence[Tensor]):
         """Create the files at their full size. Raises OSError at once if the disk is full."""
-        self._descriptors: list[int] = []
         self._places: dict[str, tuple[int, int, np.dtype]] = {}
         by_file: dict[str, list[Tensor]] = {}
         for tensor in tensors:
             by_file.setdefault(tensor.file, []).append(tensor)
         for file, members in by_file.items():
             descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            self._descriptors.append(descriptor)
             starts = [0, *itertools.accumulate(tensor.nbytes for tensor in members)]
             header = _make_header(members, starts)
             os.posix_fallocate(descriptor, 0, len(header) + starts[-1])
@@ -214,8 +209,8 @@ class SafetensorsWriter:
             view, offset = view[count:], offset + count
 
     def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+        for descriptor in {descriptor for descriptor, _, _ in self._places.values()}:
+            os.close(descriptor)
 
 
 def _safetensors_names(path: Path) -> list[str]:
@@ -235,9 +230,8 @@ def _read_header(path: Path) -> Iterator[tuple[Tensor, int]]:
     """Yield each tensor of a safetensors file and the offset of its first byte."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, MAX_HEADER_BYTES):
             raise ValueError(
                 f"{path}: truncated or corrupted: the header does not fit into {size} bytes; download it again"
             )
@@ -245,9 +239,8 @@ def _read_header(path: Path) -> Iterator[tuple[Tensor, int]]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         end = 0
-        for name, entry in entries:
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             tensor = Tensor(name, DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), path.name)
             if entry["data_offsets"] != [end, end + tensor.nbytes]:
                 raise ValueError(f"tensor {name!r} has data_offsets {entry['data_offsets']}")
