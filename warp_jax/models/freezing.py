@@ -20,17 +20,10 @@ from warp_jax.types import Params
 def layer_groups(pattern: str, shapes: Any) -> tuple[int, ...]:
     """Number of layers of each stack that `pattern` needs; () if one stack is enough.
 
-    Args:
-        pattern: regular expression, searched for in each name.
-        shapes: parameters (arrays or shapes) with all layers in one stack.
-
-    Raises:
-        ValueError: the pattern is not a regular expression, or matches no weight.
+    pattern: regular expression, searched for in each name. shapes: parameters (arrays or shapes) with all layers in one
+    stack. Raises ValueError if the pattern matches no weight.
     """
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"trainable: {pattern!r} is not a regular expression: {error}") from error
+    expression = re.compile(pattern)
     leaf_names = [_names_of(name, leaf) for name, leaf in flatten_dict(shapes, sep="/").items()]
     if not any(expression.search(name) for names in leaf_names for name in names):
         examples = ", ".join(sorted(names[-1] for names in leaf_names)[:3])
