@@ -13,9 +13,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from warp_jax import trees
 from warp_jax.parallel import meshes
 
-# With fewer key-value heads than chips along `tensor`, every chip keeps all of them: its queries need them.
-KEY_VALUE = r"layers(_from_\d+)?/attention/[kv]/"
-
 # (pattern of the end of a leaf's path, mesh axis of each array axis). Stacked leaves have the layer axis first.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
@@ -47,7 +44,8 @@ def param_shardings(mesh: Mesh, tree: Any) -> Any:
     def leaf_sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name, shape = trees.path_name(path), tuple(leaf.shape)
         spec = partition_spec(name, shape)
-        if re.search(KEY_VALUE, name) and mesh.shape["tensor"] % shape[spec.index("tensor")] == 0:
+        # with fewer key-value heads than chips along `tensor`, every chip keeps all of them: its queries need them
+        if re.search("/attention/[kv]/", name) and mesh.shape["tensor"] % shape[spec.index("tensor")] == 0:
             spec = meshes.divisible(mesh, shape, spec)
         for size, axis in zip(shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:

@@ -113,13 +113,8 @@ def init_cache(config: TransformerConfig, batch: int, capacity: int, mesh: Mesh 
     """An empty cache for `capacity` tokens per row; with a mesh, rows and heads are sharded."""
     shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
     keys, values = (meshes.constrain(jnp.zeros(shape, config.dtype), mesh, CACHE) for _ in range(2))
-    return Cache(
-        keys=keys,
-        values=values,
-        positions=jnp.zeros((batch, capacity), jnp.int32),
-        valid=jnp.zeros((batch, capacity), bool),
-        length=jnp.zeros((), jnp.int32),
-    )
+    positions, valid = (jnp.zeros((batch, capacity), dtype) for dtype in (jnp.int32, bool))
+    return Cache(keys, values, positions, valid, length=jnp.zeros((), jnp.int32))
 
 
 _ACTIVATIONS = {"silu": nn.silu, "gelu": lambda x: nn.gelu(x, approximate=True)}
