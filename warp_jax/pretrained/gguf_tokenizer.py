@@ -7,7 +7,6 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-PREFIX = "tokenizer."
 KEYS = re.compile(
     r"(ggml\.(model|pre|tokens|token_type|merges|scores|add_(bos|eos|sep)_token|add_space_prefix|\w+_token_id)"
     r"|chat_template.*)"
@@ -29,7 +28,7 @@ SPACE = "\u2581"  # replaces a space in SentencePiece's tokens
 
 def read_vocabulary(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Read the metadata "tokenizer.*", without this prefix and with llama.cpp's defaults; reject unknown fields."""
-    given = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
+    given = {key.removeprefix("tokenizer."): value for key, value in metadata.items() if key.startswith("tokenizer.")}
     if unknown := [key for key in given if not KEYS.fullmatch(key)]:
         raise ValueError(f"metadata 'tokenizer.{unknown[0]}' is not supported")
     kind = given.get("ggml.model")

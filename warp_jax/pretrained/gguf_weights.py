@@ -5,6 +5,7 @@ interleaves the rows of attn_q and attn_k in llama models, and adds one to the n
 and tensors are rejected by name.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,13 +129,10 @@ def _make_layout(config: Mapping[str, Any], architecture: str, tensors: Sequence
 def _write_weights(
     folder: Path, tensors: Sequence[Any], layout: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> None:
-    writer = SafetensorsWriter(folder, [layout[tensor.name] for tensor in tensors])
-    try:
+    with contextlib.closing(SafetensorsWriter(folder, [layout[tensor.name] for tensor in tensors])) as writer:
         for tensor in tensors:
             for start, values in _dequantise(tensor, config["head_dim"]):
                 writer.write(layout[tensor.name].name, start, _undo_llama_cpp(tensor.name, values, config).reshape(-1))
-    finally:
-        writer.close()
 
 
 def _dequantise(tensor: Any, head_dim: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -67,8 +66,7 @@ def _find_in_package(name: str) -> _Gguf:
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None:
         raise ValueError(f"{PACKAGE}{name}: no such Python package; install it with: {install}")
-    folders = spec.submodule_search_locations or ()
-    paths = sorted(path for folder in folders for path in Path(folder).rglob("*.gguf"))
+    paths = sorted(path for folder in spec.submodule_search_locations or () for path in Path(folder).rglob("*.gguf"))
     if len(paths) > 1:
         raise ValueError(f"{PACKAGE}{name}: holds {len(paths)} .gguf files; give the path of one, like {paths[0]}")
     if paths:
