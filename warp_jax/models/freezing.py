@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from warp_jax import naming, trees
 from warp_jax.types import Params
@@ -36,8 +36,10 @@ def layer_groups(pattern: str, shapes: Any) -> tuple[int, ...]:
 
 def split(params: Params, pattern: str) -> tuple[Params, Params]:
     """Split parameters into (trained, frozen); `trees.join` is the inverse. Stacks must be cut as in `layer_groups`."""
-    first_names = {name: _names_of(name, leaf)[0] for name, leaf in flatten_dict(params, sep="/").items()}
-    return trees.split(params, lambda name: bool(re.search(pattern, first_names[name])))
+    leaves = flatten_dict(params, sep="/")
+    trained = {name: leaf for name, leaf in leaves.items() if re.search(pattern, _names_of(name, leaf)[0])}
+    frozen = {name: leaf for name, leaf in leaves.items() if name not in trained}
+    return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
 
 
 def restacked(source: Params, like: Params) -> Params:
