@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from warp_jax.models import attention, rope
-from warp_jax.models.attention import Positions
 from warp_jax.parallel import meshes
 from warp_jax.types import Array
 
@@ -169,7 +168,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, cache: Cache | None, layer: Array, local: Array, positions: Positions
+        self, x: Array, cache: Cache | None, layer: Array, local: Array, positions: attention.Positions
     ) -> tuple[Array, Any]:
         cfg = self.config
         query = self._project("q", cfg.num_heads, x)
@@ -223,7 +222,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Array, Any], layer_and_local: tuple[Array, Array], positions: Positions
+        self, carry: tuple[Array, Any], layer_and_local: tuple[Array, Array], positions: attention.Positions
     ) -> tuple[Any, None]:
         x, cache = carry
         layer, local = layer_and_local
@@ -302,19 +301,19 @@ class Transformer(nn.Module):
         return cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap) if cfg.final_softcap else logits
 
 
-def _count_tokens(mask: Array, cache: Cache | None) -> tuple[Positions, Cache | None]:
+def _count_tokens(mask: Array, cache: Cache | None) -> tuple[attention.Positions, Cache | None]:
     """Number the real tokens of each row from 0, or onwards from those in the cache, and add them to the cache."""
     before = 0 if cache is None else cache.valid.sum(axis=1, dtype=jnp.int32, keepdims=True)
     positions = jnp.maximum(before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
     if cache is None:
-        return Positions(positions, positions, mask), None
+        return attention.Positions(positions, positions, mask), None
     start = (0, cache.length)
     cache = cache._replace(
         positions=jax.lax.dynamic_update_slice(cache.positions, positions, start),
         valid=jax.lax.dynamic_update_slice(cache.valid, mask, start),
         length=cache.length + mask.shape[1],
     )
-    return Positions(positions, cache.positions, cache.valid), cache
+    return attention.Positions(positions, cache.positions, cache.valid), cache
 
 
 def _write(cache: Cache, layer: Array, key: Array, value: Array) -> Cache:

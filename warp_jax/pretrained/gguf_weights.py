@@ -163,9 +163,8 @@ def _make_config(
     hyperparameters: Mapping[str, Any], vocabulary: Mapping[str, Any], architecture: str, *, tied: bool
 ) -> dict[str, Any]:
     """Content of config.json, in the format of transformers 4, which transformers 5 reads too."""
-    specific = LLAMA_CONFIG if architecture == "llama" else _gemma3_config(hyperparameters)
     return {
-        **specific,
+        **(LLAMA_CONFIG if architecture == "llama" else _gemma3_config(hyperparameters)),
         "vocab_size": len(vocabulary["ggml.tokens"]),
         "hidden_size": hyperparameters["embedding_length"],
         "intermediate_size": hyperparameters["feed_forward_length"],

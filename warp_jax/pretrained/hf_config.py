@@ -243,8 +243,7 @@ def _read_windows(fields: Json) -> dict[str, Any]:
     window, layers = fields.get("sliding_window"), fields["num_hidden_layers"]
     if not window or not fields.get("use_sliding_window", True):
         return {}
-    types = fields.get("layer_types")
-    if types is not None:
+    if (types := fields.get("layer_types")) is not None:
         unknown = set(types) - {"sliding_attention", "full_attention"}
         if unknown or len(types) != layers:
             raise ValueError(
