@@ -1,5 +1,6 @@
 """config.json against transformers: old and new forms, defaults, published files, and what is refused by name."""
 
+import dataclasses
 import functools
 import json
 
@@ -9,7 +10,9 @@ import transformers
 from hf_models import ALL
 from huggingface_hub.errors import StrictDataclassError
 
+from warp_jax.models import presets
 from warp_jax.models.rope import RopeScaling
+from warp_jax.pretrained import hf_config
 from warp_jax.pretrained.hf_config import read_config
 
 
@@ -201,3 +204,11 @@ def test_num_labels_counts_without_names(folder_of, tmp_path):
     """Fails if num_labels is ignored in a reward model without label names."""
     edited(folder_of("llama_reward"), tmp_path, id2label=..., label2id=..., num_labels=1)
     assert read_config(tmp_path).head == "scalar"
+
+
+@pytest.mark.parametrize("name", presets.MODELS)
+def test_settings_of_the_computation_do_not_prevent_an_export(name):
+    """Fails when remat, dtype or stacks count as part of the architecture: a job with remat could not be exported."""
+    model = presets.MODELS[name]
+    computed = dataclasses.replace(model, remat="full", dtype="bfloat16", layer_groups=(2, model.num_layers - 2))
+    assert hf_config.to_json(computed, "float32") == hf_config.to_json(model, "float32")

@@ -306,6 +306,7 @@ def _normal(config: TransformerConfig) -> TransformerConfig:
         rope_scaling=normal_scaling(config.rope_scaling),
         layer_groups=(),
         dtype="float32",
+        remat="none",
     )
 
 
