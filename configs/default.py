@@ -155,10 +155,11 @@ def get_config() -> ConfigDict:
 
     config.front = ConfigDict()  # the reported policies: (1 - eta) theta_sft + eta merge, for each iteration's merge
     config.front.etas = (0.1, 0.3, 0.5, 0.8, 1.0)  # eta: 0 = SFT, 1 = merge, above 1 extrapolates [P s3.3]
-    config.front.kl_budget = 0.0  # nats: the report names the eta of highest reward up to this KL to SFT; 0 = no budget
+    config.front.kl_budget = 0.0  # nats: the report names the best eta up to this KL to SFT; 0 = no budget
 
     config.evaluation = ConfigDict()  # reward, gold reward and KL to SFT on held-out prompts
-    config.evaluation.num_prompts = 1024  # prompts, with one completion each; a multiple of batch_size
+    config.evaluation.num_prompts = 1024  # prompts; times samples_per_prompt: a multiple of batch_size
+    config.evaluation.samples_per_prompt = 1  # completions of each prompt
     config.evaluation.batch_size = 256  # completions that are generated at the same time
     config.evaluation.every = 250  # steps between two evaluations of a run [P s4 Setup: 100]
 

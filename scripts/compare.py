@@ -8,7 +8,6 @@ difference of reward at equal KL, and the KL saved at equal reward (95 % bootstr
 workdirs need the same SFT policy, reward, prompts and seed.
 """
 
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from absl import app, flags
 
 from warp_jax import cli, files
-from warp_jax.evaluation import plots, report, summary
+from warp_jax.evaluation import plots, report, statistics, summary
 
 _BASELINE = flags.DEFINE_string("baseline", "", "Finished workdir of a baseline, compared with each front.")
 _PICTURE = flags.DEFINE_string("picture", "", "Path of a PNG to write: the fronts of one workdir, and the baseline.")
@@ -39,7 +38,7 @@ def read_row(workdir: Path) -> list[str]:
         workdir.name,
         str(seed),
         *(f"{numbers[name]:.3f}" for name in ("sft_reward", "final_reward")),
-        f"{numbers['gain_in_standard_errors']:.1f}",
+        _or_dash(numbers["gain_in_standard_errors"], "{:.1f}"),
         _or_dash(numbers["final_gold_reward"], "{:.3f}"),
         f"{numbers['final_sft_kl']:.2f}",
         " / ".join(_or_dash(_median_angle(geometry), "{:.0f}") for geometry in geometries),
@@ -50,15 +49,16 @@ def read_row(workdir: Path) -> list[str]:
 def _median_angle(geometry: dict[str, Any]) -> float | None:
     """Median angle in degrees over all units and pairs of runs; None with a single run."""
     angles = [angle for unit in geometry["angles_degrees"] for m, row in enumerate(unit) for angle in row[:m]]
-    return statistics.median(angles) if angles else None
+    return float(np.median(angles)) if angles else None
 
 
 def _or_dash(value: float | None, style: str) -> str:
     return "-" if value is None else style.format(value)
 
 
-def _difference(difference: dict[str, float]) -> str:
-    return "{value:+.3f} at {sft_kl:.1f} ({low:+.3f} .. {high:+.3f})".format(**difference)
+def _difference(row: dict[str, Any]) -> str:
+    value, low, high = (_or_dash(row[name], "{:+.3f}") for name in ("value", "low", "high"))
+    return f"{value} at {row['sft_kl']:.1f} ({low} .. {high})"
 
 
 BASELINE_COLUMNS = (
@@ -77,6 +77,7 @@ def baseline_rows(workdir: Path, baseline: Path) -> list[list[str]]:
         )
     front = summary.front_members(points, max(p.iteration for p in points))
     policies = [p for p in others if p.stage == "policy"]
+    resamples = statistics.resample(ours.clusters, RESAMPLES, files.read_json(workdir / "config.json")["seed"])
     return [
         [
             workdir.name,
@@ -87,14 +88,14 @@ def baseline_rows(workdir: Path, baseline: Path) -> list[list[str]]:
             _interval(row, "reward_above", "{:+.3f}"),
             _interval(row, "kl_saved", "{:+.0%}"),
         ]
-        for row in summary.front_against_policies(front, policies, resamples=RESAMPLES)
+        for row in summary.front_against_policies(front, policies, resamples)
     ]
 
 
 def _interval(row: dict[str, Any], name: str, style: str) -> str:
     if row[name] is None:
         return "not reached"
-    value, low, high = (style.format(row[name + end]) for end in ("", "_low", "_high"))
+    value, low, high = (_or_dash(row[name + end], style) for end in ("", "_low", "_high"))
     return f"{value} ({low} .. {high})"
 
 

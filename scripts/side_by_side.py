@@ -23,7 +23,7 @@ from rich.text import Text
 from warp_jax import cli, files
 from warp_jax.benchmarks import side_by_side
 from warp_jax.benchmarks.side_by_side import Comparison
-from warp_jax.evaluation.pareto import Interval
+from warp_jax.evaluation.statistics import Interval
 from warp_jax.parallel import meshes
 from warp_jax.rewards import from_folder, reward_functions
 

@@ -1,5 +1,7 @@
 """The numbers of the summary, on points made by hand."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,8 @@ from warp_jax.evaluation.points import Point
 
 def _point(stage, iteration, eta, reward, kl):
     noise = reward * np.array([-0.1, 0.0, 0.0, 0.1])
-    values = Evaluation(reward + noise, reward - 1 + noise, np.full(4, kl), np.full(4, 5), np.array(0.5), *[None] * 2)
+    columns = reward + noise, reward - 1 + noise, np.full(4, kl), np.full(4, 5)
+    values = Evaluation(*columns, np.array(0.5), None, None, np.arange(4))
     return Point(stage, iteration, 0, eta, 0, values)
 
 
@@ -49,6 +52,8 @@ def test_the_best_eta_under_the_budget_is_of_the_last_front():
     assert _summary(1.0)["best_eta_under_budget"]["eta"] == 0.2
     assert _summary(0.5)["best_eta_under_budget"] is None
     assert "best under 0.5 nats: no eta" in summary.one_line(_summary(0.5))
+    assert "eta 0.5 with reward 4" in summary.one_line(_summary(2.5))
+    assert _summary(2.5)["best_eta_under_budget"]["probability_within_budget"] == 1
 
 
 def test_gain_is_the_last_merge_minus_sft_in_paired_standard_errors():
@@ -58,6 +63,25 @@ def test_gain_is_the_last_merge_minus_sft_in_paired_standard_errors():
     numbers = summary.summarise(settings_of(), points)
     assert numbers["final_reward"] == pytest.approx(3.5)
     assert numbers["gain_in_standard_errors"] == pytest.approx(2.5 / (np.std([1, 2, 3, 4], ddof=1) / 2))
+
+
+def test_equal_gains_have_no_standard_error():
+    """Fails when a gain is divided by 0, which json.dumps writes as Infinity."""
+    points = _points()
+    points[4].evaluation.reward[:] = points[0].evaluation.reward + 0.5
+    numbers = summary.summarise(settings_of(), points)
+    assert numbers["gain_in_standard_errors"] is None
+    assert "no spread" in summary.one_line(numbers)
+    json.dumps(numbers, allow_nan=False)
+
+
+def test_equal_prompts_count_once():
+    """Fails when four completions of two prompts are resampled as four prompts."""
+    points = [p._replace(evaluation=p.evaluation._replace(clusters=np.array([0, 1, 1, 0]))) for p in _points()]
+    points[4].evaluation.reward[:] = points[0].evaluation.reward + np.array([1, 2, 4, 4])
+    numbers = summary.summarise(settings_of(), points)
+    assert (numbers["held_out_completions"], numbers["distinct_prompts"]) == (4, 2)
+    assert numbers["gain_in_standard_errors"] == pytest.approx(2.75 / 0.25)  # sums of deviations: -0.5 and 0.5
 
 
 def test_a_front_is_set_against_the_runs_of_its_own_iteration():

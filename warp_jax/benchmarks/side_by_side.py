@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from warp_jax import files
-from warp_jax.evaluation import pareto
-from warp_jax.evaluation.pareto import Interval
+from warp_jax.evaluation import statistics
+from warp_jax.evaluation.statistics import Interval
 from warp_jax.rewards.reward_functions import TextFn
 
 Row = Mapping[str, Any]  # one answer: "prompt", "completion" and any further fields of its line
@@ -163,44 +163,30 @@ def compare(
     if margins is not None and (len(margins) != 3 or not 0 <= margins[0] < margins[1] < margins[2] < np.inf):
         raise ValueError(f"margins: got {list(margins)}, want three increasing numbers >= 0: tie, slightly, better")
     theirs = match(ours, theirs)
-    members = _members([row["prompt"] for row in ours])
-    if len(members) < 2:
-        raise ValueError(f"prompts: got {len(members)}, want at least 2 different ones, to resample them")
+    _, clusters = np.unique([row["prompt"] for row in ours], return_inverse=True)
+    drawn = statistics.resample(clusters, resamples, seed)
+    if drawn.num_clusters < 2:
+        raise ValueError(f"prompts: got {drawn.num_clusters}, want at least 2 different ones, to resample them")
     scores = judge_scores(judge, ours, theirs)
     used = margins or tuple(float(scores.std() * margin) for margin in MARGINS_IN_DEVIATIONS)
     grades = grade(scores[0] - scores[1], used)
     wins = (np.sign(grades) + 1) / 2
     lengths = np.array([[LENGTHS[length_unit](row["completion"]) for row in rows] for rows in (ours, theirs)])
     difference = lengths[0] - lengths[1]
-
-    def interval(statistic: Callable[[np.ndarray], float]) -> Interval:
-        return pareto.bootstrap(
-            lambda prompts: statistic(np.concatenate([members[prompt] for prompt in prompts])),
-            len(members),
-            resamples=resamples,
-            seed=seed,
-        )
-
     return Comparison(
-        prompts=len(members),
+        prompts=drawn.num_clusters,
         answers=len(ours),
         margins=used,
-        score=interval(lambda rows: float(grades[rows].mean())),
-        win_rate=interval(lambda rows: float(wins[rows].mean())),
-        length_controlled_win_rate=interval(lambda rows: length_controlled_win_rate(wins[rows], difference[rows])),
+        score=statistics.bootstrap(lambda rows: float(grades[rows].mean()), drawn),
+        win_rate=statistics.bootstrap(lambda rows: float(wins[rows].mean()), drawn),
+        length_controlled_win_rate=statistics.bootstrap(
+            lambda rows: length_controlled_win_rate(wins[rows], difference[rows]), drawn
+        ),
         grades={name: int((grades == value).sum()) for name, value in GRADES.items()},
         mean_judge_score=(float(scores[0].mean()), float(scores[1].mean())),
         mean_length=(float(lengths[0].mean()), float(lengths[1].mean())),
         longer=(int((difference > 0).sum()), int((difference < 0).sum())),
     )
-
-
-def _members(prompts: Sequence[str]) -> list[np.ndarray]:
-    """Row numbers of each prompt."""
-    rows: dict[str, list[int]] = defaultdict(list)
-    for row, prompt in enumerate(prompts):
-        rows[prompt].append(row)
-    return [np.array(numbers) for numbers in rows.values()]
 
 
 def _shown(prompt: str, width: int = 60) -> str:

@@ -2,9 +2,8 @@
 
 import dataclasses
 import io
-import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +13,14 @@ from jax.sharding import Mesh
 
 from warp_jax import files, trees
 from warp_jax.data import batches
+from warp_jax.evaluation import statistics
 from warp_jax.parallel import hosts, meshes
 from warp_jax.training import sampling
 from warp_jax.types import Array, Params, PromptBatch, RewardFn, Rollout
 
 
 class Evaluation(NamedTuple):
-    """Results of one policy on N held-out prompts, with one completion each; all policies get the same prompts."""
+    """Results of one policy on N completions of held-out prompts; all policies get the same prompts."""
 
     reward: np.ndarray  # float32 [N], reward units
     gold_reward: np.ndarray  # float32 [N], reward units
@@ -29,6 +29,7 @@ class Evaluation(NamedTuple):
     distinct_2: np.ndarray  # float [], share of distinct pairs of neighbouring tokens
     completion_ids: np.ndarray  # int32 [N, C]
     completion_mask: np.ndarray  # bool [N, C]
+    clusters: np.ndarray  # int [N], equal for completions of equal prompts
 
 
 EVALUATION_STREAM = 2**31 - 1  # takes the place of the iteration in random keys, so they differ from those of training
@@ -65,14 +66,20 @@ def make_kl_to_sft(score_kl: Callable[[Params, Params, Rollout], Array]) -> KlFn
 
 
 def evaluate(examiner: Examiner, params: Params) -> Evaluation:
-    """Sample and measure one completion for each held-out prompt; params are the trained leaves of the policy."""
+    """Sample and measure one completion for each row of the prompts; params are the trained leaves of the policy."""
     laid_out = examiner.sampler.lay_out(trees.join(params, examiner.frozen_params))
     count = len(examiner.eval_prompts.example_ids) // examiner.batch_size
     measured = [_evaluate_batch(examiner, params, laid_out, number) for number in range(count)]
     columns = {name: np.concatenate([batch[name] for batch in measured]) for name in measured[0]}
     mask = columns["completion_mask"]
     rows = [ids[keep].tolist() for ids, keep in zip(columns["completion_ids"], mask, strict=True)]
-    return Evaluation(length=mask.sum(1), distinct_2=np.array(distinct_n(rows, 2)), **columns)
+    prompt_ids = np.asarray(examiner.eval_prompts.prompt_ids)
+    return Evaluation(
+        length=mask.sum(1),
+        distinct_2=np.array(statistics.distinct_n(rows, 2)),
+        clusters=np.unique(prompt_ids, axis=0, return_inverse=True)[1].reshape(-1),
+        **columns,
+    )
 
 
 def _evaluate_batch(examiner: Examiner, params: Params, laid_out: Params, number: int) -> dict[str, np.ndarray]:
@@ -90,24 +97,11 @@ def _evaluate_batch(examiner: Examiner, params: Params, laid_out: Params, number
 
 
 def summary(evaluation: Evaluation) -> dict[str, float]:
-    """Means over the prompts and their standard errors (`_se`), named like the columns of front.csv."""
+    """Means over the completions and their standard errors (`_se`), named like the columns of front.csv."""
     row = {}
     for name in ("reward", "gold_reward", "sft_kl"):
-        row[name], row[f"{name}_se"] = mean_and_se(getattr(evaluation, name))
+        row[name], row[f"{name}_se"] = statistics.mean_and_se(getattr(evaluation, name), evaluation.clusters)
     return {**row, "length": float(evaluation.length.mean()), "distinct_2": float(evaluation.distinct_2)}
-
-
-def mean_and_se(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and its standard error: sample standard deviation / sqrt(N), or nan for fewer than 2 values."""
-    array = np.asarray(values, np.float64)
-    error = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else math.nan
-    return float(array.mean()), error
-
-
-def distinct_n(token_rows: Sequence[Sequence[int]], n: int) -> float:
-    """Share of distinct n-grams among all n-grams of the rows, in [0, 1]; nan if the rows have no n-gram."""
-    grams = [tuple(row[i : i + n]) for row in token_rows for i in range(len(row) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +138,6 @@ def _save(path: Path, evaluation: Evaluation) -> None:
 
 
 def load_evaluation(path: Path) -> Evaluation:
-    """Read a saved evaluation."""
+    """Read a saved evaluation. Those of earlier versions have no clusters: each completion counts as one."""
     with np.load(path) as arrays:
-        return Evaluation(**arrays)
+        return Evaluation(**{"clusters": np.arange(len(arrays["reward"])), **arrays})

@@ -74,7 +74,7 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 def _samples_table(settings: Settings, tokenizer: Tokenizer, eval_prompts: PromptBatch, points: Sequence[Point]) -> str:
     """Completions of the same prompts by SFT and by the final merged policy."""
-    chosen = np.linspace(0, settings.evaluation.num_prompts - 1, settings.report.num_samples).astype(int)
+    chosen = np.linspace(0, len(eval_prompts.example_ids) - 1, settings.report.num_samples).astype(int)
     shown = batches.take(eval_prompts, chosen)
     prompts = np.asarray(shown.prompt_ids), np.asarray(shown.prompt_mask)
     rows: list[dict[str, Any]] = [{"prompt": text} for text in tokenizer.decode(*prompts)]
@@ -93,7 +93,8 @@ def _comparison_tables(numbers: dict[str, Any]) -> str:
         before, after = entry["iterations"]
         text = f"Reward of the front of iteration {after} minus that of iteration {before}, at equal KL to SFT"
         table = _table(entry["reward_difference"]) or "<p>The two fronts have no KL in common.</p>"
-        tables.append(f"<p>{text} (low, high: 95 % interval).</p>{table}")
+        interval = "low, high: 95 % interval of each row by itself; simultaneous: of all rows together"
+        tables.append(f"<p>{text} ({interval}).</p>{table}")
     return "".join([*tables, _RUNS_TEXT, _table(numbers["front_against_runs"])])
 
 
@@ -120,7 +121,8 @@ reward at equal KL is better. Bars are standard errors over prompts.</p>"""
 _RUNS_TEXT = """<p>The front of each iteration compared with the runs of that iteration.
 reward_above: reward of the front at the run's KL, minus the run's reward.
 kl_saved: share of the run's KL that the front saves at the run's reward.
-low, high: 95 % interval. Empty cells: the front does not reach this KL or reward.</p>"""
+low, high: 95 % interval. Empty cells: not reached, that is, the front of at least 5 % of the resamples does not reach
+this KL or reward.</p>"""
 _PAGE = """<!doctype html><meta charset="utf-8"><title>WARP report</title>
 <style>body{{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}}img{{max-width:100%}}
 table{{border-collapse:collapse;font-size:13px}}td,th{{border:1px solid #ccc;padding:.2em .5em;text-align:left}}

@@ -1,16 +1,17 @@
 """Main results of a job: gain over SFT, best eta within a KL budget, comparisons at equal KL and at equal reward."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from warp_jax.evaluation import measure, pareto
+from warp_jax.evaluation import fronts, measure, statistics
+from warp_jax.evaluation.fronts import Measured
 from warp_jax.evaluation.points import Point
 from warp_jax.settings import Settings
 
 COMPARED_KLS = 5  # number of KLs at which two fronts are compared
+NO_SPREAD = 1e-6  # standard errors below this share of the mean are rounding of float32 rewards
 
 
 def as_row(point: Point) -> dict[str, Any]:
@@ -25,28 +26,27 @@ def summarise(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
     iterations = range(1, settings.warp.num_iterations + 1)
     sft = points[0]
     (final,) = select(points, "merged", iterations[-1])
+    clusters = sft.evaluation.clusters
     gain = np.asarray(final.evaluation.reward, np.float64) - sft.evaluation.reward
-    budget = settings.front.kl_budget
-    front = select(points, "liti", iterations[-1]) if budget else []
-    allowed = [point for point in front if point.evaluation.sft_kl.mean() <= budget]
-    best = max(allowed, key=lambda point: point.evaluation.reward.mean(), default=None)
+    mean_gain, gain_se = statistics.mean_and_se(gain, clusters)
+    resamples = statistics.resample(clusters, settings.report.bootstrap_resamples, settings.seed)
     return {
+        "held_out_completions": len(clusters),
+        "distinct_prompts": resamples.num_clusters,
         "sft_reward": float(sft.evaluation.reward.mean()),
         "final_reward": float(final.evaluation.reward.mean()),
         "final_gold_reward": _number(final.evaluation.gold_reward.mean()),
         "final_sft_kl": float(final.evaluation.sft_kl.mean()),
-        "gain_in_standard_errors": float(gain.mean() / (gain.std(ddof=1) / np.sqrt(len(gain)))),
-        "kl_budget": budget,
-        "best_eta_under_budget": as_row(best) if best else None,
+        "gain_in_standard_errors": mean_gain / gain_se if gain_se > NO_SPREAD * abs(mean_gain) else None,
+        "kl_budget": settings.front.kl_budget,
+        "best_eta_under_budget": _best_eta(settings, front_members(points, iterations[-1])[1:]),
         "iterations_compared": [
-            {"iterations": [i - 1, i], "reward_difference": _compare(settings, points, i)} for i in iterations[1:]
+            {"iterations": [i - 1, i], "reward_difference": _compare(points, i, resamples)} for i in iterations[1:]
         ],
         "front_against_runs": [
             row
             for i in iterations
-            for row in front_against_policies(
-                front_members(points, i), select(points, "policy", i), resamples=settings.report.bootstrap_resamples
-            )
+            for row in front_against_policies(front_members(points, i), select(points, "policy", i), resamples)
         ],
     }
 
@@ -54,28 +54,48 @@ def summarise(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
 def one_line(summary: dict[str, Any]) -> str:
     """Write the main results of `summarise` in one line."""
     gold = f", gold {summary['final_gold_reward']:.3f}" if summary["final_gold_reward"] is not None else ""
+    errors = summary["gain_in_standard_errors"]
+    gain = "no spread" if errors is None else f"{errors:+.1f} standard errors"
     line = (
-        f"reward {summary['sft_reward']:.3f} (SFT) -> {summary['final_reward']:.3f} "
-        f"({summary['gain_in_standard_errors']:+.1f} standard errors{gold}) "
+        f"reward {summary['sft_reward']:.3f} (SFT) -> {summary['final_reward']:.3f} ({gain}{gold}) "
         f"at {summary['final_sft_kl']:.2f} nats from SFT"
     )
     if summary["kl_budget"]:
         best = summary["best_eta_under_budget"]
-        chosen = f"eta {best['eta']:g} with reward {best['reward']:.3f}" if best else "no eta of the front"
+        chosen = "no eta of the front"
+        if best:
+            chosen = f"eta {best['eta']:g} with reward {best['reward']:.3f} at {best['sft_kl']:.2f} nats"
+            chosen += f" (within the budget with probability {best['probability_within_budget']:.2f})"
         line += f"; best under {summary['kl_budget']:g} nats: {chosen}"
     return line
 
 
-def _compare(settings: Settings, points: Sequence[Point], iteration: int) -> list[dict[str, float]]:
+def _best_eta(settings: Settings, front: Sequence[Point]) -> dict[str, float] | None:
+    """The eta with the highest reward within the KL budget, chosen on half of the prompts, measured on the rest."""
+    if not settings.front.kl_budget:
+        return None
+    choice = fronts.choose_under_budget(
+        _measured(front),
+        front[0].evaluation.clusters,
+        settings.front.kl_budget,
+        resamples=settings.report.bootstrap_resamples,
+        seed=settings.seed,
+    )
+    if choice is None:
+        return None
+    chosen = {"eta": front[choice.index].eta, "reward": choice.reward, "sft_kl": choice.kl}
+    return {**chosen, "probability_within_budget": choice.probability}
+
+
+def _compare(points: Sequence[Point], iteration: int, resamples: statistics.Resamples) -> list[dict[str, float | None]]:
     """Reward of an iteration's front minus that of the front before, at KLs that both reach (95 % intervals)."""
-    kl_a, reward_a = _stacked(front_members(points, iteration - 1))
-    kl_b, reward_b = _stacked(front_members(points, iteration))
-    options: dict[str, Any] = {"resamples": settings.report.bootstrap_resamples, "seed": settings.seed}
+    before, after = (_measured(front_members(points, i)) for i in (iteration - 1, iteration))
+    at = fronts.common_kls(before.kl.mean(1), after.kl.mean(1), COMPARED_KLS)
     rows = []
-    for kl in pareto.common_kls(kl_a.mean(1), reward_a.mean(1), kl_b.mean(1), reward_b.mean(1), COMPARED_KLS).tolist():
-        gained = functools.partial(pareto.reward_gained, at=kl)
-        interval = pareto.bootstrap_means(gained, (kl_a, reward_a, kl_b, reward_b), **options)
-        rows.append({"sft_kl": kl, **interval._asdict()})
+    for look in fronts.compare_fronts(before, after, at.tolist(), resamples):
+        bounds = {"simultaneous_low": look.simultaneous.low, "simultaneous_high": look.simultaneous.high}
+        numbers = {**look.difference._asdict(), **bounds}
+        rows.append({"sft_kl": look.kl, **{name: _number(value) for name, value in numbers.items()}})
     return rows
 
 
@@ -85,12 +105,12 @@ def select(points: Sequence[Point], stage: str, iteration: int) -> list[Point]:
 
 
 def front_members(points: Sequence[Point], iteration: int) -> list[Point]:
-    """The points of one iteration's front: SFT, then the LITI mixes of SFT and the merged policy."""
-    return [points[0], *select(points, "liti", iteration)]
+    """The points of one iteration's front, by eta: SFT, then the LITI mixes of SFT and the merged policy."""
+    return [points[0], *sorted(select(points, "liti", iteration), key=lambda point: point.eta)]
 
 
 def front_against_policies(
-    front: Sequence[Point], policies: Sequence[Point], *, resamples: int
+    front: Sequence[Point], policies: Sequence[Point], resamples: statistics.Resamples
 ) -> list[dict[str, Any]]:
     """Compare each policy with a front measured on the same prompts; one row per policy.
 
@@ -98,14 +118,13 @@ def front_against_policies(
     the policy's reward) / (the policy's KL). Both have 95 % bootstrap intervals, and are None where the front does not
     reach that KL or reward. The front is interpolated linearly, which understates a concave front.
     """
-    stacked = _stacked(front)
     rows = []
     for point in policies:
-        kl, reward = point.evaluation.sft_kl, point.evaluation.reward
+        policy = _measured([point])
         row: dict[str, Any] = {name: getattr(point, name) for name in ("iteration", "run", "step")}
-        row.update(sft_kl=float(kl.mean()), reward=float(reward.mean()))
-        for name, statistic in (("reward_above", pareto.reward_above), ("kl_saved", pareto.kl_saved)):
-            interval = pareto.bootstrap_means(statistic, (*stacked, kl, reward), resamples=resamples, seed=0)
+        row.update(sft_kl=float(policy.kl.mean()), reward=float(policy.reward.mean()))
+        for name, statistic in (("reward_above", fronts.reward_above), ("kl_saved", fronts.kl_saved)):
+            interval = statistic(_measured(front), policy, resamples)
             row.update({f"{name}{end}": _number(v) for end, v in zip(("", "_low", "_high"), interval, strict=True)})
         rows.append(row)
     return rows
@@ -116,6 +135,6 @@ def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _stacked(points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
-    """KL to SFT and reward of K policies on N prompts: [K, N] each."""
-    return np.stack([p.evaluation.sft_kl for p in points]), np.stack([p.evaluation.reward for p in points])
+def _measured(points: Sequence[Point]) -> Measured:
+    kls, rewards = zip(*((point.evaluation.sft_kl, point.evaluation.reward) for point in points), strict=True)
+    return Measured(np.stack(kls), np.stack(rewards))

@@ -65,7 +65,10 @@ def prepare(
         gold_fn=reward_functions.make_from_text(gold_fn, tokenizer, corpora["eval"].rows),
         sft_params=trained,
         frozen_params=frozen,
-        eval_prompts=batches.take(prompts["eval"], np.arange(settings.evaluation.num_prompts)),
+        eval_prompts=batches.take(
+            prompts["eval"],
+            np.repeat(np.arange(settings.evaluation.num_prompts), settings.evaluation.samples_per_prompt),
+        ),
         batch_size=settings.evaluation.batch_size,
         seed=settings.seed,
     )

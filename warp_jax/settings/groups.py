@@ -248,14 +248,17 @@ class Evaluation(Group):
     """Held-out prompts, and how often a run is evaluated."""
 
     num_prompts: Count
+    samples_per_prompt: Count = 1  # missing in older workdirs
     batch_size: Count
     every: Count
 
     @model_validator(mode="after")
     def _batches_are_full(self) -> "Evaluation":
-        if self.num_prompts % self.batch_size:
+        completions = self.num_prompts * self.samples_per_prompt
+        if completions % self.batch_size:
             raise ValueError(
-                f"num_prompts: got {self.num_prompts}, want a multiple of evaluation.batch_size = {self.batch_size}"
+                f"num_prompts: got {self.num_prompts} (times samples_per_prompt = {completions} completions), want a "
+                f"multiple of evaluation.batch_size = {self.batch_size}"
             )
         return self
 

@@ -1,0 +1,104 @@
+"""Fronts of reward (higher is better) against KL (lower is better), with intervals over prompts.
+
+A front is the curve eta -> (KL, reward) of one merge, measured at K etas in rising order. Between two etas it is
+interpolated linearly. All K points count, so noise does not choose which: choosing the non-dominated ones instead
+favours the front with more points (docs/results/front_statistics.md).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from warp_jax.evaluation import statistics
+from warp_jax.evaluation.statistics import Interval
+
+
+class Measured(NamedTuple):
+    """K policies on the same N completions of prompts. A front has its K etas in rising order."""
+
+    kl: np.ndarray  # [K, N], nats to SFT
+    reward: np.ndarray  # [K, N]
+
+
+class Look(NamedTuple):
+    """Reward of front b minus reward of front a at one KL (nats)."""
+
+    kl: float
+    difference: Interval  # 95 % interval of this look by itself
+    simultaneous: Interval  # 95 % interval of all looks together
+
+
+class Choice(NamedTuple):
+    """A point chosen on one half of the prompts, and measured on the other half."""
+
+    index: int
+    kl: float
+    reward: float
+    probability: float  # share of resamples of the other half whose mean KL is within the budget
+
+
+def along_curve(x: np.ndarray, y: np.ndarray, at: np.ndarray | float) -> np.ndarray:
+    """Y where a curve through K points first has x = at, linear between neighbours; nan if it never has.
+
+    x, y: [K, ...], in the order of the curve; at: number or [...].
+    """
+    inside = (np.minimum(x[:-1], x[1:]) <= at) & (at <= np.maximum(x[:-1], x[1:]))
+    first = inside.argmax(0)[None]
+    x0, x1, y0, y1 = (np.take_along_axis(a, first, 0)[0] for a in (x[:-1], x[1:], y[:-1], y[1:]))
+    share = np.where(x1 != x0, (at - x0) / np.where(x1 != x0, x1 - x0, 1), 0)
+    return np.where(inside.any(0), y0 + share * (y1 - y0), np.nan)
+
+
+def compare_fronts(
+    front_a: Measured, front_b: Measured, at: Sequence[float], resamples: statistics.Resamples
+) -> list[Look]:
+    """Compare the rewards of two fronts on the same prompts, b minus a, at each KL in `at` (nats)."""
+    (kl_a, reward_a), (kl_b, reward_b) = (map(resamples.means, front) for front in (front_a, front_b))
+    differences = [along_curve(kl_b, reward_b, kl) - along_curve(kl_a, reward_a, kl) for kl in at]
+    values = np.array(differences).reshape(len(at), -1)
+    alone = statistics.intervals(values, resamples.num_clusters)
+    together = statistics.simultaneous_intervals(values, resamples.num_clusters)
+    return [Look(*look) for look in zip(at, alone, together, strict=True)]
+
+
+def reward_above(front: Measured, policy: Measured, resamples: statistics.Resamples) -> Interval:
+    """Front's reward at a policy's KL, minus the policy's reward. policy: K = 1, on the same prompts."""
+    (front_kl, front_reward), (kl, reward) = (map(resamples.means, measured) for measured in (front, policy))
+    values = along_curve(front_kl, front_reward, kl[0]) - reward[0]
+    return statistics.intervals(values[None], resamples.num_clusters)[0]
+
+
+def kl_saved(front: Measured, policy: Measured, resamples: statistics.Resamples) -> Interval:
+    """Share of a policy's KL that a front saves at equal reward (0.28 = 28 % less). Arguments as in `reward_above`."""
+    (front_kl, front_reward), (kl, reward) = (map(resamples.means, measured) for measured in (front, policy))
+    values = 1 - along_curve(front_reward, front_kl, reward[0]) / kl[0]
+    return statistics.intervals(values[None], resamples.num_clusters)[0]
+
+
+def choose_under_budget(
+    front: Measured, clusters: np.ndarray, budget: float, *, resamples: int, seed: int
+) -> Choice | None:
+    """Choose the point with the highest reward among those with mean KL <= budget, on a random half of the prompts.
+
+    Its KL and reward are measured on the other half, because on the prompts that chose it the reward is too high and
+    the KL too low. None if no point is within the budget, or all prompts are equal.
+    """
+    groups, numbers = np.unique(clusters, return_inverse=True)
+    if len(groups) < 2:
+        return None
+    chooses = np.random.default_rng(seed).permutation(len(groups))[numbers] < len(groups) // 2
+    kl, reward = (values[:, chooses].mean(1) for values in front)
+    allowed = np.flatnonzero(kl <= budget)
+    if not len(allowed):
+        return None
+    index = int(allowed[np.argmax(reward[allowed])])
+    drawn = statistics.resample(clusters[~chooses], resamples, seed)
+    kls, rewards = (drawn.means(values[index, ~chooses]) for values in front)
+    return Choice(index, float(kls[0]), float(rewards[0]), float(np.mean(kls[1:] <= budget)))
+
+
+def common_kls(kl_a: np.ndarray, kl_b: np.ndarray, count: int) -> np.ndarray:
+    """`count` evenly spaced KLs inside the range that two fronts of mean KLs [K] share; empty if they share none."""
+    low, high = max(kl_a.min(), kl_b.min()), min(kl_a.max(), kl_b.max())
+    return np.linspace(low, high, count + 2)[1:-1] if high > low else np.array([])
