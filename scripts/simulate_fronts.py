@@ -116,4 +116,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, example="--worlds=1000 --out=front_statistics.csv")
+    cli.run(main, required=(), example="--worlds=1000 --out=front_statistics.csv")

@@ -90,17 +90,19 @@ class _TpuMesh:
 
 
 @pytest.mark.parametrize(
-    ("groups", "size", "queries", "tensor", "fits"),
+    ("shape", "tensor", "dtype", "fits"),
     [
-        (2, 128, LENGTH, 2, True),
-        (1, 128, LENGTH, 4, True),
-        (2, 128, LENGTH, 4, False),
-        (2, 64, LENGTH, 2, False),
-        (2, 128, 1, 2, False),
+        ((2, 128, LENGTH), 2, "bfloat16", True),
+        ((1, 128, LENGTH), 4, "bfloat16", True),
+        ((2, 128, LENGTH), 4, "bfloat16", False),
+        ((2, 64, LENGTH), 2, "bfloat16", False),
+        ((2, 128, 1), 2, "bfloat16", False),
+        ((2, 128, LENGTH), 2, "float32", False),
     ],
-    ids=["fits", "one_shared_head", "shared_heads", "small_heads", "cached"],
+    ids=["fits", "one_shared_head", "shared_heads", "small_heads", "cached", "rounded_in_the_kernel"],
 )
-def test_shapes_that_the_kernel_supports(groups, size, queries, tensor, fits):
-    """Fails when the kernel gets a shape that it does not support."""
-    query, key = jnp.zeros((BATCH, queries, HEADS, size)), jnp.zeros((BATCH, LENGTH, groups, size))
+def test_shapes_that_the_kernel_supports(shape, tensor, dtype, fits):
+    """Fails when the kernel gets a shape that it does not support, or float32, which it would round."""
+    groups, size, queries = shape
+    query, key = jnp.zeros((BATCH, queries, HEADS, size), dtype), jnp.zeros((BATCH, LENGTH, groups, size))
     assert attention.splash_fits(query, key, _TpuMesh(tensor)) is fits

@@ -18,6 +18,11 @@ MASKED = -1e30  # score of a masked key; finite, so that a row without any visib
 LANES = 128  # width of a TPU's vector unit: the kernel needs lengths and head sizes that are multiples of it
 
 
+def precision(dtype: Any) -> jax.lax.Precision | None:
+    """Precision of products in this dtype: without it, a TPU rounds float32 factors to bfloat16."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
 class Positions(NamedTuple):
     """Positions of the queries and keys: query [B, S], key [B, T]; key_valid: bool [B, T], True = real token."""
 
@@ -70,17 +75,21 @@ def plain(query: Array, key: Array, value: Array, mask: Array, softcap: float) -
     batch, length, heads, size = query.shape
     groups = key.shape[2]
     query = query.reshape(batch, length, groups, heads // groups, size)
-    scores = jnp.einsum("bsgqk,btgk->bgqst", query, key).astype(jnp.float32)
+    exact = precision(query.dtype)
+    scores = jnp.einsum("bsgqk,btgk->bgqst", query, key, precision=exact, preferred_element_type=jnp.float32)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bgqst,btgk->bsgqk", weights, value).reshape(batch, length, heads, size)
+    return jnp.einsum("bgqst,btgk->bsgqk", weights, value, precision=exact).reshape(batch, length, heads, size)
 
 
 def splash_fits(query: Array, key: Array, mesh: Mesh | None) -> bool:
-    """True on TPUs, for whole sequences (no cache) with a head size and head counts that the kernel supports."""
-    if mesh is None or mesh.devices.flat[0].platform != "tpu":
+    """True on TPUs, for whole bfloat16 sequences (no cache) with a head size and head counts that the kernel supports.
+
+    Inside the kernel, a TPU would round float32 factors to bfloat16.
+    """
+    if mesh is None or mesh.devices.flat[0].platform != "tpu" or query.dtype != jnp.bfloat16:
         return False
     groups, tensor = key.shape[2], mesh.shape["tensor"]
     whole_heads = query.shape[2] % tensor == 0 and (groups % tensor == 0 or groups == 1)

@@ -1,0 +1,66 @@
+"""Stochastic rounding, and the share of a displacement that survives rounding.
+
+A merge computes in float64 and is rounded to the dtype of the result. Rounding to the nearest bfloat16 undoes most of a
+small displacement: a weight moves only if it moves by more than half of the distance to the next bfloat16, 2^-9 of the
+weight. Stochastic rounding takes one of the two neighbours at random, with probabilities that make the mean exact.
+
+The functions use the array library of their arguments (numpy or JAX), and numbers of any floating-point dtype.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+METHODS = ("nearest", "stochastic")
+FULL_DELIVERY = 0.95  # below this share of a displacement, a report warns
+
+
+class Delivery(NamedTuple):
+    """Comparison of a displacement that was asked for, with the one that was written: sums over the elements."""
+
+    asked_square: Any = 0.0  # <asked, asked>
+    product: Any = 0.0  # <written, asked>
+    error_square: Any = 0.0  # |written - asked|^2
+
+    @property
+    def share(self) -> Any:
+        """Projection of the written displacement on the asked one: 1 = all of it, 0 = nothing; nan if none is asked."""
+        return self.product / self.asked_square
+
+    @property
+    def relative_error(self) -> Any:
+        """Length of (written - asked) / length of asked."""
+        return (self.error_square / self.asked_square) ** 0.5
+
+
+def stochastic(x: Any, dtype: Any, uniforms: Any) -> Any:
+    """Round float64 x to one of its two neighbours in dtype, so that the expectation is x.
+
+    uniforms: random numbers in [0, 1), shaped like x. Numbers that dtype contains, and numbers beyond its largest, are
+    rounded to nearest.
+    """
+    xp = x.__array_namespace__()
+    nearest = x.astype(dtype)
+    rest = x - nearest.astype(x.dtype)
+    other = xp.nextafter(nearest, xp.where(rest > 0, np.inf, -np.inf).astype(dtype))
+    gap = xp.abs(other.astype(x.dtype) - nearest.astype(x.dtype))
+    takes_other = xp.isfinite(rest) & (rest != 0) & (uniforms * gap < xp.abs(rest))
+    return xp.where(takes_other, other, nearest)
+
+
+def uniforms(name: str, start: int, count: int, seed: int) -> np.ndarray:
+    """Random numbers in [0, 1) for elements start .. start + count - 1 of a tensor: float64 [count].
+
+    The number of an element depends only on (seed, name, index), so any cut into pieces gives the same result.
+    """
+    key = xxhash.xxh3_128_intdigest(f"{seed}/{name}".encode())
+    first = start % 4  # Philox makes four numbers per count
+    raw = np.random.Philox(key=key, counter=start // 4).random_raw(first + count)[first:]
+    return (raw >> 11) * 2.0**-53
+
+
+def measure(asked: np.ndarray, written: np.ndarray) -> Delivery:
+    """Compare two displacements, float64 [N] each."""
+    error = written - asked
+    return Delivery(np.dot(asked, asked), np.dot(written, asked), np.dot(error, error))
