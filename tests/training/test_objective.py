@@ -88,6 +88,55 @@ def test_expected_gradient_is_that_of_the_exact_objective(kind, batch_size, grou
         assert_allclose(-sampled[name], factor * exact[name], atol=2e-6)
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "size", "cap"))
+def expected_gradient_of_a_sampler(params, anchor, sampler, *, kind, size, cap):
+    """As expected_loss_gradient, over batches drawn from another distribution, with importance weights."""
+    batches = np.array(list(itertools.product(range(len(COMPLETIONS)), repeat=size)))
+    probabilities = jnp.exp(completion_logps(sampler)[batches].sum(axis=1))
+
+    def loss(params, rows):
+        policy_logps, mask = token_logps(params, rows), jnp.asarray(MASK)[rows]
+        ratio = objective.log_ratio(policy_logps, token_logps(anchor, rows), mask)
+        shaped = objective.shaped_rewards(jnp.asarray(REWARDS)[rows], ratio, KL_COEF)
+        weights = objective.advantages(shaped, kind, size, whiten=False)
+        weights *= objective.importance_weights(policy_logps, token_logps(sampler, rows), mask, cap)
+        return objective.reinforce_loss(policy_logps, mask, weights)
+
+    return jax.grad(lambda p: probabilities @ jax.vmap(lambda rows: loss(p, rows))(batches))(params)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("none", 1), ("leave_one_out", 2), ("leave_one_out", 3)])
+def test_importance_weights_correct_another_sampler(kind, size):
+    """Fails if the ratio is inverted, is taken per token, counts the masked token, or has a gradient."""
+    params, anchor, sampler = bigram(0), bigram(1), bigram(2)
+    exact = exact_gradient(params, anchor)
+    corrected = expected_gradient_of_a_sampler(params, anchor, sampler, kind=kind, size=size, cap=1e6)
+    capped = expected_gradient_of_a_sampler(params, anchor, sampler, kind=kind, size=size, cap=1e-9)
+    for name in params:
+        assert_allclose(-corrected[name], exact[name], atol=5e-6)
+        assert np.abs(capped[name]).max() < 1e-7
+
+
+def test_importance_weights_by_hand():
+    """Fails if the cap is a floor, or applies to the logarithm."""
+    policy, sampler = jnp.log(jnp.array([[0.6, 0.5], [0.2, 0.1]])), jnp.log(jnp.array([[0.3, 0.4], [0.4, 0.9]]))
+    mask = jnp.array([[True, True], [True, False]])
+    assert_allclose(objective.importance_weights(policy, sampler, mask, 10.0), [2.5, 0.5], rtol=1e-6)
+    assert_allclose(objective.importance_weights(policy, sampler, mask, 1.5), [1.5, 0.5], rtol=1e-6)
+
+
+def test_sampler_drift_by_hand():
+    """Fails if the sign is reversed, the masked token counts, or only ratios above 1.1 are outside."""
+    drift = np.log(np.array([[1.2, 1.05, 0.85], [1.0, 0.95, 7.0]]))
+    mask = np.array([[True, True, True], [True, True, False]])
+    found = objective.sampler_drift(jnp.asarray(drift - 2.0), jnp.full((2, 3), -2.0), jnp.asarray(mask))
+    values = drift[mask]
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(
+        {"drift/mean": values.mean(), "drift/std": values.std(), "drift/max": np.log(1.2), "drift/outside": 2 / 5},
+        rel=1e-5,
+    )
+
+
 def test_log_ratio_of_three_tokens():
     """Fails if the masked token counts, or if policy and anchor are swapped."""
     policy = jnp.array([[-1.0, -2.0, -0.5], [-3.0, -0.25, -9.0]])

@@ -198,6 +198,31 @@ def test_microbatches_change_nothing():
     assert _distance(whole.params, pieces.params) < 2e-4 * _distance(whole.params, init)
 
 
+def test_microbatches_keep_the_rows_in_order():
+    """Fails when the log-ratios of the pieces are joined in another order than that of the rewards."""
+    after = []
+    for parts in (1, 4):
+        settings = {"ema_rate": 0.0, "kl_coef": 20.0, "advantage": "none", "num_microbatches": parts}
+        _, state, _, programs, rollout = _one_update(**settings)  # the policy moves away from the anchor
+        state, metrics = programs.update(state, {}, rollout, REWARD(rollout).total)
+        after.append({name: float(value) for name, value in metrics.items()})
+    assert abs(after[0]["anchor_kl"]) > 0.01
+    assert after[1] == pytest.approx(after[0], rel=2e-4, abs=1e-6)
+
+
+def test_the_importance_cap_is_used():
+    """Fails when the cap is not handed down, or the policy's log-probs are taken for the sampler's."""
+    norms = []
+    for cap, offset in ((0.0, 0.3), (0.5, 0.3), (8.0, 0.3)):
+        _, state, _, programs, rollout = _one_update(importance_cap=cap, advantage="none")
+        logps = jnp.where(rollout.completion_mask, rollout.per_token_logps - offset, 0.0)
+        _, metrics = programs.update(state, {}, rollout._replace(per_token_logps=logps), REWARD(rollout).total)
+        norms.append(float(metrics["grad_norm"]))
+        assert float(metrics["drift/mean"]) == pytest.approx(-offset, abs=0.1)
+    assert norms[1] == pytest.approx(norms[0] / 2, rel=1e-3)  # every ratio is above the cap
+    assert norms[2] > 1.2 * norms[0]
+
+
 def test_reward_rises(tmp_path):
     """Fails when the loss has the wrong sign, or rewards are paired with the wrong prompts."""
     _, metrics = _run(tmp_path, num_steps=40, checkpoint_every=100)

@@ -202,6 +202,7 @@ class Rl(Optimization):
     advantage: Literal["none", "batch_mean", "leave_one_out"]
     whiten: bool
     kl_coef: NotNegative
+    importance_cap: NotNegative = 0.0  # missing in older workdirs
 
     @model_validator(mode="after")
     def _batch_holds_whole_groups(self) -> "Rl":

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from warp_jax.types import Array
 
 WHITEN_EPSILON = 1e-4  # reward units; above the float32 noise of equal rewards, below any spread that matters
+DRIFT_RATIO = 0.1  # probability ratios further than this from 1 count as outside
 ADVANTAGES = ("none", "batch_mean", "leave_one_out")
 
 
@@ -49,6 +50,37 @@ def advantages(shaped: Array, kind: str, group_size: int, whiten: bool) -> Array
     else:
         raise ValueError(f"advantages: got {kind!r}, want one of {', '.join(ADVANTAGES)}")
     return result / (result.std() + WHITEN_EPSILON) if whiten else result
+
+
+def importance_weights(policy_logps: Array, sampler_logps: Array, completion_mask: Array, cap: float) -> Array:
+    """Truncated importance weight of each completion: min(policy(y | x) / sampler(y | x), cap), logps [B, C] -> [B].
+
+    Completions come from the sampler, whose rounding differs from that of the policy's scores. An advantage times this
+    weight gives the gradient under the policy: exactly with a large cap, with less variance and a bias with a small one
+    (Ionides 2008, Truncated Importance Sampling).
+    """
+    ratio = jnp.exp(log_ratio(policy_logps, sampler_logps, completion_mask))
+    return jax.lax.stop_gradient(jnp.minimum(ratio, cap))
+
+
+def sampler_drift(sampler_logps: Array, policy_logps: Array, completion_mask: Array) -> dict[str, Array]:
+    """Statistics over tokens of log sampler(token) - log policy(token), logps [B, C], nats; 0 without rounding.
+
+    Returns the mean, the standard deviation, the largest absolute value, and the share of tokens whose probability
+    ratio is outside [0.9, 1.1].
+    """
+    chex.assert_equal_shape([sampler_logps, policy_logps, completion_mask])
+    tokens = completion_mask.sum(dtype=jnp.float32)
+    drift = jnp.where(completion_mask, sampler_logps - policy_logps, 0.0)
+    mean = drift.sum() / tokens
+    variance = jnp.where(completion_mask, (drift - mean) ** 2, 0.0).sum() / tokens
+    outside = completion_mask & (jnp.abs(jnp.exp(drift) - 1) > DRIFT_RATIO)
+    return {
+        "drift/mean": mean,
+        "drift/std": jnp.sqrt(variance),
+        "drift/max": jnp.abs(drift).max(),
+        "drift/outside": outside.sum(dtype=jnp.float32) / tokens,
+    }
 
 
 def reinforce_loss(policy_logps: Array, completion_mask: Array, advantage: Array) -> Array:

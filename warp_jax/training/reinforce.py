@@ -85,6 +85,9 @@ def policy_update(
     ratio = objective.log_ratio(policy_logps, anchor_logps, rollout.completion_mask)
     shaped = objective.shaped_rewards(rewards, ratio, rl.kl_coef)
     weights = objective.advantages(shaped, rl.advantage, rl.samples_per_prompt, rl.whiten)
+    sampler_logps, mask = rollout.per_token_logps, rollout.completion_mask
+    if rl.importance_cap:
+        weights *= objective.importance_weights(policy_logps, sampler_logps, mask, rl.importance_cap)
     grads, losses = _accumulate(score, state.params, chunks, _split(weights, rl.num_microbatches))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -98,6 +101,7 @@ def policy_update(
         "nats_per_token": -policy_logps.sum() / tokens,
         "length": tokens / rewards.shape[0],
         "grad_norm": optax.global_norm(grads),
+        **objective.sampler_drift(sampler_logps, policy_logps, mask),
     }
     return TrainState(state.step + 1, params, anchor, opt_state), metrics
 
