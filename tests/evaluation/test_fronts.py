@@ -79,7 +79,7 @@ def test_the_point_under_the_budget_is_measured_on_prompts_that_did_not_choose_i
     for seed in range(200):
         front, clusters = _budget_front(seed)
         choice = fronts.choose_under_budget(front, clusters, 2.4, resamples=50, seed=seed)
-        assert choice.index in (0, 1)
+        assert choice.point in (0, 1)
         assert choice.probability > 0.5
         rewards.append(choice.reward)
     assert abs(np.mean(rewards)) < 3 * np.std(rewards) / np.sqrt(200)  # the chosen half has +.13, 8 standard errors

@@ -32,7 +32,7 @@ class Look(NamedTuple):
 class Choice(NamedTuple):
     """A point chosen on one half of the prompts, and measured on the other half."""
 
-    index: int
+    point: int  # number of the chosen policy, from 0
     kl: float
     reward: float
     probability: float  # share of resamples of the other half whose mean KL is within the budget

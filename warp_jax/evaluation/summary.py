@@ -83,7 +83,7 @@ def _best_eta(settings: Settings, front: Sequence[Point]) -> dict[str, float] | 
     )
     if choice is None:
         return None
-    chosen = {"eta": front[choice.index].eta, "reward": choice.reward, "sft_kl": choice.kl}
+    chosen = {"eta": front[choice.point].eta, "reward": choice.reward, "sft_kl": choice.kl}
     return {**chosen, "probability_within_budget": choice.probability}
 
 
