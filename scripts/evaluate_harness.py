@@ -41,7 +41,7 @@ LIMIT = flags.DEFINE_float("limit", None, "Documents per (sub)task, or a fractio
 BATCH_SIZE = flags.DEFINE_string("batch_size", "1", "Documents per batch, or auto.")
 DEVICE = flags.DEFINE_string("device", "", "Device of torch, such as cuda:1 or mps; default: cuda, else cpu.")
 DTYPE = flags.DEFINE_enum(
-    "dtype", "auto", ["auto", "bfloat16", "float16", "float32"], "Dtype of weights; auto = as saved."
+    "dtype", "auto", ["auto", "bfloat16", "float16", "float32"], "Dtype of weights; auto = as saved, stages: float32."
 )
 CHAT = flags.DEFINE_bool("apply_chat_template", False, "Apply the chat template of the tokenizer to questions.")
 TRUST_CODE = flags.DEFINE_bool("trust_code", False, "Let mbpp and humaneval run code written by the model.")
@@ -127,7 +127,9 @@ def _export(out: Path, folders: dict[str, Path]) -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # leaves the memory of the accelerator to torch
         from warp_jax.experiment import export  # noqa: PLC0415
 
-        export.export_stage(Path(WORKDIR.value), stage, folder)
+        dtype = "float32" if DTYPE.value == "auto" else DTYPE.value
+        for line in export.export_stage(Path(WORKDIR.value), stage, folder, dtype=dtype)["warnings"]:
+            _progress(f"{stage}: warning: {line}")
 
 
 def _settings() -> harness.Settings:

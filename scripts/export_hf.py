@@ -2,9 +2,11 @@
 
   python scripts/export_hf.py --workdir=runs/quickstart --stage=liti:0.3 --out=exported
 
-The new folder holds model.safetensors, config.json and the tokenizer; transformers and vLLM can load it.
+The new folder holds model.safetensors, config.json and the tokenizer; transformers and vLLM can load it. Its
+warp_export.json says how much of the training the dtype keeps, and compares reward and KL with those of the stage.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags, logging
@@ -16,7 +18,10 @@ from warp_jax.storage.weight_files import OUTPUT_DTYPES
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a run of warp_jax.main.")
 STAGE = flags.DEFINE_string("stage", None, f"Stage to export: {stages.NAMES}.")
 OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist.")
-DTYPE = flags.DEFINE_enum("dtype", None, list(OUTPUT_DTYPES), "Dtype of weights; default: that of the source model.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", list(OUTPUT_DTYPES), "Dtype of weights; others undo a part of training.")
+PROMPTS = flags.DEFINE_integer(
+    "prompts", 64, "Held-out prompts on which the exported policy is compared with the stage; 0 = none.", lower_bound=0
+)
 
 
 def main(argv: list[str]) -> None:
@@ -24,9 +29,23 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.ERROR)  # hide warnings of libraries
     try:
-        export.export_stage(Path(WORKDIR.value), STAGE.value, Path(OUT.value), DTYPE.value or "")
+        report = export.export_stage(
+            Path(WORKDIR.value), STAGE.value, Path(OUT.value), dtype=DTYPE.value, prompts=PROMPTS.value
+        )
     except (ValueError, OSError) as error:
         cli.fail(str(error))
+    for line in report["warnings"]:
+        print(f"warning: {line}", file=sys.stderr)
+    compared = report.get("compared", {})
+    if "skipped" in compared:
+        print(f"not compared with the stage: {compared['skipped']}")
+    for name in ("reward", "sft_kl"):
+        if name in compared:
+            numbers = compared[name]
+            print(
+                f"{name} on {compared['prompts']} held-out prompts: {numbers['exported']:.4f}, the stage has "
+                f"{numbers['stage']:.4f} (difference {numbers['difference']:+.4f} +- {numbers['difference_se']:.4f})"
+            )
     print(f"exported {STAGE.value} of {WORKDIR.value} to {OUT.value}")
 
 

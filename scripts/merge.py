@@ -7,6 +7,7 @@ merged/merge_report.json with the angles between the policies. See docs/merging.
 """
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from absl import flags
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the merge has threads of its own
 from warp_jax import cli
-from warp_jax.merging import on_disk
+from warp_jax.merging import on_disk, rounding
 from warp_jax.merging.coefficients import METHODS
 from warp_jax.merging.units import UNITS
 from warp_jax.storage.weight_files import OUTPUT_DTYPES
@@ -27,6 +28,10 @@ METHOD = flags.DEFINE_enum("method", "slerp", list(METHODS), "Merging method; se
 UNIT = flags.DEFINE_enum("unit", "layer", list(UNITS), "The weights that share one angle.")
 WEIGHTS = flags.DEFINE_list("weights", None, "slerp: one per policy after the first; lerp, task_arithmetic: one each.")
 DTYPE = flags.DEFINE_enum("dtype", None, list(OUTPUT_DTYPES), "Dtype of the result; default: dtype of the policies.")
+ROUND = flags.DEFINE_enum(
+    "round", "nearest", list(rounding.METHODS), "stochastic: keeps the mean of small changes; see docs/merging.md."
+)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of stochastic rounding.", lower_bound=0)
 MEMORY_GB = flags.DEFINE_float("memory_gb", 1.0, "Limit for weights in memory; the program itself takes 0.1 GB more.")
 
 
@@ -37,10 +42,21 @@ def main(argv: list[str]) -> None:
     out = Path(OUT.value)
     try:
         weights = cli.numbers(WEIGHTS) if WEIGHTS.value else None
-        settings = on_disk.Settings(METHOD.value, UNIT.value, weights, cli.numbers(ETAS), DTYPE.value, MEMORY_GB.value)
+        settings = on_disk.Settings(
+            method=METHOD.value,
+            unit=UNIT.value,
+            weights=weights,
+            etas=cli.numbers(ETAS),
+            dtype=DTYPE.value,
+            memory_gb=MEMORY_GB.value,
+            rounding=ROUND.value,
+            seed=SEED.value,
+        )
         report = on_disk.merge_folders(Path(INIT.value), [Path(p) for p in POLICIES.value], out, settings)
     except (ValueError, OSError) as error:
         cli.fail(str(error))
+    for line in report["warnings"]:
+        print(f"warning: {line}", file=sys.stderr)
     print(f"{on_disk.summary_line(report)} in {time.monotonic() - started:.1f} s: {out}")
 
 

@@ -6,6 +6,7 @@
 The second command also writes answers/sft.jsonl and answers/liti_1.0.jsonl; compare them with scripts/side_by_side.py.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.text import Text
 
 from warp_jax import cli, files
 from warp_jax.benchmarks import answers
-from warp_jax.experiment import stages
+from warp_jax.experiment import export, stages
 from warp_jax.training import sampling
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a run of warp_jax.main.")
@@ -33,6 +34,7 @@ TEMPERATURE = flags.DEFINE_float(
 )
 TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many likeliest tokens; 0 = all, 1 = greedy.", lower_bound=0)
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of tokens with this probability.", 1e-6, 1.0)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of activations and of their weights.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling, the same for every stage.")
 
 
@@ -73,6 +75,10 @@ def sample_stages(job: stages.Workdir, prompts: list[object]) -> dict[str, list[
         params, model = job.load(stage)
         if model.head != "language":
             raise ValueError(f"--stages: got {stage}, want policies, such as sft, iteration_1/merged, liti:0.3")
+        if DTYPE.value != "float32":
+            for line in export.delivered(params, job.load("sft")[0], DTYPE.value)["warnings"]:
+                print(f"{stage}: warning: {line}", file=sys.stderr)
+        model = dataclasses.replace(model, dtype=DTYPE.value)
         columns[stage] = answers.sample_answers(
             params, model, job.tokenizer, rows, mesh=job.mesh, seed=SEED.value, config=config
         )

@@ -19,7 +19,10 @@ from warp_jax.evaluation import plots, summary
 from warp_jax.evaluation.measure import load_evaluation
 from warp_jax.evaluation.points import Point, evaluation_name
 from warp_jax.settings import Settings
+from warp_jax.training import metric_writer
 from warp_jax.types import PromptBatch
+
+MAX_DRIFT = 0.05  # share of tokens outside [0.9, 1.1] above which the report warns
 
 
 def write_report(
@@ -38,12 +41,14 @@ def write_report(
         for i in range(1, settings.warp.num_iterations + 1)
     ]
     angles = _image(plots.draw_angles(geometries)) if settings.warp.num_runs > 1 else "<p>There is only one run.</p>"
+    drift = _drift(settings, workdir)
     samples = _samples_table(settings, tokenizer, eval_prompts, points)
     sections = [
         ("Reward against KL to SFT", _image(front) + _FRONT_TEXT),
         ("Reward and KL to SFT during training", _image(plots.draw_trajectories(rows))),
         ("Angles between the task vectors of the runs", angles),
         ("Summary", f"<p>{html.escape(summary.one_line(numbers))}</p>" + _comparison_tables(numbers)),
+        ("Drift between sampler and scorer", _drift_text(drift)),
         ("Completions of SFT and of the final merged policy", samples),
         ("All evaluated policies (front.csv)", _table(rows)),
         ("Config", f"<pre>{html.escape(json.dumps(settings.as_json(), indent=2))}</pre>"),
@@ -87,6 +92,29 @@ def _samples_table(settings: Settings, tokenizer: Tokenizer, eval_prompts: Promp
     return _table(rows)
 
 
+def _drift(settings: Settings, workdir: Path) -> list[dict[str, Any]]:
+    """Mean of each drift metric over the steps of each run; runs of earlier versions have none."""
+    rows = []
+    for iteration in range(1, settings.warp.num_iterations + 1):
+        for run in range(1, settings.warp.num_runs + 1):
+            metrics = metric_writer.read_rows(workdir / f"iteration_{iteration}" / f"run_{run}" / "metrics.jsonl")
+            steps = [row for row in metrics if "drift/outside" in row]
+            names = [name for name in steps[0] if name.startswith("drift/")] if steps else []
+            means = {name.removeprefix("drift/"): float(np.mean([step[name] for step in steps])) for name in names}
+            rows += [{"iteration": iteration, "run": run, **means}] if means else []
+    return rows
+
+
+def _drift_text(rows: Sequence[dict[str, Any]]) -> str:
+    high = [row for row in rows if row["outside"] > MAX_DRIFT]
+    warning = (
+        f"<p><b>Warning:</b> in {len(high)} of {len(rows)} runs, more than {MAX_DRIFT:.0%} of the tokens were drawn "
+        "with a probability that differs by over 10 % from the one of the update. Set rl.importance_cap (such as 2.0), "
+        "or model.dtype to float32.</p>"
+    )
+    return (warning if high else "") + _DRIFT_TEXT + _table(rows)
+
+
 def _comparison_tables(numbers: dict[str, Any]) -> str:
     tables = []
     for entry in numbers["iterations_compared"]:
@@ -118,6 +146,8 @@ def _image(png: bytes) -> str:
 
 _FRONT_TEXT = """<p>Each line is the front of one iteration: LITI mixes of SFT (left end) and the merged policy. More
 reward at equal KL is better. Bars are standard errors over prompts.</p>"""
+_DRIFT_TEXT = """<p>log-probability of the sampler minus that of the update, per token, mean over the steps of a run; 0
+without rounding. outside: share of tokens with a probability ratio outside [0.9, 1.1].</p>"""
 _RUNS_TEXT = """<p>The front of each iteration compared with the runs of that iteration.
 reward_above: reward of the front at the run's KL, minus the run's reward.
 kl_saved: share of the run's KL that the front saves at the run's reward.

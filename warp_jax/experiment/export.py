@@ -3,20 +3,34 @@
 from pathlib import Path
 from typing import Any
 
-from warp_jax import files
+import jax
+import numpy as np
+
+from warp_jax import files, trees
+from warp_jax.data import batches
+from warp_jax.evaluation import measure, statistics
+from warp_jax.experiment import preparation
 from warp_jax.experiment.stages import Workdir
+from warp_jax.merging import rounding
+from warp_jax.models import partitioning
+from warp_jax.models.apply import param_shapes
 from warp_jax.pretrained import hf_config, hf_weights
+from warp_jax.progress import JobProgress
 from warp_jax.storage import weight_files
+from warp_jax.types import Params
+
+REPORT = "warp_export.json"
 
 
-def export_stage(workdir: Path, stage: str, out: Path, dtype: str = "") -> None:
-    """Write a stage as a new folder, which appears when it is complete.
+def export_stage(workdir: Path, stage: str, out: Path, *, dtype: str = "float32", prompts: int = 0) -> dict[str, Any]:
+    """Write a stage as a new folder, which appears when it is complete; return the content of its warp_export.json.
 
     Args:
         workdir: a folder that warp_jax.main made.
         stage: a name as `stages.NAMES` lists them.
         out: the new folder.
-        dtype: of the weights; '' = the dtype of the model's source, or float32 without one.
+        dtype: of the weights. Fewer bits than float32 undo a part of the training; the report says how much.
+        prompts: number of held-out prompts on which the exported policy is compared with the stage; 0 = not compared.
 
     Raises:
         ValueError: `out` exists, or the stage is unknown or not saved.
@@ -29,9 +43,9 @@ def export_stage(workdir: Path, stage: str, out: Path, dtype: str = "") -> None:
     if job.source is not None:
         source = files.read_json(job.source / hf_config.CONFIG)
         sidecars = [path for path in weight_files.open_weights(job.source).sidecars() if path.name != hf_config.CONFIG]
-    dtype = dtype or source.get("dtype") or source.get("torch_dtype") or "float32"
     is_same_kind = source and model.head == "language" and source["architectures"][0].endswith("ForCausalLM")
     config = source if is_same_kind else {**hf_config.to_json(model, "float32"), **_token_ids(job)}
+    report: dict[str, Any] = {"workdir": str(workdir), "stage": stage, "dtype": dtype, "warnings": []}
     with files.staged(out) as staging:
         hf_weights.export_params(params, model, staging, dtype=dtype, config_json=config, sidecars=sidecars)
         if job.source is None:  # then the workdir trained a tokenizer
@@ -39,6 +53,67 @@ def export_stage(workdir: Path, stage: str, out: Path, dtype: str = "") -> None:
             files.write_json(staging / "generation_config.json", _token_ids(job))
             names = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}
             files.write_json(staging / "tokenizer_config.json", names | job.tokenizer.special_tokens)
+        if model.head == "language":
+            sft, _ = job.load("sft")
+            report |= delivered(params, sft, dtype)
+            if prompts:
+                exported = hf_weights.load_params(
+                    staging, model, partitioning.with_shardings(job.mesh, param_shapes(model))
+                )
+                report["compared"] = _compared(job, {"stage": params, "exported": exported}, sft, prompts)
+        files.write_json(staging / REPORT, report)
+    return report
+
+
+def delivered(params: Params, sft_params: Params, dtype: str) -> dict[str, Any]:
+    """Share of the displacement from SFT that survives rounding to a dtype, its relative error, and warnings."""
+    leaves = {trees.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    kept = {}
+    for (name, leaf), start in zip(leaves.items(), jax.tree.leaves(sft_params), strict=True):
+        values, before = (np.asarray(x, np.float64).reshape(-1) for x in jax.device_get((leaf, start)))
+        rounded = values.astype(weight_files.OUTPUT_DTYPES[dtype]).astype(np.float64)
+        kept[name] = rounding.measure(values - before, rounded - before)
+    whole = rounding.Delivery(*np.sum(list(kept.values()), axis=0).tolist())
+    line = rounding.warning(whole, {name: found.share for name, found in kept.items()})
+    return {
+        "delivered": {"share": whole.share, "relative_error": whole.relative_error},
+        "warnings": [f"{dtype}: {line}; use --dtype=float32"] if line else [],
+    }
+
+
+def _compared(job: Workdir, policies: dict[str, Params], sft: Params, prompts: int) -> dict[str, Any]:
+    """Reward and KL to SFT of each policy on the same held-out prompts, and the paired difference; or why not."""
+    if not (job.path / "evaluations" / "sft.npz").is_file():
+        return {"skipped": "the workdir has no evaluation yet"}
+    settings = job.settings.replace({"mesh": tuple(job.mesh.shape.values())})
+    try:
+        corpora = preparation.load_corpora(settings)
+        with JobProgress(0, quiet=True) as progress:
+            _, _, examiner = preparation.prepare(settings, corpora, job.path, progress)
+    except ValueError as error:
+        return {"skipped": str(error)}
+    count = min(prompts, len(examiner.eval_prompts.example_ids))
+    examiner = examiner._replace(
+        eval_prompts=batches.take(examiner.eval_prompts, np.arange(count)),
+        batch_size=count,
+        sft_params=sft,
+        frozen_params={},
+    )
+    found = {name: measure.evaluate(examiner, params) for name, params in policies.items()}
+    result: dict[str, Any] = {"prompts": count}
+    for name in ("reward", "sft_kl"):
+        stage, exported = (np.asarray(getattr(found[kind], name), np.float64) for kind in ("stage", "exported"))
+        clusters = found["stage"].clusters
+        mean, mean_se = statistics.mean_and_se(stage, clusters)
+        difference, difference_se = statistics.mean_and_se(exported - stage, clusters)
+        result[name] = {
+            "stage": mean,
+            "stage_se": mean_se,
+            "exported": mean + difference,
+            "difference": difference,
+            "difference_se": difference_se,
+        }
+    return result
 
 
 def _token_ids(job: Workdir) -> dict[str, Any]:

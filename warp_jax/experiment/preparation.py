@@ -59,7 +59,7 @@ def prepare(
     )
     examiner = measure.Examiner(
         mesh=mesh,
-        sampler=programs.sampler,
+        sampler=programs.evaluation_sampler,
         kl_to_sft=programs.kl_to_sft,
         reward_fn=reward_fns["eval"],
         gold_fn=reward_functions.make_from_text(gold_fn, tokenizer, corpora["eval"].rows),

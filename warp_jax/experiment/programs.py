@@ -1,7 +1,8 @@
 """The compiled programs of Algorithm 1. A job runs them; `tpu_fit` compiles the same ones for a TPU slice."""
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -15,10 +16,11 @@ from warp_jax.types import Params, TrainState
 
 
 class Programs(NamedTuple):
-    """sampler: generation, in training and evaluation. train: a step of RL. kl_to_sft: the KL of an evaluation."""
+    """Programs of training and of evaluation, which computes in `evaluation.dtype`."""
 
     sampler: sampling.Sampler
-    train: loop.Programs[TrainState]
+    train: loop.Programs[TrainState]  # a step of RL
+    evaluation_sampler: sampling.Sampler  # the same as `sampler` if the dtypes are equal
     kl_to_sft: measure.KlFn
 
 
@@ -33,23 +35,33 @@ def make_programs(
     pad_id: int,
 ) -> Programs:
     """Jit the programs for a policy `model`, whose trained and frozen leaves are shaped like these trees."""
-    apply_fn = make_apply_fn(model, mesh)
     temperature, chunk = settings.sampling.temperature, settings.model.logits_chunk
+    score: Any = {"temperature": temperature, "chunk": chunk}
+
+    def make_sampler(model: TransformerConfig) -> sampling.Sampler:
+        return sampling.make_sampler(
+            mesh,
+            trees.join(trained, frozen),
+            apply_fn=make_apply_fn(model, mesh),
+            make_cache=functools.partial(init_cache, model, mesh=mesh),
+            dtype=model.dtype,
+            config=sampling.SamplingConfig(settings.sampling.max_new_tokens, temperature, stop_ids, pad_id),
+        )
+
     update = reinforce.make_programs(
         mesh,
         trained,
         optimizer=optimizers.make_optimizer(settings.rl, settings.adam),
-        score_fn=functools.partial(scoring.per_token_logps, apply_fn, temperature=temperature, chunk=chunk),
+        score_fn=functools.partial(scoring.per_token_logps, make_apply_fn(model, mesh), **score),
         rl=settings.rl,
         ema_rate=settings.warp.ema_rate,
     )
-    sampler = sampling.make_sampler(
-        mesh,
-        trees.join(trained, frozen),
-        apply_fn=apply_fn,
-        make_cache=functools.partial(init_cache, model, mesh=mesh),
-        dtype=model.dtype,
-        config=sampling.SamplingConfig(settings.sampling.max_new_tokens, temperature, stop_ids, pad_id),
+    sampler = make_sampler(model)
+    measured = dataclasses.replace(model, dtype=settings.evaluation.dtype)
+    score_kl = functools.partial(scoring.sequence_kl, make_apply_fn(measured, mesh), **score)
+    return Programs(
+        sampler=sampler,
+        train=update,
+        evaluation_sampler=sampler if measured == model else make_sampler(measured),
+        kl_to_sft=measure.make_kl_to_sft(score_kl),
     )
-    score_kl = functools.partial(scoring.sequence_kl, apply_fn, temperature=temperature, chunk=chunk)
-    return Programs(sampler, update, measure.make_kl_to_sft(score_kl))

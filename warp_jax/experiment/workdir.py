@@ -9,7 +9,7 @@ from typing import Any
 from warp_jax import files
 from warp_jax.parallel import hosts
 from warp_jax.pretrained import sources
-from warp_jax.settings import Settings, legacy
+from warp_jax.settings import Settings, from_config
 
 CONFIG = "config.json"
 FINGERPRINTS = "models.json"
@@ -65,7 +65,7 @@ def _check_owner(settings: Settings, workdir: Path) -> None:
         raise ValueError(f"workdir: {workdir} is a file, want a folder")
     found = {path.name for path in workdir.iterdir()} if workdir.exists() else set()  # once: others may write there
     if CONFIG in found:
-        before = legacy.upgrade(files.read_json(workdir / CONFIG))
+        before = from_config(files.read_json(workdir / CONFIG)).as_json()
         changed = sorted(_differences(before, settings.as_json()))
         refused = [line for line in changed if not line.startswith(MAY_CHANGE)]
         if refused:

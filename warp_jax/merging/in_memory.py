@@ -105,13 +105,13 @@ def merge(
     *,
     liti_rate: float | Array = 1.0,
     weights: Sequence[float] | None = None,
-    unit: units.Unit = "layer",
-    stacked: str | None = "layers",
     donate: bool = False,
+    rounding_key: Array | None = None,
+    **layout: Any,
 ) -> Params:
     """Merge the policies by one of METHODS, then interpolate: (1 - liti_rate) * init + liti_rate * merged.
 
-    All merges above call this one. See `warp_jax.merging` for arguments and errors.
+    All merges above call this one. layout: unit and stacked. See `warp_jax.merging` for arguments and errors.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, want one of {', '.join(METHODS)}")
@@ -119,17 +119,18 @@ def merge(
     with jax.enable_x64(True):
         if METHODS[method].by_angle:
             start = jax.tree.map(jnp.zeros_like, init_params) if method == FULL_WEIGHTS else init_params
-            inner = gram(start, policies, unit, stacked=stacked)
+            inner = gram(start, policies, **layout)
         else:  # the coefficients are the same in every unit
-            unit, inner = "model", Gram(np.zeros((1, len(policies), len(policies))), ("model",))
-        _, unit_of_leaf = units_of(init_params, unit, stacked)
+            layout["unit"], inner = "model", Gram(np.zeros((1, len(policies), len(policies))), ("model",))
+        _, unit_of_leaf = units_of(init_params, **layout)
         solved = solve(method, inner.matrix, weights, inner.names)
         rate = jnp.asarray(liti_rate, jnp.float64) if isinstance(liti_rate, jax.Array) else liti_rate
         sums = with_liti(method, solved, rate)
         columns = map(jax.tree.leaves, (init_params, *policies))
+        keys = [None] * len(unit_of_leaf) if rounding_key is None else jax.random.split(rounding_key, len(unit_of_leaf))
         merged = [
-            kernels.weighted_sum(init, parts, sums[unit_ids], donate=donate)
-            for unit_ids, init, *parts in zip(unit_of_leaf, *columns, strict=True)
+            kernels.weighted_sum(init, parts, sums[unit_ids], donate=donate, rounding_key=key)
+            for key, unit_ids, init, *parts in zip(keys, unit_of_leaf, *columns, strict=True)
         ]
     return jax.tree.unflatten(jax.tree.structure(init_params), merged)
 
@@ -156,7 +157,9 @@ def gram(
         return Gram(total, names)
 
 
-def units_of(tree: Params, unit: units.Unit, stacked: str | None) -> tuple[tuple[str, ...], list[np.ndarray]]:
+def units_of(
+    tree: Params, unit: units.Unit = "layer", stacked: str | None = "layers"
+) -> tuple[tuple[str, ...], list[np.ndarray]]:
     """Assign each leaf to a unit, and each layer of a leaf that is stacked under the key `stacked`.
 
     Returns:

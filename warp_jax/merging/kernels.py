@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from warp_jax.merging import rounding
 from warp_jax.types import Array, HostOrDevice
 
 # On a CPU, products are summed elementwise in blocks that stay in the cache. Without blocks, XLA writes the float64
@@ -34,16 +35,24 @@ def gram(init: HostOrDevice, policies: Sequence[HostOrDevice], *, stacked: bool)
         return matrix if stacked else matrix[0]
 
 
-def weighted_sum(init: HostOrDevice, policies: Sequence[HostOrDevice], weights: Array, *, donate: bool) -> Array:
+def weighted_sum(
+    init: HostOrDevice,
+    policies: Sequence[HostOrDevice],
+    weights: Array,
+    *,
+    donate: bool,
+    rounding_key: Array | None = None,
+) -> Array:
     """Compute weights[..., 0] * init + sum_m weights[..., m] * (policy_m - init).
 
-    The result has the dtype of the first policy. weights: float64 [1 + M], or [L, 1 + M] for a leaf whose first axis
-    runs over L layers. donate: write the result over the first policy, whose array then cannot be used.
+    The result has the dtype of the first policy; with a rounding_key, it is rounded stochastically. weights: float64
+    [1 + M], or [L, 1 + M] for a leaf whose first axis runs over L layers. donate: write over the first policy,
+    whose array then cannot be used.
     """
     with jax.enable_x64(True):
         first, *rest = (jnp.asarray(x) for x in policies)
         mix = _mix_in_place if donate else _mix
-        return mix(first, tuple(rest), jnp.asarray(init), weights)
+        return mix(first, tuple(rest), jnp.asarray(init), weights, rounding_key)
 
 
 @functools.partial(jax.jit, static_argnames="rows")
@@ -82,7 +91,7 @@ def _blocked_gram(init: Array, policies: tuple[Array, ...], *, rows: int) -> Arr
     return _symmetric(list(lax.map(row_sums, jnp.arange(rows)).T), len(policies))
 
 
-def _mix_leaf(first: Array, rest: tuple[Array, ...], init: Array, weights: Array) -> Array:
+def _mix_leaf(first: Array, rest: tuple[Array, ...], init: Array, weights: Array, rounding_key: Array | None) -> Array:
     def weight(m: int) -> Array:
         return weights[..., m].reshape(weights.shape[:-1] + (1,) * (init.ndim + 1 - weights.ndim))
 
@@ -90,7 +99,9 @@ def _mix_leaf(first: Array, rest: tuple[Array, ...], init: Array, weights: Array
     mixed = weight(0) * start
     for m, policy in enumerate((first, *rest), start=1):
         mixed = mixed + weight(m) * (_wide(policy) - start)
-    return mixed.astype(first.dtype)
+    if rounding_key is None:
+        return mixed.astype(first.dtype)
+    return rounding.stochastic(mixed, first.dtype, jax.random.uniform(rounding_key, mixed.shape, jnp.float64))
 
 
 _mix = jax.jit(_mix_leaf)

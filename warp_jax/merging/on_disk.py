@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from warp_jax import files, naming
-from warp_jax.merging import chunking
+from warp_jax.merging import chunking, rounding
 from warp_jax.merging.chunking import Chunk, Inputs, Piece
 from warp_jax.merging.coefficients import FULL_WEIGHTS, angles, norms, solve, with_liti
 from warp_jax.progress import JobProgress
@@ -35,6 +35,8 @@ class Settings(NamedTuple):
     etas: tuple[float, ...] = (1.0,)
     dtype: str | None = None  # one of weight_files.OUTPUT_DTYPES; None: dtype of the policies
     memory_gb: float = 1.0
+    rounding: str = "nearest"  # one of rounding.METHODS
+    seed: int = 0  # of stochastic rounding
 
 
 def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Settings) -> dict[str, Any]:
@@ -57,11 +59,12 @@ def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Set
         job = _Job(inputs, settings, units, chunks, _Maths(len(policies)), pool, progress)
         try:
             hashes = pool.map(hash_file, inputs.weight_paths())
-            inner = job.sum_grams()
+            inner, rounding_noise = job.sum_grams()
             coefficients = solve(settings.method, inner, settings.weights, units)
             with files.staged(out) as staging:
-                job.write_merges(coefficients, staging)
-                report = job.make_report(inner, coefficients, list(hashes))
+                delivered = job.write_merges(coefficients, staging)
+                report = job.make_report(inner, coefficients, delivered, list(hashes))
+                report["warnings"] = job.find_warnings(inner, rounding_noise, delivered)
                 files.write_json(staging / REPORT, report)
         finally:
             pool.shutdown(cancel_futures=True)
@@ -74,7 +77,8 @@ def summary_line(report: dict[str, Any]) -> str:
     angles = [angle for unit in units for m, row in enumerate(unit["angles_degrees"]) for angle in row[:m]]
     apart = f", median angle {np.median(angles):.1f} degrees" if angles else ""
     alone = len(report["not_in_a_layer"])
-    return f"merged {count} policies over {len(units)} units ({alone} tensors outside layers){apart}"
+    kept = ", ".join(f"{row['share']:.1%} at eta {row['eta']:g}" for row in report["delivered"] if row["eta"])
+    return f"merged {count} policies over {len(units)} units ({alone} tensors outside layers){apart}; delivered {kept}"
 
 
 class _Maths(threading.local):
@@ -116,30 +120,35 @@ class _Job(NamedTuple):
     pool: ThreadPoolExecutor
     progress: JobProgress
 
-    def sum_grams(self) -> np.ndarray:
-        """Run pass 1: the Gram matrices, float64 [U, M, M]. Raises ValueError if a policy is identical to init."""
+    def sum_grams(self) -> tuple[np.ndarray, np.ndarray]:
+        """Run pass 1: Gram matrices float64 [U, M, M], and squared rounding noise between two policies [U].
+
+        Raises ValueError if a policy is identical to init.
+        """
         count = len(self.inputs.policies)
 
-        def chunk_gram(chunk: Chunk) -> np.ndarray:
-            matrix = np.zeros((count, count))
+        def chunk_gram(chunk: Chunk) -> tuple[np.ndarray, float]:
+            matrix, noise = np.zeros((count, count)), 0.0
             for _, init, policies in self.views(chunk):
                 start = np.zeros_like(init) if self.settings.method == FULL_WEIGHTS else init
                 matrix += self.maths.gram(start, policies)
+                noise += rounding.noise_square(policies[0])
             if not np.isfinite(matrix).all():
                 chunking.raise_not_finite(self.inputs, chunk)
-            return matrix
+            return matrix, 2 * noise
 
-        total = np.zeros((len(self.units), count, count))
-        for chunk, matrix in self.run(chunk_gram, "angles"):
+        total, noises = np.zeros((len(self.units), count, count)), np.zeros(len(self.units))
+        for chunk, (matrix, noise) in self.run(chunk_gram, "angles"):
             total[chunk.unit] += matrix
+            noises[chunk.unit] += noise
         start = "zero" if self.settings.method == FULL_WEIGHTS else f"init {self.inputs.init.path}"
         for policy, square in zip(self.inputs.policies, np.einsum("umm->m", total), strict=True):
             if not square:
                 raise ValueError(f"{policy.path}: identical to {start}; nothing to merge")
-        return total
+        return total, noises
 
-    def write_merges(self, coefficients: np.ndarray, staging: Path) -> None:
-        """Run pass 2: write a folder per eta to `staging`."""
+    def write_merges(self, coefficients: np.ndarray, staging: Path) -> np.ndarray:
+        """Run pass 2: write a folder per eta to `staging`; return the sums of a Delivery, float64 [U, E, 3]."""
         etas, dtype = self.settings.etas, OUTPUT_DTYPES.get(self.settings.dtype or "")
         tensors = [_output_tensor(self.inputs, name, dtype) for name in (*self.inputs.merged, *self.inputs.copied)]
         needed = len(etas) * sum(tensor.nbytes for tensor in tensors)
@@ -151,19 +160,38 @@ class _Job(NamedTuple):
         weights = [with_liti(self.settings.method, coefficients, eta) for eta in etas]
         writers = [self.make_folder(staging / _eta_folder(eta), tensors) for eta in etas]
 
-        def write_chunk(chunk: Chunk) -> None:
+        def write_chunk(chunk: Chunk) -> np.ndarray:
+            sums = np.zeros((len(etas), 3))
             for piece, init, policies in self.views(chunk):
                 for first, rows in self.maths.blocks(init, policies):
-                    for writer, of_unit in zip(writers, weights, strict=True):
+                    for e, (writer, of_unit) in enumerate(zip(writers, weights, strict=True)):
                         mixed = np.dot(of_unit[chunk.unit], rows, out=self.maths.mixed[: rows.shape[1]])
-                        writer.write(piece.name, piece.start + first, mixed)  # rounds once, to the tensor's dtype
+                        rounded = self.round(piece.name, piece.start + first, mixed)
+                        sums[e] += rounding.measure(mixed - rows[0], rounded.astype(np.float64) - rows[0])
+                        writer.write(piece.name, piece.start + first, rounded)
+            return sums
 
-        for _ in self.run(write_chunk, "merges"):
-            pass
+        delivered = np.zeros((len(self.units), len(etas), 3))
+        for chunk, sums in self.run(write_chunk, "merges"):
+            if not np.isfinite(sums).all():
+                raise ValueError(
+                    f"tensor {chunk.pieces[0].name!r}: the merge overflows the output; set a wider --dtype"
+                )
+            delivered[chunk.unit] += sums
         for writer in writers:
             for name in self.inputs.copied:
                 writer.write(name, 0, self.inputs.init.view(name, 0, self.inputs.init.tensors[name].size))
             writer.close()
+        return delivered
+
+    def round(self, name: str, start: int, values: np.ndarray) -> np.ndarray:
+        """Round float64 values, the elements of a tensor from `start` on, to the tensor's dtype in the output."""
+        dtype = OUTPUT_DTYPES.get(self.settings.dtype or "", self.inputs.policies[0].tensors[name].dtype)
+        if self.settings.rounding == "stochastic":
+            uniforms = rounding.uniforms(name, start, len(values), self.settings.seed)
+            return rounding.stochastic(values, dtype, uniforms)
+        with np.errstate(over="ignore"):  # the caller sees infinity
+            return values.astype(dtype)
 
     def views(self, chunk: Chunk) -> Iterator[tuple[Piece, np.ndarray, list[np.ndarray]]]:
         """Yield each piece of a chunk with its values in init and in the policies, flat; then release their memory."""
@@ -192,12 +220,15 @@ class _Job(NamedTuple):
             files.write_json(folder / "config.json", config | changed)
         return SafetensorsWriter(folder, tensors)
 
-    def make_report(self, inner: np.ndarray, coefficients: np.ndarray, hashes: Sequence[str]) -> dict[str, Any]:
-        """Contents of merge_report.json."""
+    def make_report(
+        self, inner: np.ndarray, coefficients: np.ndarray, delivered: np.ndarray, hashes: Sequence[str]
+    ) -> dict[str, Any]:
+        """Contents of merge_report.json, without its warnings."""
         inputs, tensors = self.inputs, self.inputs.init.tensors
         alone = [name for name in inputs.merged if tensors[name].num_layers == 1 and not naming.in_layer(name)]
-        fields = ("name", "angles_degrees", "norms", "coefficients")
+        fields = ("name", "angles_degrees", "norms", "coefficients", "delivered")
         columns = [values.tolist() for values in (np.degrees(angles(inner)), norms(inner), coefficients)]
+        columns.append([self.describe(sums) for sums in delivered])
         return {
             **self.settings._asdict(),
             "init": str(inputs.init.path),
@@ -205,8 +236,34 @@ class _Job(NamedTuple):
             "xxh3_128": dict(zip(map(str, inputs.weight_paths()), hashes, strict=True)),
             "not_in_a_layer": alone,
             "copied": list(inputs.copied),
+            "delivered": self.describe(delivered.sum(0)),
             "units": [dict(zip(fields, row, strict=True)) for row in zip(self.units, *columns, strict=True)],
         }
+
+    def describe(self, sums: np.ndarray) -> list[dict[str, float | None]]:
+        """Delivered share and relative error at each eta (None at eta 0), from sums [E, 3]."""
+        return [
+            {"eta": eta, "share": found.share, "relative_error": found.relative_error}
+            for eta, found in zip(self.settings.etas, (rounding.Delivery(*row.tolist()) for row in sums), strict=True)
+        ]
+
+    def find_warnings(self, inner: np.ndarray, noises: np.ndarray, delivered: np.ndarray) -> list[str]:
+        """One line for each eta that loses much of the merge, and for each two policies that are nearly the same."""
+        warnings = []
+        for eta, whole, sums in zip(self.settings.etas, delivered.sum(0), delivered.swapaxes(0, 1), strict=True):
+            shares = [rounding.Delivery(*row.tolist()).share for row in sums]
+            line = rounding.warning(rounding.Delivery(*whole.tolist()), dict(zip(self.units, shares, strict=True)))
+            warnings += [f"eta {eta:g}: {line}; use --round=stochastic or --dtype=float32"] if line else []
+        degrees = np.degrees(angles(inner))
+        for b, a in zip(*np.tril_indices(len(self.inputs.policies), -1), strict=True):
+            near = np.flatnonzero(inner[:, a, a] + inner[:, b, b] - 2 * inner[:, a, b] <= noises)
+            if len(near):
+                unit, paths = near[0], (self.inputs.policies[a].path, self.inputs.policies[b].path)
+                warnings.append(
+                    f"{paths[0]} and {paths[1]} are closer than their rounding in {len(near)} of {len(noises)} units "
+                    f"({self.units[unit]}: {degrees[unit, a, b]:.2f} degrees); is it the same policy twice?"
+                )
+        return warnings
 
 
 def _eta_folder(eta: float) -> str:

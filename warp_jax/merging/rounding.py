@@ -7,8 +7,10 @@ weight. Stochastic rounding takes one of the two neighbours at random, with prob
 The functions use the array library of their arguments (numpy or JAX), and numbers of any floating-point dtype.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import xxhash
 
@@ -19,19 +21,19 @@ FULL_DELIVERY = 0.95  # below this share of a displacement, a report warns
 class Delivery(NamedTuple):
     """Comparison of a displacement that was asked for, with the one that was written: sums over the elements."""
 
-    asked_square: Any = 0.0  # <asked, asked>
-    product: Any = 0.0  # <written, asked>
-    error_square: Any = 0.0  # |written - asked|^2
+    asked_square: float  # <asked, asked>
+    product: float  # <written, asked>
+    error_square: float  # |written - asked|^2
 
     @property
-    def share(self) -> Any:
-        """Projection of the written displacement on the asked one: 1 = all of it, 0 = nothing; nan if none is asked."""
-        return self.product / self.asked_square
+    def share(self) -> float | None:
+        """Projection of the written displacement on the asked one: 1 = all of it, 0 = nothing; None if asked is 0."""
+        return self.product / self.asked_square if self.asked_square else None
 
     @property
-    def relative_error(self) -> Any:
+    def relative_error(self) -> float | None:
         """Length of (written - asked) / length of asked."""
-        return (self.error_square / self.asked_square) ** 0.5
+        return (self.error_square / self.asked_square) ** 0.5 if self.asked_square else None
 
 
 def stochastic(x: Any, dtype: Any, uniforms: Any) -> Any:
@@ -63,4 +65,27 @@ def uniforms(name: str, start: int, count: int, seed: int) -> np.ndarray:
 def measure(asked: np.ndarray, written: np.ndarray) -> Delivery:
     """Compare two displacements, float64 [N] each."""
     error = written - asked
-    return Delivery(np.dot(asked, asked), np.dot(written, asked), np.dot(error, error))
+    return Delivery(*map(float, (np.dot(asked, asked), np.dot(written, asked), np.dot(error, error))))
+
+
+def warning(whole: Delivery, unit_shares: Mapping[str, float | None]) -> str:
+    """Describe a delivery that loses more than 1 - FULL_DELIVERY of a unit's displacement, in one line; '' if none."""
+    asked = {name: share for name, share in unit_shares.items() if share is not None}
+    low = [name for name, share in asked.items() if share < FULL_DELIVERY]
+    if not low:
+        return ""
+    worst = min(low, key=asked.__getitem__)
+    return (
+        f"rounding keeps {whole.share:.0%} of the displacement from init ({len(low)} of {len(asked)} units below "
+        f"{FULL_DELIVERY:.0%}, {worst} keeps {asked[worst]:.0%})"
+    )
+
+
+def noise_square(values: np.ndarray) -> float:
+    """Expected squared error of rounding to the dtype of the values, up to a factor of 2; 0 for float64.
+
+    The distance between two neighbours is between eps / 2 and eps of a value; an error is uniform in it.
+    """
+    wide = values.astype(np.float64)
+    eps = float(ml_dtypes.finfo(values.dtype).eps) if values.dtype != np.float64 else 0.0
+    return eps**2 / 24 * float(np.dot(wide, wide))

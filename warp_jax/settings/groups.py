@@ -252,6 +252,7 @@ class Evaluation(Group):
     samples_per_prompt: Count = 1  # missing in older workdirs
     batch_size: Count
     every: Count
+    dtype: Literal["float32", "bfloat16"]
 
     @model_validator(mode="after")
     def _batches_are_full(self) -> "Evaluation":

@@ -18,6 +18,8 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
     new = dict(config)
     if isinstance(data := new.get("data"), Mapping):
         new["data"] = _with_task(data)
+    if isinstance(model := new.get("model"), Mapping) and isinstance(evaluation := new.get("evaluation"), Mapping):
+        new["evaluation"] = {"dtype": model.get("dtype"), **evaluation}  # earlier versions had one dtype for both
     if isinstance(parts := new.get("rewards"), Mapping):
         new["rewards"] = {name: _with_new_source(part) for name, part in parts.items()}
     return new | {"gold": _with_new_source(new["gold"])} if "gold" in new else new

@@ -24,7 +24,7 @@ from warp_jax.rewards import reward_functions
 from warp_jax.settings import Settings, check_devices
 from warp_jax.settings.groups import RewardModel, Sft
 from warp_jax.tpu_fit import hlo
-from warp_jax.training import optimizers, supervised
+from warp_jax.training import optimizers, sampling, supervised
 from warp_jax.types import Params, PromptBatch, Rollout
 
 Names = tuple[str, ...]  # keys of Plan.resident
@@ -100,15 +100,21 @@ class _Planner:
         self.state = partitioning.with_shardings(mesh, jax.eval_shape(self.functions.train.init, self.trained))
         self.resident: dict[str, Any] = dict(zip(STATE, self.state[1:], strict=True))  # without the step
         self.resident |= {"init": self.trained, "SFT": self.trained, "frozen weights": self.frozen}
-        if isinstance(self.functions.sampler.lay_out, jax.stages.Wrapped):  # else generation reads the policy itself
-            shapes = jax.eval_shape(self.functions.sampler.lay_out, self.weights)
-            self.resident[COPY] = partitioning.shaped(shapes, partitioning.decode_shardings(mesh, shapes))
+        if (copy := self._copy(self.functions.sampler)) is not None:
+            self.resident[COPY] = copy
         if self.reward_model is not None:
             self.resident["reward model"] = partitioning.with_shardings(mesh, param_shapes(self.reward_model))
 
     def program(self, name: str, call: Any, *args: Any, reads: Names, absent: Names = ()) -> Program:
         """Return a program that gets the resident trees `reads` as arguments, and runs when `absent` do not exist."""
         return Program(name, call, args, tuple(tree for tree in self.resident if tree not in (*reads, *absent)))
+
+    def _copy(self, sampler: sampling.Sampler) -> Any:
+        """Shapes of the weights that a sampler lays out; None if it reads the policy itself."""
+        if not isinstance(sampler.lay_out, jax.stages.Wrapped):
+            return None
+        shapes = jax.eval_shape(sampler.lay_out, self.weights)
+        return partitioning.shaped(shapes, partitioning.decode_shardings(self.mesh, shapes))
 
     def rl(self) -> Iterator[Program]:
         """Start of a run, step of RL and evaluation, which generates and scores with its own batch size."""
@@ -118,21 +124,34 @@ class _Planner:
         if COPY in self.resident:  # a new copy is made while the previous one is still in memory
             yield self.program(COPY, functions.sampler.lay_out, self.weights, reads=WHOLE)
             weights, reads = self.resident[COPY], (COPY,)
-        key = partitioning.shaped(jax.eval_shape(jax.random.key, 0), meshes.replicated(self.mesh))
-        rollouts = {train: self._rollout(train), evaluation: self._rollout(evaluation)}
-        for batch, rollout in rollouts.items():
-            suffix, prompts = "" if batch == train else EVALUATION, PromptBatch(*rollout[:3])
-            yield self.program(f"generation{suffix}", functions.sampler.generate, weights, prompts, key, reads=reads)
-            if self.reward_model is not None:
-                apply_fn = make_apply_fn(self.reward_model, self.mesh)
-                score = jax.jit(functools.partial(reward_functions.sequence_scores, apply_fn))
-                length = self.settings.sampling.prompt_tokens + self.settings.sampling.max_new_tokens
-                scored = self.resident["reward model"], *self._texts(batch, length)
-                yield self.program(f"reward{suffix}", score, *scored, reads=("reward model",))
-        args = self.state, self.frozen, rollouts[train], self._rows(jnp.float32, train)
+        yield from self.generation("", functions.sampler, train, weights, reads)
+        if functions.evaluation_sampler is not functions.sampler:
+            copy = self._copy(functions.evaluation_sampler)
+            if copy is not None:
+                lay_out = functions.evaluation_sampler.lay_out
+                yield self.program(f"{COPY}{EVALUATION}", lay_out, self.weights, reads=WHOLE)
+            weights, reads = (self.weights, WHOLE) if copy is None else (copy, ())
+            yield from self.generation(EVALUATION, functions.evaluation_sampler, evaluation, weights, reads)
+        elif evaluation != train:
+            yield from self.generation(EVALUATION, functions.sampler, evaluation, weights, reads)
+        args = self.state, self.frozen, self._rollout(train), self._rows(jnp.float32, train)
         yield self.program("update", functions.train.update, *args, reads=(*STATE, "frozen weights"))
-        args = self.trained, self.trained, self.frozen, rollouts[evaluation]
+        args = self.trained, self.trained, self.frozen, self._rollout(evaluation)
         yield self.program("KL to SFT", functions.kl_to_sft, *args, reads=(*WHOLE, "SFT"))
+
+    def generation(
+        self, suffix: str, sampler: sampling.Sampler, batch: int, weights: Any, reads: Names
+    ) -> Iterator[Program]:
+        """Generation of a batch from `weights`, laid out for the sampler, and the reward of its completions."""
+        key = partitioning.shaped(jax.eval_shape(jax.random.key, 0), meshes.replicated(self.mesh))
+        prompts = PromptBatch(*self._rollout(batch)[:3])
+        yield self.program(f"generation{suffix}", sampler.generate, weights, prompts, key, reads=reads)
+        if self.reward_model is not None:
+            apply_fn = make_apply_fn(self.reward_model, self.mesh)
+            score = jax.jit(functools.partial(reward_functions.sequence_scores, apply_fn))
+            length = self.settings.sampling.prompt_tokens + self.settings.sampling.max_new_tokens
+            scored = self.resident["reward model"], *self._texts(batch, length)
+            yield self.program(f"reward{suffix}", score, *scored, reads=("reward model",))
 
     def merges(self) -> Iterator[Program]:
         """Both passes of a merge, a weighted sum whatever the method, and LITI, on all leaves at once.

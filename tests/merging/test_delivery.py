@@ -1,0 +1,150 @@
+"""What a merge delivers after rounding: reports and rounding, against independent float64 arithmetic."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from warp_jax import merging
+from warp_jax.merging.on_disk import Settings, merge_folders, summary_line
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+NAMES = ("model.layers.0.up.weight", "model.layers.1.up.weight", "model.norm.weight")
+ELEMENTS = 150_000
+TASK_VECTOR = 1e-3  # length of the task vectors, as a share of that of the weights
+
+
+def _models(change=TASK_VECTOR, dtype=BF16):
+    """Init and two policies whose task vectors are `change` times as long as the weights, before they are rounded."""
+    generator = np.random.default_rng(0)
+    init = {name: generator.normal(0, 0.02, ELEMENTS).astype(dtype) for name in NAMES}
+    policies = [
+        {
+            n: (x.astype(np.float64) + generator.normal(0, 0.02 * change, ELEMENTS)).astype(dtype)
+            for n, x in init.items()
+        }
+        for _ in range(2)
+    ]
+    return init, *policies
+
+
+def _merge(tmp_path, models, **settings):
+    paths = [tmp_path / f"model_{number}" for number in range(len(models))]
+    for path, model in zip(paths, models, strict=True):
+        path.mkdir(exist_ok=True)
+        safetensors.numpy.save_file(model, path / "model.safetensors")
+    out = tmp_path / f"merged_{len(list(tmp_path.iterdir()))}"
+    report = merge_folders(paths[0], paths[1:], out, Settings(**settings))
+    assert json.loads((out / "merge_report.json").read_text()) == json.loads(json.dumps(report))
+    read = {eta: safetensors.numpy.load_file(out / f"eta_{eta:g}" / "model.safetensors") for eta in settings["etas"]}
+    return report, read
+
+
+def _asked(models, eta, name):
+    """eta times the slerp of two float64 task vectors at 1/2."""
+    init, *policies = (model[name].astype(np.float64) for model in models)
+    a, b = (policy - init for policy in policies)
+    angle = np.arccos(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    return eta * np.sin(angle / 2) / np.sin(angle) * (a + b)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_the_delivered_share_is_that_of_the_written_file(tmp_path, rounding):
+    """Mutation: the share of norms; of the merge in place of the displacement; units or etas swapped."""
+    models = _models()
+    etas = (0.1, 0.3, 1.0)
+    report, written = _merge(tmp_path, models, etas=etas, rounding=rounding)
+    for eta, number in zip(etas, range(3), strict=True):
+        totals = np.zeros(3)
+        for unit, name in zip(report["units"], NAMES, strict=True):
+            asked = _asked(models, eta, name)
+            got = written[eta][name].astype(np.float64) - models[0][name].astype(np.float64)
+            sums = asked @ asked, got @ asked, (got - asked) @ (got - asked)
+            totals += sums
+            assert unit["delivered"][number]["eta"] == eta
+            assert unit["delivered"][number]["share"] == pytest.approx(sums[1] / sums[0], abs=1e-6)
+            assert unit["delivered"][number]["relative_error"] == pytest.approx((sums[2] / sums[0]) ** 0.5, rel=1e-6)
+        assert report["delivered"][number]["share"] == pytest.approx(totals[1] / totals[0], abs=1e-6)
+
+
+def test_nearest_rounding_loses_small_displacements_and_warns(tmp_path):
+    """Mutation: no warning; a warning at eta 0 or in float32."""
+    models = _models()
+    report, _ = _merge(tmp_path, models, etas=(0.0, 0.1, 0.3, 1.0))
+    shares = [row["share"] for row in report["delivered"]]
+    assert shares[0] is None
+    assert shares[1:] == pytest.approx([0.05, 0.17, 0.57], abs=0.04)
+    assert [line.split(":")[0] for line in report["warnings"]] == ["eta 0.1", "eta 0.3", "eta 1"]
+    assert "3 of 3 units below 95 %" in report["warnings"][1].replace("%", " %").replace("  ", " ")
+    assert "use --round=stochastic or --dtype=float32" in report["warnings"][1]
+    assert "at eta 0.3" in summary_line(report)
+    exact, _ = _merge(tmp_path, models, etas=(0.0, 0.1), dtype="float32")
+    assert exact["delivered"][1]["share"] == pytest.approx(1, abs=1e-4)
+    assert exact["warnings"] == []
+
+
+def test_stochastic_rounding_delivers_the_mean_and_is_the_same_again(tmp_path):
+    """Mutation: rounding depends on chunks or threads; the seed is not used."""
+    models = _models()
+    options = {"etas": (0.1, 0.3), "rounding": "stochastic"}
+    report, first = _merge(tmp_path, models, **options, memory_gb=0.02)
+    _, again = _merge(tmp_path, models, **options, memory_gb=1.0)
+    _, other = _merge(tmp_path, models, **options, seed=1)
+    noise = 7.6 / np.sqrt(3 * ELEMENTS)  # standard error of the share at eta 0.1
+    assert report["delivered"][0]["share"] == pytest.approx(1, abs=4 * noise)
+    assert report["delivered"][1]["share"] == pytest.approx(1, abs=2 * noise)
+    assert report["warnings"] == []
+    for name in NAMES:
+        assert np.array_equal(first[0.1][name], again[0.1][name])
+        assert not np.array_equal(first[0.1][name], other[0.1][name])
+
+
+def test_in_memory_merges_round_stochastically_with_a_key():
+    """Mutation: the key is not handed down; one key for all leaves; bfloat16 maths; layers of a stack rounded alike."""
+    init, *policies = (
+        {"layers": {"up": jnp.asarray(np.stack([m[n] for n in NAMES[:2]]))}, "norm": jnp.asarray(m[NAMES[2]])}
+        for m in _models()
+    )
+    for leaf in jax.tree.leaves(init):
+        assert leaf.dtype == jnp.bfloat16
+    nearest = merging.slerp_liti(init, policies, 0.1)
+    merged = merging.slerp_liti(init, policies, 0.1, rounding_key=jax.random.key(0))
+    again = merging.slerp_liti(init, policies, 0.1, rounding_key=jax.random.key(0))
+    models = _models()
+    asked = np.concatenate([_asked(models, 0.1, name) for name in NAMES])
+    flat = lambda tree: np.concatenate(  # noqa: E731
+        [np.asarray(leaf, np.float64).reshape(-1) for leaf in (tree["layers"]["up"], tree["norm"])]
+    )
+    share = (flat(merged) - flat(init)) @ asked / (asked @ asked)
+    assert share == pytest.approx(1, abs=4 * 7.6 / np.sqrt(asked.size))
+    assert (flat(nearest) - flat(init)) @ asked / (asked @ asked) < 0.1
+    assert np.array_equal(flat(merged), flat(again))
+    changed = [
+        flat(merged)[i * ELEMENTS : (i + 1) * ELEMENTS] != flat(init)[i * ELEMENTS : (i + 1) * ELEMENTS]
+        for i in range(3)
+    ]
+    assert not np.array_equal(changed[0], changed[1])
+    assert not np.array_equal(changed[0], changed[2])
+
+
+def test_the_same_policy_twice_is_a_warning(tmp_path):
+    """Mutation: identical policies merge without a word; policies apart by their task vectors are warned of."""
+    init, first, second = _models(0.03)
+    report, _ = _merge(tmp_path, (init, first, first), etas=(1.0,))
+    (line,) = report["warnings"]
+    assert "model_1" in line
+    assert "model_2 are closer than their rounding in 3 of 3 units (layers.0: 0.00 degrees)" in line
+    other, _ = _merge(tmp_path / "..", (init, first, second), etas=(1.0,), dtype="float32")
+    assert other["warnings"] == []
+
+
+def test_a_result_that_overflows_the_output_is_refused(tmp_path):
+    """Mutation: infinite weights are written, with exit code 0."""
+    init, first, second = _models(dtype=np.float32)
+    first[NAMES[0]][5] = 1e6
+    with pytest.raises(ValueError, match=r"layers.0.up.weight.*overflows the output; set a wider --dtype"):
+        _merge(tmp_path, (init, first, second), etas=(1.0,), dtype="float16")
