@@ -270,6 +270,40 @@ def test_the_reward_model_loads_in_transformers(tiny_run, tmp_path):
     np.testing.assert_allclose(reward(["a fine"], [" film"], [{}]), alone[:, -1], rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_is_compared_with_its_stage(tiny_run, tmp_path, dtype):
+    """Fails when rounding is not reported, the exported weights are not those compared, or SFT is another policy."""
+    _, workdir, _ = tiny_run
+    report = export.export_stage(workdir, "liti:0.3", tmp_path / "out", dtype=dtype, prompts=8)
+    assert json.loads((tmp_path / "out" / export.REPORT).read_text()) == report
+    compared, share = report["compared"], report["delivered"]["share"]
+    assert compared["prompts"] == 8
+    assert compared["sft_kl"]["stage"] > 0.01
+    if dtype == "float32":
+        assert share == pytest.approx(1, abs=1e-6)
+        assert report["warnings"] == []
+        assert compared["reward"]["difference"] == compared["sft_kl"]["difference"] == 0
+    else:
+        assert share < 0.99
+        assert "bfloat16: rounding keeps" in report["warnings"][0]
+        assert abs(compared["sft_kl"]["difference"]) > 1e-6
+        assert compared["sft_kl"]["exported"] == pytest.approx(compared["sft_kl"]["stage"], rel=0.5)
+
+
+def test_the_report_warns_of_drift(tmp_path):
+    """Fails when the limit is for the mean, or one run's drift hides behind another's."""
+    settings = settings_of({"warp.num_iterations": 1, "warp.steps_per_iteration": (2,), "warp.num_runs": 2})
+    drift = {"drift/mean": 0.0, "drift/std": 0.06, "drift/max": 0.3}
+    for run_number, outside in ((1, [0.0, 0.0]), (2, [0.02, 0.1])):
+        lines = [json.dumps({"step": i, **drift, "drift/outside": value}) for i, value in enumerate(outside)]
+        files.write_text(tmp_path / "iteration_1" / f"run_{run_number}" / "metrics.jsonl", "\n".join(lines) + "\n")
+    rows = report.drift(settings, tmp_path)
+    assert [row["outside"] for row in rows] == pytest.approx([0.0, 0.06])
+    assert "in 1 of 2 runs" in report.drift_text(rows)
+    assert "Warning" not in report.drift_text(rows[:1])
+    assert "Warning" not in report.drift_text([])
+
+
 def test_compare_of_one_run_without_gold(tmp_path):
     """Fails when a baseline, which has no angles, or a job without a gold reward ends in a traceback."""
     numbers = {"sft_reward": 0.1, "final_reward": 0.7, "gain_in_standard_errors": 5.0, "final_gold_reward": None}

@@ -41,14 +41,13 @@ def write_report(
         for i in range(1, settings.warp.num_iterations + 1)
     ]
     angles = _image(plots.draw_angles(geometries)) if settings.warp.num_runs > 1 else "<p>There is only one run.</p>"
-    drift = _drift(settings, workdir)
     samples = _samples_table(settings, tokenizer, eval_prompts, points)
     sections = [
         ("Reward against KL to SFT", _image(front) + _FRONT_TEXT),
         ("Reward and KL to SFT during training", _image(plots.draw_trajectories(rows))),
         ("Angles between the task vectors of the runs", angles),
         ("Summary", f"<p>{html.escape(summary.one_line(numbers))}</p>" + _comparison_tables(numbers)),
-        ("Drift between sampler and scorer", _drift_text(drift)),
+        ("Drift between sampler and scorer", drift_text(drift(settings, workdir))),
         ("Completions of SFT and of the final merged policy", samples),
         ("All evaluated policies (front.csv)", _table(rows)),
         ("Config", f"<pre>{html.escape(json.dumps(settings.as_json(), indent=2))}</pre>"),
@@ -92,7 +91,7 @@ def _samples_table(settings: Settings, tokenizer: Tokenizer, eval_prompts: Promp
     return _table(rows)
 
 
-def _drift(settings: Settings, workdir: Path) -> list[dict[str, Any]]:
+def drift(settings: Settings, workdir: Path) -> list[dict[str, Any]]:
     """Mean of each drift metric over the steps of each run; runs of earlier versions have none."""
     rows = []
     for iteration in range(1, settings.warp.num_iterations + 1):
@@ -105,7 +104,8 @@ def _drift(settings: Settings, workdir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _drift_text(rows: Sequence[dict[str, Any]]) -> str:
+def drift_text(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of `drift`, and a warning if a run has more than MAX_DRIFT."""
     high = [row for row in rows if row["outside"] > MAX_DRIFT]
     warning = (
         f"<p><b>Warning:</b> in {len(high)} of {len(rows)} runs, more than {MAX_DRIFT:.0%} of the tokens were drawn "
