@@ -108,7 +108,6 @@ def main(argv: list[str]) -> None:
             found = simulate(name, count=COUNT.value, resamples=RESAMPLES.value, seed=SEED.value)
             rows.append({"world": name, **{key: f"{value:.3f}" for key, value in found._asdict().items()}})
             progress.on_step(number, {})
-        progress.end_phase(len(WORLDS))
     table = report.to_csv(rows)
     print(table, end="")
     if OUT.value:

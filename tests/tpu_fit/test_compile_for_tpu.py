@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 
 import jax
@@ -12,6 +13,8 @@ import pytest
 
 from tests.commands import run, script_command
 from tests.settings_of import settings_of
+from warp_jax.models import apply, partitioning
+from warp_jax.models.transformer import TransformerConfig
 from warp_jax.parallel import meshes
 from warp_jax.tpu_fit import compile
 
@@ -36,6 +39,7 @@ SETTINGS = {
     "rl.batch_size": 8,
     "rl.num_microbatches": 2,
     "evaluation.batch_size": 8,
+    "evaluation.dtype": "bfloat16",
     **{f"model.architecture.{name}": size for name, size in SIZES.items()},
 }
 
@@ -149,3 +153,31 @@ def test_bad_input_is_refused(flags, message):
     assert (result.returncode, result.stderr.count("error: ")) == (2, 1)
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "lm_head"])
+def test_no_logit_of_a_tpu_is_rounded(tied):
+    """Fails when the head's product comes out in bfloat16 on a v5e, and is widened after."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = meshes.make_mesh((1, 2, 2), devices)
+    model = TransformerConfig(vocab_size=768, dtype="bfloat16", tied_head=tied, **SIZES)
+    params = partitioning.with_shardings(mesh, apply.param_shapes(model))
+    rows = jax.ShapeDtypeStruct((2, 16), np.int32, sharding=meshes.batch_sharding(mesh))
+    mask = jax.ShapeDtypeStruct((2, 16), bool, sharding=meshes.batch_sharding(mesh))
+    text = jax.jit(apply.make_apply_fn(model, mesh)).lower(params, rows, mask).compile().as_text()
+    shapes = r"\[(?:1,16|16),384\]"  # one row of 16 tokens and half of the vocabulary on each chip
+    assert re.search(rf"= f32{shapes}", text)
+    assert not re.search(rf"= bf16{shapes}", text)
+
+
+def test_evaluation_in_float32_is_planned():
+    """Fails when a plan has the memory of a bfloat16 evaluation for a float32 one."""
+    plans = [_plan("v5e:2x2", _config(**{"evaluation.dtype": dtype})) for dtype in ("bfloat16", "float32")]
+    names = [[program.name for program in plan.programs] for plan in plans]
+    copy, generation = f"{compile.COPY}{compile.EVALUATION}", f"generation{compile.EVALUATION}"
+    assert set(names[1]) - set(names[0]) == {copy, generation, f"reward{compile.EVALUATION}"}
+    programs = {program.name: program for program in plans[1].programs}
+    kinds = [
+        {leaf.dtype.name for leaf in jax.tree.leaves(programs[name].args[0])} for name in (generation, "generation")
+    ]
+    assert kinds == [{"float32"}, {"float32", "bfloat16"}]
