@@ -285,7 +285,7 @@ def test_an_export_is_compared_with_its_stage(tiny_run, tmp_path, dtype):
         assert compared["reward"]["difference"] == compared["sft_kl"]["difference"] == 0
     else:
         assert share < 0.99
-        assert "bfloat16: rounding keeps" in report["warnings"][0]
+        assert "bfloat16: rounding delivers" in report["warnings"][0]
         assert abs(compared["sft_kl"]["difference"]) > 1e-6
         assert compared["sft_kl"]["exported"] == pytest.approx(compared["sft_kl"]["stage"], rel=0.5)
 

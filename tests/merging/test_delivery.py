@@ -77,14 +77,17 @@ def test_nearest_rounding_loses_small_displacements_and_warns(tmp_path):
     report, _ = _merge(tmp_path, models, etas=(0.0, 0.1, 0.3, 1.0))
     shares = [row["share"] for row in report["delivered"]]
     assert shares[0] is None
-    assert shares[1:] == pytest.approx([0.05, 0.17, 0.57], abs=0.04)
-    assert [line.split(":")[0] for line in report["warnings"]] == ["eta 0.1", "eta 0.3", "eta 1"]
-    assert "3 of 3 units below 95 %" in report["warnings"][1].replace("%", " %").replace("  ", " ")
+    assert shares[1] < 0.1
+    assert shares[2] < 0.3
+    assert shares[3] > 1.1  # 0.7 of a step becomes a whole one
+    assert [line.split(":")[0] for line in report["warnings"][:3]] == ["eta 0.1", "eta 0.3", "eta 1"]
+    assert "3 of 3 units are outside 95% to 105%" in report["warnings"][1]
+    assert "their task vectors are mostly rounding" in report["warnings"][3]
     assert "use --round=stochastic or --dtype=float32" in report["warnings"][1]
     assert "at eta 0.3" in summary_line(report)
     exact, _ = _merge(tmp_path, models, etas=(0.0, 0.1), dtype="float32")
     assert exact["delivered"][1]["share"] == pytest.approx(1, abs=1e-4)
-    assert exact["warnings"] == []
+    assert not any("eta" in line for line in exact["warnings"])
 
 
 def test_stochastic_rounding_delivers_the_mean_and_is_the_same_again(tmp_path):
@@ -97,7 +100,7 @@ def test_stochastic_rounding_delivers_the_mean_and_is_the_same_again(tmp_path):
     noise = 7.6 / np.sqrt(3 * ELEMENTS)  # standard error of the share at eta 0.1
     assert report["delivered"][0]["share"] == pytest.approx(1, abs=4 * noise)
     assert report["delivered"][1]["share"] == pytest.approx(1, abs=2 * noise)
-    assert report["warnings"] == []
+    assert not any("eta" in line for line in report["warnings"])
     for name in NAMES:
         assert np.array_equal(first[0.1][name], again[0.1][name])
         assert not np.array_equal(first[0.1][name], other[0.1][name])
@@ -137,7 +140,7 @@ def test_the_same_policy_twice_is_a_warning(tmp_path):
     report, _ = _merge(tmp_path, (init, first, first), etas=(1.0,))
     (line,) = report["warnings"]
     assert "model_1" in line
-    assert "model_2 are closer than their rounding in 3 of 3 units (layers.0: 0.00 degrees)" in line
+    assert "model_2 are closer than their rounding in 3 of 3 units (model.layers.0: 0.00 degrees)" in line
     other, _ = _merge(tmp_path / "..", (init, first, second), etas=(1.0,), dtype="float32")
     assert other["warnings"] == []
 

@@ -256,12 +256,14 @@ class _Job(NamedTuple):
             warnings += [f"eta {eta:g}: {line}; use --round=stochastic or --dtype=float32"] if line else []
         degrees = np.degrees(angles(inner))
         for b, a in zip(*np.tril_indices(len(self.inputs.policies), -1), strict=True):
-            near = np.flatnonzero(inner[:, a, a] + inner[:, b, b] - 2 * inner[:, a, b] <= noises)
+            apart = inner[:, a, a] + inner[:, b, b] - 2 * inner[:, a, b]  # squared distance
+            near = np.flatnonzero(apart <= noises)
             if len(near):
                 unit, paths = near[0], (self.inputs.policies[a].path, self.inputs.policies[b].path)
+                reason = "their task vectors are mostly rounding" if apart[unit] > 0 else "is it the same policy twice?"
                 warnings.append(
                     f"{paths[0]} and {paths[1]} are closer than their rounding in {len(near)} of {len(noises)} units "
-                    f"({self.units[unit]}: {degrees[unit, a, b]:.2f} degrees); is it the same policy twice?"
+                    f"({self.units[unit]}: {degrees[unit, a, b]:.2f} degrees); {reason}"
                 )
         return warnings
 
