@@ -81,6 +81,7 @@ def test_equal_prompts_count_once():
     points[4].evaluation.reward[:] = points[0].evaluation.reward + np.array([1, 2, 4, 4])
     numbers = summary.summarise(settings_of(), points)
     assert (numbers["held_out_completions"], numbers["distinct_prompts"]) == (4, 2)
+    assert "4 completions of 2 distinct prompts" in summary.one_line(numbers)
     assert numbers["gain_in_standard_errors"] == pytest.approx(2.75 / 0.25)  # sums of deviations: -0.5 and 0.5
 
 

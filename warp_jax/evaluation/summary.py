@@ -60,6 +60,8 @@ def one_line(summary: dict[str, Any]) -> str:
         f"reward {summary['sft_reward']:.3f} (SFT) -> {summary['final_reward']:.3f} ({gain}{gold}) "
         f"at {summary['final_sft_kl']:.2f} nats from SFT"
     )
+    if summary["distinct_prompts"] < summary["held_out_completions"]:
+        line += f"; {summary['held_out_completions']} completions of {summary['distinct_prompts']} distinct prompts"
     if summary["kl_budget"]:
         best = summary["best_eta_under_budget"]
         chosen = "no eta of the front"
