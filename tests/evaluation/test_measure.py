@@ -62,7 +62,8 @@ def test_stored_evaluations_are_not_made_again(tmp_path):
     def evaluate(params):
         made.append(params)
         values = np.array([params, params], np.float32)
-        return measure.Evaluation(values, values, values, values, np.array(0.5), values[:, None], values[:, None] > 0)
+        ids = values[:, None]
+        return measure.Evaluation(*[values] * 4, np.array(0.5), ids, ids > 0, np.arange(2))
 
     told = []
     store = measure.EvaluationStore(tmp_path, evaluate, lambda name, found, _: told.append((name, found.reward[0])))

@@ -14,12 +14,15 @@ from warp_jax.settings import from_config
 from warp_jax.types import PromptBatch
 
 
+SETTINGS = settings_of()
+MESH = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
+
+
 def _programs(model_dtype, evaluation_dtype):
     settings = settings_of({"model.dtype": model_dtype, "evaluation.dtype": evaluation_dtype})
     model = architecture.policy_config(settings.model, settings.vocab_size)
-    mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
-    params = apply.random_params(model, mesh, 0)
-    return make_programs(settings, mesh, model, trained=params, frozen={}, stop_ids=(2,), pad_id=0), params
+    params = apply.random_params(model, MESH, 0)
+    return make_programs(settings, MESH, model, trained=params, frozen={}, stop_ids=(2,), pad_id=0), params
 
 
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")])
@@ -34,9 +37,10 @@ def test_evaluation_computes_in_its_own_dtype(dtypes):
     assert [("bfloat16" in kind) for kind in kinds] == [dtype == "bfloat16" for dtype in dtypes]
     batch = PromptBatch(jnp.full((8, 4), 5, jnp.int32), jnp.ones((8, 4), bool), jnp.arange(8, dtype=jnp.int32))
     rollout = programs.evaluation_sampler(params, batch, jax.random.key(0))
-    near = jax.tree.map(lambda x: x * (1 + 1e-5), params)
-    kl = np.asarray(programs.kl_to_sft(near, params, {}, rollout))
-    assert (kl.mean() < 1e-6) == (dtypes[1] == "float32")  # bfloat16 rounds some weights the other way
+    other = apply.random_params(architecture.policy_config(SETTINGS.model, SETTINGS.vocab_size), MESH, 1)
+    exact, _ = _programs("float32", "float32")
+    kls = [np.asarray(p.kl_to_sft(other, params, {}, rollout)) for p in (programs, exact)]
+    assert (np.abs(kls[0] / kls[1] - 1).max() < 1e-6) == (dtypes[1] == "float32")
 
 
 def test_configs_of_earlier_versions_evaluate_in_the_dtype_of_the_model():

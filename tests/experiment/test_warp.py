@@ -21,7 +21,8 @@ STEPS = {(i, r): length * np.eye(6)[2 * i + r - 3] for i, length in LENGTHS.item
 
 def _evaluation(value):
     values = np.full(3, value, np.float32)
-    return Evaluation(values, values, values, values, np.array(1.0), values[:, None], values[:, None] > 0)
+    ids = values[:, None]
+    return Evaluation(*[values] * 4, np.array(1.0), ids, ids > 0, np.arange(len(values)))
 
 
 class _Progress:

@@ -78,7 +78,7 @@ BAD = [  # path, value, what the message says
     ("model.trainable", "layers/(", "config.model.trainable: got 'layers/(', which is not a regular expression"),
     ("model.architecture.rope_scaling.kind", "ntk", "config.model.architecture.rope_scaling.kind: got 'ntk'"),
     ("model.architecture.local_pattern", (0,), "config.model.architecture.local_pattern.0: got 0"),
-    ("evaluation.num_prompts", 40, "config.evaluation.num_prompts: got 40, want a multiple of"),
+    ("evaluation.num_prompts", 40, "want a multiple of evaluation.batch_size"),
     ("data.gold_fraction", 0.6, "want less than 1: the rest is for evaluation"),
     ("data.source", None, "config.data.source: got None, want a valid string"),
     ("data.chat", True, "config.data.chat: got True, want False"),
