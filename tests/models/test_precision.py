@@ -21,14 +21,22 @@ SIZES = {
 }
 DOT = re.compile(r"stablehlo\.dot_general.*?(?:precision = \[(\w+), \w+\])?\s*:.*-> tensor<([\dx]*)x(\w+)>")
 
+# operations whose result has the shape of the scores of 3 rows, 2 heads, 5 queries and keys, in either order
+OF_SCORES = re.compile(r"= stablehlo\.(\w+) .*tensor<3x1x(?:5x5x2|2x5x5)x(\w+)>$")
 
-def _products(config):
-    """(output shape, output dtype, precision) of every product in the forward pass, as lowered for a TPU."""
+
+def _lowered(config):
+    """The lines of the forward pass of 3 x 5 tokens, as lowered for a TPU."""
     shapes = {"params": apply.param_shapes(config)}
     ids = jax.ShapeDtypeStruct((3, 5), jnp.int32)
     mask = jax.ShapeDtypeStruct((3, 5), jnp.bool_)
     text = jax.jit(Transformer(config).apply).trace(shapes, ids, mask).lower(lowering_platforms=("tpu",)).as_text()
-    found = [DOT.search(line).groups() for line in text.splitlines() if "dot_general" in line]
+    return text.splitlines()
+
+
+def _products(config):
+    """(output shape, output dtype, precision) of every product in the forward pass."""
+    found = [DOT.search(line).groups() for line in _lowered(config) if "dot_general" in line]
     return [(shape, dtype, precision) for precision, shape, dtype in found]
 
 
@@ -40,6 +48,16 @@ def test_head_and_scores_come_out_in_float32(tied):
     assert not [p for p in products if p[0].endswith("96") and p[1] != "f32"]
     assert ("3x1x5x5x2", "f32") in [p[:2] for p in products]  # scores of 5 queries and keys, 2 heads
     assert ("15x64", "bf16") in [p[:2] for p in products]  # the mlp stays in bfloat16
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_attention_rounds_its_weights_once_and_nothing_before(softcap):
+    """Fails when scores, the softcap, or the softmax (its difference, exponential, sum or quotient) are in bfloat16, or
+    scores are narrowed and widened again."""
+    lines = _lowered(TransformerConfig(**SIZES, dtype="bfloat16", attention_softcap=softcap))
+    of_scores = [match.groups() for line in lines if (match := OF_SCORES.search(line))]
+    assert [name for name, dtype in of_scores if dtype == "bf16"] == ["convert"]
+    assert {"dot_general", "exponential", "divide"} <= {name for name, dtype in of_scores if dtype == "f32"}
 
 
 @pytest.mark.parametrize("head", ["language", "scalar"])

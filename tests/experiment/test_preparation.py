@@ -1,0 +1,315 @@
+"""Which rows reach SFT, reward model, gold reward, RL and evaluation, on a corpus of marked texts.
+
+The first letter of a text shows its split and label in any fragment of it, and the digits after it show its row. One
+character is one token. Training is replaced by functions that record what they get.
+"""
+
+import collections
+import json
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from tests.settings_of import settings_of
+from warp_jax import trees
+from warp_jax.data import corpus
+from warp_jax.data.tokenizer import Tokenizer
+from warp_jax.evaluation import measure
+from warp_jax.experiment import preparation
+from warp_jax.models import apply, partitioning
+from warp_jax.progress import JobProgress
+from warp_jax.rewards import reward_functions, tfidf
+from warp_jax.training import loop, reinforce, sampling, supervised
+from warp_jax.types import Rollout, TrainState
+
+MARKS = {"reward": "AB", "gold": "CD", "prompts": "EF", "eval": "GH"}  # of the texts with label 0 and with label 1
+PER_LABEL = 8  # texts of each label in each split
+LONG = 3  # the prompt of every third row is too long for the template's limit
+FRACTION = 0.25
+STEP_OF = {"sft": 1.0, "reward_model": 2.0}  # what "training" adds to every trained weight
+SETTINGS = {
+    "seed": 5,
+    "data.reward_fraction": FRACTION,
+    "data.gold_fraction": FRACTION,
+    "data.prompts_fraction": FRACTION,
+    "tokenizer.vocab_size": 259,  # bytes and special tokens
+    "model.trainable": "layers/1/",
+    "sft.sequence_tokens": 32,  # more than any text has
+    "reward_model.trainable": "layers/1/|score",
+    "reward_model.sequence_tokens": 9,
+    "sampling.prompt_tokens": 9,
+    "sampling.max_new_tokens": 3,
+    "sampling.temperature": 0.7,
+    "gold.max_terms": 77,
+    "rewards": {
+        "learned": {"source": "reward_model", "weight": 0.25},
+        "text": {"source": "marked:reward", "weight": 2.0},
+        "length": {"source": "length", "weight": -0.5},
+    },
+    "rl.batch_size": 8,
+    "rl.samples_per_prompt": 2,
+    "evaluation.num_prompts": 8,
+    "evaluation.samples_per_prompt": 2,
+    "evaluation.batch_size": 8,
+}
+
+
+def _marked_rows():
+    """Rows of all splits: the hash of its text puts each into the split that its mark names."""
+    fractions = dict.fromkeys(corpus.SPLITS[:-1], FRACTION)
+    rows = []
+    for split, marks in MARKS.items():
+        for label, mark in enumerate(marks):
+            texts = [f"{mark}{i:03d}" * (4 + i % 3) for i in range(200)]
+            candidates = [{"text": text, "label": label, "number": int(text[1:4])} for text in texts]
+            rows += corpus.split_rows(candidates, "text", "label", fractions)[split].rows[:PER_LABEL]
+    return [{**row, "question": row["text"][: 40 if i % LONG == 0 else 4]} for i, row in enumerate(rows)]
+
+
+def _texts(rows, *splits):
+    return sorted(row["text"] for row in rows if any(row["text"][0] in MARKS[split] for split in splits))
+
+
+def _mark(text):
+    """The letter that marks a fragment."""
+    return next(letter for letter in text if letter.isalpha())
+
+
+def _assert_equal(tree, wanted):
+    jax.tree.map(np.testing.assert_array_equal, tree, wanted)
+
+
+def _labels(texts):
+    return [int(_mark(text) in "BDFH") for text in texts]
+
+
+class _Recorder:
+    """Takes the place of everything that trains, samples or scores, and records its arguments."""
+
+    def __init__(self):
+        self.tasks, self.held_out, self.gold, self.samplers, self.tokenized = {}, {}, {}, [], []
+        self.generator = np.random.default_rng(0)
+        self.learned, self.scored, self.drawn, self.judged = [], [], [], []
+
+    def patch(self, monkeypatch):
+        reward = types.SimpleNamespace(reward=lambda *args: self._text_scores("reward", *args))
+        monkeypatch.setitem(sys.modules, "marked", reward)
+        monkeypatch.setattr(apply, "random_params", self._random_params)
+        monkeypatch.setattr(supervised, "fit", self._fit)
+        monkeypatch.setattr(supervised, "held_out", self._held_out)
+        monkeypatch.setattr(sampling, "make_sampler", self._make_sampler)
+        monkeypatch.setattr(reward_functions, "make_learned", self._make_learned)
+        monkeypatch.setattr(tfidf, "fit", lambda *args: self.gold.setdefault("fit", args))
+        monkeypatch.setattr(tfidf, "auc", lambda _, *args: self.gold.setdefault("auc", args) and 0.5)
+        monkeypatch.setattr(tfidf, "save", lambda fitted, path: path.write_text("{}"))
+        gold = types.SimpleNamespace(score=lambda *args: self._text_scores("gold", *args))
+        monkeypatch.setattr(tfidf, "load", lambda path: gold)
+        train = Tokenizer.train
+        monkeypatch.setattr(Tokenizer, "train", lambda texts, size: self.tokenized.extend(texts) or train(texts, size))
+
+    def _random_params(self, config, mesh, seed):
+        shapes = apply.param_shapes(config)
+        values = jax.tree.map(lambda x: self.generator.normal(size=x.shape).astype(np.float32), shapes)
+        return jax.device_put(values, partitioning.param_shardings(mesh, shapes))
+
+    def _fit(self, task, optimizer, mesh, schedule):
+        name = schedule.directory.name
+        self.tasks[name] = task
+        return jax.tree.map(lambda x: x + STEP_OF[name], task.params)
+
+    def _held_out(self, task, params, num_batches, mesh):
+        (name,) = [name for name, known in self.tasks.items() if known is task]
+        self.held_out[name] = [task.held_out_batch(number) for number in range(num_batches)]
+        return {"loss": 0.5}
+
+    def _make_learned(self, apply_fn, params):
+        self.learned.append(params)
+        return lambda rollout: np.full(len(rollout.completion_ids), 4, np.float32)
+
+    def _make_sampler(self, mesh, params, **options):
+        config = options["config"]
+        self.samplers.append(config)
+
+        def generate(params, prompts, key):
+            """Complete every prompt by 'z' and a stop token."""
+            self.drawn.append((params, jax.tree.map(np.asarray, prompts), tuple(jax.random.key_data(key).tolist())))
+            ids = np.tile(np.int32([ord("z"), config.stop_ids[0], config.pad_id]), (len(prompts.prompt_ids), 1))
+            return Rollout(*prompts, ids, ids != config.pad_id, np.zeros(ids.shape, np.float32))
+
+        return sampling.Sampler(lay_out=lambda params: params, generate=generate)
+
+    def _text_scores(self, name, prompts, completions, rows):
+        self.scored += [(name, prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+        return np.array([row["number"] for row in rows], np.float32)
+
+
+@pytest.fixture(scope="module", params=["", "{question}"], ids=["beginnings", "template"])
+def job(request, tmp_path_factory):
+    """Everything that runs share, prepared from marked texts; the recorder; and its settings, rows and texts."""
+    folder = tmp_path_factory.mktemp("job")
+    rows = _marked_rows()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data.source": str(folder / "rows.jsonl"), "data.prompt_template": request.param}
+    settings, recorder = settings_of({**SETTINGS, **changes}), _Recorder()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        recorder.patch(monkeypatch)
+        corpora = preparation.load_corpora(settings)
+        tokenizer, trainer, examiner = preparation.prepare(
+            settings, corpora, folder / "run", JobProgress(0, quiet=True)
+        )
+        yield types.SimpleNamespace(**{k: v for k, v in locals().items() if k not in ("monkeypatch", "request")})
+
+
+def _decoded(job, batches):
+    return [text for batch in batches for text in job.tokenizer.decode(batch["token_ids"], batch["mask"])]
+
+
+def test_sft_reads_reward_and_gold_split_with_end_tokens(job):
+    """Fails when SFT sees a text of another split, misses one in an epoch, or a text lacks its start or end token."""
+    batches = [job.recorder.tasks["sft"].batch_fn(step) for step in range(4)]
+    assert sorted(_decoded(job, batches)) == _texts(job.rows, "reward", "gold")
+    for batch in [*batches, *job.recorder.held_out["sft"]]:
+        assert (batch["token_ids"][:, -1] == job.tokenizer.eos_id).all()
+        first = batch["mask"].argmax(1)
+        assert (batch["token_ids"][np.arange(len(first)), first] == job.tokenizer.bos_id).all()
+
+
+def test_sft_is_measured_on_the_eval_split(job):
+    """Fails when the held-out loss is that of training rows, or leaves held-out rows out."""
+    assert sorted(_decoded(job, job.recorder.held_out["sft"])) == _texts(job.rows, "eval")
+
+
+@pytest.mark.parametrize("split", ["reward", "eval"])
+def test_the_reward_model_reads_texts_and_labels_of_one_split(job, split):
+    """Fails when it is trained on another split than `reward`, measured on another than `eval`, labels are those of
+    other rows, or no fragment has an end token."""
+    task = job.recorder.tasks["reward_model"]
+    batches = [task.batch_fn(step) for step in range(8)] if split == "reward" else job.recorder.held_out["reward_model"]
+    texts = _decoded(job, batches)
+    counts = collections.Counter(_mark(text) for text in texts)
+    assert counts == dict.fromkeys(MARKS[split], len(texts) // 2)
+    assert np.concatenate([batch["labels"] for batch in batches]).tolist() == _labels(texts)
+    ends = np.concatenate([batch["token_ids"][:, -1] for batch in batches]) == job.tokenizer.eos_id
+    assert 0 < ends.sum() < len(ends) or split == "eval"
+
+
+def test_the_gold_reward_is_fitted_on_fragments_of_the_gold_split(job):
+    """Fails when it is fitted on another split, on whole texts, on labels of other rows, or measured on
+    training rows."""
+    texts, labels, max_terms = job.recorder.gold["fit"]
+    assert collections.Counter(map(_mark, texts)) == dict.fromkeys(MARKS["gold"], 2 * PER_LABEL)  # 2 of each text
+    assert labels == _labels(texts)
+    assert {len(text) for text in texts} <= {10, 11}  # prompt + completion, without start and end token
+    assert max_terms == 77
+    texts, labels = job.recorder.gold["auc"]
+    assert collections.Counter(map(_mark, texts)) == dict.fromkeys(MARKS["eval"], PER_LABEL)
+    assert labels == _labels(texts)
+
+
+def test_the_tokenizer_is_trained_on_the_texts_of_sft(job):
+    """Fails when it sees texts that are held out."""
+    assert sorted(job.recorder.tokenized) == _texts(job.rows, "reward", "gold")
+
+
+def test_the_weights_go_from_sft_to_reward_model_rl_and_evaluation(job):
+    """Fails when the reward model starts from the start of SFT or its result is not what scores, the KL is not
+    measured against SFT, or frozen weights are those of another model."""
+    sft, reward_model = (job.recorder.tasks[name] for name in STEP_OF)
+    trained = jax.tree.map(lambda x: x + STEP_OF["sft"], sft.params)
+    _assert_equal(job.examiner.sft_params, trained)
+    _assert_equal(job.examiner.frozen_params, sft.frozen_params)
+    _assert_equal(job.trainer.frozen_params, sft.frozen_params)
+    score = reward_model.params["score"]
+    _assert_equal(reward_model.params, {**trained, "score": score})
+    start = {**sft.frozen_params, **reward_model.frozen_params}
+    _assert_equal(reward_model.frozen_params, {name: start[name] for name in reward_model.frozen_params})
+    _assert_equal(reward_model.frozen_params, {k: v for k, v in sft.frozen_params.items() if k != "lm_head"})
+    moved = jax.tree.map(lambda x: x + STEP_OF["reward_model"], reward_model.params)
+    _assert_equal(job.recorder.learned[0], trees.join(moved, reward_model.frozen_params))
+
+
+def test_the_sampler_knows_when_to_stop(job):
+    """Fails when stop tokens, padding, length or temperature do not reach the sampler."""
+    (config,) = job.recorder.samplers
+    assert config == sampling.SamplingConfig(3, 0.7, job.tokenizer.stop_ids, job.tokenizer.pad_id)
+
+
+def _train(job, directory, iteration=1, run=1, num_steps=4):
+    """Run RL without updates; returns what was drawn, what was scored, and the rewards."""
+    job.recorder.drawn, job.recorder.scored, rewards = [], [], []
+
+    def update(state, frozen, rollout, values):
+        rewards.extend(values.tolist())
+        return state, {"loss": 0.0}
+
+    start = TrainState(0, {"policy": 1}, {"anchor": 2}, None)
+    trainer = job.trainer._replace(programs=loop.Programs(lambda params: start, update))
+    schedule = loop.Schedule(num_steps, directory, checkpoint_every=100, on_step=lambda *args: None)
+    reinforce.run_policy(trainer, {}, iteration=iteration, run=run, schedule=schedule)
+    return job.recorder.drawn, job.recorder.scored, rewards
+
+
+def _evaluate(job):
+    """Evaluate a policy; returns what was drawn, what was scored, and the evaluation."""
+    job.recorder.drawn, job.recorder.scored = [], []
+    examiner = job.examiner._replace(kl_to_sft=lambda *args: np.zeros(job.settings.evaluation.batch_size))
+    return job.recorder.drawn, job.recorder.scored, measure.evaluate(examiner, {"policy": 1})
+
+
+def _check_prompts(job, split, drawn):
+    """Every prompt is that of the row whose number it carries, in this split; returns the rows."""
+    numbers = np.concatenate([prompts.example_ids for _, prompts, _ in drawn])
+    texts = [text for _, prompts, _ in drawn for text in job.tokenizer.decode(*prompts[:2])]
+    rows = [job.corpora[split].rows[number] for number in numbers]
+    assert texts == [row["question"] if job.settings.data.prompt_template else row["text"][:8] for row in rows]
+    assert {_mark(text) for text in texts} == set(MARKS[split])
+    for _, prompts, _ in drawn:
+        first = prompts.prompt_mask.argmax(1)
+        assert (prompts.prompt_ids[np.arange(len(first)), first] == job.tokenizer.bos_id).all()
+    return rows
+
+
+def _reward(row):
+    """Learned reward, number of the row, and length, each with its weight."""
+    return 0.25 * 4 + 2.0 * row["number"] - 0.5 * 2
+
+
+def test_rl_reads_prompts_and_rows_of_the_prompts_split(job, tmp_path):
+    """Fails when RL sees prompts of another split, its reward reads rows of another split or of other prompts, the gold
+    reward is trained against, weights of parts are swapped, or completions come from the anchor."""
+    drawn, scored, rewards = _train(job, tmp_path)
+    rows = _check_prompts(job, "prompts", drawn)
+    assert len(rows) == 4 * 8
+    assert scored == [
+        ("reward", row["question" if job.settings.data.prompt_template else "text"][:8], row) for row in rows
+    ]
+    assert rewards == [_reward(row) for row in rows]
+    assert all(params == {"policy": 1, **job.trainer.frozen_params} for params, _, _ in drawn)
+
+
+def test_evaluation_reads_prompts_and_rows_of_the_eval_split(job):
+    """Fails when evaluation sees prompts of another split, its reward or the gold reward reads rows of another split,
+    or samples_per_prompt is ignored."""
+    drawn, scored, evaluation = _evaluate(job)
+    rows = _check_prompts(job, "eval", drawn)
+    numbers = [row["number"] for row in rows]
+    assert sorted(collections.Counter(numbers).values()) == [2] * 8
+    read = collections.Counter(name for name, _, _ in scored)
+    assert read == {"reward": 16, "gold": 16}
+    assert {row["text"][0] for _, _, row in scored} == set(MARKS["eval"])
+    assert evaluation.reward.tolist() == [_reward(row) for row in rows]
+    assert evaluation.gold_reward.tolist() == numbers
+    assert len(set(evaluation.clusters.tolist())) == 8
+    assert all(params == {"policy": 1, **job.examiner.frozen_params} for params, _, _ in drawn)
+
+
+def test_evaluation_has_noise_of_its_own(job, tmp_path):
+    """Fails when evaluation draws with keys of training or of another seed, or all of its batches with one key."""
+    keys = [key for _, _, key in _evaluate(job)[0]]
+    for iteration, run in ((1, 1), (1, 2), (2, 1)):
+        keys += [key for _, _, key in _train(job, tmp_path / f"{iteration}_{run}", iteration, run, num_steps=2)[0]]
+    assert len(set(keys)) == len(keys) == 2 + 3 * 2
+    assert job.trainer.seed == job.examiner.seed == SETTINGS["seed"]
