@@ -22,7 +22,7 @@ from warp_jax.experiment import preparation
 from warp_jax.models import apply, partitioning
 from warp_jax.progress import JobProgress
 from warp_jax.rewards import reward_functions, tfidf
-from warp_jax.training import loop, reinforce, sampling, supervised
+from warp_jax.training import loop, optimizers, reinforce, sampling, supervised
 from warp_jax.types import Rollout, TrainState
 
 MARKS = {"reward": "AB", "gold": "CD", "prompts": "EF", "eval": "GH"}  # of the texts with label 0 and with label 1
@@ -37,7 +37,10 @@ SETTINGS = {
     "data.prompts_fraction": FRACTION,
     "tokenizer.vocab_size": 259,  # bytes and special tokens
     "model.trainable": "layers/1/",
+    "sft.num_steps": 11,
     "sft.sequence_tokens": 32,  # more than any text has
+    "reward_model.loss": "bradley_terry",
+    "reward_model.num_steps": 12,
     "reward_model.trainable": "layers/1/|score",
     "reward_model.sequence_tokens": 9,
     "sampling.prompt_tokens": 9,
@@ -90,9 +93,10 @@ class _Recorder:
     """Takes the place of everything that trains, samples or scores, and records its arguments."""
 
     def __init__(self):
-        self.tasks, self.held_out, self.gold, self.samplers, self.tokenized = {}, {}, {}, [], []
+        self.tasks, self.schedules, self.held_out, self.gold = {}, {}, {}, {}
         self.generator = np.random.default_rng(0)
-        self.learned, self.scored, self.drawn, self.judged = [], [], [], []
+        self.optimizers, self.samplers, self.tokenized = [], [], []
+        self.learned, self.scored, self.drawn = [], [], []
 
     def patch(self, monkeypatch):
         reward = types.SimpleNamespace(reward=lambda *args: self._text_scores("reward", *args))
@@ -100,6 +104,11 @@ class _Recorder:
         monkeypatch.setattr(apply, "random_params", self._random_params)
         monkeypatch.setattr(supervised, "fit", self._fit)
         monkeypatch.setattr(supervised, "held_out", self._held_out)
+        monkeypatch.setattr(supervised, "language_loss", lambda *args, **kwargs: "language")
+        monkeypatch.setitem(supervised.REWARD_LOSSES, "bradley_terry", lambda *args: "bradley_terry")
+        make = optimizers.make_optimizer
+        record = self.optimizers.append
+        monkeypatch.setattr(optimizers, "make_optimizer", lambda group, adam: record(group) or make(group, adam))
         monkeypatch.setattr(sampling, "make_sampler", self._make_sampler)
         monkeypatch.setattr(reward_functions, "make_learned", self._make_learned)
         monkeypatch.setattr(tfidf, "fit", lambda *args: self.gold.setdefault("fit", args))
@@ -117,12 +126,12 @@ class _Recorder:
 
     def _fit(self, task, optimizer, mesh, schedule):
         name = schedule.directory.name
-        self.tasks[name] = task
+        self.tasks[name], self.schedules[name] = task, schedule
         return jax.tree.map(lambda x: x + STEP_OF[name], task.params)
 
     def _held_out(self, task, params, num_batches, mesh):
         (name,) = [name for name, known in self.tasks.items() if known is task]
-        self.held_out[name] = [task.held_out_batch(number) for number in range(num_batches)]
+        self.held_out[name] = [task.held_out_batch(number) for number in range(num_batches)], params
         return {"loss": 0.5}
 
     def _make_learned(self, apply_fn, params):
@@ -171,7 +180,7 @@ def test_sft_reads_reward_and_gold_split_with_end_tokens(job):
     """Fails when SFT sees a text of another split, misses one in an epoch, or a text lacks its start or end token."""
     batches = [job.recorder.tasks["sft"].batch_fn(step) for step in range(4)]
     assert sorted(_decoded(job, batches)) == _texts(job.rows, "reward", "gold")
-    for batch in [*batches, *job.recorder.held_out["sft"]]:
+    for batch in [*batches, *job.recorder.held_out["sft"][0]]:
         assert (batch["token_ids"][:, -1] == job.tokenizer.eos_id).all()
         first = batch["mask"].argmax(1)
         assert (batch["token_ids"][np.arange(len(first)), first] == job.tokenizer.bos_id).all()
@@ -179,21 +188,33 @@ def test_sft_reads_reward_and_gold_split_with_end_tokens(job):
 
 def test_sft_is_measured_on_the_eval_split(job):
     """Fails when the held-out loss is that of training rows, or leaves held-out rows out."""
-    assert sorted(_decoded(job, job.recorder.held_out["sft"])) == _texts(job.rows, "eval")
+    assert sorted(_decoded(job, job.recorder.held_out["sft"][0])) == _texts(job.rows, "eval")
 
 
-@pytest.mark.parametrize("split", ["reward", "eval"])
-def test_the_reward_model_reads_texts_and_labels_of_one_split(job, split):
+def test_the_reward_model_reads_texts_and_labels_of_one_split(job):
     """Fails when it is trained on another split than `reward`, measured on another than `eval`, labels are those of
     other rows, or no fragment has an end token."""
-    task = job.recorder.tasks["reward_model"]
-    batches = [task.batch_fn(step) for step in range(8)] if split == "reward" else job.recorder.held_out["reward_model"]
-    texts = _decoded(job, batches)
-    counts = collections.Counter(_mark(text) for text in texts)
-    assert counts == dict.fromkeys(MARKS[split], len(texts) // 2)
-    assert np.concatenate([batch["labels"] for batch in batches]).tolist() == _labels(texts)
-    ends = np.concatenate([batch["token_ids"][:, -1] for batch in batches]) == job.tokenizer.eos_id
-    assert 0 < ends.sum() < len(ends) or split == "eval"
+    task, held_out = job.recorder.tasks["reward_model"], job.recorder.held_out["reward_model"][0]
+    for split, batches in (("reward", [task.batch_fn(step) for step in range(8)]), ("eval", held_out)):
+        texts = _decoded(job, batches)
+        assert collections.Counter(map(_mark, texts)) == dict.fromkeys(MARKS[split], len(texts) // 2)
+        assert np.concatenate([batch["labels"] for batch in batches]).tolist() == _labels(texts)
+    last = np.concatenate([task.batch_fn(step)["token_ids"][:, -1] for step in range(8)])
+    assert 0 < (last == job.tokenizer.eos_id).sum() < len(last)
+
+
+def test_sft_and_reward_model_have_their_own_settings(job):
+    """Fails when loss, length, steps or optimizer are those of another training."""
+    settings, recorder = job.settings, job.recorder
+    assert recorder.optimizers[:3] == [settings.sft, settings.reward_model, settings.rl]
+    for name, loss, group in (
+        ("sft", "language", settings.sft),
+        ("reward_model", "bradley_terry", settings.reward_model),
+    ):
+        task = recorder.tasks[name]
+        assert task.loss_fn(None, None) == loss
+        assert task.batch_fn(0)["token_ids"].shape == (group.batch_size, group.sequence_tokens)
+        assert recorder.schedules[name].num_steps == group.num_steps
 
 
 def test_the_gold_reward_is_fitted_on_fragments_of_the_gold_split(job):
@@ -228,7 +249,23 @@ def test_the_weights_go_from_sft_to_reward_model_rl_and_evaluation(job):
     _assert_equal(reward_model.frozen_params, {name: start[name] for name in reward_model.frozen_params})
     _assert_equal(reward_model.frozen_params, {k: v for k, v in sft.frozen_params.items() if k != "lm_head"})
     moved = jax.tree.map(lambda x: x + STEP_OF["reward_model"], reward_model.params)
-    _assert_equal(job.recorder.learned[0], trees.join(moved, reward_model.frozen_params))
+    for params in (job.recorder.learned[0], job.recorder.held_out["reward_model"][1]):
+        _assert_equal(params, trees.join(moved, reward_model.frozen_params))
+    _assert_equal(job.recorder.held_out["sft"][1], trees.join(trained, sft.frozen_params))
+
+
+def test_a_second_start_restores_the_weights(job, monkeypatch):
+    """Fails when a finished training is repeated, or its result is not restored."""
+    again = _Recorder()
+    again.patch(monkeypatch)
+    monkeypatch.setattr(supervised, "fit", pytest.fail)
+    arguments = job.settings, job.corpora, job.folder / "run", JobProgress(0, quiet=True)
+    _, _, examiner = preparation.prepare(*arguments)
+    _assert_equal(examiner.sft_params, job.examiner.sft_params)
+    _assert_equal(examiner.frozen_params, job.examiner.frozen_params)
+    _assert_equal(again.learned[0], job.recorder.learned[0])
+    assert again.gold == {}
+    assert again.tokenized == []
 
 
 def test_the_sampler_knows_when_to_stop(job):
