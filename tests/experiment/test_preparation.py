@@ -99,8 +99,8 @@ class _Recorder:
         self.learned, self.scored, self.drawn = [], [], []
 
     def patch(self, monkeypatch):
-        reward = types.SimpleNamespace(reward=lambda *args: self._text_scores("reward", *args))
-        monkeypatch.setitem(sys.modules, "marked", reward)
+        module = types.SimpleNamespace(reward=lambda *args: self._text_scores("reward", *args))
+        monkeypatch.setitem(sys.modules, "marked", module)
         monkeypatch.setattr(apply, "random_params", self._random_params)
         monkeypatch.setattr(supervised, "fit", self._fit)
         monkeypatch.setattr(supervised, "held_out", self._held_out)
@@ -162,14 +162,22 @@ def job(request, tmp_path_factory):
     rows = _marked_rows()
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = {"data.source": str(folder / "rows.jsonl"), "data.prompt_template": request.param}
-    settings, recorder = settings_of({**SETTINGS, **changes}), _Recorder()
+    settings, recorder, progress = settings_of({**SETTINGS, **changes}), _Recorder(), JobProgress(0, quiet=True)
     with pytest.MonkeyPatch.context() as monkeypatch:
         recorder.patch(monkeypatch)
         corpora = preparation.load_corpora(settings)
-        tokenizer, trainer, examiner = preparation.prepare(
-            settings, corpora, folder / "run", JobProgress(0, quiet=True)
+        arguments = settings, corpora, folder / "run", progress
+        tokenizer, trainer, examiner = preparation.prepare(*arguments)
+        yield types.SimpleNamespace(
+            rows=rows,
+            settings=settings,
+            corpora=corpora,
+            recorder=recorder,
+            arguments=arguments,
+            tokenizer=tokenizer,
+            trainer=trainer,
+            examiner=examiner,
         )
-        yield types.SimpleNamespace(**{k: v for k, v in locals().items() if k not in ("monkeypatch", "request")})
 
 
 def _decoded(job, batches):
@@ -207,10 +215,8 @@ def test_sft_and_reward_model_have_their_own_settings(job):
     """Fails when loss, length, steps or optimizer are those of another training."""
     settings, recorder = job.settings, job.recorder
     assert recorder.optimizers[:3] == [settings.sft, settings.reward_model, settings.rl]
-    for name, loss, group in (
-        ("sft", "language", settings.sft),
-        ("reward_model", "bradley_terry", settings.reward_model),
-    ):
+    groups = {"sft": ("language", settings.sft), "reward_model": ("bradley_terry", settings.reward_model)}
+    for name, (loss, group) in groups.items():
         task = recorder.tasks[name]
         assert task.loss_fn(None, None) == loss
         assert task.batch_fn(0)["token_ids"].shape == (group.batch_size, group.sequence_tokens)
@@ -218,12 +224,13 @@ def test_sft_and_reward_model_have_their_own_settings(job):
 
 
 def test_the_gold_reward_is_fitted_on_fragments_of_the_gold_split(job):
-    """Fails when it is fitted on another split, on whole texts, on labels of other rows, or measured on
-    training rows."""
+    """Fails when it is fitted on another split, on whole texts, on the same fragment twice, on labels of other rows, or
+    measured on training rows."""
     texts, labels, max_terms = job.recorder.gold["fit"]
     assert collections.Counter(map(_mark, texts)) == dict.fromkeys(MARKS["gold"], 2 * PER_LABEL)  # 2 of each text
     assert labels == _labels(texts)
     assert {len(text) for text in texts} <= {10, 11}  # prompt + completion, without start and end token
+    assert texts[: 2 * PER_LABEL] != texts[2 * PER_LABEL :]
     assert max_terms == 77
     texts, labels = job.recorder.gold["auc"]
     assert collections.Counter(map(_mark, texts)) == dict.fromkeys(MARKS["eval"], PER_LABEL)
@@ -243,11 +250,8 @@ def test_the_weights_go_from_sft_to_reward_model_rl_and_evaluation(job):
     _assert_equal(job.examiner.sft_params, trained)
     _assert_equal(job.examiner.frozen_params, sft.frozen_params)
     _assert_equal(job.trainer.frozen_params, sft.frozen_params)
-    score = reward_model.params["score"]
-    _assert_equal(reward_model.params, {**trained, "score": score})
-    start = {**sft.frozen_params, **reward_model.frozen_params}
-    _assert_equal(reward_model.frozen_params, {name: start[name] for name in reward_model.frozen_params})
-    _assert_equal(reward_model.frozen_params, {k: v for k, v in sft.frozen_params.items() if k != "lm_head"})
+    _assert_equal(reward_model.params, {**trained, "score": reward_model.params["score"]})
+    _assert_equal(reward_model.frozen_params, sft.frozen_params)
     moved = jax.tree.map(lambda x: x + STEP_OF["reward_model"], reward_model.params)
     for params in (job.recorder.learned[0], job.recorder.held_out["reward_model"][1]):
         _assert_equal(params, trees.join(moved, reward_model.frozen_params))
@@ -259,8 +263,7 @@ def test_a_second_start_restores_the_weights(job, monkeypatch):
     again = _Recorder()
     again.patch(monkeypatch)
     monkeypatch.setattr(supervised, "fit", pytest.fail)
-    arguments = job.settings, job.corpora, job.folder / "run", JobProgress(0, quiet=True)
-    _, _, examiner = preparation.prepare(*arguments)
+    _, _, examiner = preparation.prepare(*job.arguments)
     _assert_equal(examiner.sft_params, job.examiner.sft_params)
     _assert_equal(examiner.frozen_params, job.examiner.frozen_params)
     _assert_equal(again.learned[0], job.recorder.learned[0])
@@ -296,12 +299,16 @@ def _evaluate(job):
     return job.recorder.drawn, job.recorder.scored, measure.evaluate(examiner, {"policy": 1})
 
 
+def _prompt(job, row):
+    return row["question"] if job.settings.data.prompt_template else row["text"][:8]
+
+
 def _check_prompts(job, split, drawn):
     """Every prompt is that of the row whose number it carries, in this split; returns the rows."""
     numbers = np.concatenate([prompts.example_ids for _, prompts, _ in drawn])
     texts = [text for _, prompts, _ in drawn for text in job.tokenizer.decode(*prompts[:2])]
     rows = [job.corpora[split].rows[number] for number in numbers]
-    assert texts == [row["question"] if job.settings.data.prompt_template else row["text"][:8] for row in rows]
+    assert texts == [_prompt(job, row) for row in rows]
     assert {_mark(text) for text in texts} == set(MARKS[split])
     for _, prompts, _ in drawn:
         first = prompts.prompt_mask.argmax(1)
@@ -316,13 +323,13 @@ def _reward(row):
 
 def test_rl_reads_prompts_and_rows_of_the_prompts_split(job, tmp_path):
     """Fails when RL sees prompts of another split, its reward reads rows of another split or of other prompts, the gold
-    reward is trained against, weights of parts are swapped, or completions come from the anchor."""
+    reward is trained against, weights of parts are swapped, completions come from the anchor, or those of one prompt
+    are not neighbours."""
     drawn, scored, rewards = _train(job, tmp_path)
     rows = _check_prompts(job, "prompts", drawn)
     assert len(rows) == 4 * 8
-    assert scored == [
-        ("reward", row["question" if job.settings.data.prompt_template else "text"][:8], row) for row in rows
-    ]
+    assert rows[::2] == rows[1::2]  # two completions of each prompt side by side, as leave-one-out needs them
+    assert scored == [("reward", _prompt(job, row), row) for row in rows]
     assert rewards == [_reward(row) for row in rows]
     assert all(params == {"policy": 1, **job.trainer.frozen_params} for params, _, _ in drawn)
 
