@@ -1,5 +1,7 @@
 """Runs and merges as jobs of their own, against one job that does everything."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -102,3 +104,14 @@ def test_steps_of_each_part():
     assert jobs.total_steps(settings) == 20 + 2 * 15
     assert jobs.total_steps(settings, jobs.Part(2, 1)) == 20 + 9
     assert jobs.total_steps(settings, jobs.Part(1, 0)) == 20
+
+
+def test_the_report_gets_the_held_out_prompts(tmp_path, monkeypatch):
+    """Fails when the report shows completions beside the prompts of training, or points that are not the job's."""
+    trainer, examiner = types.SimpleNamespace(train_prompts="train"), types.SimpleNamespace(eval_prompts="eval")
+    monkeypatch.setattr(jobs.preparation, "prepare", lambda *arguments: ("tokenizer", trainer, examiner))
+    monkeypatch.setattr(jobs.warp, "make_job", lambda *arguments: arguments[1:3])
+    monkeypatch.setattr(jobs.warp, "run_warp", lambda job: ["points", *job])
+    monkeypatch.setattr(jobs.report, "write_report", lambda settings, *arguments: arguments)
+    got = jobs.run_part(settings_of(), {}, tmp_path)
+    assert got == ("tokenizer", "eval", ["points", trainer, examiner], tmp_path)

@@ -39,6 +39,7 @@ SETTINGS = {
     "model.trainable": "layers/1/",
     "sft.num_steps": 11,
     "sft.sequence_tokens": 32,  # more than any text has
+    "reward_model.batch_size": 16,
     "reward_model.loss": "bradley_terry",
     "reward_model.num_steps": 12,
     "reward_model.trainable": "layers/1/|score",
@@ -52,7 +53,7 @@ SETTINGS = {
         "text": {"source": "marked:reward", "weight": 2.0},
         "length": {"source": "length", "weight": -0.5},
     },
-    "rl.batch_size": 8,
+    "rl.batch_size": 16,
     "rl.samples_per_prompt": 2,
     "evaluation.num_prompts": 8,
     "evaluation.samples_per_prompt": 2,
@@ -327,7 +328,7 @@ def test_rl_reads_prompts_and_rows_of_the_prompts_split(job, tmp_path):
     are not neighbours."""
     drawn, scored, rewards = _train(job, tmp_path)
     rows = _check_prompts(job, "prompts", drawn)
-    assert len(rows) == 4 * 8
+    assert len(rows) == 4 * 16
     assert rows[::2] == rows[1::2]  # two completions of each prompt side by side, as leave-one-out needs them
     assert scored == [("reward", _prompt(job, row), row) for row in rows]
     assert rewards == [_reward(row) for row in rows]

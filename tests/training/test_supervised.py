@@ -1,10 +1,13 @@
 """The losses of SFT and of the reward model against hand arithmetic."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from warp_jax.training import supervised
+from warp_jax.parallel import meshes
+from warp_jax.training import loop, supervised
 
 
 def _scores(params, token_ids, mask, cache=None, num_outputs=0):
@@ -43,3 +46,23 @@ def test_reward_batches_hold_label_one_first():
     labels = np.array([0, 1, 0, 0, 1, 1, 0, 1])
     chosen = supervised.paired_rows(labels, 6, 1, seed=0, stream="s")
     assert labels[chosen].tolist() == [1, 1, 1, 0, 0, 0]
+
+
+def test_training_and_held_out_batches_are_kept_apart(tmp_path):
+    """Fails when held-out batches are trained on, training batches are measured, the frozen leaves are left out, or one
+    batch comes again and again."""
+
+    def loss_fn(params, batch):
+        loss = params["final_norm"]["scale"][0] * batch["x"].mean() + params["score"]["kernel"][0, 0]
+        return loss, {"loss": loss}
+
+    mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
+    start, frozen = {"final_norm": {"scale": jnp.array([2.0])}}, {"score": {"kernel": jnp.array([[10.0]])}}
+    batch_fn, held_out_batch = (lambda n, x=x: {"x": np.full(2, x + n, np.float32)} for x in (1, 100))
+    task = supervised.Task(loss_fn, start, frozen, batch_fn, held_out_batch)
+    losses = []
+    schedule = loop.Schedule(3, tmp_path, 100, lambda done, values: losses.append(values.get("loss")))
+    trained = supervised.fit(task, optax.sgd(0.1), mesh, schedule)
+    assert losses[1:] == pytest.approx([12.0, 10 + 2 * 1.9, 10 + 3 * 1.7], rel=1e-5)  # gradients 1, 2 and 3
+    assert trained["final_norm"]["scale"].tolist() == pytest.approx([2 - 0.1 * (1 + 2 + 3)])
+    assert supervised.held_out(task, trained | frozen, 2, mesh)["loss"] == pytest.approx(10 + 1.4 * 100.5)

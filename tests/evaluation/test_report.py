@@ -1,0 +1,86 @@
+"""The report's files, on points made by hand."""
+
+import csv
+import html
+import re
+
+import numpy as np
+import pytest
+
+from tests.settings_of import settings_of
+from warp_jax import files
+from warp_jax.data.tokenizer import Tokenizer
+from warp_jax.evaluation import report
+from warp_jax.evaluation.measure import Evaluation
+from warp_jax.evaluation.points import Point
+from warp_jax.types import PromptBatch
+
+NAN, COUNT = float("nan"), 8
+SETTINGS = {
+    "warp.num_iterations": 2,
+    "warp.num_runs": 1,
+    "warp.steps_per_iteration": (5, 5),
+    "front.etas": (0.5, 1.0),
+    "report.num_samples": 3,
+    "report.bootstrap_resamples": 10,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["a"], 259)  # one character is one token
+
+
+def _ids(tokenizer, texts):
+    return np.stack(tokenizer.encode(texts))
+
+
+def _point(tokenizer, stage, iteration, eta, level):
+    """A policy whose completions are its first letter, iteration and prompt; its rewards are `level` and up."""
+    reward = np.arange(COUNT, dtype=np.float32) + level
+    ids = _ids(tokenizer, [f"{stage[0]}{iteration}{i}" for i in range(COUNT)])
+    arrays = reward, reward / 2, reward / 4, np.full(COUNT, 3), np.array(0.5), ids, ids > 0, np.arange(COUNT)
+    return Point(stage, iteration, int(stage == "policy"), eta, 5 if stage == "policy" else 0, Evaluation(*arrays))
+
+
+@pytest.fixture(scope="module")
+def written(tokenizer, tmp_path_factory):
+    """The folder of a report of two iterations with one run each, and its points."""
+    workdir = tmp_path_factory.mktemp("report")
+    points = [_point(tokenizer, "sft", 0, 0.0, 0)]
+    for i in (1, 2):
+        files.write_json(workdir / f"iteration_{i}" / "geometry.json", {})
+        stages = ("policy", NAN, 4), ("merged", NAN, 8), ("liti", 0.5, 4), ("liti", 1.0, 8)
+        points += [_point(tokenizer, stage, i, eta, level * i) for stage, eta, level in stages]
+    ids = _ids(tokenizer, [f"q{i}" for i in range(COUNT)])
+    prompts = PromptBatch(ids, ids > 0, np.arange(COUNT))
+    report.write_report(settings_of(SETTINGS), tokenizer, prompts, points, workdir)
+    return workdir, points
+
+
+def _tables(page):
+    """The rows of cells of every table."""
+    tables = re.findall(r"<table>(.*?)</table>", page, re.DOTALL)
+    return [[re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", t)] for t in tables]
+
+
+def test_completions_stand_beside_their_prompts(written):
+    """Fails when completions or rewards are those of another prompt, policy or iteration."""
+    page = html.unescape((written[0] / "report.html").read_text())
+    (samples,) = [table for table in _tables(page) if table[0][0] == "prompt"]
+    assert samples == [
+        ["prompt", "SFT", "SFT reward", "final merged policy", "final merged policy reward"],
+        *([f"q{i}", f"s0{i}", f"{i}", f"m2{i}", f"{16 + i}"] for i in (0, 3, 7)),
+    ]
+
+
+def test_the_front_has_a_row_for_each_point(written):
+    """Fails when a column has the values of another, or a row those of another point."""
+    with (written[0] / "front.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row, point in zip(rows, written[1], strict=True):
+        assert (row["stage"], int(row["iteration"]), int(row["run"]), int(row["step"])) == (*point[:3], point.step)
+        level = point.evaluation.reward.mean()
+        columns = [float(row[name]) for name in ("reward", "gold_reward", "sft_kl", "length")]
+        assert columns == pytest.approx([level, level / 2, level / 4, 3])
+        assert float(row["eta"]) == pytest.approx(point.eta, nan_ok=True)
