@@ -4,15 +4,13 @@ Mutations killed here: another temperature in the sampler, the scorer or the KL;
 as the rate of the anchor.
 """
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.settings_of import settings_of
-from warp_jax.experiment import programs
+from warp_jax.experiment import architecture, programs
 from warp_jax.parallel import meshes
 from warp_jax.types import PromptBatch
 
@@ -57,10 +55,9 @@ def test_one_temperature_and_the_settings_of_rl(monkeypatch):
     monkeypatch.setattr(programs, "make_apply_fn", lambda model, mesh: _apply_fn)
     monkeypatch.setattr(programs, "init_cache", lambda model, batch, capacity, mesh: None)
     mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
-    policy, sft, model = _table(0), _table(1), types.SimpleNamespace(dtype="float32")
-    made = programs.make_programs(
-        settings_of(SETTINGS), mesh, model, trained=policy, frozen={}, stop_ids=(STOP,), pad_id=0
-    )
+    policy, sft, settings = _table(0), _table(1), settings_of(SETTINGS)
+    model = architecture.policy_config(settings.model, VOCABULARY)
+    made = programs.make_programs(settings, mesh, model, trained=policy, frozen={}, stop_ids=(STOP,), pad_id=0)
     prompts = np.arange(BATCH, dtype=np.int32)[:, None] % VOCABULARY
     rollout = made.sampler(policy, PromptBatch(prompts, prompts >= 0, np.arange(BATCH)), jax.random.key(0))
     ids, mask = np.asarray(rollout.completion_ids), np.asarray(rollout.completion_mask)
