@@ -74,8 +74,8 @@ def _marked_rows():
         for label, mark in enumerate(marks):
             texts = [f"{mark}{i:03d}" * (4 + i % 3) for i in range(200)]
             fitting = [text for text in texts if corpus.SPLITS[int(4 * _place(text))] == split]
-            rows += [{"text": text, "label": label, "number": int(text[1:4])} for text in fitting[:PER_LABEL]]
-    return [{**row, "question": row["text"][: 40 if i % LONG == 0 else 4]} for i, row in enumerate(rows)]
+            rows += [{"text": text, "label": label} for text in fitting[:PER_LABEL]]
+    return [{**row, "number": i, "question": row["text"][: 40 if i % LONG == 0 else 4]} for i, row in enumerate(rows)]
 
 
 def _texts(rows, *splits):
