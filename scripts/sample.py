@@ -18,6 +18,7 @@ from rich.text import Text
 
 from warp_jax import cli, files
 from warp_jax.benchmarks import answers
+from warp_jax.data import stop_tokens
 from warp_jax.experiment import export, stages
 from warp_jax.training import sampling
 
@@ -66,9 +67,10 @@ def sample_stages(job: stages.Workdir, prompts: list[object]) -> dict[str, list[
     use_chat = job.settings.data.chat if CHAT.value is None else CHAT.value
     if job.settings.data.prompt_template:
         print("note: prompts are used as given, without data.prompt_template of the workdir", file=sys.stderr)
-    rows = answers.encode(job.tokenizer, prompts, use_chat=use_chat)
+    tokenizer = stop_tokens.extend(job.tokenizer, job.settings.sampling.stop_tokens, use_chat=use_chat)
+    rows = answers.encode(tokenizer, prompts, use_chat=use_chat)
     temperature = TEMPERATURE.value or job.settings.sampling.temperature
-    ids = job.tokenizer.stop_ids, job.tokenizer.pad_id
+    ids = tokenizer.stop_ids, tokenizer.pad_id
     config = sampling.SamplingConfig(MAX_NEW_TOKENS.value, temperature, *ids, TOP_K.value, TOP_P.value)
     columns = {}
     for stage in STAGES.value:
@@ -80,7 +82,7 @@ def sample_stages(job: stages.Workdir, prompts: list[object]) -> dict[str, list[
                 print(f"{stage}: warning: {line}", file=sys.stderr)
         model = dataclasses.replace(model, dtype=DTYPE.value)
         columns[stage] = answers.sample_answers(
-            params, model, job.tokenizer, rows, mesh=job.mesh, seed=SEED.value, config=config
+            params, model, tokenizer, rows, mesh=job.mesh, seed=SEED.value, config=config
         )
     return columns
 

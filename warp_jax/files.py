@@ -3,12 +3,14 @@
 import contextlib
 import fcntl
 import glob
+import gzip
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,24 +43,72 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_bytes(path: Path) -> bytes:
+    """Read a file, and decompress it if its name ends in .gz. Raises ValueError if the compressed data is broken."""
+    content = path.read_bytes()
+    if path.suffix.lower() != ".gz":
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: broken gzip file: {error}; compress it again") from error
+
+
+def read_text(path: Path) -> str:
+    """Read UTF-8 text, with or without byte order mark, compressed or not (see `read_bytes`).
+
+    Raises ValueError with the line of the first byte that is not text.
+    """
+    content = read_bytes(path)
+    try:
+        text = content.decode("utf-8-sig")
+        reason, start = "NUL byte", content.find(b"\0")
+    except UnicodeDecodeError as error:
+        reason, start = error.reason, error.start
+    if start >= 0:
+        line = content.count(b"\n", 0, start) + 1
+        raise ValueError(f"{path}: not UTF-8 text ({reason} at byte {start}, line {line}); save it as UTF-8")
+    return text
+
+
+def parse_json(text: str, path: Path, want: str, line: int = 0) -> Any:
+    """Parse JSON text, of one line of a file or of the whole file (line 0).
+
+    Raises ValueError with the file, the line of the error and what is wanted.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        number = line or getattr(error, "lineno", 0)
+        place = f"{path} line {number}" if number else str(path)
+        raise ValueError(f"{place}: broken JSON: {getattr(error, 'msg', error)}; want {want}") from error
+
+
+def as_row(value: Any, place: str) -> dict[str, Any]:
+    """Return a parsed JSON value if it is an object of valid text; else raise ValueError, which begins with `place`."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: got {type(value).__name__}, want a JSON object with fields")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place}: holds {error.object[error.start]!r}, half of a surrogate pair; correct it"
+        ) from error
+    except RecursionError as error:
+        raise ValueError(f"{place}: is nested too deeply; want fewer levels") from error
+    return value
+
+
 def read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Read the objects of a JSON Lines file, each with its place "PATH line N" for error messages.
 
     Blank lines are skipped. Raises ValueError if the file is not UTF-8 text or a line is not a JSON object.
     """
     rows = []
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not splitlines: JSON texts may hold U+2028
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    for place, line in ((f"{path} line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: broken JSON: {getattr(error, 'msg', error)}; want one object a line") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: got {type(row).__name__}, want a JSON object with fields")
-        rows.append((place, row))
+    for number, line in enumerate(read_text(path).split("\n"), start=1):  # not splitlines: texts may hold U+2028
+        if line.strip():
+            place = f"{path} line {number}"
+            rows.append((place, as_row(parse_json(line, path, "one object a line", number), place)))
     return rows
 
 

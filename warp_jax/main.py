@@ -40,7 +40,7 @@ def check(settings: Settings, workdir: Path) -> Mapping[str, Corpus]:
         return preparation.load_corpora(settings)
 
     corpora = hosts.all_or_none(read)
-    claim(settings, workdir)
+    claim(settings, workdir, corpora)
     return corpora
 
 

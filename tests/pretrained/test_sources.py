@@ -25,7 +25,7 @@ from tests.commands import main_command, run, script_command
 from tests.settings_of import typed
 from tests.test_main import _leaves
 from warp_jax import main, trees
-from warp_jax.data import corpus
+from warp_jax.data import fields
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.experiment import export, ingredients, jobs, stages
 from warp_jax.models.apply import make_apply_fn
@@ -202,7 +202,7 @@ def test_a_reward_model_reads_the_filled_template(models):
     config = _config(models)
     config.data.prompt_template = "Answer in one word: {messages}"
     row = {"messages": "what is 3 and 4?"}
-    assert corpus.asked(row, "messages", config.data.prompt_template) == "Answer in one word: what is 3 and 4?"
+    assert fields.asked(row, "messages", config.data.prompt_template) == "Answer in one word: what is 3 and 4?"
     maker = ingredients.Maker(typed(config), models, None, meshes.make_mesh((-1, 1, 1)), None, {})
     found = maker.text_fn(str(models / "reward"))
     plain = from_folder.load(models / "reward", meshes.make_mesh((-1, 1, 1)), "float32", lambda row: row["whole"])

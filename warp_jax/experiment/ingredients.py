@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from warp_jax import files, trees
 from warp_jax.data import batches
-from warp_jax.data.corpus import Corpus, asked
+from warp_jax.data.corpus import Corpus
+from warp_jax.data.fields import asked
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.experiment import architecture
 from warp_jax.models import apply, freezing

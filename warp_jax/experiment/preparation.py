@@ -1,5 +1,6 @@
 """Inputs of Algorithm 1: data, tokenizer, prompts, SFT policy, rewards."""
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from warp_jax import files
-from warp_jax.data import batches, chat, corpus
+from warp_jax.data import batches, chat, corpus, fields, stop_tokens
 from warp_jax.data.corpus import Corpus
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.evaluation import measure
@@ -18,8 +19,8 @@ from warp_jax.models import freezing
 from warp_jax.parallel import hosts, meshes
 from warp_jax.pretrained import sources
 from warp_jax.progress import JobProgress
-from warp_jax.rewards import reward_functions
-from warp_jax.settings import Settings
+from warp_jax.rewards import reward_functions, row_checks
+from warp_jax.settings import Settings, groups
 from warp_jax.training import reinforce
 from warp_jax.types import PromptBatch, RewardFn, Rollout
 
@@ -33,6 +34,8 @@ def prepare(
     """
     mesh = meshes.make_mesh(settings.mesh)
     tokenizer = load_tokenizer(settings, corpora, workdir / "tokenizer.json")
+    if settings.model.source:
+        progress.note(stop_tokens.describe(tokenizer, use_chat=settings.data.chat))
     prompts = {name: make_prompts(settings, tokenizer, corpora[name], name) for name in ("prompts", "eval")}
     for name, batch in prompts.items():
         if dropped := len(corpora[name].texts) - len(batch.example_ids):
@@ -76,10 +79,13 @@ def prepare(
 
 
 def load_corpora(settings: Settings) -> dict[str, Corpus]:
-    """The four splits of the source. Raises ValueError if one lacks rows or labels, or its prompts cannot be made."""
+    """The four splits of the source.
+
+    Raises ValueError if one lacks rows or labels, or the prompts or rewards of its rows cannot be made.
+    """
     data = settings.data
     rows = corpus.load_rows(data.source, data.split, task=data.task)
-    text_types: Any = object if data.prompt_template else str | list if data.chat else str
+    text_types = str if settings.learned_splits else _prompt_types(data)
     splits = corpus.split_rows(rows, data.text_field, data.label_field, data.fractions, text_types=text_types)
     needed = {"prompts", "eval", *settings.learned_splits}
     corpus.check_splits(
@@ -87,20 +93,28 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
         num_eval=settings.evaluation.num_prompts,
         labelled=settings.needs_labels,
     )
-    tokenizer = Tokenizer.from_folder(sources.find(settings.model.source)) if settings.model.source else None
+    tokenizer = _pretrained_tokenizer(settings) if settings.model.source else None
     for name in ("prompts", "eval"):
         if tokenizer is not None:
             make_prompts(settings, tokenizer, splits[name], name)
-            continue
-        for row in splits[name].rows:
-            corpus.asked(row, data.text_field, data.prompt_template)
+        else:
+            _prompt_values(settings, splits[name])
+    rewards = {part.source for part in settings.reward_parts.values() if not Path(part.source).is_dir()}
+    row_checks.check(sorted(rewards), splits["prompts"])
+    row_checks.check(sorted(rewards | {settings.gold.source}), splits["eval"])
     return splits
+
+
+def _prompt_types(data: groups.Data) -> Any:
+    """Types of the text field if nothing learns from it: what may be a prompt, or a number beside a template."""
+    types: Any = str | numbers.Real if data.prompt_template else str
+    return types | list if data.chat else types
 
 
 def load_tokenizer(settings: Settings, corpora: Mapping[str, Corpus], path: Path) -> Tokenizer:
     """The pretrained model's tokenizer; without such a model the workdir's, trained on SFT's texts if it is missing."""
     if settings.model.source:
-        return Tokenizer.from_folder(sources.find(settings.model.source))
+        return _pretrained_tokenizer(settings)
 
     def make() -> None:
         trained = Tokenizer.train(corpora["reward"].texts + corpora["gold"].texts, settings.vocab_size)
@@ -108,6 +122,11 @@ def load_tokenizer(settings: Settings, corpora: Mapping[str, Corpus], path: Path
 
     hosts.make_if_missing(path, make)
     return Tokenizer.load(path)
+
+
+def _pretrained_tokenizer(settings: Settings) -> Tokenizer:
+    tokenizer = Tokenizer.from_folder(sources.find(settings.model.source))
+    return stop_tokens.extend(tokenizer, settings.sampling.stop_tokens, use_chat=settings.data.chat)
 
 
 def make_prompts(settings: Settings, tokenizer: Tokenizer, split: Corpus, name: str) -> PromptBatch:
@@ -118,11 +137,8 @@ def make_prompts(settings: Settings, tokenizer: Tokenizer, split: Corpus, name: 
     data, length = settings.data, settings.sampling.prompt_tokens
     if not data.prompt_template and not data.chat:
         return batches.left_pad(tokenizer.encode_with_bos(split.texts), length, tokenizer.pad_id)
-    values = [corpus.asked(row, data.text_field, data.prompt_template) for row in split.rows]
-    if data.chat:  # its template writes the BOS token
-        rows = tokenizer.encode_with_special([chat.prompt_text(tokenizer, value) for value in values])
-    else:
-        rows = tokenizer.encode_with_bos(values)
+    values = _prompt_values(settings, split)
+    rows = _encode_chats(tokenizer, values, split.places) if data.chat else tokenizer.encode_with_bos(values)
     batch = batches.drop_long(rows, length, tokenizer.pad_id)
     wanted = settings.evaluation.num_prompts if name == "eval" else 1
     if len(batch.example_ids) < wanted:
@@ -131,6 +147,24 @@ def make_prompts(settings: Settings, tokenizer: Tokenizer, split: Corpus, name: 
             f"most {length} tokens, want {wanted}; allow longer prompts"
         )
     return batch
+
+
+def _prompt_values(settings: Settings, split: Corpus) -> list[Any]:
+    """The prompt of every row, a text or a conversation. ValueError names the row."""
+    values = []
+    for place, row in zip(split.places, split.rows, strict=True):
+        with fields.at(place):
+            values.append(fields.asked(row, settings.data.text_field, settings.data.prompt_template))
+    return values
+
+
+def _encode_chats(tokenizer: Tokenizer, values: Sequence[Any], places: Sequence[str]) -> list[np.ndarray]:
+    """Ids of conversations in the chat template, which writes the BOS token. ValueError names the row."""
+    rows = []
+    for place, value in zip(places, values, strict=True):
+        with fields.at(place):
+            rows += tokenizer.encode_with_special([chat.prompt_text(tokenizer, value)])
+    return rows
 
 
 def make_reward_fn(

@@ -1,4 +1,4 @@
-"""A workdir: the config that it belongs to, and fingerprints of the models that were used in it."""
+"""A workdir: the config that it belongs to, and fingerprints of the models and rows that were used in it."""
 
 import functools
 import sys
@@ -7,21 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from warp_jax import files
+from warp_jax.data import corpus
 from warp_jax.parallel import hosts
 from warp_jax.pretrained import sources
 from warp_jax.settings import Settings, from_config
 
 CONFIG = "config.json"
 FINGERPRINTS = "models.json"
+DATA = "data.json"
 LOCK = "lock"  # held while a job claims the workdir, or makes the inputs that all runs share
 MAY_CHANGE = ("report.", "front.", "mesh ")  # settings that may change on resume; another mesh changes rounding only
 
 
-def claim(settings: Settings, workdir: Path) -> None:
-    """Write config.json, if the workdir is new or belongs to the same config, apart from MAY_CHANGE.
+def claim(settings: Settings, workdir: Path, corpora: Mapping[str, corpus.Corpus]) -> None:
+    """Write config.json, if the workdir is new or belongs to the same rows and config, apart from MAY_CHANGE.
 
-    Jobs of one workdir may start together. Raises ValueError if the workdir belongs to another config or holds other
-    files, or if it cannot be written.
+    Jobs of one workdir may start together. Raises ValueError if the workdir belongs to another config or other rows, or
+    holds other files, or if it cannot be written.
     """
     waiting = f"another process is preparing {workdir}: waiting for it"
 
@@ -30,9 +32,11 @@ def claim(settings: Settings, workdir: Path) -> None:
         with files.locked(workdir / LOCK, functools.partial(print, waiting, file=sys.stderr)):
             _check_owner(settings, workdir)
             fingerprints = check_models_unchanged(settings, workdir)
+            rows = _check_rows_unchanged(settings.data.source, corpora, workdir)
             files.write_json(workdir / CONFIG, settings.as_json())
             if fingerprints:
                 files.write_json(workdir / FINGERPRINTS, fingerprints)
+            files.write_json(workdir / DATA, rows)
 
     try:
         hosts.on_first_process(claim_locked)
@@ -60,12 +64,25 @@ def check_models_unchanged(settings: Settings, workdir: Path) -> dict[str, str]:
     return found
 
 
+def _check_rows_unchanged(source: str, corpora: Mapping[str, corpus.Corpus], workdir: Path) -> dict[str, Any]:
+    """Number and fingerprint of the rows. Raises ValueError if the workdir, unless it is an older one, has others."""
+    count = sum(len(split.rows) for split in corpora.values())
+    found, path = {"rows": count, "fingerprint": corpus.fingerprint(corpora)}, workdir / DATA
+    before = files.read_json(path) if path.exists() else found
+    if before != found:
+        raise ValueError(
+            f"workdir {workdir} was made with other rows of {source} ({before['rows']} rows, now {count}), and its "
+            "results belong to them; restore those rows, or choose another --workdir"
+        )
+    return found
+
+
 def _check_owner(settings: Settings, workdir: Path) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir: {workdir} is a file, want a folder")
     found = {path.name for path in workdir.iterdir()} if workdir.exists() else set()  # once: others may write there
     if CONFIG in found:
-        before = from_config(files.read_json(workdir / CONFIG)).as_json()
+        before = from_config(files.read_json(workdir / CONFIG)).as_json()  # with settings that it was made without
         changed = sorted(_differences(before, settings.as_json()))
         refused = [line for line in changed if not line.startswith(MAY_CHANGE)]
         if refused:

@@ -104,7 +104,9 @@ def gold(row: Mapping[str, Any]) -> str:
     """
     name = "answer" if row.get("answer") is not None else "solution"
     value = row.get(name)
-    text = str(value) if isinstance(value, str) or (isinstance(value, numbers.Real) and math.isfinite(value)) else ""
+    is_plain = isinstance(value, str | int) and not isinstance(value, bool)
+    is_fraction = isinstance(value, numbers.Real) and not isinstance(value, int) and math.isfinite(value)
+    text = str(value) if is_plain or is_fraction else ""
     found = _find(text, _BOXED, _HASHED)
     if found is None and name == "answer":
         found = text.strip()
@@ -114,6 +116,12 @@ def gold(row: Mapping[str, Any]) -> str:
             r"as text or number in the field 'answer', or after #### or in \boxed{} in 'answer' or 'solution'"
         )
     return found
+
+
+def check_row(row: Mapping[str, Any]) -> None:
+    """Raise ValueError if a row has no right answer, or one without content, such as '$', which nothing equals."""
+    if len(text := gold(row)) <= LONGEST and not _simplify(text)[0]:
+        raise ValueError(f"warp_jax.rewards.math_answers: the right answer is {text!r}, which no answer can equal")
 
 
 def score(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:

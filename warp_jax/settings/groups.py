@@ -192,6 +192,7 @@ class Sampling(Group):
     prompt_tokens: Length
     max_new_tokens: Count
     temperature: Temperature
+    stop_tokens: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Lax] = ()  # missing in older workdirs
 
 
 class Rl(Optimization):

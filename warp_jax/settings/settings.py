@@ -101,6 +101,10 @@ class Settings(groups.Group):
             raise ValueError("sft.num_steps: got 0, want at least 1: without model.source, weights are random")
         if not self.model.source and self.data.chat:
             raise ValueError("data.chat: got True, want False: a tokenizer trained here has no chat template")
+        if not self.model.source and self.sampling.stop_tokens:
+            raise ValueError(
+                f"sampling.stop_tokens: got {self.sampling.stop_tokens}, want (): they are tokens of a pretrained model"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,0 +1,21 @@
+"""Checks of the rows that a reward function will read, by the function check_row(row) of its module, if it has one."""
+
+import importlib
+from collections.abc import Iterable
+
+from warp_jax.data.corpus import Corpus
+
+
+def check(sources: Iterable[str], split: Corpus) -> None:
+    """Call check_row of every source 'package.module:function' that has one, for each row of a split.
+
+    Raises ValueError with the place of the row if check_row raises an error.
+    """
+    modules = [importlib.import_module(module) for module, colon, _ in (s.partition(":") for s in sources) if colon]
+    for check_row in [module.check_row for module in modules if hasattr(module, "check_row")]:
+        for place, row in zip(split.places, split.rows, strict=True):
+            try:
+                check_row(row)
+            except Exception as error:  # code of the user's
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                raise ValueError(f"{place}: {kind}{error}") from error
