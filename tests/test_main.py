@@ -107,7 +107,7 @@ def test_another_config_is_refused(tiny_run):
     """Fails when a workdir is silently continued with other settings."""
     _, workdir, _ = tiny_run
     with pytest.raises(ValueError, match=r"warp.ema_rate was 0.01, now 0.3"):
-        workdirs.claim(settings_of({"warp.ema_rate": 0.3}), workdir)
+        workdirs.claim(settings_of({"warp.ema_rate": 0.3}), workdir, {})
 
 
 def test_a_workdir_is_claimed_where_a_kill_left_a_beginning(tmp_path):
@@ -116,12 +116,12 @@ def test_a_workdir_is_claimed_where_a_kill_left_a_beginning(tmp_path):
     """
     (tmp_path / "lock").touch()
     (tmp_path / ".config.json.0123abcd.partial").write_text("{")
-    workdirs.claim(settings_of(), tmp_path)
+    workdirs.claim(settings_of(), tmp_path, {})
     assert files.read_json(tmp_path / "config.json")["seed"] == tiny.get_config().seed
     (tmp_path / "config.json").unlink()
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds other files"):
-        workdirs.claim(settings_of(), tmp_path)
+        workdirs.claim(settings_of(), tmp_path, {})
 
 
 SFT_ANCHOR = {

@@ -27,7 +27,7 @@ from tests.test_main import _leaves
 from warp_jax import main, trees
 from warp_jax.data import fields
 from warp_jax.data.tokenizer import Tokenizer
-from warp_jax.experiment import export, ingredients, jobs, stages
+from warp_jax.experiment import export, ingredients, jobs, preparation, stages
 from warp_jax.models.apply import make_apply_fn
 from warp_jax.parallel import meshes
 from warp_jax.rewards import from_folder
@@ -298,7 +298,8 @@ BAD = [
     ({"sampling.prompt_tokens": 6}, "allow longer prompts"),
     ({"rewards.preference.source": "{models}/policy"}, "want a reward model"),
     ({"rewards.preference.source": "nowhere"}, "cannot load"),
-    ({"data.prompt_template": "{nothing}"}, "nothing"),
+    ({"data.prompt_template": "{nothing}"}, "asked.jsonl line .*nothing"),
+    ({"sampling.stop_tokens": ("<eoss>",)}, "'<eoss>' is not a single token of the model; did you mean '<eos>'"),
 ]
 
 
@@ -312,6 +313,58 @@ def test_bad_values_leave_nothing(models, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message.replace("(", "\\(")):
         main.check(typed(config), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+USER = {"role": "user", "content": "hi"}
+BAD_ROWS = [
+    ({"messages": None}, "field 'messages' holds None"),
+    ({"messages": [USER, {"role": "narrator", "content": "a"}]}, "message 1 is from 'narrator'"),
+    ({"messages": [USER, {"role": "user", "content": 3}]}, "message 1 has a int as content"),
+    ({"messages": [USER, {"role": "assistant", "content": "a"}]}, "ends with the assistant's turn"),
+    ({"messages": [{"role": "tool", "content": "a"}]}, "chat template: no tools here"),
+    ({"messages": "  "}, "field 'messages' is empty"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_ROWS, ids=[message for _, message in BAD_ROWS])
+def test_a_bad_conversation_is_named_by_its_row(models, tmp_path, row, message):
+    """Fails when one bad row among many is refused without its place."""
+    shutil.copytree(models / "policy", tmp_path / "policy")
+    refuse = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    (tmp_path / "policy" / "chat_template.jinja").write_text(refuse + TEMPLATE)
+    lines = (models / "asked.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "asked.jsonl").write_text("".join([*lines[:120], json.dumps(row) + "\n", *lines[120:]]))
+    config = _config(models)
+    config.data.prompts_fraction = 0.3
+    config.evaluation.num_prompts = 16
+    config.data.source = str(tmp_path / "asked.jsonl")
+    config.model.source = str(tmp_path / "policy")
+    with pytest.raises(ValueError, match=rf"asked\.jsonl line 121: .*{message}"):
+        preparation.load_corpora(typed(config))
+
+
+def test_nothing_learns_from_conversations(models):
+    """Fails when SFT or a learned reward trains on the Python text of a list of messages."""
+    config = _config(models)
+    config.sft.num_steps = 5
+    with pytest.raises(
+        ValueError, match=r"asked\.jsonl line 1: .* want a text; conversations need .* sft\.num_steps = 0"
+    ):
+        preparation.load_corpora(typed(config))
+
+
+def test_stop_tokens_of_the_config_and_of_the_template_end_completions(models, tmp_path):
+    """Fails when sampling.stop_tokens, or the end of a turn, does not reach the tokenizer that sampling uses."""
+    shutil.copytree(models / "policy", tmp_path / "policy")
+    (tmp_path / "policy" / "chat_template.jinja").write_text(TEMPLATE.replace("<eos>", "<pad>"))
+    config = _config(models)
+    config.model.source = str(tmp_path / "policy")
+    config.sampling.stop_tokens = ("?",)
+    tokenizer = preparation.load_tokenizer(typed(config), {}, tmp_path)
+    assert [tokenizer.backend.id_to_token(i) for i in tokenizer.stop_ids] == ["<eos>", "<pad>", "?"]
+    config.data.chat = False
+    tokenizer = preparation.load_tokenizer(typed(config), {}, tmp_path)
+    assert [tokenizer.backend.id_to_token(i) for i in tokenizer.stop_ids] == ["<eos>", "?"]
 
 
 def _damage_weights(change):

@@ -1,0 +1,89 @@
+"""A workdir belongs to one config and to one set of rows."""
+
+import json
+
+import pytest
+
+from tests.settings_of import settings_of
+from warp_jax import cli, files, main
+from warp_jax.data import corpus
+from warp_jax.experiment import preparation, workdir
+
+ROWS = [{"text": f"film number {i}", "label": i % 2, "answer": i} for i in range(300)]
+CHANGES = {"data.reward_fraction": 0.3, "data.gold_fraction": 0.3, "data.prompts_fraction": 0.2}
+
+
+def _claim(tmp_path, rows):
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = settings_of({**CHANGES, "data.source": str(source)})
+    workdir.claim(settings, tmp_path / "run", preparation.load_corpora(settings))
+
+
+CHANGED = {
+    "another field": [*ROWS[:7], {**ROWS[7], "answer": 8}, *ROWS[8:]],
+    "a further field": [*ROWS[:7], {**ROWS[7], "more": None}, *ROWS[8:]],
+    "another label": [*ROWS[:7], {**ROWS[7], "label": 0}, *ROWS[8:]],
+    "a row less": ROWS[:-1],
+    "a row twice": [*ROWS, ROWS[7]],
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_other_rows_are_refused(tmp_path, change):
+    """Fails when only texts, labels, the number of rows or the first rows are compared: old and new rows would share
+    one front.
+    """
+    _claim(tmp_path, ROWS)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(ValueError, match=r"was made with other rows of .*rows\.jsonl \(300 rows, now \d+\)") as error:
+        _claim(tmp_path, CHANGED[change])
+    assert "\n" not in str(error.value)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_the_same_rows_are_accepted_in_any_order(tmp_path):
+    """Fails when the order of a file, or of the fields of a row, counts: the splits are the same."""
+    _claim(tmp_path, ROWS)
+    _claim(tmp_path, [dict(reversed(row.items())) for row in reversed(ROWS)])
+
+
+def test_an_older_workdir_is_accepted_and_keeps_its_rows(tmp_path):
+    """Fails when a workdir without a fingerprint, or without settings that are newer, is refused or never gets one."""
+    _claim(tmp_path, ROWS)
+    (tmp_path / "run" / workdir.DATA).unlink()
+    config = files.read_json(tmp_path / "run" / workdir.CONFIG)
+    del config["sampling"]["stop_tokens"], config["rl"]["importance_cap"]
+    files.write_json(tmp_path / "run" / workdir.CONFIG, config)
+    _claim(tmp_path, ROWS)
+    assert files.read_json(tmp_path / "run" / workdir.CONFIG)["sampling"]["stop_tokens"] == []
+    with pytest.raises(ValueError, match="other rows"):
+        _claim(tmp_path, ROWS[1:])
+
+
+def test_the_program_compares_the_rows(tmp_path):
+    """Fails when the fingerprint is not that of the rows which are loaded."""
+    source = tmp_path / "rows.jsonl"
+    settings = settings_of({**CHANGES, "data.source": str(source)})
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    main.check(settings, tmp_path / "run")
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:]))
+    with pytest.raises(ValueError, match="other rows"):
+        main.check(settings, tmp_path / "run")
+    assert cli.BAD_INPUT == 2
+
+
+def test_rows_that_json_cannot_hold_have_a_fingerprint():
+    """Fails when a date or an array of numpy, which Parquet and TFDS give, is an error or is cut to a few numbers."""
+    import datetime
+
+    import numpy as np
+
+    def fingerprint(**row):
+        return corpus.fingerprint({"eval": corpus.Corpus(["a"], [0], [row], ["row 0"])})
+
+    large = np.arange(9_999)
+    changed = np.where(large == 5_000, 0, large)
+    assert fingerprint(a=large) != fingerprint(a=changed)
+    assert fingerprint(a=datetime.date(2026, 1, 2)) != fingerprint(a=datetime.date(2026, 1, 3))
+    assert fingerprint(a=b"x", b=float("nan")) == fingerprint(b=float("nan"), a=b"x")
