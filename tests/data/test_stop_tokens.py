@@ -16,7 +16,7 @@ KINDS = {  # template, bos, eos, other special tokens; the token that ends a tur
     "mistral": (*FAMILIES["mistral"], "</s>"),
     "no special token": (PLAIN, None, "</s>", ("<user>",), None),
     "no answers": ("{% if messages | length > 1 %}{{ raise_exception('one') }}{% endif %}", None, "</s>", (), None),
-    "twice": ("{% for m in messages * 2 %}{{ m.content }}</s>\n{% endfor %}<u>", None, "<e>", ("<u>",), "<u>"),
+    "twice": ("Hello{{ messages[-1].content }}<v>{{ messages[-1].content }}<u>", None, "<e>", ("<u>", "<v>"), "<u>"),
 }  # fmt: skip
 
 

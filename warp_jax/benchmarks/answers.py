@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from warp_jax import files
-from warp_jax.data import batches, chat
+from warp_jax.data import batches, chat, fields
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.models.apply import make_apply_fn
 from warp_jax.models.transformer import TransformerConfig, init_cache
@@ -34,7 +34,11 @@ def read_prompts(path: Path, field: str) -> list[Any]:
 def encode(tokenizer: Tokenizer, values: Sequence[Any], *, use_chat: bool) -> list[np.ndarray]:
     """Tokenize prompts. With use_chat, apply the chat template; else put the bos token before the text."""
     if use_chat:
-        return tokenizer.encode_with_special([chat.prompt_text(tokenizer, value) for value in values])
+        texts = []
+        for number, value in enumerate(values):
+            with fields.at(f"prompt {number}"):
+                texts.append(chat.prompt_text(tokenizer, value))
+        return tokenizer.encode_with_special(texts)
     if others := [value for value in values if not isinstance(value, str)]:
         raise ValueError(f"prompt: got {str(others[0])[:60]!r}, want a text; use the chat template for conversations")
     return tokenizer.encode_with_bos(values)

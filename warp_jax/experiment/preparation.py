@@ -99,7 +99,7 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
             make_prompts(settings, tokenizer, splits[name], name)
         else:
             _prompt_values(settings, splits[name])
-    rewards = {part.source for part in settings.reward_parts.values() if not Path(part.source).is_dir()}
+    rewards = {part.source for part in settings.reward_parts.values()}
     row_checks.check(sorted(rewards), splits["prompts"])
     row_checks.check(sorted(rewards | {settings.gold.source}), splits["eval"])
     return splits
@@ -121,11 +121,14 @@ def load_tokenizer(settings: Settings, corpora: Mapping[str, Corpus], path: Path
         files.write_text(path, trained.to_json())
 
     hosts.make_if_missing(path, make)
-    return Tokenizer.load(path)
+    return _with_stop_tokens(settings, Tokenizer.load(path))
 
 
 def _pretrained_tokenizer(settings: Settings) -> Tokenizer:
-    tokenizer = Tokenizer.from_folder(sources.find(settings.model.source))
+    return _with_stop_tokens(settings, Tokenizer.from_folder(sources.find(settings.model.source)))
+
+
+def _with_stop_tokens(settings: Settings, tokenizer: Tokenizer) -> Tokenizer:
     return stop_tokens.extend(tokenizer, settings.sampling.stop_tokens, use_chat=settings.data.chat)
 
 

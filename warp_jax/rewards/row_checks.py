@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Iterable
+from pathlib import Path
 
 from warp_jax.data.corpus import Corpus
 
@@ -11,7 +12,8 @@ def check(sources: Iterable[str], split: Corpus) -> None:
 
     Raises ValueError with the place of the row if check_row raises an error.
     """
-    modules = [importlib.import_module(module) for module, colon, _ in (s.partition(":") for s in sources) if colon]
+    names = [source.partition(":")[0] for source in sources if ":" in source and not Path(source).is_dir()]
+    modules = [importlib.import_module(name) for name in names]
     for check_row in [module.check_row for module in modules if hasattr(module, "check_row")]:
         for place, row in zip(split.places, split.rows, strict=True):
             try:
