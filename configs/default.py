@@ -116,6 +116,7 @@ def get_config() -> ConfigDict:
     config.rewards.sentiment = ConfigDict()
     config.rewards.sentiment.source = "reward_model"
     config.rewards.sentiment.weight = 1.0  # 0 = not computed
+    config.rewards.sentiment.timeout = 600.0  # a function: seconds for one call; a longer one ends the job
     config.rewards.length = ConfigDict()
     config.rewards.length.source = "length"
     config.rewards.length.weight = 0.0  # reward per token; -0.0005 is the length penalty of [P App. E]
@@ -123,6 +124,7 @@ def get_config() -> ConfigDict:
     config.gold = ConfigDict()  # the gold reward: evaluated, never trained against [ours]
     config.gold.source = "tfidf"  # fitted on the gold split; or a folder or function as in rewards; "" = none
     config.gold.max_terms = 100_000  # tfidf: number of words and word pairs
+    config.gold.timeout = 600.0  # tfidf or a function: seconds for one call; a longer one ends the job
     config.gold.fragments_per_text = 2  # tfidf: fragments of each text to learn from, as long as prompt + completion
 
     config.sampling = ConfigDict()

@@ -226,6 +226,58 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+REWARDS = """
+import os, threading, time
+
+sizes = []
+
+def fails(prompts, completions, rows):
+    sizes.append(len(rows))
+    if "BROKEN" in os.environ and sizes.count(8) == 3:  # the batch of the third step
+        raise SystemExit(0)
+    return [len(text) for text in completions]
+
+def hangs(prompts, completions, rows):
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    time.sleep(600)
+"""
+
+
+def _run_with_reward(folder, function, **environment):
+    """One run of four steps, whose reward is a function of a module in a folder."""
+    (folder / "users_rewards.py").write_text(REWARDS)
+    changes = ["warp.num_iterations=1", "warp.num_runs=1", "warp.steps_per_iteration=(4,)", "evaluation.every=4"]
+    changes += ["gold.source=", "data.label_field=", "sft.num_steps=1", "front.etas=(1.0,)"]
+    changes += [f"rewards.sentiment.source=users_rewards:{function}", "rewards.sentiment.timeout=2"]
+    command = main_command(TINY, f"--workdir={folder / 'run'}", *(f"--config.{change}" for change in changes))
+    return run(command, PYTHONPATH=str(folder), **environment)
+
+
+def test_a_reward_function_that_fails_in_training_is_one_line(tmp_path):
+    """Fails when its sys.exit(0) is the job's, the error has a traceback, or the mended job does not go on."""
+    result = _run_with_reward(tmp_path, "fails", BROKEN="1")
+    assert result.returncode == cli.BAD_INPUT, result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: iteration 1 run 1 step 2: config.rewards.sentiment.source 'users_rewards:fails': ")
+    assert "raised SystemExit: 0" in line
+    assert "of split 'prompts'" in line
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run" / "front.csv").exists()
+    result = _run_with_reward(tmp_path, "fails")
+    assert result.returncode == 0, result.stderr
+    assert len((tmp_path / "run" / "iteration_1" / "run_1" / "metrics.jsonl").read_text().splitlines()) == 4
+    assert _rows(tmp_path / "run")[-1]["gold_reward"] == "nan"
+
+
+def test_a_reward_function_that_hangs_ends_the_job(tmp_path):
+    """Fails when the job waits for the function or for a thread that it started, or something is written before."""
+    result = _run_with_reward(tmp_path, "hangs")
+    assert result.returncode == cli.BAD_INPUT, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "users_rewards:hangs': no result after 2.0 seconds" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_geometry_is_per_layer(tiny_run):
     """Fails when the runs share their prompt order (angle 0), or the units are tensors."""
     _, workdir, _ = tiny_run

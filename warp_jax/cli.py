@@ -15,8 +15,13 @@ TRY_AGAIN = 75  # exit code: the input is valid, and the same command may work l
 
 def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
     """Print one line to stderr and exit with `code`."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print_error(message)
     sys.exit(code)
+
+
+def print_error(message: str) -> None:
+    """Print one line to stderr."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
 
 
 def versions() -> str:

@@ -7,6 +7,7 @@ workdir, it resumes. configs/default.py explains every setting.
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -17,6 +18,7 @@ from warp_jax.experiment import inputs, jobs, preparation, warp
 from warp_jax.experiment.workdir import claim
 from warp_jax.parallel import hosts, supervisor
 from warp_jax.settings import Settings, from_config
+from warp_jax.types import RewardError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all results; a job in an existing one is resumed.")
@@ -37,7 +39,9 @@ def check(settings: Settings, workdir: Path) -> Mapping[str, Corpus]:
 
     def read() -> Mapping[str, Corpus]:
         inputs.check(settings)
-        return preparation.load_corpora(settings)
+        corpora = preparation.load_corpora(settings)
+        inputs.try_rewards(settings, corpora)
+        return corpora
 
     corpora = hosts.all_or_none(read)
     claim(settings, workdir, corpora)
@@ -71,6 +75,8 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         settings = hosts.all_or_none(lambda: from_config(config.to_dict()))
         corpora = check(settings, workdir)
         part = jobs.choose_part(settings, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
+    except RewardError as error:
+        _end(error)
     except (ValueError, OSError, hosts.PeerError) as error:
         hosts.exit_if_peer_lost(error)
         cli.fail(str(error))
@@ -78,10 +84,18 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         line = jobs.run_part(settings, corpora, workdir, part)
         if line and hosts.is_first():
             print(line)
+    except RewardError as error:
+        _end(error)
     except (FloatingPointError, warp.JobError) as error:
         cli.fail(str(error))
     except (warp.BusyError, hosts.PeerError) as error:
         cli.fail(str(error), cli.TRY_AGAIN)
+
+
+def _end(error: RewardError) -> NoReturn:
+    """Print the error and end the process, even if a thread still runs in the user's function."""
+    cli.print_error(str(error))
+    hosts.exit_at_once(cli.BAD_INPUT)
 
 
 parse_flags = functools.partial(

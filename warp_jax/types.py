@@ -34,6 +34,17 @@ class Rollout(NamedTuple):
     per_token_logps: Array  # float32 [B, C], nats, of the distribution sampled from; 0 where masked
 
 
+class RewardError(ValueError):
+    """A reward function failed, or did not return one finite number for each completion: one line.
+
+    In a multi-host job every process raises it. index: of the completion in the batch, if it is known.
+    """
+
+    def __init__(self, message: str, index: int | None = None) -> None:
+        super().__init__(message)
+        self.index = index
+
+
 class Rewards(NamedTuple):
     """Rewards of B completions."""
 

@@ -12,7 +12,7 @@ from warp_jax.evaluation import measure
 from warp_jax.parallel import meshes
 from warp_jax.rewards import reward_functions
 from warp_jax.training import sampling, scoring
-from warp_jax.types import PromptBatch, Rewards, Rollout
+from warp_jax.types import PromptBatch, RewardError, Rewards, Rollout
 
 # a model of order 1: a table gives the logits of the next token from the last one
 VOCABULARY, STOP, LENGTH = 3, 2, 3
@@ -74,6 +74,18 @@ def test_stored_evaluations_are_not_made_again(tmp_path):
     assert made == [2.0, 3.0]
     assert told == [("a", 2.0), ("b", 3.0)]
     assert store.missing(["a", "c"]) == ["c"]
+
+
+def test_a_reward_that_fails_names_the_evaluation(tmp_path):
+    """Fails when the name is missing in the error, or a failed evaluation is saved."""
+
+    def evaluate(params):
+        raise RewardError("f: returned nan")
+
+    store = measure.EvaluationStore(tmp_path, evaluate, lambda *args: None)
+    with pytest.raises(RewardError, match=r"^evaluation sft: f: returned nan$"):
+        store.get("sft", lambda: 2.0)
+    assert store.missing(["sft"]) == ["sft"]
 
 
 def _sampler(apply_fn):

@@ -117,12 +117,20 @@ def test_bad_input_of_one_process_stops_all(tmp_path):
 TWO = """
 import pathlib, sys
 from warp_jax.parallel import hosts
+from warp_jax.rewards.text_reward import TextReward
+from warp_jax.types import RewardError
 number, folder = int(sys.argv[2]), pathlib.Path(sys.argv[3])
 hosts.initialize(f"localhost:{sys.argv[1]}", 2, number)
 asked = []
 judge = hosts.computed_on_first_process(lambda texts: asked.append(texts) or [number + 1.5] * len(texts))
 assert judge(["a", "b"]).tolist() == [1.5, 1.5]
 assert len(asked) == (number == 0)
+try:
+    TextReward(lambda *batch: [1.0], "f")(["a", "b"], ["c", "d"], [{}, {}])
+except RewardError as error:
+    assert ("process 0 of 2 failed" if number else "f: returned a list of shape (1,)") in str(error)
+else:
+    raise AssertionError
 if number:
     pathlib.Path.exists = None
 assert hosts.exists(folder) and not hosts.exists(folder / "nowhere")
@@ -137,7 +145,7 @@ except Exception as error:
 
 def test_what_two_processes_do_together(tmp_path):
     """Fails when both processes call a host function or look for a path (NFS caches a failed look-up), or an error in
-    one leaves the other waiting.
+    one, such as that of a reward function, leaves the other waiting.
     """
     port = str(_free_port())
     processes = [start([sys.executable, "-c", TWO, port, str(number), str(tmp_path)]) for number in (0, 1)]

@@ -20,7 +20,8 @@ from warp_jax.models.transformer import TransformerConfig, init_cache
 from warp_jax.parallel import meshes
 from warp_jax.rewards import reward_functions
 from warp_jax.storage import checkpoint
-from warp_jax.training import loop, optimizers, reinforce, sampling, scoring
+from warp_jax.training import loop, metric_writer, optimizers, reinforce, sampling, scoring
+from warp_jax.types import RewardError
 
 CONFIG = TransformerConfig(
     vocab_size=16, width=32, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4, mlp_dim=64, qk_norm=True
@@ -256,6 +257,28 @@ def test_stop_and_resume_is_the_unbroken_run_to_the_bit(tmp_path):
         _run(tmp_path / "b", num_steps=6, stop_after=3)
     resumed, metrics = _run(tmp_path / "b", num_steps=6)
     assert len(metrics) < 6
+    assert _distance(unbroken, resumed) == 0.0
+
+
+def test_a_reward_that_fails_loses_no_step(tmp_path, monkeypatch):
+    """Fails when the error does not say where it was raised, the steps since the last checkpoint are lost, or the state
+    is saved after its buffers are reused.
+    """
+    unbroken, _ = _run(tmp_path / "a", num_steps=6, checkpoint_every=4)
+    rewards = iter([REWARD, REWARD])
+
+    def reward(rollout):
+        for function in rewards:
+            return function(rollout)
+        raise RewardError("f: raised KeyError")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"{__name__}.REWARD", reward)
+        with pytest.raises(RewardError, match=r"^iteration 1 run 2 step 2: f: raised KeyError$"):
+            _run(tmp_path / "b", num_steps=6, checkpoint_every=4)
+    resumed, metrics = _run(tmp_path / "b", num_steps=6, checkpoint_every=4)
+    assert len(metrics) == 4
+    assert len(metric_writer.read_rows(tmp_path / "b" / "metrics.jsonl")) == 6
     assert _distance(unbroken, resumed) == 0.0
 
 

@@ -16,7 +16,7 @@ from warp_jax.data import batches
 from warp_jax.evaluation import statistics
 from warp_jax.parallel import hosts, meshes
 from warp_jax.training import sampling
-from warp_jax.types import Array, Params, PromptBatch, RewardFn, Rollout
+from warp_jax.types import Array, Params, PromptBatch, RewardError, RewardFn, Rollout
 
 
 class Evaluation(NamedTuple):
@@ -121,7 +121,10 @@ class EvaluationStore:
         path = self._path(name)
         if not hosts.exists(path):
             started = time.monotonic()
-            evaluation = self.evaluate(make_params())
+            try:
+                evaluation = self.evaluate(make_params())
+            except RewardError as error:
+                raise RewardError(f"evaluation {name}: {error}") from error
             hosts.on_first_process(lambda: _save(path, evaluation))
             self.on_new(name, evaluation, time.monotonic() - started)
             return evaluation

@@ -19,9 +19,9 @@ from warp_jax.models import apply, freezing
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.parallel import hosts
 from warp_jax.progress import JobProgress
-from warp_jax.rewards import from_folder, reward_functions
+from warp_jax.rewards import from_folder, reward_functions, text_reward
 from warp_jax.settings import Settings
-from warp_jax.settings.groups import RewardModel, Sft
+from warp_jax.settings.groups import Gold, RewardModel, RewardPart, Sft
 from warp_jax.storage import checkpoint
 from warp_jax.training import loop, optimizers, supervised
 from warp_jax.types import ApplyFn, Params, Rollout
@@ -103,7 +103,7 @@ class Maker:
         if not settings.source:
             return lambda prompts, completions, rows: np.full(len(completions), np.nan)
         if settings.source != "tfidf":
-            return self.text_fn(settings.source)
+            return self.text_fn("gold", settings)
         from warp_jax.rewards import tfidf  # noqa: PLC0415  scikit-learn is slow to import
 
         path = self.workdir / "gold" / "gold.json"
@@ -117,12 +117,18 @@ class Maker:
             tfidf.save(fitted, path)
 
         hosts.make_if_missing(path, make)
-        return tfidf.load(path).score
+        return text_reward.TextReward(tfidf.load(path).score, "config.gold.source 'tfidf'", settings.timeout)
+
+    def text_fn(self, group: str, part: RewardPart | Gold) -> reward_functions.TextFn:
+        """The reward on text of a group of the config: a Python function, or the reward model in a folder."""
+        if Path(part.source).is_dir():
+            return self._folder_fn(part.source)
+        return reward_functions.load_function(part.source, f"config.{group}.source", part.timeout)
 
     @functools.cached_property
-    def text_fn(self) -> Callable[[str], reward_functions.TextFn]:
-        """A reward on text by its source: a Python function, or the reward model in a folder, which is loaded once."""
-        return functools.cache(functools.partial(_load_text_fn, self.settings, self.mesh))
+    def _folder_fn(self) -> Callable[[str], reward_functions.TextFn]:
+        """The reward model in a folder, which is loaded once."""
+        return functools.cache(functools.partial(_load_folder, self.settings, self.mesh))
 
     def _train(self, name: str, settings: Sft | RewardModel, task: supervised.Task) -> Params:
         """Run a task, or restore its result; only the trained weights are saved, all weights are returned."""
@@ -166,9 +172,7 @@ class Maker:
         return texts, list(labels) * per_text
 
 
-def _load_text_fn(settings: Settings, mesh: Mesh, source: str) -> reward_functions.TextFn:
-    if not Path(source).is_dir():
-        return reward_functions.load_function(source)
+def _load_folder(settings: Settings, mesh: Mesh, source: str) -> reward_functions.TextFn:
     data = settings.data
     asks = functools.partial(asked, text_field=data.text_field, prompt_template=data.prompt_template)
     return from_folder.load(Path(source), mesh, settings.model.dtype, asks if data.chat else None)

@@ -1,16 +1,26 @@
 """Checks of everything that a config names, made before anything is written: data, rewards, models and the mesh."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from warp_jax.data import corpus
+import numpy as np
+
+from warp_jax.data import chat, corpus
+from warp_jax.data.corpus import Corpus
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.experiment import architecture
 from warp_jax.models import partitioning
 from warp_jax.models.apply import param_shapes
-from warp_jax.parallel import meshes
+from warp_jax.parallel import hosts, meshes
 from warp_jax.pretrained import hf_weights, sources
 from warp_jax.rewards import reward_functions
 from warp_jax.settings import Settings, check_devices
+from warp_jax.settings.groups import Gold, RewardPart
+from warp_jax.types import RewardError
+
+REWARDS, GOLDS = ("reward_model", "length"), ("tfidf", "")  # sources that are no folders and no functions
+COMPLETIONS = ("", " The answer is 1.", " Yes.\n\nNo, 1/2 \u00fc \\boxed{3}")  # made up; a fourth one is data
 
 
 def check(settings: Settings) -> None:
@@ -19,8 +29,8 @@ def check(settings: Settings) -> None:
     check_devices(settings, meshes.batch_devices(mesh))
     corpus.check_source(settings.data.source, settings.data.task)
     for name, part in settings.reward_parts.items():
-        _check_reward(f"rewards.{name}.source", part.source, ("reward_model", "length"), settings.data.chat)
-    _check_reward("gold.source", settings.gold.source, ("tfidf", ""), settings.data.chat)
+        _check_reward(f"rewards.{name}.source", part, REWARDS, settings.data.chat)
+    _check_reward("gold.source", settings.gold, GOLDS, settings.data.chat)
     policy = architecture.policy_config(settings.model, settings.vocab_size)
     shapes = [param_shapes(policy)]
     if settings.needs_reward_model:
@@ -31,8 +41,42 @@ def check(settings: Settings) -> None:
         hf_weights.check_weights(sources.find(settings.model.source), policy, shapes[0])
 
 
-def _check_reward(path: str, source: str, names: tuple[str, ...], use_chat: bool) -> None:
+def try_rewards(settings: Settings, corpora: Mapping[str, Corpus]) -> None:
+    """Call each Python function of the rewards on a few rows of its splits, with short completions, one of them empty.
+
+    Only process 0 does. Raises RewardError if a function fails.
+    """
+    parts = [(f"rewards.{name}", part.source, part.timeout) for name, part in settings.reward_parts.items()]
+    for group, source, timeout in [*parts, ("gold", settings.gold.source, settings.gold.timeout)]:
+        if source in REWARDS + GOLDS or Path(source).is_dir() or not hosts.is_first():
+            continue
+        function = reward_functions.load_function(source, f"config.{group}.source", timeout)
+        for split in ("eval",) if group == "gold" else ("prompts", "eval"):
+            texts, rows = corpora[split].texts, corpora[split].rows
+            numbers = [number % len(rows) for number in range(len(COMPLETIONS) + 1)]
+            some_rows = [rows[number] for number in numbers]
+            with reward_functions.naming_row(numbers, split):
+                function.local(*_samples(settings, [texts[number] for number in numbers], some_rows), some_rows)
+
+
+def _samples(settings: Settings, texts: list[str], rows: list[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Prompts of rows, about as a reward function will see them, and short completions."""
+    data, sampling = settings.data, settings.sampling
+    start, end = 4 * sampling.prompt_tokens, 4 * (sampling.prompt_tokens + sampling.max_new_tokens)  # characters
+    completions = [*COMPLETIONS, texts[-1][start:end]]
+    if not data.prompt_template and not data.chat:
+        return [text[:start] for text in texts], completions
+    prompts = [corpus.asked(row, data.text_field, data.prompt_template) for row in rows]
+    if data.chat:
+        tokenizer = Tokenizer.from_folder(sources.find(settings.model.source))
+        ids = tokenizer.encode_with_special([chat.prompt_text(tokenizer, prompt) for prompt in prompts])
+        prompts = [tokenizer.decode(row[None], np.ones((1, len(row)), bool))[0] for row in ids]
+    return prompts, completions
+
+
+def _check_reward(path: str, part: RewardPart | Gold, names: tuple[str, ...], use_chat: bool) -> None:
     """Raise ValueError unless the source is in `names`, a reward model's folder, or a function that can be loaded."""
+    source = part.source
     if source in names:
         return
     try:
@@ -42,9 +86,9 @@ def _check_reward(path: str, source: str, names: tuple[str, ...], use_chat: bool
             if use_chat and Tokenizer.from_folder(Path(source)).chat_template is None:
                 raise ValueError("it has no chat template, but with config.data.chat it must read conversations")
         else:
-            reward_functions.load_function(source)
+            reward_functions.load_function(source, timeout=part.timeout)
     except ValueError as error:
         want = ", ".join(map(repr, names))
-        raise ValueError(
+        raise RewardError(
             f"config.{path}: got {source!r}, want {want}, a reward model's folder or 'package.module:function': {error}"
         ) from error

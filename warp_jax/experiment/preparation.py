@@ -46,7 +46,7 @@ def prepare(
     gold_fn = maker.gold()
     sft_params = maker.sft(policy)
     learned = maker.reward_model(policy, sft_params) if settings.needs_reward_model else None
-    reward_fns = {name: make_reward_fn(maker, learned, corpora[name].rows) for name in prompts}
+    reward_fns = {name: make_reward_fn(maker, learned, corpora[name].rows, name) for name in prompts}
     trained, frozen = freezing.split(sft_params, settings.model.trainable)
     stop_ids, pad_id = tokenizer.stop_ids, tokenizer.pad_id
     programs = make_programs(settings, mesh, policy, trained=trained, frozen=frozen, stop_ids=stop_ids, pad_id=pad_id)
@@ -64,8 +64,8 @@ def prepare(
         mesh=mesh,
         sampler=programs.evaluation_sampler,
         kl_to_sft=programs.kl_to_sft,
-        reward_fn=reward_fns["eval"],
-        gold_fn=reward_functions.make_from_text(gold_fn, tokenizer, corpora["eval"].rows),
+        reward_fn=reward_functions.make_finite(reward_fns["eval"], tokenizer, "eval"),
+        gold_fn=reward_functions.make_from_text(gold_fn, tokenizer, corpora["eval"].rows, "eval"),
         sft_params=trained,
         frozen_params=frozen,
         eval_prompts=batches.take(
@@ -171,13 +171,13 @@ def _encode_chats(tokenizer: Tokenizer, values: Sequence[Any], places: Sequence[
 
 
 def make_reward_fn(
-    maker: Maker, learned: Callable[[Rollout], Any] | None, rows: Sequence[Mapping[str, Any]]
+    maker: Maker, learned: Callable[[Rollout], Any] | None, rows: Sequence[Mapping[str, Any]], split: str
 ) -> RewardFn:
     """The weighted sum of the parts of the reward; learned: the reward model trained here, if one is needed."""
     used, on_device = maker.settings.reward_parts, {"length": reward_functions.length, "reward_model": learned}
     parts = {
         name: on_device.get(part.source)
-        or reward_functions.make_from_text(maker.text_fn(part.source), maker.tokenizer, rows)
+        or reward_functions.make_from_text(maker.text_fn(f"rewards.{name}", part), maker.tokenizer, rows, split)
         for name, part in used.items()
     }
     return reward_functions.weighted_sum({name: part.weight for name, part in used.items()}, parts)

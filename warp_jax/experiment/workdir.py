@@ -1,6 +1,7 @@
 """A workdir: the config that it belongs to, and fingerprints of the models and rows that were used in it."""
 
 import functools
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,8 @@ CONFIG = "config.json"
 FINGERPRINTS = "models.json"
 DATA = "data.json"
 LOCK = "lock"  # held while a job claims the workdir, or makes the inputs that all runs share
-MAY_CHANGE = ("report.", "front.", "mesh ")  # settings that may change on resume; another mesh changes rounding only
+# settings that may change on resume; another mesh changes rounding only
+MAY_CHANGE = re.compile(r"report\.|front\.|mesh |(gold|rewards\.[^ ]+)\.timeout ")
 
 
 def claim(settings: Settings, workdir: Path, corpora: Mapping[str, corpus.Corpus]) -> None:
@@ -84,7 +86,7 @@ def _check_owner(settings: Settings, workdir: Path) -> None:
     if CONFIG in found:
         before = from_config(files.read_json(workdir / CONFIG)).as_json()  # with settings that it was made without
         changed = sorted(_differences(before, settings.as_json()))
-        refused = [line for line in changed if not line.startswith(MAY_CHANGE)]
+        refused = [line for line in changed if not MAY_CHANGE.match(line)]
         if refused:
             raise ValueError(
                 f"workdir {workdir} was made by another config: {'; '.join(refused)}; choose another --workdir"

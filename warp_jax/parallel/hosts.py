@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -104,18 +104,24 @@ def fetch(tree: Any) -> Any:
 def computed_on_first_process(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     """Wrap a function so that only process 0 calls it and all processes get its result.
 
-    For functions that may return different values in each process, such as a judge behind an API. The result is
-    float32 [N], with N the length of the first argument; another shape raises ValueError.
+    For functions that may return different values in each process, such as a judge behind an API. It must return
+    float32 [N], with N the length of the first argument. If it fails, its error is raised in process 0, and PeerError
+    in the others.
     """
 
     def call(first: Any, *rest: Any) -> np.ndarray:
-        values = np.zeros(len(first), np.float32)
+        values, failure = np.zeros(len(first), np.float32), None
         if is_first():
-            result = np.asarray(function(first, *rest), np.float32)
-            if result.shape != values.shape:
-                raise ValueError(f"function: returned shape {result.shape}, want {values.shape}, one number each")
-            values = result
-        return np.asarray(multihost_utils.broadcast_one_to_all(values))
+            try:
+                values = np.asarray(function(first, *rest), np.float32)
+            except Exception as error:
+                failure = error
+        values, failed = multihost_utils.broadcast_one_to_all((values, np.array(failure is not None)))
+        if failure is not None:
+            raise failure
+        if failed:
+            raise PeerError(f"process 0 of {jax.process_count()} failed; its output has the reason")
+        return np.asarray(values)
 
     return call
 
@@ -138,7 +144,7 @@ def exit_if_peer_lost(error: BaseException) -> None:
     reason = " ".join(str(error).split())[:200]
     process = f"process {jax.process_index()} of {jax.process_count()}"
     print(f"error: {process} lost the others: {RESTART_HINT} ({reason})", file=sys.stderr)
-    _exit_at_once(cli.TRY_AGAIN)
+    exit_at_once(cli.TRY_AGAIN)
 
 
 def exit_if_multihost(error: BaseException) -> None:
@@ -150,15 +156,16 @@ def exit_if_multihost(error: BaseException) -> None:
     if jax.process_count() == 1:
         return
     if isinstance(error, SystemExit):  # its message is printed already
-        _exit_at_once(int(error.code or 0))
+        exit_at_once(int(error.code or 0))
     traceback.print_exception(error)
-    _exit_at_once(1)
+    exit_at_once(1)
 
 
-def _exit_at_once(code: int) -> None:
+def exit_at_once(code: int) -> NoReturn:
+    """End this process without waiting for its threads or for other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if is_first():
+    if jax.process_count() > 1 and is_first():
         time.sleep(1)  # let the others exit for the same reason first: JAX aborts them when process 0 is gone
     os._exit(code)
 

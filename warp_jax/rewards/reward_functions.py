@@ -3,8 +3,8 @@
 A part is a learned reward model on the device, a Python function of decoded text, or the length of the completion.
 """
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +13,8 @@ import numpy as np
 
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.parallel import hosts
-from warp_jax.settings.legacy import MOVED
-from warp_jax.types import ApplyFn, Array, Params, RewardFn, Rewards, Rollout
-
-# (prompts, completions, rows of the data source) -> one number for each completion
-TextFn = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Any]
+from warp_jax.rewards.text_reward import TextFn, checked, load_function, located  # noqa: F401
+from warp_jax.types import ApplyFn, Array, Params, RewardError, RewardFn, Rewards, Rollout
 
 
 def sequence_scores(
@@ -47,18 +44,52 @@ def make_learned(apply_fn: ApplyFn, params: Params) -> Callable[[Rollout], Array
 
 
 def make_from_text(
-    function: TextFn, tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]]
+    function: TextFn, tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]], split: str = ""
 ) -> Callable[[Rollout], np.ndarray]:
-    """Make a reward that calls a Python function of decoded text; rows[example_id] is the row of a prompt."""
+    """Make a reward that calls a function of decoded text; rows[example_id] is the row of a prompt.
+
+    split: name of the rows' split, for errors.
+    """
 
     def score(rollout: Rollout) -> np.ndarray:
         host = hosts.fetch(rollout)
-        prompts, completions = tokenizer.decode_answers(
-            host.prompt_ids, host.prompt_mask, host.completion_ids, host.completion_mask
-        )
-        return np.asarray(function(prompts, completions, [rows[i] for i in host.example_ids]), np.float32)
+        with naming_row(host.example_ids, split):
+            return np.asarray(function(*_texts(tokenizer, host), [rows[i] for i in host.example_ids]), np.float32)
 
     return score
+
+
+def make_finite(reward_fn: RewardFn, tokenizer: Tokenizer, split: str) -> RewardFn:
+    """Make a RewardFn that raises RewardError where reward_fn returns nan or inf. It waits for the device."""
+
+    def reward(rollout: Rollout) -> Rewards:
+        host, rewards = hosts.fetch((rollout, reward_fn(rollout)))
+        named = {f"config.rewards.{name}": values for name, values in rewards.parts.items()}
+        for name, values in {**named, "sum of all rewards": rewards.total}.items():
+            with naming_row(host.example_ids, split):
+                try:
+                    checked(values, len(values))
+                except RewardError as error:
+                    raise located(error, name, *_texts(tokenizer, host)) from error
+        return rewards
+
+    return reward
+
+
+@contextlib.contextmanager
+def naming_row(example_ids: Sequence[int], split: str) -> Iterator[None]:
+    """Add the row of a completion to a RewardError that has its index."""
+    try:
+        yield
+    except RewardError as error:
+        if error.index is None:
+            raise
+        raise RewardError(f"{error}, row {example_ids[error.index]} of split {split!r}") from error
+
+
+def _texts(tokenizer: Tokenizer, host: Any) -> tuple[list[str], list[str]]:
+    """Prompts and completions of a rollout of numpy arrays."""
+    return tokenizer.decode_answers(host.prompt_ids, host.prompt_mask, host.completion_ids, host.completion_mask)
 
 
 def length(rollout: Rollout) -> Array:
@@ -75,15 +106,3 @@ def weighted_sum(weights: Mapping[str, float], parts: Mapping[str, Callable[[Rol
         return Rewards(jnp.asarray(total, jnp.float32), scores)
 
     return reward
-
-
-def load_function(source: str) -> TextFn:
-    """Import the Python function 'package.module:name'. In a multi-host job, only process 0 calls it."""
-    module_name, _, name = source.partition(":")
-    try:
-        function = getattr(importlib.import_module(MOVED.get(module_name, module_name)), name)
-    except Exception as error:  # a module of the user's can raise anything
-        raise ValueError(f"rewards: cannot load {source!r}: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise ValueError(f"rewards: {source!r} is not a function")
-    return hosts.computed_on_first_process(function)

@@ -20,6 +20,7 @@ Moment = Annotated[float, Field(ge=0, lt=1)]  # decay of one of Adam's moving av
 LearningRate = Annotated[float, Field(gt=0, le=100)]
 Temperature = Annotated[float, Field(ge=0.001, le=100)]
 Eta = Annotated[float, Field(ge=0, le=100)]
+Seconds = Annotated[float, Field(gt=0, le=10**9)]
 Lax = Field(strict=False)  # lists count as tuples, because JSON has no tuples
 
 
@@ -176,6 +177,7 @@ class RewardPart(Group):
 
     source: str
     weight: float
+    timeout: Seconds = 600.0  # missing in older workdirs
 
 
 class Gold(Group):
@@ -184,6 +186,7 @@ class Gold(Group):
     source: str
     max_terms: Count
     fragments_per_text: Count
+    timeout: Seconds = 600.0  # missing in older workdirs
 
 
 class Sampling(Group):

@@ -13,7 +13,7 @@ from warp_jax.models import partitioning
 from warp_jax.parallel import hosts, meshes
 from warp_jax.storage import checkpoint
 from warp_jax.training.metric_writer import open_metrics
-from warp_jax.types import Params
+from warp_jax.types import Params, RewardError
 
 State = TypeVar("State")
 Metrics = Mapping[str, Any]
@@ -63,6 +63,7 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
 
     Raises:
         FloatingPointError: a metric is not finite.
+        RewardError: from step_fn; the state before this step is saved.
     """
     directory, on_step = schedule.directory, schedule.on_step
     store = checkpoint.StateStore(directory / "state")
@@ -78,7 +79,13 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
         pending: Metrics = {}
         try:
             for step in range(start, schedule.num_steps):
-                state, metrics = step_fn(state, step)
+                try:
+                    state, metrics = step_fn(state, step)
+                except RewardError:  # raised before the state is updated: save it, so that no step is lost
+                    if pending:
+                        _log(write, step - 1, pending, on_step)
+                        store.save(step, state)
+                    raise
                 if pending:
                     _log(write, step - 1, pending, on_step)
                 pending = metrics
@@ -91,7 +98,7 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
                 if is_saved:
                     store.save(done, state)
         except Exception as error:
-            if not isinstance(error, FloatingPointError):  # that one every process raises, so none waits for another
+            if not isinstance(error, FloatingPointError | RewardError):  # raised in every process: none waits
                 hosts.exit_if_multihost(error)  # before closing the store, which would wait for the others
             raise
     return state

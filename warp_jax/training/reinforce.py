@@ -15,7 +15,7 @@ from warp_jax.data import batches
 from warp_jax.parallel import meshes
 from warp_jax.settings.groups import Rl
 from warp_jax.training import loop, objective, sampling
-from warp_jax.types import Array, Params, PromptBatch, RewardFn, Rollout, TrainState
+from warp_jax.types import Array, Params, PromptBatch, RewardError, RewardFn, Rollout, TrainState
 
 ScoreFn = Callable[[Params, Rollout], Array]  # params of the whole model -> log-probability of each token [B, C], nats
 
@@ -135,7 +135,10 @@ def run_policy(trainer: Trainer, init_params: Params, *, iteration: int, run: in
         batch = batches.take(trainer.train_prompts, np.repeat(rows, group_size))
         key = jax.random.fold_in(run_key, step)
         rollout = trainer.sampler(trees.join(state.params, frozen), meshes.put_batch(mesh, batch), key)
-        rewards = trainer.reward_fn(rollout)
+        try:
+            rewards = trainer.reward_fn(rollout)
+        except RewardError as error:
+            raise RewardError(f"{stream} step {step}: {error}") from error
         state, metrics = trainer.programs.update(state, frozen, rollout, meshes.put_batch(mesh, rewards.total))
         parts = {f"reward/{name}": jnp.mean(values) for name, values in rewards.parts.items()}
         return state, {**metrics, **parts}

@@ -1,0 +1,73 @@
+"""Reward functions are called on a few rows before a job starts."""
+
+import types
+
+import pytest
+
+from tests.settings_of import settings_of
+from warp_jax.experiment import inputs
+from warp_jax.types import RewardError
+
+MODULE = """
+seen = []
+
+def good(*batch):
+    seen.append(batch)
+    return [1.0] * len(batch[0])
+
+def no_empty(prompts, completions, rows):
+    return [len(text) / text.count(text[0]) for text in completions]
+
+def eval_rows(prompts, completions, rows):
+    return [float(row["label"]) for row in rows]
+"""
+
+
+@pytest.fixture
+def functions(tmp_path, monkeypatch):
+    (tmp_path / "users_rewards.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    import users_rewards
+
+    users_rewards.seen.clear()
+    return users_rewards
+
+
+def _corpora():
+    prompts = [{"text": f"prompt {i} of a text {'word ' * 20}", "label": i} for i in range(3)]
+    held_out = [{"text": f"held out {i} of a text {'word ' * 20}", "label": None} for i in range(9)]
+    splits = {"prompts": prompts, "eval": held_out}
+    return {name: types.SimpleNamespace(texts=[r["text"] for r in rows], rows=rows) for name, rows in splits.items()}
+
+
+def _try(**sources):
+    changes = {name.replace("_", "."): f"users_rewards:{function}" for name, function in sources.items()}
+    inputs.try_rewards(settings_of(changes), _corpora())
+
+
+def test_every_function_is_called_on_rows_of_its_splits(functions):
+    """Fails when the gold function or a split is left out, rows and prompts do not belong together, or no completion is
+    empty.
+    """
+    _try(rewards_sentiment_source="good", gold_source="good")
+    assert [batch[2][0]["text"][:8] for batch in functions.seen] == ["prompt 0", "held out", "held out"]
+    for prompts, completions, rows in functions.seen:
+        assert len(prompts) == len(completions) == len(rows) == 4
+        assert all(row["text"].startswith(prompt) for prompt, row in zip(prompts, rows, strict=True))
+        assert min(map(len, prompts)) > 8
+        assert completions[0] == ""
+        assert completions[3] in rows[3]["text"].removeprefix(prompts[3])
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ({"rewards_sentiment_source": "no_empty"}, "sentiment.source .*: raised IndexError.*row 0 of split 'prompts'"),
+        ({"rewards_sentiment_source": "eval_rows"}, "sentiment.source .*: raised TypeError.*row 0 of split 'eval'"),
+        ({"gold_source": "eval_rows"}, "config.gold.source 'users_rewards:eval_rows': raised TypeError"),
+    ],
+)
+def test_a_function_that_fails_is_refused(functions, sources, message):
+    """Fails when it is called on rows of one split only, or never with an empty completion."""
+    with pytest.raises(RewardError, match=message):
+        _try(**sources)

@@ -1,0 +1,247 @@
+"""Python functions as rewards: every kind of failure is one RewardError that says what, for which row, and why."""
+
+import collections
+import decimal
+import fractions
+import re
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pandas
+import pytest
+import torch
+
+from tests.commands import run
+from warp_jax.rewards import reward_functions, text_reward, time_limit
+from warp_jax.rewards.text_reward import TextReward, checked
+from warp_jax.types import RewardError, Rewards, Rollout
+
+HUGE = 10**400
+
+
+class _Broken:
+    """A value of which nothing works."""
+
+    def __array__(self, *args, **kwargs):
+        raise RuntimeError("no array")
+
+    __repr__ = __array__
+
+
+async def _coroutine():
+    return [1.0, 2.0]
+
+
+GOOD = [
+    [0.5, -2],
+    (0.5, -2),
+    np.array([0.5, -2]),
+    np.array([0.5, -2], np.float16),
+    jnp.array([0.5, -2], jnp.bfloat16),
+    [jnp.float32(0.5), np.int8(-2)],
+    [np.array(0.5), torch.tensor(-2)],
+    torch.tensor([0.5, -2]),
+    pandas.Series([0.5, -2], index=[7, 3]),
+    [fractions.Fraction(1, 2), decimal.Decimal(-2)],
+    collections.deque([0.5, -2]),
+]
+
+
+@pytest.mark.parametrize("values", GOOD, ids=lambda values: type(values).__name__)
+def test_numbers_of_every_kind_are_accepted(values):
+    """Fails when only numpy's own types count as numbers (bfloat16 does not), or a sequence must be a list."""
+    found = checked(values, 2)
+    assert found.dtype == np.float32
+    assert found.tolist() == [0.5, -2]
+
+
+@pytest.mark.parametrize("values", [[True, False], np.array([True, False]), [np.True_, np.False_]], ids=str)
+def test_bools_count_as_one_and_zero(values):
+    """Fails when bools are refused: `answer == right` is the most common reward."""
+    assert checked(values, 2).tolist() == [1, 0]
+
+
+BAD = [
+    (None, "a NoneType, want", None),
+    (1.0, "a float, want one number per completion: shape (2,)", None),
+    ("12", "a str, want", None),
+    (b"12", "a bytes, want", None),
+    ({"a": 1, "b": 2}, "a dict, want", None),
+    ({1, 2}, "a set, want", None),
+    ((x for x in (1, 2)), "a generator, want", None),
+    (map(float, "12"), "a map, want", None),
+    (_coroutine(), "a coroutine, want", None),
+    (np.zeros((2, 1)), "a ndarray of shape (2, 1), want", None),
+    (jnp.zeros((1, 2)), "of shape (1, 2), want", None),
+    ([], "a list of shape (0,), want", None),
+    ([1.0], "a list of shape (1,), want", None),
+    ([1.0, 2.0, 3.0], "a list of shape (3,), want", None),
+    ([[1.0], [2.0]], "returned [1.0], want a finite number", 0),
+    ([1.0, [2.0, 3.0]], "returned [2.0, 3.0], want", 1),
+    ([1.0, "2.0"], "returned '2.0', want", 1),
+    (np.array(["1", "2"]), "'1'", 0),
+    ([1.0, None], "returned None, want", 1),
+    ([1.0, 2j], "returned 2j, want", 1),
+    (np.array([1, 2j]), "want a finite number", 0),
+    ([1.0, float("nan")], "returned nan, want", 1),
+    ([-np.inf, 0.0], "inf", 0),
+    (jnp.array([0.0, jnp.nan]), "nan", 1),
+    ([1.0, 1e39], "returned 1e+39, want a finite number (float32)", 1),
+    ([0, HUGE], "returned 1000", 1),
+    ([1.0, {}], "returned {}, want", 1),
+    ([0.0, np.datetime64("2024-01-01")], "2024-01-01", 1),
+]
+
+
+@pytest.mark.parametrize(("values", "message", "index"), BAD, ids=lambda value: str(value)[:20])
+def test_anything_else_is_refused(values, message, index):
+    """Fails when texts are read as numbers, a scalar is broadcast, float64 overflows to inf, or the index is lost."""
+    with pytest.raises(RewardError, match=re.escape(message)) as caught:
+        checked(values, 2)
+    assert caught.value.index == index
+
+
+def _raising(error):
+    def function(prompts, completions, rows):
+        if "bad" in "".join(completions):
+            raise error
+        return [0.0] * len(rows)
+
+    return function
+
+
+class _Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+FAILING = [
+    (_raising(KeyError("answer")), "raised KeyError: 'answer'"),
+    (_raising(SystemExit(0)), "raised SystemExit: 0"),
+    (_raising(KeyboardInterrupt()), "raised KeyboardInterrupt"),
+    (_raising(TimeoutError("of a judge")), "raised TimeoutError: of a judge"),
+    (_raising(ValueError("two\nlines")), "raised ValueError: two lines"),
+    (_raising(_Unprintable()), "_Unprintable"),
+    (_raising(RecursionError()), "raised RecursionError"),
+    (lambda *batch: [float("nan") if "bad" in text else 1.0 for text in batch[1]], "returned nan"),
+    (lambda *batch: [_Broken() if "bad" in text else 1.0 for text in batch[1]], "raised RuntimeError: no array"),
+]
+
+
+@pytest.mark.parametrize(("function", "message"), FAILING, ids=[message for _, message in FAILING])
+def test_a_failure_names_function_and_completion(function, message):
+    """Fails when exit calls or Ctrl-C of the function end the job, or the first row of a batch is blamed."""
+    reward = TextReward(function, "config.rewards.x.source 'm:f'", 60.0)
+    prompts, completions = ["p", "q", "r"], ["good", "a\nbad " + "x" * 200, "good"]
+    assert reward(prompts, ["good"] * 3, [{}] * 3).tolist() in ([0, 0, 0], [1, 1, 1])
+    with pytest.raises(RewardError) as caught:
+        reward(prompts, completions, [{}] * 3)
+    text = str(caught.value)
+    assert text.startswith("config.rewards.x.source 'm:f': ")
+    assert message in text
+    assert "\n" not in text
+    assert len(text) < 500
+    if "Broken" not in repr(function):
+        assert "; prompt 'q', completion 'a\\nbad xxx" in text or "; first prompt 'p'" in text
+
+
+def test_the_place_in_the_users_file_is_named():
+    """Fails when the line of a traceback that nobody sees is lost."""
+    with pytest.raises(RewardError, match=r"raised TypeError: .*arguments? but 3 were given; prompt 'p'"):
+        TextReward(lambda: [1.0], "f")(["p"], ["c"], [{}])
+    with pytest.raises(RewardError, match=r"test_text_reward\.py line \d+\); prompt"):
+        TextReward(_raising(KeyError(3)), "f")(["p"], ["bad"], [{}])
+
+
+@pytest.mark.parametrize("hang", [lambda *batch: time.sleep(60), lambda *batch: sum(iter(lambda: 0, 1))])
+def test_a_function_that_hangs_is_left_behind(hang):
+    """Fails when the caller waits for it, or the next call queues behind it."""
+    started = time.monotonic()
+    with pytest.raises(RewardError, match=r"f: no result after 0.2 seconds.*; first prompt 'p', completion ''"):
+        TextReward(hang, "f", 0.2)(["p"], [""], [{}])
+    assert TextReward(lambda *batch: [2.0], "g", 5.0)(["p"], [""], [{}]).tolist() == [2.0]
+    assert time.monotonic() - started < 3
+
+
+HANG_IN_C = """
+import itertools, re, sys
+from warp_jax.rewards import time_limit
+time_limit.GRACE = 0.1
+time_limit.run(lambda: {action}, 0.1, "it's \\\\n late")
+"""
+
+
+@pytest.mark.parametrize("action", ["re.match('(a+)+$', 'a' * 99 + 'b')", "sum(itertools.repeat(1))"])
+def test_a_function_that_keeps_the_gil_ends_the_process(action):
+    """Fails when a regular expression that never ends hangs the job: no Python code can run, not even a signal's."""
+    result = run([sys.executable, "-c", HANG_IN_C.format(action=action)])
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: it's \\n late\n")
+
+
+def test_calls_run_in_one_thread_and_disarm_their_timers(monkeypatch):
+    """Fails when each call has a new thread (OpenMP would make its threads again), or the timers outlive a call."""
+    monkeypatch.setattr(time_limit, "GRACE", 0.05)
+    threads = [time_limit.run(text_reward.time_limit.threading.get_ident, 0.05, "").result() for _ in range(3)]
+    assert len(set(threads)) == 1
+    time.sleep(1.2)  # the second timer ends the process 1 second after the first
+
+
+MODULES = {
+    "syntax": ("def f(:", "SyntaxError"),
+    "missing": ("g = 1", "has no attribute 'f'"),
+    "value": ("f = 3", "is not a function"),
+    "raises": ("1 / 0", r"ZeroDivisionError: division by zero \(.*module_raises.py line 1\)"),
+    "exits": ("import sys; sys.exit(0)", "SystemExit: 0"),
+    "interrupts": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    "hangs": ("import time; time.sleep(60)", "not imported after 0.5 seconds"),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_that_cannot_be_loaded_is_one_line(name, tmp_path, monkeypatch):
+    """Fails when a module ends the job with its own exit code, or hangs it."""
+    source, message = MODULES[name]
+    (tmp_path / f"module_{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RewardError, match=message) as caught:
+        reward_functions.load_function(f"module_{name}:f", "config.gold.source", 0.5)
+    assert str(caught.value).startswith("config.gold.source")
+    assert "\n" not in str(caught.value)
+
+
+class _Texts:
+    """A tokenizer whose tokens are texts."""
+
+    def decode_answers(self, prompts, prompt_mask, completions, completion_mask):
+        return list(prompts), list(completions)
+
+
+def _rollout():
+    mask = np.ones((2, 1), bool)
+    return Rollout(["p", "q"], mask, np.array([31, 7]), ["good", "bad"], mask, np.zeros((2, 1), np.float32))
+
+
+def test_a_text_reward_names_the_row():
+    """Fails when the place in the batch is given as the row."""
+    rows = {31: {}, 7: {}}
+    failing = TextReward(_raising(ValueError("no")), "f")
+    with pytest.raises(RewardError, match="completion 'bad', row 7 of split 'eval'"):
+        reward_functions.make_from_text(failing, _Texts(), rows, "eval")(_rollout())
+    short = TextReward(lambda *batch: [1.0], "f")
+    with pytest.raises(RewardError, match="first prompt 'p', completion 'good', row 31 of split 'eval'"):
+        reward_functions.make_from_text(short, _Texts(), rows, "eval")(_rollout())
+
+
+@pytest.mark.parametrize(
+    ("total", "part", "name"), [(1.0, np.nan, "config.rewards.x"), (np.inf, 1e30, "sum of all rewards")]
+)
+def test_learned_rewards_are_finite_in_an_evaluation(total, part, name):
+    """Fails when nan of a reward model, or an overflow of the weighted sum, reaches front.csv."""
+
+    def reward_fn(rollout):
+        return Rewards(jnp.array([1.0, total], jnp.float32), {"x": jnp.array([0.5, part], jnp.float32)})
+
+    with pytest.raises(RewardError, match=f"{name}: returned .*; prompt 'q', completion 'bad', row 7 of split 'eval'"):
+        reward_functions.make_finite(reward_fn, _Texts(), "eval")(_rollout())

@@ -1,0 +1,98 @@
+"""A time limit for functions of the user, which may hang in any way.
+
+The function runs in a thread, and the caller waits for it. A function in C, such as a regular expression, may also keep
+Python's lock (the GIL) for ever: then no Python code runs any more, and timers of the C library end the process.
+"""
+
+import contextlib
+import ctypes
+import functools
+import queue
+import shlex
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any
+
+from warp_jax import cli
+
+GRACE = 5.0  # seconds after the limit until the process is ended, if the caller cannot act
+
+
+class _SigEvent(ctypes.Structure):
+    """struct sigevent of Linux, with which a timer calls a function in a thread of its own."""
+
+    _fields_ = (
+        ("value", ctypes.c_void_p),  # argument of the function
+        ("signal", ctypes.c_int),
+        ("notify", ctypes.c_int),  # SIGEV_THREAD = 2
+        ("function", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("padding", ctypes.c_char * 32),
+    )
+
+
+def run(action: Callable[[], Any], seconds: float | None, message: str) -> "futures.Future[Any]":
+    """Run action() in a daemon thread that all calls share; return its result, or the exception that it raised.
+
+    If the thread holds the GIL GRACE seconds after the limit, print the message as an error and exit with code 2
+    (only on systems that have timer_create, such as Linux). seconds None: no limit.
+
+    Raises:
+        TimeoutError: the limit is exceeded. The thread may still run, so the process should end by os._exit.
+    """
+    future: futures.Future[Any] = futures.Future()
+    _thread().put((action, future))
+    with _ended_by_timer(seconds, message):
+        futures.wait([future], seconds)
+    if not future.done():
+        _thread.cache_clear()
+        raise TimeoutError(message)
+    return future
+
+
+@functools.cache
+def _thread() -> "queue.SimpleQueue[tuple[Callable[[], Any], futures.Future[Any]]]":
+    calls: queue.SimpleQueue[tuple[Callable[[], Any], futures.Future[Any]]] = queue.SimpleQueue()
+
+    def serve() -> None:
+        while True:
+            action, future = calls.get()
+            try:
+                future.set_result(action())
+            except BaseException as error:  # exit calls too
+                future.set_exception(error)
+
+    threading.Thread(target=serve, name="rewards", daemon=True).start()
+    return calls
+
+
+@contextlib.contextmanager
+def _ended_by_timer(seconds: float | None, message: str) -> Iterator[None]:
+    """Arm two timers of the C library: one prints the message, one ends the process. They need no GIL."""
+    library: Any = ctypes.CDLL(None)
+    if seconds is None or not hasattr(library, "timer_create"):
+        yield
+        return
+    command = ctypes.create_string_buffer(
+        f"printf '%s\\n' {shlex.quote(f'error: {message}')} >&2".encode(errors="replace")
+    )
+    timers = [
+        _start_timer(library, seconds + GRACE, library.system, ctypes.addressof(command)),
+        _start_timer(library, seconds + GRACE + 1, library._exit, cli.BAD_INPUT),
+    ]
+    try:
+        yield
+    finally:
+        for timer in timers:
+            library.timer_delete(timer)
+
+
+def _start_timer(library: Any, seconds: float, function: Any, value: int) -> ctypes.c_void_p:
+    """After `seconds`, call function(value)."""
+    timer = ctypes.c_void_p()
+    event = _SigEvent(value=value, notify=2, function=ctypes.cast(function, ctypes.c_void_p).value)
+    library.timer_create(1, ctypes.byref(event), ctypes.byref(timer))  # 1: the monotonic clock
+    interval_and_start = (ctypes.c_long * 4)(0, 0, int(seconds), int(seconds % 1 * 1e9))  # seconds, nanoseconds
+    library.timer_settime(timer, 0, ctypes.byref(interval_and_start), None)
+    return timer
