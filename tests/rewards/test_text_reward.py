@@ -5,7 +5,9 @@ import decimal
 import fractions
 import re
 import sys
+import threading
 import time
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from tests.commands import run
-from warp_jax.rewards import reward_functions, text_reward, time_limit
+from warp_jax.rewards import from_folder, reward_functions, time_limit
 from warp_jax.rewards.text_reward import TextReward, checked
 from warp_jax.types import RewardError, Rewards, Rollout
 
@@ -165,6 +167,24 @@ def test_a_function_that_hangs_is_left_behind(hang):
     assert time.monotonic() - started < 3
 
 
+def test_a_call_that_ends_too_late_is_refused():
+    """Fails when a long regular expression passes, because nothing could run while it kept the GIL."""
+    with pytest.raises(TimeoutError):
+        time_limit.run(lambda: sum(range(10**7)), 0.01, "")
+
+
+def test_a_function_may_change_its_arguments():
+    """Fails when the error is made from lists that the function has emptied."""
+
+    def function(*batch):
+        for texts in batch:
+            texts.clear()
+        raise KeyError
+
+    with pytest.raises(RewardError, match=r"raised KeyError.*; prompt 'p', completion 'c'"):
+        TextReward(function, "f")(["p"], ["c"], [{}])
+
+
 HANG_IN_C = """
 import itertools, re, sys
 from warp_jax.rewards import time_limit
@@ -183,7 +203,7 @@ def test_a_function_that_keeps_the_gil_ends_the_process(action):
 def test_calls_run_in_one_thread_and_disarm_their_timers(monkeypatch):
     """Fails when each call has a new thread (OpenMP would make its threads again), or the timers outlive a call."""
     monkeypatch.setattr(time_limit, "GRACE", 0.05)
-    threads = [time_limit.run(text_reward.time_limit.threading.get_ident, 0.05, "").result() for _ in range(3)]
+    threads = [time_limit.run(threading.get_ident, 0.05, "").result() for _ in range(3)]
     assert len(set(threads)) == 1
     time.sleep(1.2)  # the second timer ends the process 1 second after the first
 
@@ -232,6 +252,17 @@ def test_a_text_reward_names_the_row():
     short = TextReward(lambda *batch: [1.0], "f")
     with pytest.raises(RewardError, match="first prompt 'p', completion 'good', row 31 of split 'eval'"):
         reward_functions.make_from_text(short, _Texts(), rows, "eval")(_rollout())
+
+
+def test_a_conversation_that_a_reward_model_refuses_is_named():
+    """Fails when the error of a chat template ends a job with a traceback, or the first row of a batch is blamed."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}"
+    )
+    tokenizer = types.SimpleNamespace(chat_template=template, special_tokens={})
+    with pytest.raises(RewardError, match="no tools; completion 'b'") as caught:
+        from_folder.answered(tokenizer, ["hello", [{"role": "tool", "content": "3"}]], ["a", "b"])
+    assert caught.value.index == 1
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,8 @@ BAD = [  # path, value, what the message says
     ("rl", 3, "config.rl: got 3, want a group of settings"),
     ("warp.ema_rat", 0.1, "config.warp.ema_rat: no such setting; did you mean ema_rate?"),
     ("modle", {}, "config.modle: no such setting; did you mean model?"),
+    ("rewards.sentiment.timeout", 0.0, "config.rewards.sentiment.timeout: got 0.0, want greater than 0"),
+    ("gold.timeout", INF, "config.gold.timeout: got inf"),
     ("rewards.sentiment.wieght", 1.0, "config.rewards.sentiment.wieght: no such setting; did you mean weight?"),
     ("model.architecture.widht", 8, "config.model.architecture.widht: no such setting; did you mean width?"),
     ("model.architecture.rope_scaling.factr", 8, "did you mean factor?"),

@@ -17,6 +17,8 @@ from warp_jax.models.apply import make_apply_fn, param_shapes
 from warp_jax.parallel import hosts, meshes
 from warp_jax.pretrained import hf_config, hf_weights, sources
 from warp_jax.rewards import reward_functions
+from warp_jax.rewards.text_reward import cut
+from warp_jax.types import RewardError
 
 LENGTH_STEP = 64  # tokens; texts are padded to a multiple of it, so that few shapes are compiled
 
@@ -42,8 +44,7 @@ def load(
             texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
             token_rows = tokenizer.encode_with_bos(texts)
         else:
-            conversations = map(conversation_of, rows)
-            texts = [_answered(tokenizer, *pair) for pair in zip(conversations, completions, strict=True)]
+            texts = answered(tokenizer, list(map(conversation_of, rows)), completions)
             token_rows = tokenizer.encode_with_special(texts)
         longest = max(map(len, token_rows))
         filled = token_rows + token_rows[:1] * (-len(texts) % devices)
@@ -60,7 +61,16 @@ def _pad_id(folder: Path) -> int | None:
     return (content.get("text_config") or content).get("pad_token_id")
 
 
-def _answered(tokenizer: Tokenizer, conversation: Any, completion: str) -> str:
-    """Render a conversation with the completion as its last turn in the reward model's chat template."""
-    messages = [*chat.as_messages(conversation), {"role": "assistant", "content": completion}]
-    return chat.render(tokenizer, messages, add_generation_prompt=False)
+def answered(tokenizer: Tokenizer, conversations: Sequence[Any], completions: Sequence[str]) -> list[str]:
+    """Render conversations with a completion as last turn in the reward model's chat template.
+
+    Raises RewardError if the template refuses one.
+    """
+    texts = []
+    for number, (conversation, completion) in enumerate(zip(conversations, completions, strict=True)):
+        try:
+            messages = [*chat.as_messages(conversation), {"role": "assistant", "content": completion}]
+            texts.append(chat.render(tokenizer, messages, add_generation_prompt=False))
+        except ValueError as error:
+            raise RewardError(f"reward model: {error}; completion {cut(completion)}", number) from error
+    return texts

@@ -55,7 +55,7 @@ class TextReward:
 
     def _values(self, *batch: Sequence[Any]) -> np.ndarray:
         count = len(batch[0])
-        future = self._run(lambda: checked(self.function(*batch), count))
+        future = self._run(lambda: checked(self.function(*map(list, batch)), count))
         error = future.exception()
         if error is None:
             return future.result()

@@ -10,6 +10,7 @@ import functools
 import queue
 import shlex
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
@@ -43,12 +44,14 @@ def run(action: Callable[[], Any], seconds: float | None, message: str) -> "futu
     """
     future: futures.Future[Any] = futures.Future()
     _thread().put((action, future))
-    with _ended_by_timer(seconds, message):
+    started = time.monotonic()
+    with _ended_by_timers(seconds, message):
         futures.wait([future], seconds)
     if not future.done():
         _thread.cache_clear()
-        raise TimeoutError(message)
-    return future
+    elif seconds is None or time.monotonic() - started <= seconds:
+        return future
+    raise TimeoutError(message)
 
 
 @functools.cache
@@ -68,7 +71,7 @@ def _thread() -> "queue.SimpleQueue[tuple[Callable[[], Any], futures.Future[Any]
 
 
 @contextlib.contextmanager
-def _ended_by_timer(seconds: float | None, message: str) -> Iterator[None]:
+def _ended_by_timers(seconds: float | None, message: str) -> Iterator[None]:
     """Arm two timers of the C library: one prints the message, one ends the process. They need no GIL."""
     library: Any = ctypes.CDLL(None)
     if seconds is None or not hasattr(library, "timer_create"):
@@ -77,22 +80,24 @@ def _ended_by_timer(seconds: float | None, message: str) -> Iterator[None]:
     command = ctypes.create_string_buffer(
         f"printf '%s\\n' {shlex.quote(f'error: {message}')} >&2".encode(errors="replace")
     )
-    timers = [
-        _start_timer(library, seconds + GRACE, library.system, ctypes.addressof(command)),
-        _start_timer(library, seconds + GRACE + 1, library._exit, cli.BAD_INPUT),
-    ]
-    try:
+    with (
+        _timer(library, seconds + GRACE, library.system, ctypes.addressof(command)),
+        _timer(library, seconds + GRACE + 1, library._exit, cli.BAD_INPUT),
+    ):
         yield
-    finally:
-        for timer in timers:
-            library.timer_delete(timer)
 
 
-def _start_timer(library: Any, seconds: float, function: Any, value: int) -> ctypes.c_void_p:
-    """After `seconds`, call function(value)."""
+@contextlib.contextmanager
+def _timer(library: Any, seconds: float, function: Any, value: int) -> Iterator[None]:
+    """Call function(value) after `seconds`, unless the block has ended by then, or the system has no more timers."""
     timer = ctypes.c_void_p()
     event = _SigEvent(value=value, notify=2, function=ctypes.cast(function, ctypes.c_void_p).value)
-    library.timer_create(1, ctypes.byref(event), ctypes.byref(timer))  # 1: the monotonic clock
-    interval_and_start = (ctypes.c_long * 4)(0, 0, int(seconds), int(seconds % 1 * 1e9))  # seconds, nanoseconds
-    library.timer_settime(timer, 0, ctypes.byref(interval_and_start), None)
-    return timer
+    if library.timer_create(1, ctypes.byref(event), ctypes.byref(timer)):  # 1: the monotonic clock
+        yield
+        return
+    try:
+        interval_and_start = (ctypes.c_long * 4)(0, 0, int(seconds), int(seconds % 1 * 1e9))  # seconds, nanoseconds
+        library.timer_settime(timer, 0, ctypes.byref(interval_and_start), None)
+        yield
+    finally:
+        library.timer_delete(timer)
