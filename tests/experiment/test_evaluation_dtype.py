@@ -13,7 +13,6 @@ from warp_jax.parallel import meshes
 from warp_jax.settings import from_config
 from warp_jax.types import PromptBatch
 
-
 SETTINGS = settings_of()
 MESH = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
 
