@@ -97,7 +97,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("values", "message", "index"), BAD, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(
+    ("values", "message", "index"), BAD, ids=[f"{number} {case[1]}" for number, case in enumerate(BAD)]
+)
 def test_anything_else_is_refused(values, message, index):
     """Fails when texts are read as numbers, a scalar is broadcast, float64 overflows to inf, or the index is lost."""
     with pytest.raises(RewardError, match=re.escape(message)) as caught:

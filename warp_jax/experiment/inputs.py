@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from warp_jax.data import chat, corpus
+from warp_jax.data import chat, corpus, fields
 from warp_jax.data.corpus import Corpus
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.experiment import architecture
@@ -66,7 +66,7 @@ def _samples(settings: Settings, texts: list[str], rows: list[Mapping[str, Any]]
     completions = [*COMPLETIONS, texts[-1][start:end]]
     if not data.prompt_template and not data.chat:
         return [text[:start] for text in texts], completions
-    prompts = [corpus.asked(row, data.text_field, data.prompt_template) for row in rows]
+    prompts = [fields.asked(row, data.text_field, data.prompt_template) for row in rows]
     if data.chat:
         tokenizer = Tokenizer.from_folder(sources.find(settings.model.source))
         ids = tokenizer.encode_with_special([chat.prompt_text(tokenizer, prompt) for prompt in prompts])
