@@ -28,6 +28,7 @@ from absl import flags
 from warp_jax import cli, files
 from warp_jax.benchmarks import harness
 from warp_jax.settings.legacy import upgrade
+from warp_jax.storage import model_files
 
 INSTALL = "lm-evaluation-harness is not installed: pip install 'warp_jax[evaluation]' (or 'lm_eval[hf,math]')"
 FOLDERS = flags.DEFINE_list("folders", [], "Model folders to evaluate, as NAME=FOLDER separated by commas.")
@@ -142,7 +143,7 @@ def _path(out: Path, name: str, task: str) -> Path:
 
 
 def _model(out: Path, name: str, folder: Path) -> Model:
-    fingerprint = files.fingerprint(folder)
+    fingerprint = model_files.fingerprint(folder)
     records = {task: harness.load_record(_path(out, name, task), _settings(), fingerprint) for task in TASKS.value}
     return Model(name, folder, fingerprint, records)
 

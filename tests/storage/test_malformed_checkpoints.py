@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 
 import hf_models
 import jax
@@ -10,11 +11,14 @@ import pytest
 from hf_models import IDS, MASK
 from safetensors.torch import load_file, save_file
 
+from warp_jax.merging.on_disk import Settings, merge_folders
 from warp_jax.models import partitioning
 from warp_jax.models.transformer import Transformer
 from warp_jax.parallel import meshes
 from warp_jax.pretrained import hf_weights
 from warp_jax.pretrained.hf_config import read_config
+from warp_jax.storage.model_files import INDEX
+from warp_jax.storage.weight_files import open_weights
 
 WEIGHTS = "model.safetensors"
 QUERY, KEY = (f"model.layers.1.self_attn.{x}_proj.weight" for x in "qk")
@@ -115,7 +119,7 @@ def test_untied_config_without_a_head(folder):
 def test_quantised_weights(folder):
     """Fails if integer codes are read as numbers."""
     change_weights(folder, lambda weights: weights.update({KEY: (10 * weights[KEY]).to(hf_models.torch.int8)}))
-    assert f"{folder / WEIGHTS}: tensor {KEY!r} is int8" in refusal(folder)
+    assert f"{folder / WEIGHTS}: tensor {KEY!r} (int8): quantised weights are not supported" in refusal(folder)
 
 
 @pytest.mark.parametrize("cut", [10, 20_000, 60_000])
@@ -213,3 +217,240 @@ def test_config_with_impossible_values(folder, changes):
     """Fails if a value of the wrong type or size is found by a traceback, or not at all."""
     message = refusal(hf_models.edit_config(folder, **changes))
     assert str(folder / "config.json") in message
+
+
+# ---------------------------------------------------------------- folders that no door accepts
+
+
+def header(folder, entries, data=b"", text=None):
+    """Write model.safetensors with this header (an object, or a text of its own) and data."""
+    text = json.dumps(entries).encode() if text is None else text
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def entry(dtype="F32", shape=(2,), data_offsets=(0, 8), **others):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(data_offsets), **others}
+
+
+def one(name="x", data=bytes(8), **fields):
+    """A file of one tensor whose entry has these fields."""
+    return lambda folder: header(folder, {name: {**entry(), **fields}}, data)
+
+
+def two(*offsets):
+    """A file of two tensors of 8 bytes each at these offsets."""
+    return lambda folder: header(folder, {str(i): entry(data_offsets=x) for i, x in enumerate(offsets)}, bytes(16))
+
+
+def raw(text):
+    return lambda folder: header(folder, None, bytes(8), text)
+
+
+def renamed(name):
+    """Another name for model.safetensors."""
+    return lambda folder: (folder / WEIGHTS).rename(folder / name)
+
+
+def replaced(name, content):
+    """A folder with this file: bytes, or what becomes JSON."""
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def added(**tensors):
+    return lambda folder: change_weights(folder, lambda weights: weights.update(tensors))
+
+
+def index(change):
+    """Two shards and an index, whose weight_map is changed in place by a function."""
+
+    def damage(folder):
+        weights = load_file(folder / WEIGHTS)
+        (folder / WEIGHTS).unlink()
+        shards = {name: f"{'b' if name == KEY else 'a'}.safetensors" for name in weights}
+        for shard in ("a.safetensors", "b.safetensors"):
+            save_file({name: x for name, x in weights.items() if shards[name] == shard}, folder / shard)
+        content = change({"metadata": {}, "weight_map": shards})
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        (folder / INDEX).write_bytes(content)
+
+    return damage
+
+
+def mapped(**changes):
+    """The index with other files for these tensors; None removes a tensor."""
+
+    def change(content):
+        weight_map = {**content["weight_map"], **changes}
+        return {**content, "weight_map": {name: file for name, file in weight_map.items() if file}}
+
+    return index(change)
+
+
+def twice(folder):
+    mapped()(folder)
+    weights = load_file(folder / "b.safetensors")
+    save_file({**load_file(folder / "a.safetensors"), **weights}, folder / "a.safetensors")
+
+
+def adapter(*names):
+    """Files of an adapter; `names` are removed."""
+
+    def damage(folder):
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 1}')
+        save_file({"x": hf_models.torch.ones(2)}, folder / "adapter_model.safetensors")
+        for name in names:
+            (folder / name).unlink()
+
+    return damage
+
+
+def orbax(metadata, place="."):
+    def damage(folder):
+        (folder / WEIGHTS).unlink()
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        text = metadata if isinstance(metadata, bytes) else json.dumps({"tree_metadata": metadata}).encode()
+        (folder / place / "_METADATA").write_bytes(text)
+
+    return damage
+
+
+def link(folder):
+    renamed("blob")(folder)
+    (folder / WEIGHTS).symlink_to("nowhere")
+
+
+def directory(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).mkdir()
+
+
+NESTED = b'{"a":' + b"[" * 100_000
+LEAF = {"('a',)": {"key_metadata": [{"key": "a", "key_type": 2}]}}
+STATE = {"(...)": {"key_metadata": [{"key": "opt_state", "key_type": 2}, {"key": "a", "key_type": 2}]}}
+ONES = hf_models.torch.ones(2, 2)
+MALFORMED = {
+    # the header
+    "seven bytes": (replaced(WEIGHTS, b"7 bytes"), "truncated or corrupted"),
+    "a header of 2^63 bytes": (replaced(WEIGHTS, bytes(7) + b"\x80" + bytes(64)), "truncated or corrupted"),
+    "a header that is a number": (raw(b"3       "), "corrupted safetensors header: got int, want a JSON object"),
+    "a header in latin-1": (raw(b'{"\xe9": 3}'), "corrupted safetensors header: it is not UTF-8"),
+    "a deep header": (raw(NESTED), "corrupted safetensors header: it is nested too deeply"),
+    "a deep __metadata__": (raw(b'{"__metadata__":' + NESTED), "nested too deeply"),
+    "a tensor twice": (raw(b'{"x": 1, "x": 2}'), "'x' is there twice"),
+    "a dtype twice": (raw(b'{"x": {"dtype": "F32", "dtype": "F16"}}'), "'dtype' is there twice"),
+    "an entry that is null": (lambda folder: header(folder, {"x": None}), "tensor 'x' has None, want dtype"),
+    "an entry without dtype": (lambda folder: header(folder, {"x": {"shape": []}}), "want dtype, shape and data_off"),
+    "a field too many": (one(strides=[1]), "want dtype, shape and data_offsets"),
+    "a shape of texts": (one(shape=["2"]), "want a name, whole numbers"),
+    "a shape of floats": (one(shape=[2.0]), "want a name, whole numbers"),
+    "a shape of booleans": (one(shape=[True, 2]), "want a name, whole numbers"),
+    "a negative shape": (one(shape=[-2]), "want a name, whole numbers"),
+    "a number as shape": (one(shape=2), "want a name, whole numbers"),
+    "negative offsets": (one(data_offsets=[-8, 0]), "two whole numbers"),
+    "three offsets": (one(data_offsets=[0, 8, 8]), "two whole numbers"),
+    "offsets that are texts": (one(data_offsets=["0", "8"]), "two whole numbers"),
+    "reversed offsets": (one(data_offsets=[8, 0]), r"has data_offsets \[8, 0\], want \[0, 8\]"),
+    "overlapping offsets": (two((0, 8), (4, 12)), r"has data_offsets \[4, 12\], want \[8, 16\]"),
+    "equal offsets": (two((0, 8), (0, 8)), r"has data_offsets \[0, 8\], want \[8, 16\]"),
+    "a gap": (two((0, 8), (12, 20)), r"has data_offsets \[12, 20\], want \[8, 16\]"),
+    "bytes missing": (one(data=bytes(7)), "truncated or corrupted: got"),
+    "bytes too many": (one(data=bytes(9)), "truncated or corrupted: got"),
+    "no tensors": (lambda folder: header(folder, {}), "contains no tensors"),
+    # dtypes
+    **{
+        f"dtype {x}": (one(dtype=x), f"dtype '{x}', which is not supported")
+        for x in ("F8_E8M0", "F4", "F6_E2M3", "C64")
+    },
+    "an unknown dtype": (one(dtype="X1"), "dtype 'X1', which is not supported"),
+    "a number as dtype": (one(dtype=32), "want a name, whole numbers"),
+    # the choice of files
+    "consolidated": (renamed("consolidated.safetensors"), "names of Mistral's own library"),
+    "a variant": (renamed("model.fp16.safetensors"), "model.fp16.safetensors is a variant; rename it"),
+    "a shard alone": (renamed("model-00001-of-00002.safetensors"), f"a part of a model without its {INDEX}"),
+    "an adapter's weights": (renamed("adapter_model.safetensors"), "a LoRA adapter without its adapter_config.json"),
+    "another name": (renamed("weights.safetensors"), "a file that transformers does not read"),
+    "a pickle": (renamed("pytorch_model.bin"), "pytorch_model.bin, a pickle"),
+    "a broken link": (link, "a folder or a broken link"),
+    "a folder as file": (directory, "a folder or a broken link"),
+    "an adapter beside a model": (adapter(), r"holds a whole model \(model.safetensors\) and a LoRA adapter"),
+    "an adapter": (
+        adapter(WEIGHTS),
+        "is a LoRA adapter, not a whole model; scripts/merge.py takes it|not supported, want",
+    ),
+    "a file of one's own choice": (
+        replaced("config.json", {"transformers_weights": "y.safetensors"}),
+        "'transformers_we",
+    ),
+    # the index
+    "an index of nothing": (index(lambda content: {"weight_map": {}}), "not an index"),
+    "an index that is a list": (index(lambda content: [content]), "not an index .*got list"),
+    "an index of numbers": (index(lambda content: {"weight_map": {KEY: 3}}), "not an index"),
+    "a deep index": (index(lambda content: NESTED), "not an index .*nested too deeply"),
+    "an index with a key twice": (index(lambda content: b'{"weight_map": {"a": "a", "a": "b"}}'), "'a' is there twice"),
+    "an absolute path": (mapped(**{KEY: "/etc/x.safetensors"}), "names the file '/etc/x.safetensors', want"),
+    "a path out of the folder": (mapped(**{KEY: "s/../../x.safetensors"}), "want .safetensors files inside the folder"),
+    "a pickle in the index": (mapped(**{KEY: "b.bin"}), "names the file 'b.bin', want .safetensors files"),
+    "a missing shard": (mapped(**{KEY: "c.safetensors"}), "c.safetensors is missing; model.safetensors.index"),
+    "a tensor that no file has": (mapped(extra="b.safetensors"), "b.safetensors: tensor 'extra' is missing"),
+    "a tensor that the index lacks": (mapped(**{QUERY: None}), f"tensor '{QUERY}': {INDEX} does not list it"),
+    "a tensor elsewhere": (
+        mapped(**{QUERY: "b.safetensors"}),
+        f"a.safetensors: tensor '{QUERY}': {INDEX} says that it is",
+    ),
+    "a tensor in two files": (twice, f"a.safetensors: tensor '{KEY}': {INDEX} says that it is in b.safetensors"),
+    # quantised weights
+    "FP8 with scales": (added(**{f"{KEY}_scale_inv": ONES}), "_scale_inv' .*quantised weights are not supported"),
+    "compressed tensors": (added(**{f"{KEY}_scale": ONES}), "_scale' .*quantised weights are not supported"),
+    "GPTQ": (added(**{"model.x.qweight": ONES.int()}), "qweight' .*quantised weights are not supported"),
+    "bitsandbytes": (added(**{f"{KEY}.quant_state.bitsandbytes__nf4": ONES}), "quantised weights are not supported"),
+    "packed codes": (added(**{KEY: ONES.to(hf_models.torch.uint8)}), "uint8.*quantised weights are not supported"),
+    "a quantised config": (
+        replaced("config.json", {"quantization_config": {"bits": 4}}),
+        "'quantization_config' is set",
+    ),
+    # config.json
+    "a config that is a list": (replaced("config.json", []), "config.json: not JSON of a model's settings: got list"),
+    "a deep config": (replaced("config.json", NESTED), "config.json: not JSON of a model's settings: it is nested"),
+    "a config in latin-1": (replaced("config.json", b'{"\xe9": 1}'), "config.json: not JSON .*not UTF-8"),
+    # Orbax
+    "a step folder": (orbax(LEAF, "100/default"), "is no checkpoint itself, but contains 1; give .*100/default"),
+    "a run": (
+        orbax(LEAF, "params"),
+        "is no checkpoint itself, but contains 1; give the folder of one, such as .*params",
+    ),
+    "a training state": (orbax(STATE), "it is a training state; give the folder of its parameters"),
+    "an array that is gone": (orbax(LEAF), "not an Orbax checkpoint of parameters: NOT_FOUND"),
+    "a deep _METADATA": (orbax(NESTED), "not an Orbax checkpoint of parameters: it is nested too deeply"),
+    "a _METADATA of another kind": (orbax(["a"]), "not an Orbax checkpoint of parameters"),
+    "an empty checkpoint": (orbax({}), "contains no tensors"),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A sound folder, its settings and the shapes of its parameters."""
+    folder = hf_models.make_folder("llama2", tmp_path_factory.mktemp("sound"))
+    config = read_config(folder)
+    return folder, config, jax.eval_shape(Transformer(config).init, jax.random.key(0), IDS, MASK)["params"]
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_no_door_accepts_a_malformed_folder(sound, tmp_path, kind):
+    """Fails when opening, merging or loading such a folder raises anything but one line that says where and why."""
+    good, config, shapes = sound
+    damage, message = MALFORMED[kind]
+    bad = shutil.copytree(good, tmp_path / "bad")
+    damage(bad)
+    doors = [
+        lambda: open_weights(bad),
+        lambda: merge_folders(good, [bad], tmp_path / "out", Settings()),
+        lambda: merge_folders(bad, [good], tmp_path / "out", Settings()),
+        lambda: hf_weights.check_weights(bad, config, shapes),
+    ]
+    for door in doors:
+        with pytest.raises(ValueError, match=message) as caught:
+            door()
+        assert str(caught.value).startswith(str(bad))
+        assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"bad"}

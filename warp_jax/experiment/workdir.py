@@ -12,6 +12,7 @@ from warp_jax.data import corpus
 from warp_jax.parallel import hosts
 from warp_jax.pretrained import sources
 from warp_jax.settings import Settings, from_config
+from warp_jax.storage import model_files
 
 CONFIG = "config.json"
 FINGERPRINTS = "models.json"
@@ -55,10 +56,10 @@ def check_models_unchanged(settings: Settings, workdir: Path) -> dict[str, str]:
     folders = {name: Path(name) for name in (*names, settings.gold.source) if name and Path(name).is_dir()}
     if settings.model.source:
         folders[settings.model.source] = sources.find(settings.model.source)
-    found, path = {name: files.fingerprint(folder) for name, folder in folders.items()}, workdir / FINGERPRINTS
+    found, path = {name: model_files.fingerprint(folder) for name, folder in folders.items()}, workdir / FINGERPRINTS
     before = files.read_json(path) if path.exists() else {}
     for source, fingerprint in found.items():
-        if before.get(source, fingerprint) != fingerprint:
+        if before.get(source, fingerprint) not in (fingerprint, _older_fingerprint(folders[source])):
             raise ValueError(
                 f"workdir {workdir} was made with other files of {source}, and its weights belong to them; "
                 "restore those files, or choose another --workdir"
@@ -77,6 +78,12 @@ def _check_rows_unchanged(source: str, corpora: Mapping[str, corpus.Corpus], wor
             "results belong to them; restore those rows, or choose another --workdir"
         )
     return found
+
+
+def _older_fingerprint(folder: Path) -> str:
+    """Fingerprint that earlier versions stored: of all files with these suffixes, whether or not they are in use."""
+    suffixes = (".json", ".jinja", ".model", ".safetensors", ".bin")
+    return files.fingerprint(folder, sorted(path.name for path in folder.iterdir() if path.suffix in suffixes))
 
 
 def _check_owner(settings: Settings, workdir: Path) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 from warp_jax import files, naming, trees
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.pretrained import hf_config
-from warp_jax.storage.weight_files import FLOATING, OUTPUT_DTYPES, SafetensorsWriter, Tensor, WeightFolder, open_weights
+from warp_jax.storage.safetensors_header import FLOATING, Tensor
+from warp_jax.storage.weight_files import OUTPUT_DTYPES, SafetensorsWriter, WeightFolder, open_weights
 from warp_jax.types import Params
 
 NAMES = {

@@ -6,56 +6,29 @@ Weights are read only on request, so a program can hold a small part of a model 
 import abc
 import hashlib
 import itertools
-import json
-import math
 import mmap
 import os
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import ml_dtypes
 import numpy as np
 import xxhash
 
 from warp_jax import files, naming
+from warp_jax.storage import model_files
+from warp_jax.storage.model_files import CONFIG, INDEX, SINGLE
+from warp_jax.storage.safetensors_header import DTYPES, FLOATING, Tensor, make_header, parse_object, read_header
 
-INDEX = "model.safetensors.index.json"
-SIDECARS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
-    "BOOL": np.dtype(bool),
-}
-FLOATING = frozenset(dtype for name, dtype in DTYPES.items() if name.startswith(("F", "BF")))
 OUTPUT_DTYPES = {DTYPES[name].name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
-NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class Tensor(NamedTuple):
-    """Description of one tensor in a folder."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    file: str  # name of the file that contains it
-    num_layers: int = 1  # above 1: the first axis runs over the layers
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.size * self.dtype.itemsize
+# names of what quantised models store beside or instead of weights: FP8, GPTQ, AWQ, bitsandbytes, MXFP4
+QUANTISED = re.compile(
+    r".*([._](scales?|scale_inv|scale_\d)|\.(qweight|qzeros|g_idx|SCB|absmax|weight_packed|weight_zero_point)"
+    r"|\.quant_(map|state\..*)|_blocks)"
+)
+_DEQUANTISE = "quantised weights are not supported; convert the model to bfloat16 or float32 first"
 
 
 class WeightFolder(abc.ABC):
@@ -76,24 +49,29 @@ class WeightFolder(abc.ABC):
     def weight_paths(self) -> Sequence[Path]:
         """Paths of the weight files."""
 
+    def bytes_per_element(self) -> int:
+        """Memory of a view, per element."""
+        return max(tensor.dtype.itemsize for tensor in self.tensors.values())
+
     def sidecars(self) -> Sequence[Path]:
         """Paths of the other files of the model: config, tokenizer."""
         return []
 
 
 def open_weights(path: Path) -> WeightFolder:
-    """Open a safetensors folder or an Orbax checkpoint. Raises ValueError for any other folder, or a damaged one."""
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such folder; want a safetensors folder or an Orbax checkpoint")
+    """Open a safetensors folder or an Orbax checkpoint.
+
+    Raises ValueError for any other folder, a damaged one, or quantised weights.
+    """
     if (path / "_METADATA").is_file():
-        return OrbaxFolder(path)
-    if names := _safetensors_names(path):
-        return SafetensorsFolder(path, names)
-    if pickled := sorted(p.name for p in path.iterdir() if p.suffix in PICKLED):
-        raise ValueError(
-            f"{path}: contains {pickled[0]}, a pickle that can run code; want .safetensors files; convert it first"
-        )
-    raise ValueError(f"{path}: contains no .safetensors file and is no Orbax checkpoint; want one of the two")
+        folder: WeightFolder = OrbaxFolder(path)
+    else:
+        chosen = model_files.find(path)
+        folder = SafetensorsFolder(path, chosen.weights, chosen.weight_map)
+        _check_not_quantised(folder)
+    if not folder.tensors:
+        raise ValueError(f"{path}: contains no tensors; want the weights of a model")
+    return folder
 
 
 def hash_file(path: Path) -> str:
@@ -103,22 +81,24 @@ def hash_file(path: Path) -> str:
 
 
 class SafetensorsFolder(WeightFolder):
-    """A folder of one or several safetensors files (https://github.com/huggingface/safetensors#format)."""
+    """A folder of one or several safetensors files."""
 
-    def __init__(self, path: Path, names: Sequence[str]):
+    def __init__(self, path: Path, names: Sequence[str], weight_map: Mapping[str, str] | None = None):
+        """weight_map: file of each tensor by an index. Raises ValueError if a file is damaged or the index is wrong."""
         super().__init__(path)
         self._offsets: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
         for name in names:
-            for tensor, offset in _read_header(path / name):
-                if tensor.name in self.tensors:
-                    raise ValueError(
-                        f"{path}: tensor {tensor.name!r} is in both {name} and {self.tensors[tensor.name].file}"
-                    )
+            for tensor, offset in read_header(path, name):
+                if weight_map is not None and (want := weight_map.get(tensor.name)) != name:
+                    there = f"says that it is in {want}" if want else "does not list it"
+                    raise ValueError(f"{path / name}: tensor {tensor.name!r}: {INDEX} {there}; download both again")
                 self.tensors[tensor.name] = tensor
                 self._offsets[tensor.name] = offset
             with (path / name).open("rb") as file:
                 self._maps[name] = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        for name in sorted((weight_map or {}).keys() - self.tensors.keys()):
+            raise ValueError(f"{path / (weight_map or {})[name]}: tensor {name!r} is missing; {INDEX} lists it")
 
     def view(self, name: str, start: int, stop: int) -> np.ndarray:
         first, last = self._byte_range(name, start, stop)
@@ -140,31 +120,35 @@ class SafetensorsFolder(WeightFolder):
         return [self.path / name for name in self._maps]
 
     def sidecars(self) -> Sequence[Path]:
-        return [p for p in sorted(self.path.iterdir()) if p.is_file() and p.suffix in SIDECARS and p.name != INDEX]
+        return model_files.find(self.path).sidecars
 
 
 class OrbaxFolder(WeightFolder):
-    """A checkpoint of `checkpoint.save_params`. Tensors are named by their paths, joined by '/'.
+    """A checkpoint of parameters saved with Orbax, e.g. by `checkpoint.save_params`: zarr or zarr3, OCDBT or not.
 
-    A tensor is read whole, and stays in memory until another one is read.
+    Tensors are named by their paths, joined by '/'. A tensor is read whole, and stays in memory until another is read.
     """
 
     def __init__(self, path: Path):
-        import tensorstore  # noqa: PLC0415  not needed for safetensors
-
         super().__init__(path)
         self._lock = threading.Lock()
         self._held: tuple[str, np.ndarray] = ("", np.zeros(0))
         self._stores: dict[str, Any] = {}
         try:
-            for entry in files.read_json(path / "_METADATA")["tree_metadata"].values():
-                name = "/".join(str(part["key"]) for part in entry["key_metadata"])
-                place = {"driver": "ocdbt", "base": f"file://{path.absolute()}/", "path": f"{name.replace('/', '.')}/"}
-                store = self._stores[name] = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True).result()
-                layers = store.shape[0] if naming.is_stacked(name) else 1
-                self.tensors[name] = Tensor(name, store.dtype.numpy_dtype, store.shape, "model.safetensors", layers)
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            raise ValueError(f"{path}: not an Orbax checkpoint of parameters: {error}") from error
+            metadata = parse_object((path / "_METADATA").read_bytes())
+            for entry in metadata["tree_metadata"].values():
+                keys = [str(part["key"]) for part in entry["key_metadata"]]
+                name = "/".join(keys)
+                if name in self._stores:
+                    raise ValueError(f"two arrays have the name {name!r}")
+                if keys[0] == "opt_state":
+                    raise ValueError("it is a training state; give the folder of its parameters (params)")
+                store = self._stores[name] = _open_array(path, ".".join(keys), metadata)
+                layers = store.shape[0] if naming.is_stacked(name) and store.shape else 1
+                self.tensors[name] = Tensor(name, store.dtype.numpy_dtype, store.shape, SINGLE, layers)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
+            reason = str(error).split(" [tensorstore_spec=")[0].replace("\n", " ")
+            raise ValueError(f"{path}: not an Orbax checkpoint of parameters: {reason}") from error
 
     def view(self, name: str, start: int, stop: int) -> np.ndarray:
         with self._lock:
@@ -187,14 +171,15 @@ class SafetensorsWriter:
         for tensor in tensors:
             by_file.setdefault(tensor.file, []).append(tensor)
         for file, members in by_file.items():
+            (folder / file).parent.mkdir(exist_ok=True, parents=True)
             descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             starts = [0, *itertools.accumulate(tensor.nbytes for tensor in members)]
-            header = _make_header(members, starts)
+            header = make_header(members, starts)
             os.posix_fallocate(descriptor, 0, len(header) + starts[-1])
             os.pwrite(descriptor, header, 0)
             for tensor, start in zip(members, starts[:-1], strict=True):
                 self._places[tensor.name] = (descriptor, len(header) + start, tensor.dtype)
-        if len(by_file) > 1:
+        if by_file.keys() != {SINGLE}:
             total_size = sum(tensor.nbytes for tensor in tensors)
             weight_map = {tensor.name: tensor.file for tensor in tensors}
             files.write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
@@ -213,53 +198,23 @@ class SafetensorsWriter:
             os.close(descriptor)
 
 
-def _safetensors_names(path: Path) -> list[str]:
-    """Names of the weight files of a folder: those in its index, or all if it has no index."""
-    if not (path / INDEX).is_file():
-        return sorted(p.name for p in path.glob("*.safetensors"))
-    try:
-        names = sorted(set(map(str, files.read_json(path / INDEX)["weight_map"].values())))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / INDEX}: not an index of safetensors files ({error}); download it again") from error
-    if missing := [name for name in names if not (path / name).is_file()]:
-        raise ValueError(f"{path}: {missing[0]} is missing; {INDEX} lists it")
-    return names
+def _open_array(path: Path, name: str, metadata: Mapping[str, Any]) -> Any:
+    """Open an array of an Orbax checkpoint, in the format that its metadata states."""
+    import tensorstore  # noqa: PLC0415  not needed for safetensors
+
+    place: dict[str, Any] = {"driver": "file", "path": f"{path.absolute()}/{name}/"}
+    if metadata.get("use_ocdbt", True):
+        place = {"driver": "ocdbt", "base": f"file://{path.absolute()}/", "path": f"{name}/"}
+    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+    return tensorstore.open({"driver": driver, "kvstore": place}, open=True).result()
 
 
-def _read_header(path: Path) -> Iterator[tuple[Tensor, int]]:
-    """Yield each tensor of a safetensors file and the offset of its first byte."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError(
-                f"{path}: truncated or corrupted: the header does not fit into {size} bytes; download it again"
-            )
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        end = 0
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            tensor = Tensor(name, DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), path.name)
-            if entry["data_offsets"] != [end, end + tensor.nbytes]:
-                raise ValueError(f"tensor {name!r} has data_offsets {entry['data_offsets']}")
-            yield tensor, 8 + length + end
-            end = entry["data_offsets"][1]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: corrupted safetensors header: {error}; download it again") from error
-    if size != 8 + length + end:
-        raise ValueError(
-            f"{path}: truncated or corrupted: got {size} bytes, want {8 + length + end}; download it again"
-        )
-
-
-def _make_header(tensors: Sequence[Tensor], starts: Sequence[int]) -> bytes:
-    """Header of a safetensors file. starts: byte offset of each tensor in the data, then the size of the data."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires a format
-    for tensor, *data_offsets in zip(tensors, starts[:-1], starts[1:], strict=True):
-        dtype, shape = NAME_OF_DTYPE[tensor.dtype], list(tensor.shape)
-        entries[tensor.name] = {"dtype": dtype, "shape": shape, "data_offsets": data_offsets}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def _check_not_quantised(folder: WeightFolder) -> None:
+    config = model_files.read_config(folder.path)
+    for part in (config, config.get("text_config")):
+        for field in ("quantization_config", "compression_config"):
+            if isinstance(part, dict) and part.get(field):
+                raise ValueError(f"{folder.path / CONFIG}: field {field!r} is set: {_DEQUANTISE}")
+    for name, tensor in folder.tensors.items():
+        if QUANTISED.fullmatch(name) or (name.endswith(".weight") and tensor.dtype not in FLOATING):
+            raise ValueError(f"{folder.path / tensor.file}: tensor {name!r} ({tensor.dtype}): {_DEQUANTISE}")
