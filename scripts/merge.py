@@ -21,7 +21,7 @@ from warp_jax.merging.units import UNITS
 from warp_jax.storage.weight_files import OUTPUT_DTYPES
 
 INIT = flags.DEFINE_string("init", None, "Folder of the weights where all policies started, e.g. SFT.")
-POLICIES = flags.DEFINE_list("policies", [], "Folders of the trained policies, separated by commas.")
+POLICIES = flags.DEFINE_list("policies", [], "Folders of the trained policies (or LoRA adapters), separated by commas.")
 OUT = flags.DEFINE_string("out", None, "New folder for the results: one folder eta_X per eta, and merge_report.json.")
 ETAS = flags.DEFINE_list("etas", ["1.0"], "LITI rates from init (0) to the merge (1), separated by commas.")
 METHOD = flags.DEFINE_enum("method", "slerp", list(METHODS), "Merging method; see docs/merging.md.")

@@ -10,10 +10,12 @@ import safetensors.torch
 import torch
 import transformers
 
+from warp_jax.merging.chunking import chunk_room, open_inputs
 from warp_jax.merging.on_disk import Settings, merge_folders
 from warp_jax.storage.lora_folder import LoraFolder
 from warp_jax.storage.weight_files import open_weights
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Setting `save_embedding_layers`")  # PEFT
 SIZES = {
     "vocab_size": 50,
     "hidden_size": 24,
@@ -81,33 +83,66 @@ def test_an_adapter_reads_as_the_full_weights(base, tmp_path, kind):
     before = safetensors.numpy.load_file(base / "model.safetensors")
     for name, tensor in folder.tensors.items():
         got = folder.view(name, 0, tensor.size)
-        np.testing.assert_allclose(got, want[name].reshape(-1), atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(got, want[name].reshape(-1), rtol=1e-12, atol=1e-15, err_msg=name)
         pieces = [folder.view(name, start, min(start + 37, tensor.size)) for start in range(0, tensor.size, 37)]
         np.testing.assert_array_equal(np.concatenate(pieces), got)
         changed += not np.array_equal(got, before[name].reshape(-1))
     assert changed == {"plain": 6, "rslora": 6, "patterns": 6, "whole": 4}[kind]
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [("float64", 1e-12), ("bfloat16", 2**-8)])
+@pytest.mark.parametrize(("dtype", "rounding"), [("float64", 1e-12), ("bfloat16", 2**-8), (None, 2**-23)])
 def test_merging_adapters_is_merging_their_full_weights(base, tmp_path, dtype, rounding):
-    """Mutation: the change rounded to the base model's dtype before the merge."""
-    base_weights = open_weights(base)
+    """Mutation: the change rounded to the base model's dtype before the merge; the result in the dtype of the sum."""
     for number, kind in enumerate(("plain", "rslora", "patterns")):
-        _adapter(tmp_path / f"adapter_{number}", number + 1, **ADAPTERS[kind])
-        folder = LoraFolder(tmp_path / f"adapter_{number}", base_weights)
-        full = {n: folder.view(n, 0, t.size).astype(np.float64).reshape(t.shape) for n, t in folder.tensors.items()}
+        full = _adapter(tmp_path / f"adapter_{number}", number + 1, **ADAPTERS[kind])
         _save_full(tmp_path / f"full_{number}", full)
     results = []
     for kind in ("adapter", "full"):
         policies = [tmp_path / f"{kind}_{number}" for number in range(3)]
-        merge_folders(base, policies, tmp_path / f"out_{kind}", Settings(etas=(0.3,), dtype=dtype))
+        settings = Settings(etas=(0.3,), dtype=dtype or ("float32" if kind == "full" else None))
+        report = merge_folders(base, policies, tmp_path / f"out_{kind}", settings)
         results.append(safetensors.torch.load_file(tmp_path / f"out_{kind}" / "eta_0.3" / "model.safetensors"))
+        assert len(report["xxh3_128"]) == {"adapter": 1 + 2 * 3, "full": 1 + 3}[kind]
     start = safetensors.torch.load_file(base / "model.safetensors")
     for name, got in results[0].items():
+        assert str(got.dtype) == f"torch.{dtype or 'float32'}"
         np.testing.assert_allclose(got.double(), results[1][name].double(), rtol=2 * rounding, atol=1e-12, err_msg=name)
-    assert not torch.equal(
-        results[0]["model.layers.0.mlp.down_proj.weight"].float(), start["model.layers.0.mlp.down_proj.weight"]
-    )
+    changed = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(results[0][changed].float(), start[changed])
+
+
+def test_a_saved_embedding_takes_the_place_of_the_old_one(base, tmp_path):
+    """Mutation: the weight that PEFT saves below the factors of an embedding is left out, or the factors are."""
+    want = _adapter(tmp_path / "adapter", 1, **ADAPTERS["whole"])["model.embed_tokens.weight"]
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    tensors["base_model.model.model.embed_tokens.base_layer.weight"] += np.float32(0.25)
+    safetensors.numpy.save_file(tensors, path)
+    got = LoraFolder(tmp_path / "adapter", open_weights(base)).view("model.embed_tokens.weight", 0, want.size)
+    np.testing.assert_allclose(got, want.reshape(-1) + 0.25, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["embed_tokens"]}, {**PLAIN, "modules_to_save": ["embed_tokens"]}]
+)
+@pytest.mark.filterwarnings(
+    "ignore:Model with `tie_word_embeddings=True`", "ignore:Model has `tie_word_embeddings=True`"
+)
+def test_a_changed_embedding_that_is_also_the_head_is_refused(tmp_path, options):
+    """Mutation: the head of a tied model changes too, though the adapter was trained with the old one."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path / "base")
+    peft.get_peft_model(model, peft.LoraConfig(**options)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"adapter: changes 'model.embed_tokens.weight', which is also the head"):
+        LoraFolder(tmp_path / "adapter", open_weights(tmp_path / "base"))
+
+
+def test_an_adapter_counts_in_the_limit_of_memory(base, tmp_path):
+    """Mutation: a view of an adapter is taken for four bytes per element, though it holds three float64 arrays."""
+    _adapter(tmp_path / "adapter", 1, **ADAPTERS["plain"])
+    inputs = open_inputs(base, [tmp_path / "adapter"], None)
+    assert chunk_room(inputs, memory_gb=1e-3, workers=1) == 1e6 // (4 + 4 + 3 * 8)
 
 
 @pytest.mark.parametrize(
@@ -116,8 +151,9 @@ def test_merging_adapters_is_merging_their_full_weights(base, tmp_path, dtype, r
         ({"use_dora": True}, "use_dora is set, and is not supported"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3', want 'LORA'"),
         ({"init_lora_weights": "pissa_niter_4"}, "also changes the base model"),
+        ({"use_newer_lora": True}, "use_newer_lora is set"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is set"),
-        ({"lora_alpha": None}, "float"),
+        ({"lora_alpha": None}, "lora_alpha or alpha_pattern is None"),
         ({"alpha_pattern": {"(": 3}}, "unterminated|missing"),
     ],
 )

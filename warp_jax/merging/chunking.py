@@ -8,7 +8,9 @@ import numpy as np
 
 from warp_jax import naming
 from warp_jax.merging import units
-from warp_jax.storage.weight_files import FLOATING, WeightFolder, open_weights
+from warp_jax.storage.lora_folder import LoraFolder, is_adapter
+from warp_jax.storage.safetensors_header import FLOATING
+from warp_jax.storage.weight_files import WeightFolder, open_weights
 
 MAX_CHUNK = 1 << 20  # elements; larger chunks are not faster
 MIN_CHUNK = 1 << 12  # elements; smaller chunks take longer to start than to compute
@@ -50,15 +52,19 @@ class Inputs(NamedTuple):
 def open_inputs(init: Path, policies: Sequence[Path], dtype: str | None) -> Inputs:
     """Open all folders. Raises ValueError if they do not hold the same tensors.
 
-    dtype: name of the dtype of the result. If None, the dtypes of the tensors must be the same in all folders too.
+    policies: whole models, or LoRA adapters of init. dtype: name of the dtype of the result. If None, the
+    dtypes of the tensors must be the same in all folders too.
     """
     if not policies:
         raise ValueError("policies: got none, want at least one")
-    first, *others = (open_weights(path) for path in (init, *policies))
+    first = open_weights(init)
+    others = [LoraFolder(path, first) if is_adapter(path) else open_weights(path) for path in policies]
     for other in others:
         _check_same_tensors(first, other, dtype)
     merged = tuple(name for name, tensor in first.tensors.items() if tensor.dtype in FLOATING)
     copied = tuple(name for name, tensor in first.tensors.items() if tensor.dtype not in FLOATING)
+    if not merged:
+        raise ValueError(f"{init}: contains no floating-point tensors; want the weights of a model")
     return Inputs(first, tuple(others), merged, copied)
 
 
@@ -85,7 +91,7 @@ def _check_same_tensors(init: WeightFolder, other: WeightFolder, dtype: str | No
 
 def chunk_room(inputs: Inputs, memory_gb: float, workers: int) -> int:
     """Largest size of a chunk, in elements. Raises ValueError if memory_gb is too small."""
-    bytes_each = sum(max(t.dtype.itemsize for t in folder.tensors.values()) for folder in inputs.folders)
+    bytes_each = sum(folder.bytes_per_element() for folder in inputs.folders)
     room = memory_gb * 1e9 / workers / bytes_each
     if not room >= MIN_CHUNK:  # also refuses NaN
         need = MIN_CHUNK * workers * bytes_each / 1e9

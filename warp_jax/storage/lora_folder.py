@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from warp_jax import files
-from warp_jax.storage.weight_files import FLOATING, SafetensorsFolder, WeightFolder
+from warp_jax.storage.model_files import ADAPTER as WEIGHTS
+from warp_jax.storage.model_files import ADAPTER_CONFIG as CONFIG
+from warp_jax.storage.model_files import INDEX, SINGLE
+from warp_jax.storage.safetensors_header import FLOATING, parse_object
+from warp_jax.storage.weight_files import SafetensorsFolder, WeightFolder
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor in the file
 FACTOR = re.compile(r"(?P<module>.+)\.(?P<kind>lora|lora_embedding)_(?P<factor>[AB])(\.weight)?")
 # initialisations that leave the base model unchanged; the others (PiSSA, OLoRA, LoftQ, ...) also change its weights
@@ -36,8 +38,8 @@ class Update(NamedTuple):
 
 
 def is_adapter(path: Path) -> bool:
-    """True if the folder holds a PEFT adapter."""
-    return (path / CONFIG).is_file()
+    """Return True if the folder holds a PEFT adapter and no whole model."""
+    return (path / CONFIG).is_file() and not any((path / name).is_file() for name in (SINGLE, INDEX))
 
 
 class LoraFolder(WeightFolder):
@@ -52,17 +54,19 @@ class LoraFolder(WeightFolder):
         self._base = base
         self._adapter = SafetensorsFolder(path, [WEIGHTS])
         try:
-            config = files.read_json(path / CONFIG)
+            config = parse_object((path / CONFIG).read_bytes())
             _check_config(config)
             self._updates, self._replaced = self._assign(config)
-        except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+            self._check_not_tied()
+        except (ValueError, TypeError, AttributeError, re.error) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def view(self, name: str, start: int, stop: int) -> np.ndarray:
         """See WeightFolder. The result is float64 where the adapter changes a tensor."""
         if name in self._replaced:
-            return self._adapter.view(self._replaced[name], start, stop)
-        before = self._base.view(name, start, stop)
+            before = self._adapter.view(self._replaced[name], start, stop)
+        else:
+            before = self._base.view(name, start, stop)
         if name not in self._updates or start == stop:
             return before
         update = self._updates[name]
@@ -80,7 +84,11 @@ class LoraFolder(WeightFolder):
 
     def weight_paths(self) -> Sequence[Path]:
         """See WeightFolder."""
-        return self._adapter.weight_paths()
+        return [*self._adapter.weight_paths(), self.path / CONFIG]
+
+    def bytes_per_element(self) -> int:
+        """See WeightFolder: float64 values of the base model, of the change and of their sum."""
+        return self._base.bytes_per_element() + 3 * 8
 
     def _factor(self, name: str) -> np.ndarray:
         tensor = self._adapter.tensors[name]
@@ -91,9 +99,9 @@ class LoraFolder(WeightFolder):
         updates: dict[str, Update] = {}
         replaced: dict[str, str] = {}
         for name, tensor in self._adapter.tensors.items():
-            inner = name.removeprefix(PREFIX)
+            inner = name.removeprefix(PREFIX).replace(".base_layer.", ".")
             match = FACTOR.fullmatch(inner)
-            if tensor.dtype not in FLOATING or inner == name:
+            if tensor.dtype not in FLOATING or not name.startswith(PREFIX):
                 raise ValueError(f"tensor {name!r} is not supported, want floats named {PREFIX}...")
             if match is None:
                 if inner not in self.tensors or self.tensors[inner].shape != tensor.shape:
@@ -103,31 +111,39 @@ class LoraFolder(WeightFolder):
                 target = f"{match['module']}.weight"
                 partner = name.replace(f"{match['kind']}_A", f"{match['kind']}_B")
                 transposed = match["kind"] == "lora_embedding" or bool(config.get("fan_in_fan_out"))
-                scale = _scale(config, match["module"], tensor.shape[0])
-                updates[target] = Update(name, partner, scale, transposed)
-                self._check_shapes(target, updates[target])
+                rank = self._check_shapes(target, name, partner, transposed)
+                updates[target] = Update(name, partner, _scale(config, match["module"], rank), transposed)
         factors = {factor for update in updates.values() for factor in (update.a, update.b)}
         if extra := self._adapter.tensors.keys() - factors - set(replaced.values()):
             raise ValueError(f"tensor {min(extra)!r} has no lora_A beside it")
         return updates, replaced
 
-    def _check_shapes(self, target: str, update: Update) -> None:
-        if update.b not in self._adapter.tensors:
-            raise ValueError(f"tensor {update.a!r} has no lora_B beside it")
-        a, b = (self._adapter.tensors[name].shape for name in (update.a, update.b))
-        got = (b[0], a[1]) if len(a) == len(b) == 2 and a[0] == b[1] else None
-        got = got[::-1] if got and update.transposed else got
+    def _check_shapes(self, target: str, a_name: str, b_name: str, transposed: bool) -> int:
+        """Return the rank of two factors. Raises ValueError unless B A has the shape of the target."""
+        if b_name not in self._adapter.tensors:
+            raise ValueError(f"tensor {a_name!r} has no lora_B beside it")
+        a, b = (self._adapter.tensors[name].shape for name in (a_name, b_name))
+        fits = len(a) == len(b) == 2 and a[0] == b[1] > 0
         want = self.tensors[target].shape if target in self.tensors else None
-        if want is None or got != want:
+        if not fits or want != ((a[1], b[0]) if transposed else (b[0], a[1])):
             there = "is missing" if want is None else f"has shape {want}"
             raise ValueError(
-                f"factors {a} and {b} of {update.a!r} do not fit {target!r}, which {there} in {self._base.path}"
+                f"factors {a} and {b} of {a_name!r} do not fit {target!r}, which {there} in {self._base.path}"
             )
+        return a[0]
+
+    def _check_not_tied(self) -> None:
+        for name in (*self._updates, *self._replaced):
+            if name.endswith("embed_tokens.weight") and not {"lm_head.weight", "score.weight"} & self.tensors.keys():
+                raise ValueError(
+                    f"changes {name!r}, which is also the head of {self._base.path} (tie_word_embeddings), but the "
+                    "adapter was trained with the old head; merge it into its base model first"
+                )
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
-    if config["peft_type"] != "LORA":
-        raise ValueError(f"{CONFIG}: peft_type is {config['peft_type']!r}, want 'LORA'")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{CONFIG}: peft_type is {config.get('peft_type')!r}, want 'LORA'")
     flags = [name for name, value in config.items() if name.startswith("use_") and name != "use_rslora" and value]
     for name in [*flags, *(name for name in REFUSED if config.get(name))]:
         raise ValueError(f"{CONFIG}: {name} is set, and is not supported; merge the adapter into its base model first")
@@ -140,9 +156,11 @@ def _check_config(config: Mapping[str, Any]) -> None:
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """Return alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (arXiv 2312.03732)."""
-    alpha = config["lora_alpha"]
+    alpha = config.get("lora_alpha")
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = value
             break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if not isinstance(alpha, int | float):
+        raise ValueError(f"{CONFIG}: lora_alpha or alpha_pattern is {alpha!r} for {module}, want a number")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
