@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     config.model.architecture.num_kv_heads = 2  # key-value heads; num_heads must be a multiple
     config.model.architecture.head_dim = 32  # size of one head
     config.model.architecture.mlp_dim = 512  # hidden units of the MLP
-    config.model.architecture.activation = "silu"  # of the MLP: "silu" or "gelu"
+    config.model.architecture.activation = "silu"  # of the MLP: "silu", "gelu" (tanh form) or "gelu_exact"
     config.model.architecture.norm_eps = 1e-6  # added to the mean square in RMSNorm
     config.model.architecture.norm_offset = 0.0  # added to the scale of every norm; 1 for Gemma
     config.model.architecture.post_norms = False  # also a norm after attention and MLP (Gemma 2 and 3)

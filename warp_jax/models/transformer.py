@@ -116,7 +116,11 @@ def init_cache(config: TransformerConfig, batch: int, capacity: int, mesh: Mesh 
     return Cache(keys, values, positions, valid, length=jnp.zeros((), jnp.int32))
 
 
-_ACTIVATIONS = {"silu": nn.silu, "gelu": lambda x: nn.gelu(x, approximate=True)}
+_ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu": lambda x: nn.gelu(x, approximate=True),
+    "gelu_exact": lambda x: nn.gelu(x, approximate=False),
+}
 
 
 class RMSNorm(nn.Module):

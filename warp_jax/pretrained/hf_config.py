@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from warp_jax import files
 from warp_jax.models.transformer import TransformerConfig
-from warp_jax.pretrained.hf_rope import Json, normal_scaling, read_rope, rope_fields
-
-CONFIG = "config.json"
+from warp_jax.pretrained.hf_rope import Json, is_positive, normal_scaling, read_rope, rope_fields
+from warp_jax.storage import model_files
+from warp_jax.storage.model_files import CONFIG
 
 
 class Family(NamedTuple):
@@ -43,10 +42,12 @@ QWEN_DEFAULTS = {
     "layer_types": None,
 }
 
+WITHOUT_MEANING = {"attention_bias": None}  # transformers does not read it for these families
+
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama"),
-    "mistral": Family("Mistral", defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
-    "qwen2": Family("Qwen2", {"qkv_bias": True}, QWEN_DEFAULTS),
+    "mistral": Family("Mistral", defaults={"sliding_window": 4096, "num_key_value_heads": 8, **WITHOUT_MEANING}),
+    "qwen2": Family("Qwen2", {"qkv_bias": True}, {**QWEN_DEFAULTS, **WITHOUT_MEANING}),
     "qwen3": Family("Qwen3", {"qk_norm": True}, {**QWEN_DEFAULTS, "head_dim": 128}),
     "gemma": Family("Gemma", GEMMA, {**GEMMA_DEFAULTS, "num_key_value_heads": 16, **GEMMA_1_ACTIVATION}),
     "gemma2": Family("Gemma2", {**GEMMA, "post_norms": True}, GEMMA_2_DEFAULTS),
@@ -87,6 +88,12 @@ COMMON = {
     "rope_parameters": None,
     "max_position_embeddings": None,
 }
+COUNTS = {  # fields that are whole numbers, and their smallest value
+    **dict.fromkeys((*REQUIRED, "num_key_value_heads", "head_dim", "sliding_window"), 1),
+    **{"max_position_embeddings": 1, "sliding_window_pattern": 1, "max_window_layers": 0},
+}
+NUMBERS = ("rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window", "max_position_embeddings", *NUMBERS[1:]}
 # fields with only one supported meaning; other values are rejected, and the last one is named in the error
 FIXED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attention_bias", "mlp_bias", "rope_interleaved"), (False,)),
@@ -112,7 +119,7 @@ _IGNORED_FIELDS = (
     "use_cache _attn_implementation_autoset _sliding_window_pattern"
 )
 IGNORED = frozenset(_IGNORED_FIELDS.split())
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
 HEADS = {"language": "ForCausalLM", "scalar": "ForSequenceClassification"}  # suffixes of class names
 
 
@@ -121,10 +128,7 @@ def read_config(folder: Path) -> TransformerConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder}: no {CONFIG}, want a Hugging Face model folder")
-    try:
-        content = files.read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    content = model_files.read_config(folder)
     try:
         return from_json(content)
     except (ValueError, TypeError, KeyError) as error:
@@ -139,7 +143,7 @@ def from_json(content: Json) -> TransformerConfig:
     _check_fields(content, {*REQUIRED, *COMMON, *family.defaults})
     if missing := [name for name in REQUIRED if name not in fields]:
         raise ValueError(f"field {missing[0]!r} is missing")
-    _check_numbers(fields)
+    _check_types(fields)
     if content["model_type"] == "gemma3_text" and fields["attn_logit_softcapping"]:
         raise ValueError("field 'attn_logit_softcapping' is set, want null: transformers ignores its value for Gemma 3")
     labels = len(content.get("id2label") or range(content.get("num_labels", 2)))
@@ -187,9 +191,9 @@ def to_json(config: TransformerConfig, dtype: str) -> dict[str, Any]:
 
 def _text_model(content: Json) -> tuple[Json, str]:
     """The fields of the language model, and its head: "language" or "scalar"."""
-    if not isinstance(content, Mapping) or not content.get("architectures"):
+    if not isinstance(names := content.get("architectures"), list) or not names:
         raise ValueError("field 'architectures' is missing, want the config.json of a Hugging Face model")
-    architecture = content["architectures"][0]
+    architecture = str(names[0])
     if architecture == "Gemma3ForConditionalGeneration":  # a model with images: read its text tower
         text = content.get("text_config")
         if not isinstance(text, Mapping):
@@ -198,8 +202,9 @@ def _text_model(content: Json) -> tuple[Json, str]:
         return {**text, "model_type": "gemma3_text", "tie_word_embeddings": tied}, "language"
     for model_type, family in FAMILIES.items():
         for head, suffix in HEADS.items():
-            names = {f"{family.class_name}{suffix}", f"{family.class_name}Text{suffix}"}
-            if architecture in names and content.get("model_type") == model_type:
+            if architecture in (f"{family.class_name}{suffix}", f"{family.class_name}Text{suffix}"):
+                if (got := content.get("model_type")) != model_type:
+                    raise ValueError(f"field 'model_type' is {got!r}, want {model_type!r} for {architecture}")
                 return content, head
     known = ", ".join(f"{family.class_name}ForCausalLM" for family in FAMILIES.values())
     raise ValueError(
@@ -209,31 +214,32 @@ def _text_model(content: Json) -> tuple[Json, str]:
 
 def _check_fields(content: Json, known: set[str]) -> None:
     for name, value in content.items():
-        if name in FIXED and value not in FIXED[name]:
+        if name in FIXED and name not in known and value not in FIXED[name]:
             raise ValueError(f"field {name!r} is {value!r}, want {FIXED[name][-1]!r}: other values are not supported")
         if name not in known and name not in FIXED and name not in IGNORED:
             raise ValueError(f"field {name!r} ({value!r}) is not supported: it might change the result")
 
 
-def _check_numbers(fields: Json) -> None:
-    for name in (*REQUIRED, "num_key_value_heads", "head_dim"):
-        value = fields[name]
-        if not (type(value) is int and value > 0) and (value is not None or name in REQUIRED):
-            raise ValueError(f"field {name!r} is {value!r}, want a whole number of at least 1")
-    for name in ("rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
-        if name in fields and fields[name] is not None and not isinstance(fields[name], int | float):
-            raise ValueError(f"field {name!r} is {fields[name]!r}, want a number")
+def _check_types(fields: Json) -> None:
+    for name, value in fields.items():
+        if value is None and name in MAY_BE_NULL:
+            continue
+        if name in COUNTS and not (type(value) is int and value >= COUNTS[name]):
+            raise ValueError(f"field {name!r} is {value!r}, want a whole number of at least {COUNTS[name]}")
+        if name in NUMBERS and not is_positive(value):
+            raise ValueError(f"field {name!r} is {value!r}, want a number above 0")
+        if name in ("tie_word_embeddings", "use_sliding_window") and not isinstance(value, bool):
+            raise ValueError(f"field {name!r} is {value!r}, want true or false")
 
 
 def _activation(fields: Json) -> str:
-    names = [fields.get("hidden_activation") or fields["hidden_act"]]
-    if fields["model_type"] == "gemma":
-        names.append(fields["hidden_act"])
-    if "hidden_activation" in fields:  # older Gemma files say "gelu" for the tanh form
+    names = [fields.get("hidden_activation", fields["hidden_act"])]
+    if fields["model_type"] == "gemma":  # has both fields, and its older files say "gelu" for the tanh form
+        names = [fields["hidden_act"], names[0] or fields["hidden_act"]]
         names = ["gelu_pytorch_tanh" if name == "gelu" else name for name in names]
-    if len(set(names)) > 1:
-        raise ValueError(f"fields 'hidden_activation' and 'hidden_act' differ: {names[0]!r} and {names[1]!r}")
-    if names[0] not in ACTIVATIONS:
+    if len(set(map(str, names))) > 1:
+        raise ValueError(f"fields 'hidden_act' and 'hidden_activation' differ: {names[0]!r} and {names[1]!r}")
+    if str(names[0]) not in ACTIVATIONS:
         raise ValueError(f"activation {names[0]!r} is not supported, want one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[names[0]]
 
@@ -244,8 +250,8 @@ def _read_windows(fields: Json) -> dict[str, Any]:
     if not window or not fields.get("use_sliding_window", True):
         return {}
     if (types := fields.get("layer_types")) is not None:
-        unknown = set(types) - {"sliding_attention", "full_attention"}
-        if unknown or len(types) != layers:
+        known = ("sliding_attention", "full_attention")
+        if not isinstance(types, list) or len(types) != layers or not all(kind in known for kind in types):
             raise ValueError(
                 f"field 'layer_types' is {types!r}, want sliding_attention or full_attention for each layer"
             )

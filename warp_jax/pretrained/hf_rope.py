@@ -29,26 +29,38 @@ YARN_FIELDS = {"mscale", "mscale_all_dim", "truncate"}  # that only change how t
 
 
 def read_rope(fields: Json) -> dict[str, Any]:
-    """Rotary settings as keyword arguments of TransformerConfig, from config.json's fields with their defaults."""
-    parameters = fields["rope_parameters"] or {}
-    shared = {"rope_theta": fields["rope_theta"], **(fields["rope_scaling"] or {})}
-    global_rope, local_theta = {**shared, **parameters}, fields.get("rope_local_base_freq", 0.0)
-    if "full_attention" in parameters or "sliding_attention" in parameters:
-        global_rope = {**shared, **(parameters.get("full_attention") or {})}
-        local_rope = parameters.get("sliding_attention") or {}
-        _check_names(local_rope, {"rope_type", "type", "rope_theta"})
-        if local_rope.get("rope_type", "default") != "default":
-            raise ValueError(f"sliding layers have rope type {local_rope['rope_type']!r}, want 'default'")
-        local_theta = local_rope.get("rope_theta", local_theta)
-    result = {
-        "rope_theta": float(global_rope["rope_theta"]),
-        "rope_scaling": _scaling(global_rope, fields["max_position_embeddings"]),
+    """Rotary settings as keyword arguments of TransformerConfig, from config.json's fields with their defaults.
+
+    As in transformers 5, rope_scaling replaces rope_parameters, and rope_theta counts only where these two lack it.
+    """
+    scaling, parameters = (_mapping(fields, name) for name in ("rope_scaling", "rope_parameters"))
+    if "rope_local_base_freq" not in fields:
+        rope = {"rope_theta": fields["rope_theta"], **(scaling or parameters)}
+        return {"rope_theta": _number(rope, "rope_theta"), "rope_scaling": _scaling(rope, fields)}
+    if "type" in scaling and "rope_type" not in scaling:
+        raise ValueError(
+            f"rope_scaling has the type {scaling['type']!r}, which transformers 5 ignores; call it rope_type"
+        )
+    _check_names(parameters, {"full_attention", "sliding_attention"})
+    rope = {"rope_theta": fields["rope_theta"], **_mapping(parameters, "full_attention"), **scaling}
+    local = {"rope_theta": fields["rope_local_base_freq"], **_mapping(parameters, "sliding_attention")}
+    if _kind(local) != "default":
+        raise ValueError(f"sliding layers have rope type {_kind(local)!r}, want 'default'")
+    _check_names(local, {"rope_type", "type", "rope_theta"})
+    return {
+        "rope_theta": _number(rope, "rope_theta"),
+        "rope_scaling": _scaling(rope, fields),
+        "rope_theta_local": _number(local, "rope_theta"),
     }
-    return {**result, "rope_theta_local": float(local_theta)} if "rope_local_base_freq" in fields else result
 
 
-def _scaling(parameters: Json, max_length: int | None) -> RopeScaling:
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+def is_positive(value: Any) -> bool:
+    """Return True for a finite number above 0."""
+    return type(value) in (int, float) and 0 < value < 1e300
+
+
+def _scaling(parameters: Json, fields: Json) -> RopeScaling:
+    kind = _kind(parameters)
     if kind not in OUR_NAMES:
         raise ValueError(f"rope type {kind!r} is not supported, want one of {', '.join(OUR_NAMES)}")
     _check_names(parameters, {*OTHER_FIELDS, *OUR_NAMES[kind], *(YARN_FIELDS if kind == "yarn" else ())})
@@ -56,14 +68,14 @@ def _scaling(parameters: Json, max_length: int | None) -> RopeScaling:
         raise ValueError(f"partial_rotary_factor is {parameters['partial_rotary_factor']!r}, want 1")
     if kind == "default":
         return RopeScaling()
-    factor = float(parameters["factor"])
+    factor = _number(parameters, "factor")
     if kind == "linear":
         return RopeScaling("linear", factor)
-    length = parameters.get(LENGTH) or max_length
-    if length is None:
-        raise ValueError(f"rope type {kind!r} needs {LENGTH}")
+    length = parameters.get(LENGTH, fields["max_position_embeddings"])
+    if type(length) is not int or length < 1:
+        raise ValueError(f"rope type {kind!r} needs {LENGTH}: got {length!r}, want a whole number of at least 1")
     if kind == "llama3":
-        low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+        low, high = (_number(parameters, name) for name in ("low_freq_factor", "high_freq_factor"))
         return RopeScaling("llama3", factor, length, low, high)
     if parameters.get("truncate", True) is not True:
         raise ValueError("rope type 'yarn': truncate is false, want true")
@@ -71,21 +83,44 @@ def _scaling(parameters: Json, max_length: int | None) -> RopeScaling:
         "yarn",
         factor,
         length,
-        beta_fast=float(parameters.get("beta_fast") or 32),
-        beta_slow=float(parameters.get("beta_slow") or 1),
-        attention_factor=_attention_factor(parameters),
+        beta_fast=_number({"beta_fast": 32, **_without_null(parameters)}, "beta_fast"),
+        beta_slow=_number({"beta_slow": 1, **_without_null(parameters)}, "beta_slow"),
+        attention_factor=_attention_factor(_without_null(parameters)),
     )
 
 
 def _attention_factor(parameters: Json) -> float:
     """Factor of yarn on queries and keys; 0 = the default of its paper."""
-    if parameters.get("attention_factor") is not None:
-        return float(parameters["attention_factor"])
-    scales = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    if not all(scales):
+    if "attention_factor" in parameters:
+        return _number(parameters, "attention_factor")
+    if not (parameters.get("mscale") and parameters.get("mscale_all_dim")):
         return 0.0
-    upper, lower = (0.1 * float(scale or 0) * math.log(max(parameters["factor"], 1)) + 1 for scale in scales)
+    scales = (_number(parameters, name) for name in ("mscale", "mscale_all_dim"))
+    upper, lower = (0.1 * scale * math.log(max(parameters["factor"], 1)) + 1 for scale in scales)
     return upper / lower
+
+
+def _kind(parameters: Json) -> Any:
+    return parameters.get("rope_type", parameters.get("type", "default"))
+
+
+def _number(parameters: Json, name: str) -> float:
+    value: Any = parameters.get(name)
+    if not is_positive(value):
+        got = f"is {value!r}" if name in parameters else "is missing"
+        raise ValueError(f"rope parameter {name!r} {got}, want a number above 0")
+    return float(value)
+
+
+def _mapping(fields: Json, name: str) -> Json:
+    value = fields.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"field {name!r} is {value!r}, want an object")
+    return value
+
+
+def _without_null(parameters: Json) -> Json:
+    return {name: value for name, value in parameters.items() if value is not None}
 
 
 def _check_names(parameters: Json, known: set[str]) -> None:

@@ -107,7 +107,7 @@ class Architecture(Group):
     num_kv_heads: Count
     head_dim: Count
     mlp_dim: Count
-    activation: Literal["silu", "gelu"]
+    activation: Literal["silu", "gelu", "gelu_exact"]
     norm_eps: Annotated[float, Field(gt=0)]
     norm_offset: float
     post_norms: bool
