@@ -126,11 +126,11 @@ def test_a_workdir_is_claimed_where_a_kill_left_a_beginning(tmp_path):
 
 def test_a_time_limit_may_be_changed(tmp_path):
     """Fails when a job that a slow reward function has ended cannot go on with a longer limit."""
-    workdirs.claim(settings_of(), tmp_path)
-    workdirs.claim(settings_of({"gold.timeout": 3.0, "rewards.sentiment.timeout": 4.0}), tmp_path)
+    workdirs.claim(settings_of(), tmp_path, {})
+    workdirs.claim(settings_of({"gold.timeout": 3.0, "rewards.sentiment.timeout": 4.0}), tmp_path, {})
     assert files.read_json(tmp_path / "config.json")["gold"]["timeout"] == 3.0
     with pytest.raises(ValueError, match=r"gold\.max_terms was"):
-        workdirs.claim(settings_of({"gold.max_terms": 3}), tmp_path)
+        workdirs.claim(settings_of({"gold.max_terms": 3}), tmp_path, {})
 
 
 SFT_ANCHOR = {

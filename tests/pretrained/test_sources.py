@@ -31,6 +31,7 @@ from warp_jax.experiment import export, ingredients, jobs, preparation, stages
 from warp_jax.models.apply import make_apply_fn
 from warp_jax.parallel import meshes
 from warp_jax.rewards import from_folder
+from warp_jax.settings.groups import RewardPart
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
@@ -204,7 +205,8 @@ def test_a_reward_model_reads_the_filled_template(models):
     row = {"messages": "what is 3 and 4?"}
     assert fields.asked(row, "messages", config.data.prompt_template) == "Answer in one word: what is 3 and 4?"
     maker = ingredients.Maker(typed(config), models, None, meshes.make_mesh((-1, 1, 1)), None, {})
-    found = maker.text_fn(str(models / "reward"))
+    part = RewardPart(source=str(models / "reward"), weight=1.0)
+    found = maker.text_fn("rewards.folder", part)
     plain = from_folder.load(models / "reward", meshes.make_mesh((-1, 1, 1)), "float32", lambda row: row["whole"])
     want = plain(["-"], ["7"], [{"whole": "Answer in one word: what is 3 and 4?"}])
     np.testing.assert_allclose(found(["-"], ["7"], [row]), want, rtol=1e-6)
