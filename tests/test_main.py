@@ -334,21 +334,27 @@ def test_the_reward_model_loads_in_transformers(tiny_run, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_export_is_compared_with_its_stage(tiny_run, tmp_path, dtype):
     """Fails when rounding is not reported, the exported weights are not those compared, or SFT is another policy."""
-    _, workdir, _ = tiny_run
-    report = export.export_stage(workdir, "liti:0.3", tmp_path / "out", dtype=dtype, prompts=8)
-    assert json.loads((tmp_path / "out" / export.REPORT).read_text()) == report
-    compared, share = report["compared"], report["delivered"]["share"]
+    workdir = tiny_run[1]
+    found = export.export_stage(workdir, "liti:0.3", tmp_path / "out", dtype=dtype, prompts=8)
+    assert json.loads((tmp_path / "out" / export.REPORT).read_text()) == found
+    compared, delivered = found["compared"], found["delivered"]
     assert compared["prompts"] == 8
     assert compared["sft_kl"]["stage"] > 0.01
-    if dtype == "float32":
-        assert share == pytest.approx(1, abs=1e-6)
-        assert report["warnings"] == []
-        assert compared["reward"]["difference"] == compared["sft_kl"]["difference"] == 0
-    else:
-        assert share < 0.99
-        assert "bfloat16: rounding delivers" in report["warnings"][0]
-        assert abs(compared["sft_kl"]["difference"]) > 1e-6
-        assert compared["sft_kl"]["exported"] == pytest.approx(compared["sft_kl"]["stage"], rel=0.5)
+    assert delivered["share"] == pytest.approx(1, abs=1e-6 if dtype == "float32" else 0.5)
+    assert (delivered["relative_error"] < 1e-6) == (dtype == "float32")
+    for name in ("reward", "sft_kl"):
+        assert (compared[name]["difference"] == 0) == (dtype == "float32")
+        assert compared[name]["exported"] == pytest.approx(compared[name]["stage"], rel=0.5)
+
+
+def test_an_export_that_undoes_the_training_warns():
+    """Fails when the share is of the weights in place of their displacement from SFT, or of another dtype."""
+    sft = {"layers": {"up": np.full((2, 64), 0.5, np.float32)}, "norm": np.ones(8, np.float32)}
+    policy = {"layers": {"up": np.full((2, 64), 0.5001, np.float32)}, "norm": np.full(8, 1.5, np.float32)}
+    found = export.delivered(policy, sft, "bfloat16")
+    assert found["delivered"]["share"] == pytest.approx(1, abs=1e-5)  # of the whole: the norms moved most
+    assert "1 of 2 units are outside 95% to 105%, layers/up gets 0%" in found["warnings"][0]
+    assert export.delivered(policy, sft, "float32")["warnings"] == []
 
 
 def test_the_report_warns_of_drift(tmp_path):

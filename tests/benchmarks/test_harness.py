@@ -244,7 +244,7 @@ def test_models_are_evaluated_once_and_compared(tmp_path):
     _model_folder(tmp_path / "model_of_stage", 3)
     broken = shutil.copytree(other, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"no weights")
-    export = "lambda workdir, stage, out: shutil.copytree(f'{workdir}_{stage[5:]}', out)"
+    export = "lambda workdir, stage, out, dtype: {'warnings': [], 'at': shutil.copytree(f'{workdir}_{stage[5:]}', out)}"
     module = "sys.modules['warp_jax.experiment.export']"
     fake = f"import shutil, types; {module} = types.SimpleNamespace(export_stage={export})"
     stages = [f"--workdir={tmp_path / 'model_of'}", "--stages=liti:stage"]
