@@ -57,7 +57,7 @@ def test_sharded_leaves_are_not_gathered():
     with jax.enable_x64(True):
         first, *rest = leaves
         gram = kernels._plain_gram.lower(first, tuple(rest), rows=3).compile().as_text()
-        mix = kernels._mix.lower(rest[0], tuple(rest[1:]), first, jnp.ones((3, 3))).compile().as_text()
+        mix = kernels._mix.lower(rest[0], tuple(rest[1:]), first, jnp.ones((3, 3)), None).compile().as_text()
     assert "all-reduce" in gram
     for text in (gram, mix):
         assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))

@@ -268,8 +268,9 @@ def test_of_two_merges_at_once_the_first_to_end_is_kept(tmp_path, monkeypatch):
 
     def merge_meanwhile(job, *args):
         monkeypatch.undo()
-        write_merges(job, *args)
+        delivered = write_merges(job, *args)
         merge_folders(paths[0], paths[1:], tmp_path / "out", Settings(etas=(0.3,)))
+        return delivered
 
     monkeypatch.setattr(on_disk._Job, "write_merges", merge_meanwhile)
     with pytest.raises(FileExistsError, match="out: another process wrote it first"):
