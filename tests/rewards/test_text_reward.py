@@ -1,6 +1,7 @@
 """Python functions as rewards: every kind of failure is one RewardError that says what, for which row, and why."""
 
 import collections
+import contextlib
 import decimal
 import fractions
 import re
@@ -200,6 +201,21 @@ def test_a_function_that_keeps_the_gil_ends_the_process(action):
     """Fails when a regular expression that never ends hangs the job: no Python code can run, not even a signal's."""
     result = run([sys.executable, "-c", HANG_IN_C.format(action=action)])
     assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: it's \\n late\n")
+
+
+def test_the_timers_are_armed_before_the_function_starts(monkeypatch):
+    """Fails when the function starts first: if it keeps the GIL, nothing arms the timers any more."""
+    seen = []
+
+    @contextlib.contextmanager
+    def timers(*args):
+        time.sleep(0.05)
+        seen.append("armed")
+        yield
+
+    monkeypatch.setattr(time_limit, "_ended_by_timers", timers)
+    time_limit.run(lambda: seen.append("started"), 5.0, "")
+    assert seen == ["armed", "started"]
 
 
 def test_calls_run_in_one_thread_and_disarm_their_timers(monkeypatch):

@@ -43,9 +43,9 @@ def run(action: Callable[[], Any], seconds: float | None, message: str) -> "futu
         TimeoutError: the limit is exceeded. The thread may still run, so the process should end by os._exit.
     """
     future: futures.Future[Any] = futures.Future()
-    _thread().put((action, future))
     started = time.monotonic()
-    with _ended_by_timers(seconds, message):
+    with _ended_by_timers(seconds, message):  # armed before the thread starts: it may never give back the GIL
+        _thread().put((action, future))
         futures.wait([future], seconds)
     if not future.done():
         _thread.cache_clear()
