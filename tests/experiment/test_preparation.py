@@ -363,3 +363,13 @@ def test_evaluation_has_noise_of_its_own(job, tmp_path):
         keys += [key for _, _, key in _train(job, tmp_path / f"{iteration}_{run}", iteration, run, num_steps=2)[0]]
     assert len(set(keys)) == len(keys) == 2 + 3 * 2
     assert job.trainer.seed == job.examiner.seed == SETTINGS["seed"]
+
+
+def test_too_few_short_prompts_are_refused_for_evaluation_only(job):
+    """Fails when the evaluation runs short of prompts, or RL is refused because it has fewer than the evaluation."""
+    settings = job.settings.replace({"evaluation.num_prompts": 16})
+    if not settings.data.prompt_template:
+        pytest.skip("beginnings of texts are never too long")
+    assert len(preparation.make_prompts(settings, job.tokenizer, job.corpora["prompts"], "prompts").example_ids) < 16
+    with pytest.raises(ValueError, match=r"of 16 prompts of split 'eval' have at most 9 tokens, want 16"):
+        preparation.make_prompts(settings, job.tokenizer, job.corpora["eval"], "eval")
