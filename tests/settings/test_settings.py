@@ -142,6 +142,13 @@ def test_a_missing_group_is_named():
         settings_of(module=pretrained)
 
 
+def _holds(whole, part):
+    """True if every setting of `part` is in `whole`; `whole` may also have defaults of settings that came later."""
+    if isinstance(part, dict):
+        return all(name in whole and _holds(whole[name], value) for name, value in part.items())
+    return whole == part
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_file_is_accepted_and_kept(name):
     """Fails when a config file breaks a rule, or config.json does not hold all of it."""
@@ -150,7 +157,7 @@ def test_every_config_file_is_accepted_and_kept(name):
         config.model.source = "models/mine"
     settings = typed(config)
     assert from_config(json.loads(json.dumps(settings.as_json()))) == settings
-    assert legacy.upgrade(json.loads(config.to_json())) == settings.as_json()
+    assert _holds(settings.as_json(), legacy.upgrade(json.loads(config.to_json())))
 
 
 def test_whole_numbers_are_accepted_for_decimal_ones():
