@@ -4,6 +4,7 @@ import collections
 import contextlib
 import decimal
 import fractions
+import inspect
 import re
 import sys
 import threading
@@ -106,6 +107,7 @@ def test_anything_else_is_refused(values, message, index):
     with pytest.raises(RewardError, match=re.escape(message)) as caught:
         checked(values, 2)
     assert caught.value.index == index
+    assert not inspect.iscoroutine(values) or values.cr_frame is None  # closed, so that Python does not complain later
 
 
 def _raising(error):
