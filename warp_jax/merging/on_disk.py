@@ -157,6 +157,7 @@ class _Job(NamedTuple):
             raise ValueError(
                 f"out: got {free / 1e9:.2f} GB of free disk, want {needed / 1e9:.2f}; choose another --out"
             )
+        dtypes = {tensor.name: tensor.dtype for tensor in tensors}
         weights = [with_liti(self.settings.method, coefficients, eta) for eta in etas]
         writers = [self.make_folder(staging / _eta_folder(eta), tensors) for eta in etas]
 
@@ -164,11 +165,13 @@ class _Job(NamedTuple):
             sums = np.zeros((len(etas), 3))
             for piece, init, policies in self.views(chunk):
                 for first, rows in self.maths.blocks(init, policies):
+                    start = piece.start + first
+                    round_values = self.rounding_of(piece.name, start, rows.shape[1], dtypes[piece.name])
                     for e, (writer, of_unit) in enumerate(zip(writers, weights, strict=True)):
                         mixed = np.dot(of_unit[chunk.unit], rows, out=self.maths.mixed[: rows.shape[1]])
-                        rounded = self.round(piece.name, piece.start + first, mixed)
+                        rounded = round_values(mixed)
                         sums[e] += rounding.measure(mixed - rows[0], rounded.astype(np.float64) - rows[0])
-                        writer.write(piece.name, piece.start + first, rounded)
+                        writer.write(piece.name, start, rounded)
             return sums
 
         delivered = np.zeros((len(self.units), len(etas), 3))
@@ -184,14 +187,17 @@ class _Job(NamedTuple):
             writer.close()
         return delivered
 
-    def round(self, name: str, start: int, values: np.ndarray) -> np.ndarray:
-        """Round float64 values, the elements of a tensor from `start` on, to the tensor's dtype in the output."""
-        dtype = OUTPUT_DTYPES.get(self.settings.dtype or "", self.inputs.policies[0].tensors[name].dtype)
+    def rounding_of(self, name: str, start: int, count: int, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
+        """Return the function that rounds `count` float64 elements of a tensor, from `start` on, for every eta."""
         if self.settings.rounding == "stochastic":
-            uniforms = rounding.uniforms(name, start, len(values), self.settings.seed)
-            return rounding.stochastic(values, dtype, uniforms)
-        with np.errstate(over="ignore"):  # the caller sees infinity
-            return values.astype(dtype)
+            uniforms = rounding.uniforms(name, start, count, self.settings.seed)
+            return lambda values: rounding.stochastic(values, dtype, uniforms)
+
+        def to_nearest(values: np.ndarray) -> np.ndarray:
+            with np.errstate(over="ignore"):  # the caller sees infinity
+                return values.astype(dtype)
+
+        return to_nearest
 
     def views(self, chunk: Chunk) -> Iterator[tuple[Piece, np.ndarray, list[np.ndarray]]]:
         """Yield each piece of a chunk with its values in init and in the policies, flat; then release their memory."""
