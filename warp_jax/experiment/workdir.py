@@ -59,7 +59,8 @@ def check_models_unchanged(settings: Settings, workdir: Path) -> dict[str, str]:
     found, path = {name: model_files.fingerprint(folder) for name, folder in folders.items()}, workdir / FINGERPRINTS
     before = files.read_json(path) if path.exists() else {}
     for source, fingerprint in found.items():
-        if before.get(source, fingerprint) not in (fingerprint, _older_fingerprint(folders[source])):
+        stored = before.get(source, fingerprint)
+        if stored != fingerprint and stored != _older_fingerprint(folders[source]):
             raise ValueError(
                 f"workdir {workdir} was made with other files of {source}, and its weights belong to them; "
                 "restore those files, or choose another --workdir"
