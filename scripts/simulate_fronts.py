@@ -79,7 +79,7 @@ def simulate(name: str, *, count: int, resamples: int, seed: int) -> Result:
         front_a, front_b, policy = draw(world, generator)
         drawn = statistics.resample(clusters, resamples, number)
         looks.append(fronts.compare_fronts(front_a, front_b, LOOKS, drawn))
-        policies.append(fronts.reward_above(front_a, policy, drawn))
+        policies.append(fronts.compare_with_policies(front_a, policy, drawn)[0].reward_above)
     alone = np.array([look[1].difference for look in looks])
     together = np.array([[single.simultaneous for single in look] for look in looks])
     above = np.array(policies)

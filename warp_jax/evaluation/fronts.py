@@ -62,18 +62,22 @@ def compare_fronts(
     return [Look(*look) for look in zip(at, alone, together, strict=True)]
 
 
-def reward_above(front: Measured, policy: Measured, resamples: statistics.Resamples) -> Interval:
-    """Front's reward at a policy's KL, minus the policy's reward. policy: K = 1, on the same prompts."""
-    (front_kl, front_reward), (kl, reward) = (map(resamples.means, measured) for measured in (front, policy))
-    values = along_curve(front_kl, front_reward, kl[0]) - reward[0]
-    return statistics.intervals(values[None], resamples.num_clusters)[0]
+class Against(NamedTuple):
+    """Comparison of a front with one policy."""
+
+    reward_above: Interval  # front's reward at the policy's KL, minus the policy's reward
+    kl_saved: Interval  # share of the policy's KL that the front saves at equal reward (0.28 = 28 % less)
 
 
-def kl_saved(front: Measured, policy: Measured, resamples: statistics.Resamples) -> Interval:
-    """Share of a policy's KL that a front saves at equal reward (0.28 = 28 % less). Arguments as in `reward_above`."""
-    (front_kl, front_reward), (kl, reward) = (map(resamples.means, measured) for measured in (front, policy))
-    values = 1 - along_curve(front_reward, front_kl, reward[0]) / kl[0]
-    return statistics.intervals(values[None], resamples.num_clusters)[0]
+def compare_with_policies(front: Measured, policies: Measured, resamples: statistics.Resamples) -> list[Against]:
+    """Compare a front with each of K policies, on the same prompts."""
+    (front_kl, front_reward), (kls, rewards) = (map(resamples.means, measured) for measured in (front, policies))
+    found = []
+    for kl, reward in zip(kls, rewards, strict=True):
+        above = along_curve(front_kl, front_reward, kl) - reward
+        saved = 1 - along_curve(front_reward, front_kl, reward) / kl
+        found.append(Against(*statistics.intervals(np.stack([above, saved]), resamples.num_clusters)))
+    return found
 
 
 def choose_under_budget(

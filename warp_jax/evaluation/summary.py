@@ -120,13 +120,15 @@ def front_against_policies(
     the policy's reward) / (the policy's KL). Both have 95 % bootstrap intervals, and are None where the front does not
     reach that KL or reward. The front is interpolated linearly, which understates a concave front.
     """
+    if not policies:
+        return []
+    found = fronts.compare_with_policies(_measured(front), _measured(policies), resamples)
     rows = []
-    for point in policies:
-        policy = _measured([point])
+    for point, against in zip(policies, found, strict=True):
+        kl, reward = point.evaluation.sft_kl, point.evaluation.reward
         row: dict[str, Any] = {name: getattr(point, name) for name in ("iteration", "run", "step")}
-        row.update(sft_kl=float(policy.kl.mean()), reward=float(policy.reward.mean()))
-        for name, statistic in (("reward_above", fronts.reward_above), ("kl_saved", fronts.kl_saved)):
-            interval = statistic(_measured(front), policy, resamples)
+        row.update(sft_kl=float(kl.mean()), reward=float(reward.mean()))
+        for name, interval in against._asdict().items():
             row.update({f"{name}{end}": _number(v) for end, v in zip(("", "_low", "_high"), interval, strict=True)})
         rows.append(row)
     return rows
