@@ -25,7 +25,7 @@ from warp_jax.benchmarks import side_by_side
 from warp_jax.benchmarks.side_by_side import Comparison
 from warp_jax.evaluation.statistics import Interval
 from warp_jax.parallel import meshes
-from warp_jax.rewards import from_folder, reward_functions
+from warp_jax.rewards import from_folder, text_reward
 
 OURS = flags.DEFINE_string("ours", "", "JSONL file of answers; a positive score means these are better.")
 THEIRS = flags.DEFINE_string("theirs", "", "JSONL file of answers to compare with, to the same prompts.")
@@ -64,10 +64,10 @@ def main(argv: list[str]) -> None:
     Console(highlight=False).print(as_table(comparison))
 
 
-def load_judge(source: str) -> reward_functions.TextFn:
+def load_judge(source: str) -> text_reward.TextFn:
     """Load a judge from a reward model's folder or package.module:function."""
     if not Path(source).is_dir():
-        return reward_functions.load_function(source)
+        return text_reward.load_function(source)
 
     def judge(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         is_chat = [MESSAGES in row for row in rows]

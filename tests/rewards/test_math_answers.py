@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from warp_jax.rewards import math_answers, reward_functions
+from warp_jax.rewards import math_answers, text_reward
 
 SAME = [
     ("7 months", "7"),
@@ -303,7 +303,7 @@ def test_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else find_spec(name))
     monkeypatch.delitem(sys.modules, "warp_jax.rewards.math_answers")
     with pytest.raises(ValueError, match=r"run: pip install 'warp_jax\[math\]'"):
-        reward_functions.load_function("warp_jax.math_answers:score")
+        text_reward.load_function("warp_jax.math_answers:score")
 
 
 def test_score_is_one_or_zero_for_each_completion():

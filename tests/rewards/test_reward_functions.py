@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from warp_jax.data.tokenizer import Tokenizer
-from warp_jax.rewards import reward_functions, tfidf
+from warp_jax.rewards import reward_functions, text_reward, tfidf
 from warp_jax.types import Rollout
 
 
@@ -45,7 +45,7 @@ def test_wrong_number_of_values_is_refused(tokenizer, monkeypatch):
     """Fails when a scalar would be broadcast over the batch."""
     monkeypatch.setattr(tfidf, "one_for_all", lambda *texts: 1.0, raising=False)
     part = reward_functions.make_from_text(
-        reward_functions.load_function("warp_jax.rewards.tfidf:one_for_all"), tokenizer, [{}, {}]
+        text_reward.load_function("warp_jax.rewards.tfidf:one_for_all"), tokenizer, [{}, {}]
     )
     with pytest.raises(ValueError, match="shape"):
         part(_rollout(tokenizer, ["a", "b"], ["c", "d"]))
@@ -77,7 +77,7 @@ def test_score_is_read_at_the_last_real_token():
 def test_unknown_functions_are_refused(source):
     """Fails when a typo in the config surfaces only after SFT."""
     with pytest.raises(ValueError, match="rewards"):
-        reward_functions.load_function(source)
+        text_reward.load_function(source)
 
 
 def test_gold_reward_ranks_and_survives_disk(tmp_path):

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.commands import run
-from warp_jax.rewards import from_folder, reward_functions, time_limit
+from warp_jax.rewards import from_folder, reward_functions, text_reward, time_limit
 from warp_jax.rewards.text_reward import TextReward, checked
 from warp_jax.types import RewardError, Rewards, Rollout
 
@@ -246,7 +246,7 @@ def test_a_module_that_cannot_be_loaded_is_one_line(name, tmp_path, monkeypatch)
     (tmp_path / f"module_{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RewardError, match=message) as caught:
-        reward_functions.load_function(f"module_{name}:f", "config.gold.source", 0.5)
+        text_reward.load_function(f"module_{name}:f", "config.gold.source", 0.5)
     assert str(caught.value).startswith("config.gold.source")
     assert "\n" not in str(caught.value)
 

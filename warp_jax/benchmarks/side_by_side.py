@@ -14,7 +14,7 @@ import numpy as np
 from warp_jax import files
 from warp_jax.evaluation import statistics
 from warp_jax.evaluation.statistics import Interval
-from warp_jax.rewards.reward_functions import TextFn
+from warp_jax.rewards.text_reward import TextFn
 
 Row = Mapping[str, Any]  # one answer: "prompt", "completion" and any further fields of its line
 Margins = tuple[float, ...]  # tie, slightly, better: see grade()

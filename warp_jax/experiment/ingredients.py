@@ -97,7 +97,7 @@ class Maker:
         task = supervised.Task(reward_loss(self.settings, apply_fn), *parts, batch_fn, held_out_batch)
         return reward_functions.make_learned(apply_fn, self._train("reward_model", settings, task))
 
-    def gold(self) -> reward_functions.TextFn:
+    def gold(self) -> text_reward.TextFn:
         """The gold reward, fitted on fragments of the gold split; nan for every text if the config has none."""
         settings = self.settings.gold
         if not settings.source:
@@ -119,14 +119,14 @@ class Maker:
         hosts.make_if_missing(path, make)
         return text_reward.TextReward(tfidf.load(path).score, "config.gold.source 'tfidf'", settings.timeout)
 
-    def text_fn(self, group: str, part: RewardPart | Gold) -> reward_functions.TextFn:
+    def text_fn(self, group: str, part: RewardPart | Gold) -> text_reward.TextFn:
         """The reward on text of a group of the config: a Python function, or the reward model in a folder."""
         if Path(part.source).is_dir():
             return self._folder_fn(part.source)
-        return reward_functions.load_function(part.source, f"config.{group}.source", part.timeout)
+        return text_reward.load_function(part.source, f"config.{group}.source", part.timeout)
 
     @functools.cached_property
-    def _folder_fn(self) -> Callable[[str], reward_functions.TextFn]:
+    def _folder_fn(self) -> Callable[[str], text_reward.TextFn]:
         """The reward model in a folder, which is loaded once."""
         return functools.cache(functools.partial(_load_folder, self.settings, self.mesh))
 
@@ -172,7 +172,7 @@ class Maker:
         return texts, list(labels) * per_text
 
 
-def _load_folder(settings: Settings, mesh: Mesh, source: str) -> reward_functions.TextFn:
+def _load_folder(settings: Settings, mesh: Mesh, source: str) -> text_reward.TextFn:
     data = settings.data
     asks = functools.partial(asked, text_field=data.text_field, prompt_template=data.prompt_template)
     return from_folder.load(Path(source), mesh, settings.model.dtype, asks if data.chat else None)

@@ -14,7 +14,7 @@ from warp_jax.models import partitioning
 from warp_jax.models.apply import param_shapes
 from warp_jax.parallel import hosts, meshes
 from warp_jax.pretrained import hf_weights, sources
-from warp_jax.rewards import reward_functions
+from warp_jax.rewards import reward_functions, text_reward
 from warp_jax.settings import Settings, check_devices
 from warp_jax.settings.groups import Gold, RewardPart
 from warp_jax.types import RewardError
@@ -50,7 +50,7 @@ def try_rewards(settings: Settings, corpora: Mapping[str, Corpus]) -> None:
     for group, source, timeout in [*parts, ("gold", settings.gold.source, settings.gold.timeout)]:
         if source in REWARDS + GOLDS or Path(source).is_dir() or not hosts.is_first():
             continue
-        function = reward_functions.load_function(source, f"config.{group}.source", timeout)
+        function = text_reward.load_function(source, f"config.{group}.source", timeout)
         for split in ("eval",) if group == "gold" else ("prompts", "eval"):
             texts, rows = corpora[split].texts, corpora[split].rows
             numbers = [number % len(rows) for number in range(len(COMPLETIONS) + 1)]
@@ -86,7 +86,7 @@ def _check_reward(path: str, part: RewardPart | Gold, names: tuple[str, ...], us
             if use_chat and Tokenizer.from_folder(Path(source)).chat_template is None:
                 raise ValueError("it has no chat template, but with config.data.chat it must read conversations")
         else:
-            reward_functions.load_function(source, timeout=part.timeout)
+            text_reward.load_function(source, timeout=part.timeout)
     except ValueError as error:
         want = ", ".join(map(repr, names))
         raise RewardError(

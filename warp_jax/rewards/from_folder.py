@@ -16,7 +16,7 @@ from warp_jax.models import partitioning
 from warp_jax.models.apply import make_apply_fn, param_shapes
 from warp_jax.parallel import hosts, meshes
 from warp_jax.pretrained import hf_config, hf_weights, sources
-from warp_jax.rewards import reward_functions
+from warp_jax.rewards import reward_functions, text_reward
 from warp_jax.rewards.text_reward import cut
 from warp_jax.types import RewardError
 
@@ -25,7 +25,7 @@ LENGTH_STEP = 64  # tokens; texts are padded to a multiple of it, so that few sh
 
 def load(
     folder: Path, mesh: Mesh, dtype: str, conversation_of: Callable[[Mapping[str, Any]], Any] | None = None
-) -> reward_functions.TextFn:
+) -> text_reward.TextFn:
     """Load a *ForSequenceClassification checkpoint with one label as a text reward, with its own tokenizer.
 
     dtype: of activations. conversation_of: returns the conversation of a row; the model then scores this conversation

@@ -13,7 +13,7 @@ import numpy as np
 
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.parallel import hosts
-from warp_jax.rewards.text_reward import TextFn, checked, load_function, located  # noqa: F401
+from warp_jax.rewards.text_reward import TextFn, checked, located
 from warp_jax.types import ApplyFn, Array, Params, RewardError, RewardFn, Rewards, Rollout
 
 
