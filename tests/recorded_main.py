@@ -27,8 +27,11 @@ def _find_groups(group, path=""):
 
 
 def recorded_get(group, name):
-    """Attribute access that notes the path of what is read; a dump reads every setting of its group."""
-    if id(group) in paths:
+    """Attribute access that notes the path of what is read; a dump reads every setting of its group.
+
+    A dump of the whole config, which is written to the workdir and the report, uses none of them.
+    """
+    if id(group) in paths and not (name == "model_dump" and paths[id(group)] == ""):
         names = type(group).model_fields if name == "model_dump" else [name]
         reads.update(f"{paths[id(group)]}{name}" for name in names)
         if name == "model_dump":

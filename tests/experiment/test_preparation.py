@@ -368,8 +368,11 @@ def test_evaluation_has_noise_of_its_own(job, tmp_path):
 def test_too_few_short_prompts_are_refused_for_evaluation_only(job):
     """Fails when the evaluation runs short of prompts, or RL is refused because it has fewer than the evaluation."""
     settings = job.settings.replace({"evaluation.num_prompts": 16})
-    if not settings.data.prompt_template:
-        pytest.skip("beginnings of texts are never too long")
+    if not settings.data.prompt_template:  # the beginning of a text is never too long
+        for split in ("prompts", "eval"):
+            batch = preparation.make_prompts(settings, job.tokenizer, job.corpora[split], split)
+            assert len(batch.example_ids) == len(job.corpora[split].texts) == 16
+        return
     assert len(preparation.make_prompts(settings, job.tokenizer, job.corpora["prompts"], "prompts").example_ids) < 16
     with pytest.raises(ValueError, match=r"of 16 prompts of split 'eval' have at most 9 tokens, want 16"):
         preparation.make_prompts(settings, job.tokenizer, job.corpora["eval"], "eval")
