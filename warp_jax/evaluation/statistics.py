@@ -36,8 +36,8 @@ class Resamples(NamedTuple):
 
 def resample(clusters: np.ndarray, count: int, seed: int) -> Resamples:
     """Draw `count` resamples of clusters with replacement. clusters: int [N], number of each completion's cluster."""
-    _, numbers = np.unique(clusters, return_inverse=True)
-    groups = int(numbers.max()) + 1
+    names, numbers = np.unique(clusters, return_inverse=True)
+    groups = len(names)
     drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=count)
     return Resamples(np.concatenate([np.ones((1, len(numbers)), int), drawn[:, numbers]]), groups)
 
