@@ -2,14 +2,18 @@
 
   python scripts/study_precision.py --config=configs/smollm2_135m.py --workdir=runs/precision --out=precision.json
 
-Part 1: the policy is init + noise. Part 2: the same RL run in float32 and in bfloat16; then policy and anchor of the
-float32 run are scored in both. Results and their reading are in docs/results/precision.md.
+Part 1: the policy is init + noise. Part 2: the same RL run in each arithmetic; then policy and anchor of the float32
+run are scored in all of them. Results and their reading are in docs/results/precision.md.
 """
 
+import contextlib
 import dataclasses
 import functools
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +25,15 @@ from warp_jax import cli, files, trees
 from warp_jax.data import batches
 from warp_jax.evaluation import measure
 from warp_jax.experiment import architecture, preparation
+from warp_jax.models import attention, transformer
 from warp_jax.models.apply import make_apply_fn
 from warp_jax.parallel import meshes
 from warp_jax.progress import JobProgress
 from warp_jax.settings import Settings, from_config
 from warp_jax.training import loop, reinforce, scoring
-from warp_jax.types import Params, Rollout
+from warp_jax.types import Array, Params, Rollout
+
+sys.path.insert(0, "")  # config files import configs from the folder that the program is started in
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config with a pretrained model.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the runs; what is finished there is not repeated.")
@@ -35,30 +42,58 @@ NOISE = flags.DEFINE_float("noise", 1e-4, "Standard deviation of the noise on ea
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-6, "Learning rate of part 2 (the paper's: 1e-6).")
 STEPS = flags.DEFINE_integer("steps", 40, "Steps of each run of part 2; 0 = part 1 only.", lower_bound=0)
 COMPLETIONS = flags.DEFINE_integer("completions", 32, "Completions that policies are scored on.", lower_bound=2)
-DTYPES = ("float32", "bfloat16")
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "rounded": "bfloat16"}  # arithmetic -> dtype of the model
+
+
+@contextlib.contextmanager
+def arithmetic(name: str) -> Iterator[None]:
+    """For "rounded", programs traced inside round the head's products and the attention scores to bfloat16.
+
+    That is what a TPU does when a bfloat16 product is not asked to come out in float32.
+    """
+    multiply, plain = transformer._multiply, attention.plain
+
+    def rounded_multiply(x: Array, kernel: Array, dtype: str) -> Array:
+        return multiply(x, kernel, dtype).astype(jnp.bfloat16).astype(dtype)
+
+    def rounded_plain(query: Array, key: Array, value: Array, mask: Array, softcap: float) -> Array:
+        einsum = jnp.einsum
+
+        def rounded_einsum(*args: Any, **kwargs: Any) -> Array:
+            return einsum(*args, **kwargs).astype(jnp.bfloat16)
+
+        with mock.patch.object(jnp, "einsum", rounded_einsum):
+            return plain(query, key, value, mask, softcap)
+
+    with contextlib.ExitStack() as stack:
+        if name == "rounded":
+            stack.enter_context(mock.patch.object(transformer, "_multiply", rounded_multiply))
+            stack.enter_context(mock.patch.object(attention, "plain", rounded_plain))
+        yield
 
 
 def log_ratios(
-    settings: Settings, dtype: str, policy: Params, reference: Params, rollout: Rollout
+    settings: Settings, name: str, policy: Params, reference: Params, rollout: Rollout
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-ratio of each token [B, C] and exact KL of each completion [B] between two policies, computed in a dtype."""
-    config = dataclasses.replace(architecture.policy_config(settings.model, settings.vocab_size), dtype=dtype)
+    """Log-ratio of each token [B, C] and exact KL of each completion [B] between two policies, in an arithmetic."""
+    config = dataclasses.replace(architecture.policy_config(settings.model, settings.vocab_size), dtype=DTYPES[name])
     options: Any = {"temperature": settings.sampling.temperature, "chunk": settings.model.logits_chunk}
     score = jax.jit(functools.partial(scoring.per_token_logps, make_apply_fn(config), **options))
     kl = jax.jit(functools.partial(scoring.sequence_kl, make_apply_fn(config), **options))
-    ratio = score(policy, rollout) - score(reference, rollout)
-    return np.asarray(ratio, np.float64), np.asarray(kl(policy, reference, rollout), np.float64)
+    with arithmetic(name):
+        ratio = score(policy, rollout) - score(reference, rollout)
+        return np.asarray(ratio, np.float64), np.asarray(kl(policy, reference, rollout), np.float64)
 
 
 def compare(settings: Settings, policy: Params, reference: Params, rollout: Rollout) -> dict[str, dict[str, float]]:
-    """Log-ratios and KLs in both dtypes, and the errors of bfloat16 (standard deviations, nats)."""
+    """Log-ratios and KLs in each arithmetic, and the errors against float32 (standard deviations, nats)."""
     mask = np.asarray(rollout.completion_mask)
-    found = {dtype: log_ratios(settings, dtype, policy, reference, rollout) for dtype in DTYPES}
+    found = {name: log_ratios(settings, name, policy, reference, rollout) for name in DTYPES}
     exact = found["float32"][0]
     rows = {}
-    for dtype, (ratio, kl) in found.items():
+    for name, (ratio, kl) in found.items():
         error = ratio - exact
-        rows[dtype] = {
+        rows[name] = {
             "log_ratio": float(ratio.sum(1).mean()),
             "log_ratio_rms": float(np.sqrt(np.mean(ratio.sum(1) ** 2))),
             "exact_kl": float(kl.mean()),
@@ -93,34 +128,45 @@ def main(argv: list[str]) -> None:
     """Run both parts, and write the results as they come."""
     del argv
     logging.set_verbosity(logging.ERROR)
-    changes = {"rl.learning_rate": LEARNING_RATE.value, "evaluation.dtype": "float32"}
     results: dict[str, Any] = {"noise": NOISE.value, "learning_rate": LEARNING_RATE.value, "steps": STEPS.value}
-    for dtype in DTYPES:
-        settings = from_config(CONFIG.value.to_dict()).replace({**changes, "model.dtype": dtype})
-        corpora = preparation.load_corpora(settings)
-        workdir = Path(WORKDIR.value) / dtype
-        with JobProgress(STEPS.value) as progress:
-            _, trainer, examiner = preparation.prepare(settings, corpora, workdir, progress)
-        sft, frozen = examiner.sft_params, examiner.frozen_params
-        batch = batches.take(examiner.eval_prompts, np.arange(COMPLETIONS.value))
-        if dtype == "float32":
-            policy = trees.join(noisy(sft, NOISE.value), frozen)
-            prompts = meshes.put_batch(trainer.mesh, batch)
-            rollout = trainer.sampler(policy, prompts, jax.random.key(0))
-            results["init_plus_noise"] = compare(settings, policy, trees.join(sft, frozen), rollout)
-            files.write_json(Path(OUT.value), results)
+    for name in DTYPES:
+        with arithmetic(name):
+            study(name, results)
         if not STEPS.value:
             break
-        state, metrics = run(settings, workdir / "run", trainer, sft)
-        evaluation = measure.evaluate(examiner, state.params)
-        means = {name: float(np.mean([step[name] for step in metrics])) for name in metrics[0]}
-        results[f"run_{dtype}"] = {**means, **{f"held_out_{k}": v for k, v in measure.summary(evaluation).items()}}
-        if dtype == "float32":
-            policies = [trees.join(tree, frozen) for tree in (state.params, state.anchor_params)]
-            rollout = trainer.sampler(policies[0], meshes.put_batch(trainer.mesh, batch), jax.random.key(0))
-            results["policy_and_anchor"] = compare(settings, *policies, rollout)
-        files.write_json(Path(OUT.value), results)
     print(Path(OUT.value).read_text())
+
+
+def study(name: str, results: dict[str, Any]) -> None:
+    """Both parts in one arithmetic; part 1 and the comparison of policy and anchor only in float32's turn."""
+    changes = {
+        "rl.learning_rate": LEARNING_RATE.value,
+        "model.dtype": DTYPES[name],
+        "evaluation.dtype": DTYPES[name],
+    }
+    settings = from_config(CONFIG.value.to_dict()).replace(changes)
+    workdir = Path(WORKDIR.value) / name
+    with JobProgress(STEPS.value) as progress:
+        _, trainer, examiner = preparation.prepare(settings, preparation.load_corpora(settings), workdir, progress)
+    sft, frozen = examiner.sft_params, examiner.frozen_params
+    prompts = meshes.put_batch(trainer.mesh, batches.take(examiner.eval_prompts, np.arange(COMPLETIONS.value)))
+
+    def compared(policy: Params, reference: Params) -> dict[str, dict[str, float]]:
+        policy, reference = trees.join(policy, frozen), trees.join(reference, frozen)
+        return compare(settings, policy, reference, trainer.sampler(policy, prompts, jax.random.key(0)))
+
+    if name == "float32":
+        results["init_plus_noise"] = compared(noisy(sft, NOISE.value), sft)
+        files.write_json(Path(OUT.value), results)
+    if not STEPS.value:
+        return
+    state, metrics = run(settings, workdir / "run", trainer, sft)
+    evaluation = measure.evaluate(examiner, state.params)
+    means = {key: float(np.mean([step[key] for step in metrics])) for key in metrics[0]}
+    results[f"run_{name}"] = {**means, **{f"held_out_{k}": v for k, v in measure.summary(evaluation).items()}}
+    if name == "float32":
+        results["policy_and_anchor"] = compared(state.params, state.anchor_params)
+    files.write_json(Path(OUT.value), results)
 
 
 if __name__ == "__main__":
