@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # seed of initial weights, prompt order and sampling; the data splits do not depend on it
     config.checkpoint_every = 100  # optimiser steps between two checkpoints
-    config.mesh = (-1, 1, 1)  # devices along (data, fsdp, tensor); -1 = all remaining; see docs/launching.md
+    config.mesh = (-1, 1, 1)  # devices along (data, fsdp, tensor); -1 = all remaining; docs/launching.md explains it
 
     config.data = ConfigDict()  # the texts, and their four splits: reward, gold, prompts, and held out for evaluation
     # or a TFDS name, "reasoning_gym:TASK", or a file: .jsonl, .json, .csv or .parquet, which may also end in .gz
@@ -27,10 +27,10 @@ def get_config() -> ConfigDict:
     # "" = the first sampling.prompt_tokens tokens of the text are the prompt; else a pattern with fields of the row,
     # such as "Q: {text} A:"
     config.data.prompt_template = ""
-    # True: the text field or the filled pattern is a conversation; the model's chat template makes it a prompt. Nothing
-    # learns from lists of messages: with them, SFT, reward_model and tfidf must be off
+    # True: the model's chat template makes the prompt, from the text field (a list of messages, or a text) or from the
+    # filled pattern. SFT, reward_model and tfidf cannot learn from lists of messages: with these, turn them off
     config.data.chat = False
-    # field with the label: 0 or 1, also as false/true, 0.0/1.0 or text; "" = no labels (then set rewards, gold.source)
+    # field with the label: 0 or 1, also as false/true, 0.0/1.0 or text; "" = none (then set rewards and gold.source)
     config.data.label_field = "label"
     config.data.reward_fraction = 0.44  # share of the rows (0 to 1) for SFT and the reward model
     config.data.gold_fraction = 0.44  # share of the rows for SFT and the gold reward
@@ -116,7 +116,7 @@ def get_config() -> ConfigDict:
     config.rewards.sentiment = ConfigDict()
     config.rewards.sentiment.source = "reward_model"
     config.rewards.sentiment.weight = 1.0  # 0 = not computed
-    config.rewards.sentiment.timeout = 600.0  # a function: seconds for one call; a longer one ends the job
+    config.rewards.sentiment.timeout = 600.0  # seconds for one call of a Python function; a longer call ends the job
     config.rewards.length = ConfigDict()
     config.rewards.length.source = "length"
     config.rewards.length.weight = 0.0  # reward per token; -0.0005 is the length penalty of [P App. E]
@@ -124,14 +124,14 @@ def get_config() -> ConfigDict:
     config.gold = ConfigDict()  # the gold reward: evaluated, never trained against [ours]
     config.gold.source = "tfidf"  # fitted on the gold split; or a folder or function as in rewards; "" = none
     config.gold.max_terms = 100_000  # tfidf: number of words and word pairs
-    config.gold.timeout = 600.0  # tfidf or a function: seconds for one call; a longer one ends the job
+    config.gold.timeout = 600.0  # seconds for one call of tfidf or a Python function; a longer call ends the job
     config.gold.fragments_per_text = 2  # tfidf: fragments of each text to learn from, as long as prompt + completion
 
     config.sampling = ConfigDict()
     config.sampling.prompt_tokens = 8  # length of x, start token included; with a template or chat, the upper limit
     config.sampling.max_new_tokens = 24  # upper limit for y, in tokens
-    # tokens that end a completion beside those of the model, such as ("<|im_end|>",); data.chat adds by itself the
-    # special token that the chat template writes after an assistant's turn
+    # more tokens that end a completion, such as ("<|im_end|>",), in addition to the model's end tokens and, with
+    # data.chat, the special token that the chat template writes after an assistant's turn
     config.sampling.stop_tokens = ()
     config.sampling.temperature = 0.9  # of the policy everywhere: sampling, log-probabilities and KL [P s4 Setup]
 
@@ -144,7 +144,8 @@ def get_config() -> ConfigDict:
     config.rl.advantage = "leave_one_out"
     config.rl.whiten = False  # divide advantages by their standard deviation over the batch [ours]
     config.rl.kl_coef = 0.1  # beta: penalty on the KL to the EMA anchor, reward units per nat [P s4 Setup]
-    # largest importance weight, policy / sampler, of a completion; 0 = no weights. For samplers that round (bfloat16)
+    # weigh each completion by its probability ratio policy / sampler, at most this; 0 = off. The two differ by rounding
+    # (bfloat16) [ours]
     config.rl.importance_cap = 0.0
     config.rl.learning_rate = 1e-4  # Adam, constant after the warm-up [ours; the paper's 7B model: 1e-6]
     config.rl.warmup_steps = 100  # steps of linear warm-up [P s4 Setup]
@@ -168,12 +169,11 @@ def get_config() -> ConfigDict:
     config.front.kl_budget = 0.0  # nats: the report names the best eta up to this KL to SFT; 0 = no budget
 
     config.evaluation = ConfigDict()  # reward, gold reward and KL to SFT on held-out prompts
-    config.evaluation.num_prompts = 1024  # prompts; times samples_per_prompt: a multiple of batch_size
+    config.evaluation.num_prompts = 1024  # num_prompts times samples_per_prompt must be a multiple of batch_size
     config.evaluation.samples_per_prompt = 1  # completions of each prompt
     config.evaluation.batch_size = 256  # completions that are generated at the same time
     config.evaluation.every = 250  # steps between two evaluations of a run [P s4 Setup: 100]
-
-    # of activations: bfloat16 takes half of the memory and, on a TPU, about a sixth of the time of float32, but its
+    # dtype: bfloat16 takes half of the memory and, on a TPU, about a sixth of the time of float32, but its
     # rounding adds to each KL to SFT (docs/results/precision.md)
     config.evaluation.dtype = "float32"
 
