@@ -86,8 +86,8 @@ def check_source(source: str, task: Mapping[str, Any] = {}) -> None:
 def load_rows(source: str, split: str, task: Mapping[str, Any] = {}) -> row_files.Rows:
     """Load all rows of a source (see SOURCES), each with its place for error messages.
 
-    split: of a TFDS source, which TFDS keeps in TFDS_DATA_DIR, else ~/tensorflow_datasets, in the format array_record,
-    which needs no TensorFlow. task: options of a reasoning-gym task by name.
+    split: of a TFDS source. TFDS keeps the source in TFDS_DATA_DIR (default ~/tensorflow_datasets), in the format
+    array_record, which needs no TensorFlow. task: options of a reasoning-gym task by name.
     """
     if source.startswith(reasoning_gym.PREFIX):
         return _placed(source, reasoning_gym.load_rows(source.removeprefix(reasoning_gym.PREFIX), task))
@@ -128,17 +128,17 @@ def split_rows(
     *,
     text_types: Any = str,
 ) -> dict[str, Corpus]:
-    """Assign rows to SPLITS by a hash of their text, and sort each split by it.
+    """Assign rows to SPLITS by a hash of their text, and sort each split by this hash.
 
-    So equal texts are always in one split, the first rows of a split are a fair sample of it, and no seed is needed.
+    So equal texts are always in one split, the first rows of a split are a random sample of it, and no seed is needed.
 
     Args:
         rows: as `load_rows` returns them.
         text_field: name of the field with the text.
         label_field: name of the field with 0 or 1; "" if there are no labels, then all are 0.
         fractions: share of each split except the last.
-        text_types: types that text_field may have, see `fields.check_text`. Only what is a str is a text to learn
-            from; the hash of other values is that of their str().
+        text_types: types that text_field may have, see `fields.check_text`. Only str values are texts to learn from;
+            other values are hashed by their str().
 
     Raises:
         ValueError: a field is missing or of a wrong type; the message begins with the place of the row.
@@ -180,7 +180,7 @@ def fingerprint(splits: Mapping[str, Corpus]) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """Arrays and numbers of numpy as lists and numbers, anything else, such as a date, by its repr."""
+    """Convert numpy's arrays and numbers to lists and numbers, and anything else, such as a date, to its repr."""
     return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 

@@ -1,4 +1,4 @@
-"""Checks of the fields of a row, and its prompt. A value is not made a text, except a finite number in a template."""
+"""Checks of the fields of a row, and its prompt. Only finite numbers in a template are converted to text."""
 
 import contextlib
 import decimal

@@ -19,7 +19,7 @@ from typing import Any
 import pydantic
 
 PREFIX = "reasoning_gym:"  # of data.source
-# tasks of version 0.1.25 that are refused, and why; checked by making and scoring problems of all 106
+# tasks of version 0.1.25 that are refused, and why; found by making and scoring problems of all 106 tasks
 _UNSTABLE = ("codeio", "isomorphic_strings", "knight_swap", "list_functions", "ransom_note", "word_ladder")
 _UNSAFE = (
     *("binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication"),
@@ -31,12 +31,12 @@ REFUSED = {
     "game_of_life_halting": "scores every text as right",
 }
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_HUGE = re.compile(r"[0-9]e[+-]?[0-9]{4}", re.IGNORECASE)  # an exact scorer would never finish 1e999999999
+_HUGE = re.compile(r"[0-9]e[+-]?[0-9]{4}", re.IGNORECASE)  # exact arithmetic on 1e999999999 would never end
 _LAX = pydantic.ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
 def check_task(task: str, options: Mapping[str, Any]) -> None:
-    """Raise ValueError if the package is missing, or the task or an option is wrong. Makes no problem."""
+    """Raise ValueError if the package is missing, or the task or an option is wrong. Does not make any problem."""
     _make_dataset(task, _as_key(options))
 
 

@@ -16,12 +16,12 @@ Rows = list[tuple[str, dict[str, Any]]]  # place and fields of each row
 
 
 def is_supported(path: Path) -> bool:
-    """True if the name ends in one of FORMATS, or in one of them and .gz; upper or lower case."""
+    """True if the name ends in a suffix of FORMATS, also followed by .gz; upper or lower case."""
     return _format(path) in FORMATS
 
 
 def read(path: Path) -> Rows:
-    """Read all rows of a file whose format is supported. Raises ValueError that names the file and the row or line."""
+    """Read all rows of a file in a supported format. Raises ValueError that names the file and the row or line."""
     rows = FORMATS[_format(path)](path)
     if not rows:
         raise ValueError(f"{path}: has no rows, want at least one")

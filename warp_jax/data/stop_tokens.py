@@ -11,7 +11,7 @@ ANSWER = "warp_jax answers"  # found again in a rendered conversation
 
 
 def extend(tokenizer: Tokenizer, texts: Sequence[str], *, use_chat: bool) -> Tokenizer:
-    """Return the tokenizer with more stop tokens: `turn_end` with use_chat, and those that `texts` spell.
+    """Return the tokenizer with more stop tokens: `turn_end` with use_chat, and the tokens named in `texts`.
 
     Raises ValueError if a text is not a single token.
     """
@@ -23,8 +23,8 @@ def extend(tokenizer: Tokenizer, texts: Sequence[str], *, use_chat: bool) -> Tok
 def turn_end(tokenizer: Tokenizer) -> int | None:
     """Id of the first special token that the chat template writes after an assistant's answer.
 
-    None if it writes none, or cannot render an answer. Without this token, some models invent the user's next turn:
-    their files name only the end of the whole text as the end.
+    None if it writes none, or cannot render an answer. Some models' files name only the end-of-text token as the end:
+    sampling would then go on to an invented turn of the user.
     """
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": ANSWER}]
     try:

@@ -1,8 +1,8 @@
 """Fronts of reward (higher is better) against KL (lower is better), with intervals over prompts.
 
 A front is the curve eta -> (KL, reward) of one merge, measured at K etas in rising order. Between two etas it is
-interpolated linearly. All K points count, so noise does not choose which: choosing the non-dominated ones instead
-favours the front with more points (docs/results/front_statistics.md).
+interpolated linearly. All K points count: to keep only the non-dominated ones would let noise choose, and favour the
+front with more points (docs/results/front_statistics.md).
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ class Look(NamedTuple):
     """Reward of front b minus reward of front a at one KL (nats)."""
 
     kl: float
-    difference: Interval  # 95 % interval of this look by itself
-    simultaneous: Interval  # 95 % interval of all looks together
+    difference: Interval  # 95 % interval for this KL alone
+    simultaneous: Interval  # 95 % interval that holds for all compared KLs together
 
 
 class Choice(NamedTuple):
@@ -39,7 +39,7 @@ class Choice(NamedTuple):
 
 
 def along_curve(x: np.ndarray, y: np.ndarray, at: np.ndarray | float) -> np.ndarray:
-    """Y where a curve through K points first has x = at, linear between neighbours; nan if it never has.
+    """Return y where a curve of K points first reaches x = at, linear between neighbours; nan if it never does.
 
     x, y: [K, ...], in the order of the curve; at: number or [...].
     """
@@ -83,10 +83,10 @@ def compare_with_policies(front: Measured, policies: Measured, resamples: statis
 def choose_under_budget(
     front: Measured, clusters: np.ndarray, budget: float, *, resamples: int, seed: int
 ) -> Choice | None:
-    """Choose the point with the highest reward among those with mean KL <= budget, on a random half of the prompts.
+    """Choose the point with the highest reward and a mean KL <= budget (nats), on a random half of the prompts.
 
-    Its KL and reward are measured on the other half, because on the prompts that chose it the reward is too high and
-    the KL too low. None if no point is within the budget, or all prompts are equal.
+    Its KL and reward are measured on the other half: on the half that chose it, the reward is biased upwards and the KL
+    downwards. None if no point is within the budget, or all prompts are equal.
     """
     groups, numbers = np.unique(clusters, return_inverse=True)
     if len(groups) < 2:

@@ -37,7 +37,7 @@ KlFn = Callable[[Params, Params, Params, Rollout], Array]  # trained leaves of p
 
 
 class Examiner(NamedTuple):
-    """Functions and data shared by all evaluations. All use the same prompts and random keys: compare in pairs."""
+    """Functions and data shared by all evaluations. All use the same prompts and random keys, so they are paired."""
 
     mesh: Mesh
     sampler: sampling.Sampler
@@ -106,7 +106,7 @@ def summary(evaluation: Evaluation) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationStore:
-    """Evaluations saved by name, so that no policy is evaluated twice."""
+    """Evaluations saved by name: no policy is evaluated twice."""
 
     directory: Path
     evaluate: Callable[[Params], Evaluation]  # trained leaves of the policy

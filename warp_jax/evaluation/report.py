@@ -47,7 +47,7 @@ def write_report(
         ("Reward and KL to SFT during training", _image(plots.draw_trajectories(rows))),
         ("Angles between the task vectors of the runs", angles),
         ("Summary", f"<p>{html.escape(summary.one_line(numbers))}</p>" + _comparison_tables(numbers)),
-        ("Drift between sampler and scorer", drift_text(drift(settings, workdir))),
+        ("Drift between sampler and update", drift_text(drift(settings, workdir))),
         ("Completions of SFT and of the final merged policy", samples),
         ("All evaluated policies (front.csv)", _table(rows)),
         ("Config", f"<pre>{html.escape(json.dumps(settings.as_json(), indent=2))}</pre>"),
@@ -92,7 +92,7 @@ def _samples_table(settings: Settings, tokenizer: Tokenizer, eval_prompts: Promp
 
 
 def drift(settings: Settings, workdir: Path) -> list[dict[str, Any]]:
-    """Mean of each drift metric over the steps of each run; runs of earlier versions have none."""
+    """Mean of each drift metric over the steps of each run; runs of earlier versions have no such metrics."""
     rows = []
     for iteration in range(1, settings.warp.num_iterations + 1):
         for run in range(1, settings.warp.num_runs + 1):
@@ -108,9 +108,9 @@ def drift_text(rows: Sequence[dict[str, Any]]) -> str:
     """The table of `drift`, and a warning if a run has more than MAX_DRIFT."""
     high = [row for row in rows if row["outside"] > MAX_DRIFT]
     warning = (
-        f"<p><b>Warning:</b> in {len(high)} of {len(rows)} runs, more than {MAX_DRIFT:.0%} of the tokens were drawn "
-        "with a probability that differs by over 10 % from the one of the update. Set rl.importance_cap (such as 2.0), "
-        "or model.dtype to float32.</p>"
+        f"<p><b>Warning:</b> in {len(high)} of {len(rows)} runs, more than {MAX_DRIFT:.0%} of the tokens were sampled "
+        "with a probability that differs by over 10 % from that of the update. Set rl.importance_cap (for example to "
+        "2.0), or model.dtype to float32.</p>"
     )
     return (warning if high else "") + _DRIFT_TEXT + _table(rows)
 
@@ -146,13 +146,14 @@ def _image(png: bytes) -> str:
 
 _FRONT_TEXT = """<p>Each line is the front of one iteration: LITI mixes of SFT (left end) and the merged policy. More
 reward at equal KL is better. Bars are standard errors over prompts.</p>"""
-_DRIFT_TEXT = """<p>log-probability of the sampler minus that of the update, per token, mean over the steps of a run; 0
-without rounding. outside: share of tokens with a probability ratio outside [0.9, 1.1].</p>"""
+_DRIFT_TEXT = """<p>Log-probability of the sampler minus that of the update, in nats per token; 0 without rounding.
+mean, std, max: mean, standard deviation and largest absolute value. outside: share of tokens with a probability ratio
+outside [0.9, 1.1]. Each is the mean over the steps of a run.</p>"""
 _RUNS_TEXT = """<p>The front of each iteration compared with the runs of that iteration.
 reward_above: reward of the front at the run's KL, minus the run's reward.
 kl_saved: share of the run's KL that the front saves at the run's reward.
-low, high: 95 % interval. Empty cells: not reached, that is, the front of at least 5 % of the resamples does not reach
-this KL or reward.</p>"""
+low, high: 95 % interval. Empty cells: the front does not reach this KL or reward, in the data or in more than 5 % of
+the resamples.</p>"""
 _PAGE = """<!doctype html><meta charset="utf-8"><title>WARP report</title>
 <style>body{{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}}img{{max-width:100%}}
 table{{border-collapse:collapse;font-size:13px}}td,th{{border:1px solid #ccc;padding:.2em .5em;text-align:left}}

@@ -67,7 +67,7 @@ def mean_and_se(values: Sequence[float] | np.ndarray, clusters: np.ndarray | Non
 
 
 def intervals(values: np.ndarray, num_clusters: int) -> list[Interval]:
-    """Percentile intervals of L statistics, each by itself. values: float64 [L, 1 + R], from `Resamples.means`.
+    """Percentile interval of each of L statistics alone. values: float64 [L, 1 + R], from `Resamples.means`.
 
     The percentiles are widened for few clusters (Hesterberg 2015, arXiv 1411.5279, section 5.4).
     """

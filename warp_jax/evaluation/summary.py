@@ -11,7 +11,7 @@ from warp_jax.evaluation.points import Point
 from warp_jax.settings import Settings
 
 COMPARED_KLS = 5  # number of KLs at which two fronts are compared
-NO_SPREAD = 1e-6  # standard errors below this share of the mean are rounding of float32 rewards
+NO_SPREAD = 1e-6  # a standard error below this share of the mean comes from the rounding of float32 rewards
 
 
 def as_row(point: Point) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def front_against_policies(
 
 
 def _number(value: Any) -> float | None:
-    """Turn nan (no gold reward, or out of a front's reach) into None, because JSON has no nan."""
+    """Turn nan (no gold reward, or not reached by a front) into None, because JSON has no nan."""
     return float(value) if np.isfinite(value) else None
 
 
