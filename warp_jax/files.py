@@ -71,7 +71,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, path: Path, want: str, line: int = 0) -> Any:
-    """Parse JSON text, of one line of a file or of the whole file (line 0).
+    """Parse the JSON text of a whole file, or of one line of it (`line` > 0).
 
     Raises ValueError with the file, the line of the error and what is wanted.
     """
@@ -84,7 +84,7 @@ def parse_json(text: str, path: Path, want: str, line: int = 0) -> Any:
 
 
 def as_row(value: Any, place: str) -> dict[str, Any]:
-    """Return a parsed JSON value if it is an object of valid text; else raise ValueError, which begins with `place`."""
+    """Return a parsed JSON value if it is an object of valid text; else raise a ValueError that begins with `place`."""
     if not isinstance(value, dict):
         raise ValueError(f"{place}: got {type(value).__name__}, want a JSON object with fields")
     try:

@@ -25,7 +25,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all results; a job in
 RUN = flags.DEFINE_integer("run", 0, "Train only this run of one iteration, 1 to warp.num_runs; 0 = the whole job.")
 MERGE = flags.DEFINE_bool("merge", False, "Merge the finished runs of one iteration; the last merge writes the report.")
 ITERATION = flags.DEFINE_integer("iteration", 0, "Iteration of --run or --merge; 0 = the first that is not merged.")
-MULTIHOST = flags.DEFINE_bool("multihost", False, "Run as one of several processes, all started by this command.")
+MULTIHOST = flags.DEFINE_bool("multihost", False, "Run as one of several processes, all started with the same command.")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, if JAX does not find it itself.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes, if JAX does not find it itself.")
 PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this process, from 0, if JAX does not find it itself.")
@@ -93,7 +93,7 @@ def _run(config: ConfigDict, workdir: Path) -> None:
 
 
 def _end(error: RewardError) -> NoReturn:
-    """Print the error and end the process, even if a thread still runs in the user's function."""
+    """Print the error and end the process, even if the user's function still runs in a thread."""
     cli.print_error(str(error))
     hosts.exit_at_once(cli.BAD_INPUT)
 

@@ -23,11 +23,11 @@ REPORT = "warp_export.json"
 
 
 def export_stage(workdir: Path, stage: str, out: Path, *, dtype: str = "float32", prompts: int = 0) -> dict[str, Any]:
-    """Write a stage as a new folder, which appears when it is complete; return the content of its warp_export.json.
+    """Write a stage to a new folder, which appears when it is complete; return the content of its warp_export.json.
 
     Args:
         workdir: a folder that warp_jax.main made.
-        stage: a name as `stages.NAMES` lists them.
+        stage: one of `stages.NAMES`.
         out: the new folder.
         dtype: of the weights. Fewer bits than float32 undo a part of the training; the report says how much.
         prompts: number of held-out prompts on which the exported policy is compared with the stage; 0 = not compared.
@@ -66,7 +66,7 @@ def export_stage(workdir: Path, stage: str, out: Path, *, dtype: str = "float32"
 
 
 def delivered(params: Params, sft_params: Params, dtype: str) -> dict[str, Any]:
-    """Share of the displacement from SFT that survives rounding to a dtype, its relative error, and warnings."""
+    """Delivered share and relative error of the displacement from SFT after rounding to a dtype, and warnings."""
     leaves = {trees.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     kept = {}
     for (name, leaf), start in zip(leaves.items(), jax.tree.leaves(sft_params), strict=True):
@@ -82,7 +82,7 @@ def delivered(params: Params, sft_params: Params, dtype: str) -> dict[str, Any]:
 
 
 def _compared(job: Workdir, policies: dict[str, Params], sft: Params, prompts: int) -> dict[str, Any]:
-    """Reward and KL to SFT of each policy on the same held-out prompts, and the paired difference; or why not."""
+    """Reward and KL to SFT of each policy on the same held-out prompts, and exported minus stage; or why not."""
     if not (job.path / "evaluations" / "sft.npz").is_file():
         return {"skipped": "the workdir has no evaluation yet"}
     settings = job.settings.replace({"mesh": tuple(job.mesh.shape.values())})

@@ -19,8 +19,8 @@ from warp_jax.settings import Settings, check_devices
 from warp_jax.settings.groups import Gold, RewardPart
 from warp_jax.types import RewardError
 
-REWARDS, GOLDS = ("reward_model", "length"), ("tfidf", "")  # sources that are no folders and no functions
-COMPLETIONS = ("", " The answer is 1.", " Yes.\n\nNo, 1/2 \u00fc \\boxed{3}")  # made up; a fourth one is data
+REWARDS, GOLDS = ("reward_model", "length"), ("tfidf", "")  # sources that are neither folders nor functions
+COMPLETIONS = ("", " The answer is 1.", " Yes.\n\nNo, 1/2 \u00fc \\boxed{3}")  # a fourth one comes from the data
 
 
 def check(settings: Settings) -> None:
@@ -44,7 +44,7 @@ def check(settings: Settings) -> None:
 def try_rewards(settings: Settings, corpora: Mapping[str, Corpus]) -> None:
     """Call each Python function of the rewards on a few rows of its splits, with short completions, one of them empty.
 
-    Only process 0 does. Raises RewardError if a function fails.
+    Only process 0 calls them. Raises RewardError if a function fails.
     """
     parts = [(f"rewards.{name}", part.source, part.timeout) for name, part in settings.reward_parts.items()]
     for group, source, timeout in [*parts, ("gold", settings.gold.source, settings.gold.timeout)]:
@@ -60,7 +60,7 @@ def try_rewards(settings: Settings, corpora: Mapping[str, Corpus]) -> None:
 
 
 def _samples(settings: Settings, texts: list[str], rows: list[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    """Prompts of rows, about as a reward function will see them, and short completions."""
+    """Prompts of rows, almost as a reward function will see them, and short completions."""
     data, sampling = settings.data, settings.sampling
     start, end = 4 * sampling.prompt_tokens, 4 * (sampling.prompt_tokens + sampling.max_new_tokens)  # characters
     completions = [*COMPLETIONS, texts[-1][start:end]]

@@ -28,7 +28,7 @@ from warp_jax.types import PromptBatch, RewardFn, Rollout
 def prepare(
     settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, progress: JobProgress
 ) -> tuple[Tokenizer, reinforce.Trainer, measure.Examiner]:
-    """Load or make what all runs share; what the workdir already holds is restored.
+    """Make what all runs share, or restore what the workdir already has.
 
     Training and evaluation have a reward function each, because a reward on text may read the rows of its split.
     """
@@ -81,7 +81,7 @@ def prepare(
 def load_corpora(settings: Settings) -> dict[str, Corpus]:
     """The four splits of the source.
 
-    Raises ValueError if one lacks rows or labels, or the prompts or rewards of its rows cannot be made.
+    Raises ValueError if a split lacks rows or labels, a prompt cannot be made, or a reward's check_row refuses a row.
     """
     data = settings.data
     rows = corpus.load_rows(data.source, data.split, task=data.task)
@@ -106,13 +106,13 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
 
 
 def _prompt_types(data: groups.Data) -> Any:
-    """Types of the text field if nothing learns from it: what may be a prompt, or a number beside a template."""
+    """Types that the text field may have if nothing learns from it: a number only with a template."""
     types: Any = str | numbers.Real if data.prompt_template else str
     return types | list if data.chat else types
 
 
 def load_tokenizer(settings: Settings, corpora: Mapping[str, Corpus], path: Path) -> Tokenizer:
-    """The pretrained model's tokenizer; without such a model the workdir's, trained on SFT's texts if it is missing."""
+    """The pretrained model's tokenizer; without such a model, the workdir's, trained here on the texts of SFT."""
     if settings.model.source:
         return _pretrained_tokenizer(settings)
 
@@ -133,9 +133,9 @@ def _with_stop_tokens(settings: Settings, tokenizer: Tokenizer) -> Tokenizer:
 
 
 def make_prompts(settings: Settings, tokenizer: Tokenizer, split: Corpus, name: str) -> PromptBatch:
-    """The prompts of a split: the beginnings of its texts, or its rows filled into a template.
+    """The prompts of a split: the beginnings of its texts, its rows filled into a template, or conversations.
 
-    Prompts from a template that are too long are left out. Raises ValueError if too few are left.
+    Too long prompts from a template or conversation are left out. Raises ValueError if too few are left.
     """
     data, length = settings.data, settings.sampling.prompt_tokens
     if not data.prompt_template and not data.chat:
@@ -153,7 +153,7 @@ def make_prompts(settings: Settings, tokenizer: Tokenizer, split: Corpus, name: 
 
 
 def _prompt_values(settings: Settings, split: Corpus) -> list[Any]:
-    """The prompt of every row, a text or a conversation. ValueError names the row."""
+    """The prompt of every row, a text or a conversation. A ValueError names the row."""
     values = []
     for place, row in zip(split.places, split.rows, strict=True):
         with fields.at(place):
@@ -162,7 +162,7 @@ def _prompt_values(settings: Settings, split: Corpus) -> list[Any]:
 
 
 def _encode_chats(tokenizer: Tokenizer, values: Sequence[Any], places: Sequence[str]) -> list[np.ndarray]:
-    """Ids of conversations in the chat template, which writes the BOS token. ValueError names the row."""
+    """Ids of conversations in the chat template, which writes the BOS token. A ValueError names the row."""
     rows = []
     for place, value in zip(places, values, strict=True):
         with fields.at(place):

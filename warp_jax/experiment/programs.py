@@ -34,7 +34,7 @@ def make_programs(
     stop_ids: tuple[int, ...],
     pad_id: int,
 ) -> Programs:
-    """Jit the programs for a policy `model`, whose trained and frozen leaves are shaped like these trees."""
+    """Jit the programs for a policy `model`. trained, frozen: its leaves, or their shapes."""
     temperature, chunk = settings.sampling.temperature, settings.model.logits_chunk
     score: Any = {"temperature": temperature, "chunk": chunk}
 

@@ -25,8 +25,8 @@ MAY_CHANGE = re.compile(r"report\.|front\.|mesh |(gold|rewards\.[^ ]+)\.timeout 
 def claim(settings: Settings, workdir: Path, corpora: Mapping[str, corpus.Corpus]) -> None:
     """Write config.json, if the workdir is new or belongs to the same rows and config, apart from MAY_CHANGE.
 
-    Jobs of one workdir may start together. Raises ValueError if the workdir belongs to another config or other rows, or
-    holds other files, or if it cannot be written.
+    Jobs of one workdir may start at the same time. Raises ValueError if the workdir belongs to another config, other
+    rows or other models, holds other files, or cannot be written.
     """
     waiting = f"another process is preparing {workdir}: waiting for it"
 
@@ -69,7 +69,7 @@ def check_models_unchanged(settings: Settings, workdir: Path) -> dict[str, str]:
 
 
 def _check_rows_unchanged(source: str, corpora: Mapping[str, corpus.Corpus], workdir: Path) -> dict[str, Any]:
-    """Number and fingerprint of the rows. Raises ValueError if the workdir, unless it is an older one, has others."""
+    """Number and fingerprint of the rows. Raises ValueError if the workdir has others; older workdirs have none."""
     count = sum(len(split.rows) for split in corpora.values())
     found, path = {"rows": count, "fingerprint": corpus.fingerprint(corpora)}, workdir / DATA
     before = files.read_json(path) if path.exists() else found
@@ -82,7 +82,7 @@ def _check_rows_unchanged(source: str, corpora: Mapping[str, corpus.Corpus], wor
 
 
 def _older_fingerprint(folder: Path) -> str:
-    """Fingerprint that earlier versions stored: of all files with these suffixes, whether or not they are in use."""
+    """Fingerprint that earlier versions stored: of all files with these suffixes, used by the model or not."""
     suffixes = (".json", ".jinja", ".model", ".safetensors", ".bin")
     return files.fingerprint(folder, sorted(path.name for path in folder.iterdir() if path.suffix in suffixes))
 
