@@ -18,7 +18,7 @@ Args:
   stacked: the key whose leaves have the layers as their first axis, as `flax.linen.scan` lays them out
     ('layers/attn/q/kernel' of shape [L, ...]; 'layers/0/...' is not stacked). None: no leaf is stacked.
   donate: write the result over the first policy, whose arrays then cannot be used. Saves memory and time.
-  rounding_key: a `jax.random.key`: round stochastically to the policies' dtype, so that displacements smaller than the
+  rounding_key: a `jax.random.key`, to round stochastically to the first policy's dtype: displacements smaller than the
     dtype's steps are kept in the mean. None: round to nearest, which undoes most of a small displacement in bfloat16.
 
 Raises:

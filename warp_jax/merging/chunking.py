@@ -114,7 +114,7 @@ def plan_chunks(inputs: Inputs, unit: units.Unit, room: int) -> tuple[tuple[str,
 
 
 def _cut(pieces: Sequence[Piece], room: int) -> Iterator[tuple[Piece, ...]]:
-    """Cut pieces into groups of `room` elements; the last group may be smaller."""
+    """Group pieces, cut where needed, into groups of `room` elements; the last group may be smaller."""
     group: list[Piece] = []
     left = room
     for piece in pieces:

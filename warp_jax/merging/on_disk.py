@@ -72,7 +72,7 @@ def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Set
 
 
 def summary_line(report: dict[str, Any]) -> str:
-    """Summarize a report in one line: policies, units, and the angle between the policies."""
+    """Summarize a report in one line: policies, units, the median angle between policies, and the delivered shares."""
     units, count = report["units"], len(report["policies"])
     angles = [angle for unit in units for m, row in enumerate(unit["angles_degrees"]) for angle in row[:m]]
     apart = f", median angle {np.median(angles):.1f} degrees" if angles else ""
@@ -121,7 +121,7 @@ class _Job(NamedTuple):
     progress: JobProgress
 
     def sum_grams(self) -> tuple[np.ndarray, np.ndarray]:
-        """Run pass 1: Gram matrices float64 [U, M, M], and squared rounding noise between two policies [U].
+        """Run pass 1: Gram matrices float64 [U, M, M], and squared rounding error of a difference of two policies [U].
 
         Raises ValueError if a policy is identical to init.
         """
@@ -188,7 +188,7 @@ class _Job(NamedTuple):
         return delivered
 
     def rounding_of(self, name: str, start: int, count: int, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
-        """Return the function that rounds `count` float64 elements of a tensor, from `start` on, for every eta."""
+        """Return the function that rounds elements start .. start + count - 1 of a tensor; the same for every eta."""
         if self.settings.rounding == "stochastic":
             uniforms = rounding.uniforms(name, start, count, self.settings.seed)
             return lambda values: rounding.stochastic(values, dtype, uniforms)
@@ -254,7 +254,7 @@ class _Job(NamedTuple):
         ]
 
     def find_warnings(self, inner: np.ndarray, noises: np.ndarray, delivered: np.ndarray) -> list[str]:
-        """One line for each eta that loses much of the merge, and for each two policies that are nearly the same."""
+        """One line for each eta with a unit whose share is not near 1, and for each pair of nearly equal policies."""
         warnings = []
         for eta, whole, sums in zip(self.settings.etas, delivered.sum(0), delivered.swapaxes(0, 1), strict=True):
             shares = [rounding.Delivery(*row.tolist()).share for row in sums]

@@ -1,8 +1,8 @@
 """Stochastic rounding, and the share of a displacement that survives rounding.
 
 A merge computes in float64 and is rounded to the dtype of the result. Rounding to the nearest bfloat16 undoes most of a
-small displacement: a weight moves only if it moves by more than half of the distance to the next bfloat16, 2^-9 of the
-weight. Stochastic rounding takes one of the two neighbours at random, with probabilities that make the mean exact.
+small displacement: a weight changes only if its displacement is more than half of the distance to the next bfloat16,
+2^-9 to 2^-8 of the weight. Stochastic rounding takes one of the two neighbours at random, with the exact mean.
 
 The functions use the array library of their arguments (numpy or JAX), and numbers of any floating-point dtype.
 """
@@ -15,11 +15,11 @@ import numpy as np
 import xxhash
 
 METHODS = ("nearest", "stochastic")
-TOLERANCE = 0.05  # a delivered share further than this from 1 is a warning
+TOLERANCE = 0.05  # warn if a delivered share is further than this from 1
 
 
 class Delivery(NamedTuple):
-    """Comparison of a displacement that was asked for, with the one that was written: sums over the elements."""
+    """Comparison of the written displacement with the exact one, which the merge asked for: sums over the elements."""
 
     asked_square: float  # <asked, asked>
     product: float  # <written, asked>
@@ -39,8 +39,8 @@ class Delivery(NamedTuple):
 def stochastic(x: Any, dtype: Any, uniforms: Any) -> Any:
     """Round float64 x to one of its two neighbours in dtype, so that the expectation is x.
 
-    uniforms: random numbers in [0, 1), shaped like x. Numbers that dtype contains, and numbers beyond its largest, are
-    rounded to nearest.
+    uniforms: random numbers in [0, 1), shaped like x. Numbers that dtype holds exactly, and numbers beyond its largest,
+    are rounded to nearest.
     """
     xp = x.__array_namespace__()
     with np.errstate(over="ignore", invalid="ignore"):
@@ -58,7 +58,7 @@ def uniforms(name: str, start: int, count: int, seed: int) -> np.ndarray:
     The number of an element depends only on (seed, name, index), so any cut into pieces gives the same result.
     """
     key = xxhash.xxh3_128_intdigest(f"{seed}/{name}".encode())
-    first = start % 4  # Philox makes four numbers per count
+    first = start % 4  # Philox makes four numbers per step of its counter
     raw = np.random.Philox(key=key, counter=start // 4).random_raw(first + count)[first:]
     return (raw >> 11) * 2.0**-53
 
@@ -70,7 +70,7 @@ def measure(asked: np.ndarray, written: np.ndarray) -> Delivery:
 
 
 def warning(whole: Delivery, unit_shares: Mapping[str, float | None]) -> str:
-    """Describe in one line a delivery that misses a unit's displacement by more than TOLERANCE; '' if none does."""
+    """Say in one line which units have a share further than TOLERANCE from 1; '' if none has."""
     asked = {name: share for name, share in unit_shares.items() if share is not None}
     missed = [name for name, share in asked.items() if abs(share - 1) > TOLERANCE]
     if not missed:
@@ -85,7 +85,7 @@ def warning(whole: Delivery, unit_shares: Mapping[str, float | None]) -> str:
 def noise_square(values: np.ndarray) -> float:
     """Expected squared error of rounding to the dtype of the values, up to a factor of 2; 0 for float64.
 
-    The distance between two neighbours is between eps / 2 and eps of a value; an error is uniform in it.
+    Two neighbours are eps / 2 to eps of a value apart, and the error is uniform over this distance.
     """
     wide = values.astype(np.float64)
     eps = float(ml_dtypes.finfo(values.dtype).eps) if values.dtype != np.float64 else 0.0

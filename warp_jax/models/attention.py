@@ -19,7 +19,7 @@ LANES = 128  # width of a TPU's vector unit: the kernel needs lengths and head s
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:
-    """Precision of products in this dtype: without it, a TPU rounds float32 factors to bfloat16."""
+    """Precision for products of factors of this dtype: without it, a TPU rounds float32 factors to bfloat16."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
@@ -87,7 +87,7 @@ def plain(query: Array, key: Array, value: Array, mask: Array, softcap: float) -
 def splash_fits(query: Array, key: Array, mesh: Mesh | None) -> bool:
     """True on TPUs, for whole bfloat16 sequences (no cache) with a head size and head counts that the kernel supports.
 
-    Inside the kernel, a TPU would round float32 factors to bfloat16.
+    Not for float32, whose factors the kernel would round to bfloat16.
     """
     if mesh is None or mesh.devices.flat[0].platform != "tpu" or query.dtype != jnp.bfloat16:
         return False

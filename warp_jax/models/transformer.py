@@ -140,7 +140,7 @@ class RMSNorm(nn.Module):
 class Linear(nn.Module):
     """x [B, S, *inputs] times a kernel [*inputs, *outputs], plus a bias [*outputs] with `use_bias`.
 
-    Factors are rounded to `dtype`; the product comes out in `product_dtype`, by default the same.
+    Factors are rounded to `dtype`; the product has `product_dtype`, by default the same.
     B and S are merged into one axis: otherwise XLA's gradient on a CPU takes twice as long.
     """
 
@@ -297,7 +297,7 @@ class Transformer(nn.Module):
     def head(self, x: Array) -> Array:
         """Logits [B, S, V], or one number per token [B, S], from the states that `hidden` returns.
 
-        Products are summed and come out in float32: a logit rounded to bfloat16 is wrong by up to 0.4 %, which adds
+        Products are summed in float32, and logits are float32: in bfloat16 a logit is wrong by up to 0.4 %, which adds
         noise to every log-probability.
         """
         cfg = self.config
@@ -313,7 +313,7 @@ class Transformer(nn.Module):
 
 
 def _multiply(x: Array, kernel: Array, dtype: str) -> Array:
-    """Matrix product x [R, I] @ kernel [I, O], summed in float32 where it comes out in float32."""
+    """Matrix product x [R, I] @ kernel [I, O] with a result in `dtype`; a float32 result is summed in float32."""
     return jnp.matmul(x, kernel, precision=attention.precision(x.dtype), preferred_element_type=dtype)
 
 
