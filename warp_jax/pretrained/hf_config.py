@@ -42,7 +42,7 @@ QWEN_DEFAULTS = {
     "layer_types": None,
 }
 
-WITHOUT_MEANING = {"attention_bias": None}  # transformers does not read it for these families
+WITHOUT_MEANING = {"attention_bias": None}  # transformers ignores it for these families
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama"),
@@ -124,7 +124,7 @@ HEADS = {"language": "ForCausalLM", "scalar": "ForSequenceClassification"}  # su
 
 
 def read_config(folder: Path) -> TransformerConfig:
-    """Read the settings of the model in a folder; ValueError names the file and the field that is not supported."""
+    """Read the settings of the model in a folder. A ValueError names the file and the field that is not supported."""
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder}: no {CONFIG}, want a Hugging Face model folder")

@@ -25,13 +25,13 @@ OUR_NAMES: dict[str, dict[str, str]] = {  # by rope type: names in RopeScaling o
     },
 }
 OTHER_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-YARN_FIELDS = {"mscale", "mscale_all_dim", "truncate"}  # that only change how the stored fields are read
+YARN_FIELDS = {"mscale", "mscale_all_dim", "truncate"}  # read here, but not stored in RopeScaling
 
 
 def read_rope(fields: Json) -> dict[str, Any]:
     """Rotary settings as keyword arguments of TransformerConfig, from config.json's fields with their defaults.
 
-    As in transformers 5, rope_scaling replaces rope_parameters, and rope_theta counts only where these two lack it.
+    As in transformers 5, rope_scaling replaces rope_parameters; a rope_theta in either replaces the field.
     """
     scaling, parameters = (_mapping(fields, name) for name in ("rope_scaling", "rope_parameters"))
     if "rope_local_base_freq" not in fields:

@@ -1,4 +1,4 @@
-"""Read a LoRA adapter of the PEFT library as the weights that it makes of a base model: W + scale * B A.
+"""Read a LoRA adapter of the PEFT library as whole weights, those of the base model plus the update: W + scale * B A.
 
 Format: adapter_config.json and adapter_model.safetensors (https://huggingface.co/docs/peft, checkpoint format).
 """
@@ -19,7 +19,7 @@ from warp_jax.storage.weight_files import SafetensorsFolder, WeightFolder
 
 PREFIX = "base_model.model."  # of every tensor in the file
 FACTOR = re.compile(r"(?P<module>.+)\.(?P<kind>lora|lora_embedding)_(?P<factor>[AB])(\.weight)?")
-# initialisations that leave the base model unchanged; the others (PiSSA, OLoRA, LoftQ, ...) also change its weights
+# initialisations that leave the base model unchanged; others (PiSSA, OLoRA, LoftQ, ...) also change its weights
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 # options that change what the factors mean
 REFUSED = (
@@ -46,7 +46,7 @@ class LoraFolder(WeightFolder):
     """The weights of a base model with a LoRA adapter added, computed in float64 on request."""
 
     def __init__(self, path: Path, base: WeightFolder):
-        """Raises ValueError if the adapter is not a plain LoRA of this base model; the message says why."""
+        """Raises ValueError if the adapter is not a plain LoRA of this base model."""
         if not (path / WEIGHTS).is_file():
             raise ValueError(f"{path}: {WEIGHTS} is missing; want it beside {CONFIG}")
         self.path = path

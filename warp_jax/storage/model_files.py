@@ -57,7 +57,7 @@ def find(folder: Path) -> ModelFiles:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Content of config.json; {} without one. Raises ValueError if it is no JSON object."""
+    """Content of config.json; {} if it is missing. Raises ValueError if it is not a JSON object."""
     path = folder / CONFIG
     try:
         return parse_object(path.read_bytes()) if path.is_file() else {}
@@ -66,7 +66,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash name, size and pieces of every file of a model. Fast at any size; more training changes the hash."""
+    """Hash name, size and pieces of every file of a model. Fast at any size; further training changes the hash."""
     chosen = find(folder)
     return files.fingerprint(folder, sorted([*chosen.weights, *(path.name for path in chosen.sidecars)]))
 

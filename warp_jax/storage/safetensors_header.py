@@ -34,7 +34,7 @@ class Tensor(NamedTuple):
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    file: str  # path in the folder of the file that contains it
+    file: str  # path of its file, relative to the folder
     num_layers: int = 1  # above 1: the first axis runs over the layers
 
     @property
@@ -93,7 +93,7 @@ def make_header(tensors: Sequence[Tensor], starts: Sequence[int]) -> bytes:
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
-    """Parse a JSON object. Raises ValueError if it is none, is nested too deeply, or names a key twice."""
+    """Parse a JSON object. Raises ValueError if it is not one, is nested too deeply, or has a key twice."""
     try:
         value = json.loads(text, object_pairs_hook=_distinct)
     except RecursionError as error:
@@ -109,7 +109,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice")
     return result
 
 

@@ -23,7 +23,7 @@ from warp_jax.storage.model_files import CONFIG, INDEX, SINGLE
 from warp_jax.storage.safetensors_header import DTYPES, FLOATING, Tensor, make_header, parse_object, read_header
 
 OUTPUT_DTYPES = {DTYPES[name].name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
-# names of what quantised models store beside or instead of weights: FP8, GPTQ, AWQ, bitsandbytes, MXFP4
+# names of tensors that quantised models store besides or instead of weights: FP8, GPTQ, AWQ, bitsandbytes, MXFP4
 QUANTISED = re.compile(
     r".*([._](scales?|scale_inv|scale_\d)|\.(qweight|qzeros|g_idx|SCB|absmax|weight_packed|weight_zero_point)"
     r"|\.quant_(map|state\..*)|_blocks)"
@@ -32,7 +32,7 @@ _DEQUANTISE = "quantised weights are not supported; convert the model to bfloat1
 
 
 class WeightFolder(abc.ABC):
-    """Folder of named tensors, whose elements several threads can read."""
+    """Folder of named tensors; several threads can read their elements."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -84,7 +84,7 @@ class SafetensorsFolder(WeightFolder):
     """A folder of one or several safetensors files."""
 
     def __init__(self, path: Path, names: Sequence[str], weight_map: Mapping[str, str] | None = None):
-        """weight_map: file of each tensor by an index. Raises ValueError if a file is damaged or the index is wrong."""
+        """weight_map: file of each tensor in the index. Raises ValueError for a damaged file or a wrong index."""
         super().__init__(path)
         self._offsets: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
