@@ -69,7 +69,7 @@ def load_config(config: flags.FlagHolder[Any]) -> None:
 
 
 def numbers(flag: flags.FlagHolder[list[str]], want: str = "numbers separated by commas") -> tuple[float, ...]:
-    """Convert the items of a list flag to numbers; raise ValueError, which says what is wanted, if one is no number."""
+    """Convert the items of a list flag to numbers. Raises ValueError, with `want`, if one is not a number."""
     try:
         return tuple(map(float, flag.value))
     except ValueError:

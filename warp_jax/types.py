@@ -35,9 +35,9 @@ class Rollout(NamedTuple):
 
 
 class RewardError(ValueError):
-    """A reward function failed, or did not return one finite number for each completion: one line.
+    """A reward function failed, or did not return one finite number for each completion. The message is one line.
 
-    In a multi-host job every process raises it. index: of the completion in the batch, if it is known.
+    In a multi-host job every process raises it. index: number of the completion in the batch, if known.
     """
 
     def __init__(self, message: str, index: int | None = None) -> None:

@@ -56,7 +56,7 @@ def is_first() -> bool:
 def exists(path: Path) -> bool:
     """True in every process if the path exists for process 0.
 
-    Only process 0 looks: on NFS, other hosts see a new file late, and cache each failed look-up.
+    Only process 0 checks: on NFS, other hosts see a new file late, and cache each failed check.
     """
     return bool(multihost_utils.broadcast_one_to_all(np.array(is_first() and path.exists())))
 

@@ -56,7 +56,7 @@ def load(
 
 
 def _pad_id(folder: Path) -> int | None:
-    """Padding id in config.json (no other file counts): transformers never takes it for the last token of a text."""
+    """Padding id in config.json (no other file counts): in transformers, it is never the last token of a text."""
     content = files.read_json(folder / hf_config.CONFIG)
     return (content.get("text_config") or content).get("pad_token_id")
 

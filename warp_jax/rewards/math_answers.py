@@ -119,7 +119,7 @@ def gold(row: Mapping[str, Any]) -> str:
 
 
 def check_row(row: Mapping[str, Any]) -> None:
-    """Raise ValueError if a row has no right answer, or one without content, such as '$', which nothing equals."""
+    """Raise ValueError if a row has no right answer, or one that no answer can equal, such as '$'."""
     if len(text := gold(row)) <= LONGEST and not _simplify(text)[0]:
         raise ValueError(f"warp_jax.rewards.math_answers: the right answer is {text!r}, which no answer can equal")
 
@@ -138,7 +138,7 @@ def _find(text: str, *patterns: re.Pattern[str]) -> str | None:
 
 
 def _simplify(text: str) -> tuple[str, str]:
-    """Rewrite an answer for math-verify and cut off its unit, '' if it has none."""
+    """Rewrite an answer for math-verify, and split it from its unit ('' if it has none)."""
     for pattern, replacement in _REWRITES:
         text = re.sub(pattern, replacement, text, flags=re.IGNORECASE)
     text = text.strip().rstrip(".,;:")

@@ -60,7 +60,7 @@ def make_from_text(
 
 
 def make_finite(reward_fn: RewardFn, tokenizer: Tokenizer, split: str) -> RewardFn:
-    """Make a RewardFn that raises RewardError where reward_fn returns nan or inf. It waits for the device."""
+    """Make a RewardFn that raises RewardError if reward_fn returns nan or inf. It waits for the device."""
 
     def reward(rollout: Rollout) -> Rewards:
         host, rewards = hosts.fetch((rollout, reward_fn(rollout)))
@@ -78,7 +78,7 @@ def make_finite(reward_fn: RewardFn, tokenizer: Tokenizer, split: str) -> Reward
 
 @contextlib.contextmanager
 def naming_row(example_ids: Sequence[int], split: str) -> Iterator[None]:
-    """Add the row of a completion to a RewardError that has its index."""
+    """Add the row of the completion to a RewardError that has the index of one."""
     try:
         yield
     except RewardError as error:

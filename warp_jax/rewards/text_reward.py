@@ -1,4 +1,4 @@
-"""A reward that the user gives as a Python function of text: called with a time limit, its values checked.
+"""A reward that is a user's Python function of text: call it with a time limit, and check its values.
 
 Each failure is a RewardError: one line with the function, what it did, and the first completion for which it fails.
 """
@@ -38,7 +38,7 @@ class TextReward:
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> np.ndarray:
-        """Rewards, float32 [N], computed on process 0 and sent to all. Raises RewardError in all."""
+        """Rewards, float32 [N], computed on process 0 and sent to all processes. Raises RewardError in all of them."""
         try:
             return hosts.computed_on_first_process(self.local)(prompts, completions, rows)
         except hosts.PeerError as error:
@@ -80,7 +80,7 @@ class TextReward:
             return None
 
     def _run(self, action: Callable[[], Any]) -> Any:
-        line = f"no result after {self.timeout} seconds; mend the function, or raise its timeout"
+        line = f"no result after {self.timeout} seconds; fix the function, or raise its timeout"
         try:
             return time_limit.run(action, self.timeout, f"{self.name}: {line}")
         except TimeoutError as error:
@@ -102,7 +102,7 @@ def load_function(source: str, path: str = "rewards", timeout: float | None = No
         )
     except TimeoutError as error:
         raise RewardError(late) from error
-    failure = future.exception()  # a module of the user's can raise anything, and exit
+    failure = future.exception()  # a user's module can raise anything, and exit
     if failure is not None:
         raise RewardError(f"{path}: cannot load {source!r}: {describe(failure)}") from failure
     if not callable(future.result()):
@@ -135,14 +135,14 @@ def checked(values: Any, count: int) -> np.ndarray:
 
 
 def located(error: RewardError, name: str, prompts: Sequence[str], completions: Sequence[str]) -> RewardError:
-    """Add the function's name and the completion to an error; without an index, the first completion of the batch."""
+    """Add the function's name and the completion (without an index, the first of the batch) to an error."""
     first, number = ("first ", 0) if error.index is None else ("", error.index)
     shown = f"{first}prompt {cut(prompts[number])}, completion {cut(completions[number])}"
     return RewardError(f"{name}: {error}; {shown}", number)
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line, with the place in the user's file."""
+    """Describe an exception in one line, with its place in the user's file."""
     text = " ".join("".join(traceback.format_exception_only(error)).split())[:300]
     others = (__file__, time_limit.__file__, importlib.__file__)
     for frame in traceback.extract_tb(error.__traceback__):

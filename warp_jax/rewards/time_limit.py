@@ -1,7 +1,7 @@
-"""A time limit for functions of the user, which may hang in any way.
+"""A time limit for user functions, which may hang in any way.
 
-The function runs in a thread, and the caller waits for it. A function in C, such as a regular expression, may also keep
-Python's lock (the GIL) for ever: then no Python code runs any more, and timers of the C library end the process.
+The function runs in a thread, and the caller waits for it. Code in C, such as a regular expression, may also keep
+Python's lock (the GIL) for ever: then no Python code can run, and timers of the C library end the process.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 
 from warp_jax import cli
 
-GRACE = 5.0  # seconds after the limit until the process is ended, if the caller cannot act
+GRACE = 5.0  # seconds from the limit to the end of the process, if the caller cannot run
 
 
 class _SigEvent(ctypes.Structure):
@@ -34,17 +34,17 @@ class _SigEvent(ctypes.Structure):
 
 
 def run(action: Callable[[], Any], seconds: float | None, message: str) -> "futures.Future[Any]":
-    """Run action() in a daemon thread that all calls share; return its result, or the exception that it raised.
+    """Run action() in a daemon thread that all calls share; return a future with its result or its exception.
 
-    If the thread holds the GIL GRACE seconds after the limit, print the message as an error and exit with code 2
-    (only on systems that have timer_create, such as Linux). seconds None: no limit.
+    seconds: the limit; None = no limit. If the thread still holds the GIL GRACE seconds after the limit, the process
+    prints `message` as an error and exits with code 2 (only on systems with timer_create, such as Linux).
 
     Raises:
         TimeoutError: the limit is exceeded. The thread may still run, so the process should end by os._exit.
     """
     future: futures.Future[Any] = futures.Future()
     started = time.monotonic()
-    with _ended_by_timers(seconds, message):  # armed before the thread starts: it may never give back the GIL
+    with _ended_by_timers(seconds, message):  # before the thread starts: it may never release the GIL
         _thread().put((action, future))
         futures.wait([future], seconds)
     if not future.done():
@@ -72,7 +72,7 @@ def _thread() -> "queue.SimpleQueue[tuple[Callable[[], Any], futures.Future[Any]
 
 @contextlib.contextmanager
 def _ended_by_timers(seconds: float | None, message: str) -> Iterator[None]:
-    """Arm two timers of the C library: one prints the message, one ends the process. They need no GIL."""
+    """Start two timers of the C library: one prints the message, one ends the process. They need no GIL."""
     library: Any = ctypes.CDLL(None)
     if seconds is None or not hasattr(library, "timer_create"):
         yield
@@ -89,7 +89,7 @@ def _ended_by_timers(seconds: float | None, message: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _timer(library: Any, seconds: float, function: Any, value: int) -> Iterator[None]:
-    """Call function(value) after `seconds`, unless the block has ended by then, or the system has no more timers."""
+    """Call function(value) after `seconds`, unless the block ends before, or the system has no timer left."""
     timer = ctypes.c_void_p()
     event = _SigEvent(value=value, notify=2, function=ctypes.cast(function, ctypes.c_void_p).value)
     if library.timer_create(1, ctypes.byref(event), ctypes.byref(timer)):  # 1: the monotonic clock
