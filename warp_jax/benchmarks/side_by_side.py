@@ -56,7 +56,7 @@ class Comparison(NamedTuple):
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
-    """Read answers from a JSONL file; raise ValueError with the line number if a prompt or completion is not a text."""
+    """Read answers from a JSONL file. A ValueError names the line whose prompt or completion is not a text."""
     rows = files.read_jsonl(path)
     for place, row in rows:
         for name in ("prompt", "completion"):

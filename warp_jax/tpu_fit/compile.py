@@ -66,7 +66,7 @@ class Compiled(NamedTuple):
 
 
 COPY = "copy for generation"
-EVALUATION = " (evaluation)"  # suffix of the programs that evaluation runs with its own batch size
+EVALUATION = " (evaluation)"  # suffix of the programs that evaluation runs with its own batch size or dtype
 STATE = ("policy", "anchor", "Adam moments")
 WHOLE: Names = ("policy", "frozen weights")  # all weights of the policy
 RUN_ONLY = ("init", *STATE, COPY)  # in memory only during a run
@@ -117,7 +117,7 @@ class _Planner:
         return partitioning.shaped(shapes, partitioning.decode_shardings(self.mesh, shapes))
 
     def rl(self) -> Iterator[Program]:
-        """Start of a run, step of RL and evaluation, which generates and scores with its own batch size."""
+        """Start of a run, step of RL, and evaluation with its own batch size and dtype."""
         functions, train, evaluation = self.functions, self.settings.rl.batch_size, self.settings.evaluation.batch_size
         yield self.program("start of a run", functions.train.init, self.trained, reads=("init",), absent=RUN_ONLY)
         weights, reads = self.weights, WHOLE
@@ -154,9 +154,9 @@ class _Planner:
             yield self.program(f"reward{suffix}", score, *scored, reads=("reward model",))
 
     def merges(self) -> Iterator[Program]:
-        """Both passes of a merge, a weighted sum whatever the method, and LITI, on all leaves at once.
+        """Both passes of a merge (the weighted sum is the same for every method) and LITI, on all leaves at once.
 
-        A job merges leaf by leaf and needs no more memory.
+        A job merges leaf by leaf and does not need more memory.
         """
         warp, policies = self.settings.warp, [self.trained] * self.settings.warp.num_runs
         gram = jax.jit(lambda init, policies: merging.gram(init, policies, warp.unit).matrix)

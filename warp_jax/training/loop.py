@@ -63,7 +63,7 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
 
     Raises:
         FloatingPointError: a metric is not finite.
-        RewardError: from step_fn; the state before this step is saved.
+        RewardError: step_fn raised it; the state before this step is saved.
     """
     directory, on_step = schedule.directory, schedule.on_step
     store = checkpoint.StateStore(directory / "state")

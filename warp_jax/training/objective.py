@@ -55,9 +55,9 @@ def advantages(shaped: Array, kind: str, group_size: int, whiten: bool) -> Array
 def importance_weights(policy_logps: Array, sampler_logps: Array, completion_mask: Array, cap: float) -> Array:
     """Truncated importance weight of each completion: min(policy(y | x) / sampler(y | x), cap), logps [B, C] -> [B].
 
-    Completions come from the sampler, whose rounding differs from that of the policy's scores. An advantage times this
-    weight gives the gradient under the policy: exactly with a large cap, with less variance and a bias with a small one
-    (Ionides 2008, Truncated Importance Sampling).
+    Completions come from the sampler, which rounds differently from the policy's log-probabilities. An advantage times
+    this weight gives the gradient under the policy: a large cap makes it unbiased, a small cap biased but with less
+    variance (Ionides 2008, Truncated Importance Sampling).
     """
     ratio = jnp.exp(log_ratio(policy_logps, sampler_logps, completion_mask))
     return jax.lax.stop_gradient(jnp.minimum(ratio, cap))
