@@ -18,7 +18,7 @@ from absl import app, flags
 from warp_jax import cli, files
 from warp_jax.evaluation import plots, report, statistics, summary
 
-_BASELINE = flags.DEFINE_string("baseline", "", "Finished workdir of a baseline, compared with each front.")
+_BASELINE = flags.DEFINE_string("baseline", "", "Finished workdir of a baseline, compared with the last fronts.")
 _PICTURE = flags.DEFINE_string("picture", "", "Path of a PNG to write: the fronts of one workdir, and the baseline.")
 RESAMPLES = 1000
 

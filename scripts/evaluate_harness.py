@@ -42,7 +42,7 @@ LIMIT = flags.DEFINE_float("limit", None, "Documents per (sub)task, or a fractio
 BATCH_SIZE = flags.DEFINE_string("batch_size", "1", "Documents per batch, or auto.")
 DEVICE = flags.DEFINE_string("device", "", "Device of torch, such as cuda:1 or mps; default: cuda, else cpu.")
 DTYPE = flags.DEFINE_enum(
-    "dtype", "auto", ["auto", "bfloat16", "float16", "float32"], "Dtype of weights; auto = as saved, stages: float32."
+    "dtype", "auto", ["auto", "bfloat16", "float16", "float32"], "Dtype of weights; auto: as saved (stages: float32)."
 )
 CHAT = flags.DEFINE_bool("apply_chat_template", False, "Apply the chat template of the tokenizer to questions.")
 TRUST_CODE = flags.DEFINE_bool("trust_code", False, "Let mbpp and humaneval run code written by the model.")
@@ -149,7 +149,7 @@ def _model(out: Path, name: str, folder: Path) -> Model:
 
 
 def _task_manager() -> Any:
-    """Index of the tasks in --include_path if it has all --tasks (saves 15 s); else the harness's tasks too."""
+    """Index of the tasks in --include_path if it has all --tasks (saves 15 s); else with the harness's tasks too."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     if TRUST_CODE.value:

@@ -2,7 +2,7 @@
 
   python scripts/export_hf.py --workdir=runs/quickstart --stage=liti:0.3 --out=exported
 
-The new folder holds model.safetensors, config.json and the tokenizer; transformers and vLLM can load it. Its
+The new folder holds the weights, config.json and the tokenizer; transformers and vLLM can load it. Its
 warp_export.json says how much of the training the dtype keeps, and compares reward and KL with those of the stage.
 """
 
@@ -18,7 +18,7 @@ from warp_jax.storage.weight_files import OUTPUT_DTYPES
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a run of warp_jax.main.")
 STAGE = flags.DEFINE_string("stage", None, f"Stage to export: {stages.NAMES}.")
 OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", list(OUTPUT_DTYPES), "Dtype of weights; others undo a part of training.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", list(OUTPUT_DTYPES), "Dtype of weights; 16 bits lose a part of training.")
 PROMPTS = flags.DEFINE_integer(
     "prompts", 64, "Held-out prompts on which the exported policy is compared with the stage; 0 = none.", lower_bound=0
 )

@@ -3,7 +3,7 @@
   python scripts/merge.py --init=sft --policies=run_1,run_2 --etas=0.1,0.3,1.0 --out=merged
 
 writes merged/eta_0.1, merged/eta_0.3 and merged/eta_1, each a safetensors folder that transformers loads, and
-merged/merge_report.json with the angles between the policies. See docs/merging.md.
+merged/merge_report.json with the angles between the policies and what rounding undoes. See docs/merging.md.
 """
 
 import os
@@ -29,7 +29,7 @@ UNIT = flags.DEFINE_enum("unit", "layer", list(UNITS), "The weights that share o
 WEIGHTS = flags.DEFINE_list("weights", None, "slerp: one per policy after the first; lerp, task_arithmetic: one each.")
 DTYPE = flags.DEFINE_enum("dtype", None, list(OUTPUT_DTYPES), "Dtype of the result; default: dtype of the policies.")
 ROUND = flags.DEFINE_enum(
-    "round", "nearest", list(rounding.METHODS), "stochastic: keeps the mean of small changes; see docs/merging.md."
+    "round", "nearest", list(rounding.METHODS), "stochastic keeps small changes in the mean; see docs/merging.md."
 )
 SEED = flags.DEFINE_integer("seed", 0, "Seed of stochastic rounding.", lower_bound=0)
 MEMORY_GB = flags.DEFINE_float("memory_gb", 1.0, "Limit for weights in memory; the program itself takes 0.1 GB more.")

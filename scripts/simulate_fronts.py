@@ -19,11 +19,11 @@ from warp_jax.progress import JobProgress
 
 COUNT = flags.DEFINE_integer("worlds", 1000, "Simulated worlds of each kind.", lower_bound=2)
 RESAMPLES = flags.DEFINE_integer("resamples", 1000, "Bootstrap resamples of each comparison.", lower_bound=20)
-OUT = flags.DEFINE_string("out", "", "CSV file for the table, in addition to the terminal.")
+OUT = flags.DEFINE_string("out", "", "CSV file to write with the table, which is also printed.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the worlds.")
 
 LARGEST_KL = 20.0  # nats, of the last eta
-LOOKS = (4.0, 12.0, 16.0)  # nats; intervals are judged at the second, simultaneous ones at all three
+LOOKS = (4.0, 12.0, 16.0)  # nats; coverage is measured at the second, that of simultaneous intervals at all three
 
 
 class World(NamedTuple):
@@ -46,8 +46,8 @@ WORLDS = {
 class Result(NamedTuple):
     """Results over many worlds of one kind; shares from 0 to 1. bias: in standard errors of one comparison."""
 
-    coverage: float  # of front b minus front a at the second look
-    simultaneous: float  # of all looks together
+    coverage: float  # of front b minus front a, at the second KL of LOOKS
+    simultaneous: float  # of all LOOKS together
     bias: float
     coverage_of_policy: float  # of front a minus the policy, at the policy's KL
     bias_of_policy: float
@@ -55,7 +55,7 @@ class Result(NamedTuple):
 
 
 def draw(world: World, generator: np.random.Generator) -> tuple[Measured, Measured, Measured]:
-    """Front a, front b, and a policy of 12 nats as good as both; prompts and completions have effects of their own."""
+    """Front a, front b, and a policy at 12 nats as good as both. Prompts and completions have random effects."""
     etas = np.linspace(0, 1, world.etas)
     kls = LARGEST_KL * etas**2
     prompts = np.repeat(np.arange(world.prompts), world.samples)
