@@ -3,7 +3,7 @@
   python -m warp_jax.main --config=configs/no_kl.py --workdir=runs/no_kl
 
 Run time: as configs/quickstart.py, which has the same number of steps. Expected (not measured here): the reward rises
-faster, and the policies drift further from SFT.
+faster, and the KL to SFT grows more.
 """
 
 from ml_collections import ConfigDict
