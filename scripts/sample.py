@@ -35,7 +35,7 @@ TEMPERATURE = flags.DEFINE_float(
 )
 TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many likeliest tokens; 0 = all, 1 = greedy.", lower_bound=0)
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of tokens with this probability.", 1e-6, 1.0)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of weights and activations when sampling.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of weights and activations.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling, the same for every stage.")
 
 
