@@ -85,7 +85,7 @@ def _check_same_tensors(init: WeightFolder, other: WeightFolder, dtype: str | No
         whole = (name, 0, want.size)
         if want.dtype not in FLOATING and not np.array_equal(init.view(*whole), other.view(*whole)):
             raise ValueError(
-                f"{other.path}: tensor {name!r}: {want.dtype} values differ from {init.path}, want equal ones or floats"
+                f"{other.path}: tensor {name!r}: {want.dtype} values differ from {init.path}; only floats can be merged"
             )
 
 

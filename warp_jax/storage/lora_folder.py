@@ -115,13 +115,13 @@ class LoraFolder(WeightFolder):
                 updates[target] = Update(name, partner, _scale(config, match["module"], rank), transposed)
         factors = {factor for update in updates.values() for factor in (update.a, update.b)}
         if extra := self._adapter.tensors.keys() - factors - set(replaced.values()):
-            raise ValueError(f"tensor {min(extra)!r} has no lora_A beside it")
+            raise ValueError(f"tensor {min(extra)!r} has no lora_A to go with it")
         return updates, replaced
 
     def _check_shapes(self, target: str, a_name: str, b_name: str, transposed: bool) -> int:
         """Return the rank of two factors. Raises ValueError unless B A has the shape of the target."""
         if b_name not in self._adapter.tensors:
-            raise ValueError(f"tensor {a_name!r} has no lora_B beside it")
+            raise ValueError(f"tensor {a_name!r} has no lora_B to go with it")
         a, b = (self._adapter.tensors[name].shape for name in (a_name, b_name))
         fits = len(a) == len(b) == 2 and a[0] == b[1] > 0
         want = self.tensors[target].shape if target in self.tensors else None
@@ -136,8 +136,8 @@ class LoraFolder(WeightFolder):
         for name in (*self._updates, *self._replaced):
             if name.endswith("embed_tokens.weight") and not {"lm_head.weight", "score.weight"} & self.tensors.keys():
                 raise ValueError(
-                    f"changes {name!r}, which is also the head of {self._base.path} (tie_word_embeddings), but the "
-                    "adapter was trained with the old head; merge it into its base model first"
+                    f"changes {name!r}, which {self._base.path} also uses as its head (tie_word_embeddings), but the "
+                    "adapter was trained with the unchanged head; merge it into its base model first"
                 )
 
 
