@@ -39,7 +39,7 @@ def read_rope(fields: Json) -> dict[str, Any]:
         return {"rope_theta": _number(rope, "rope_theta"), "rope_scaling": _scaling(rope, fields)}
     if "type" in scaling and "rope_type" not in scaling:
         raise ValueError(
-            f"rope_scaling: transformers 5 ignores the field 'type' ({scaling['type']!r}); rename it to rope_type"
+            f"rope_scaling has the type {scaling['type']!r}, which transformers 5 ignores; call it rope_type"
         )
     _check_names(parameters, {"full_attention", "sliding_attention"})
     rope = {"rope_theta": fields["rope_theta"], **_mapping(parameters, "full_attention"), **scaling}

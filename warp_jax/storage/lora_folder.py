@@ -136,7 +136,7 @@ class LoraFolder(WeightFolder):
         for name in (*self._updates, *self._replaced):
             if name.endswith("embed_tokens.weight") and not {"lm_head.weight", "score.weight"} & self.tensors.keys():
                 raise ValueError(
-                    f"changes {name!r}, which {self._base.path} also uses as its head (tie_word_embeddings), but the "
+                    f"changes {name!r}, which is also the head of {self._base.path} (tie_word_embeddings), but the "
                     "adapter was trained with the unchanged head; merge it into its base model first"
                 )
 

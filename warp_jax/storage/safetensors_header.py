@@ -119,9 +119,7 @@ def _describe(name: str, entry: Any, file: str) -> Tensor:
         raise ValueError(f"tensor {name!r} has {entry!r:.80}, want dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not (isinstance(dtype, str) and _is_counts(shape) and _is_counts(offsets) and len(offsets) == 2):
-        raise ValueError(
-            f"tensor {name!r} has {entry!r:.80}, want whole numbers as shape, two whole numbers as offsets"
-        )
+        raise ValueError(f"tensor {name!r} has {entry!r:.80}, want a name, whole numbers and two whole numbers")
     if dtype not in DTYPES:
         raise NotImplementedError(
             f"tensor {name!r} has dtype {dtype!r}, which is not supported, want one of {', '.join(DTYPES)}"
