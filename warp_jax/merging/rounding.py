@@ -64,7 +64,7 @@ def uniforms(name: str, start: int, count: int, seed: int) -> np.ndarray:
 
 
 def measure(asked: np.ndarray, written: np.ndarray) -> Delivery:
-    """Compare two displacements, float64 [N] each."""
+    """Compare the exact displacement `asked` with the written one, float64 [N] each."""
     error = written - asked
     return Delivery(*map(float, (np.dot(asked, asked), np.dot(written, asked), np.dot(error, error))))
 
