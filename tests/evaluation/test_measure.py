@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from warp_jax.evaluation import measure
+from warp_jax.evaluation import measure, points
 from warp_jax.parallel import meshes
 from warp_jax.rewards import reward_functions
 from warp_jax.training import sampling, scoring
@@ -94,20 +94,14 @@ def _sampler(apply_fn):
     return sampling.Sampler(lay_out=lambda params: params, generate=generate)
 
 
-def test_a_policy_is_measured_against_sft_on_its_own_samples():
-    """Fails when policy and SFT are swapped, the frozen part is left out, or SFT's samples are measured."""
-    generator = np.random.default_rng(1)
-    policy, sft, frozen = (
-        {name: jnp.asarray(generator.normal(size=(VOCABULARY, VOCABULARY)), jnp.float32)}
-        for name in ("trained", "trained", "frozen")
-    )
+def _examiner(sft, frozen, count):
+    """An examiner of models that are the sum of two tables."""
 
     def apply_fn(params, token_ids, mask, cache, num_outputs):
         return _apply_fn(params["trained"] + params["frozen"], token_ids, mask, cache, num_outputs)
 
-    count = 8
     prompt = np.ones((count, 1), np.int32)
-    examiner = measure.Examiner(
+    return measure.Examiner(
         mesh=meshes.make_mesh((1, 1, 1), jax.devices()[:1]),
         sampler=_sampler(apply_fn),
         kl_to_sft=measure.make_kl_to_sft(functools.partial(scoring.sequence_kl, apply_fn, temperature=TEMPERATURE)),
@@ -119,7 +113,22 @@ def test_a_policy_is_measured_against_sft_on_its_own_samples():
         batch_size=4,
         seed=0,
     )
-    evaluate = functools.partial(measure.evaluate, examiner)
+
+
+def _tables():
+    """Policy, SFT and the frozen part of both."""
+    generator = np.random.default_rng(1)
+    return (
+        {name: jnp.asarray(generator.normal(size=(VOCABULARY, VOCABULARY)), jnp.float32)}
+        for name in ("trained", "trained", "frozen")
+    )
+
+
+def test_a_policy_is_measured_against_sft_on_its_own_samples():
+    """Fails when policy and SFT are swapped, the frozen part is left out, or SFT's samples are measured."""
+    policy, sft, frozen = _tables()
+    count = 8
+    evaluate = functools.partial(measure.evaluate, _examiner(sft, frozen, count))
     found = evaluate(policy)
     tables = [np.asarray(tree["trained"], np.float64) + np.asarray(frozen["frozen"]) for tree in (policy, sft)]
     logps = [np.array([[_log_prob(t, a, (b,)) for b in range(VOCABULARY)] for a in range(VOCABULARY)]) for t in tables]
@@ -129,3 +138,17 @@ def test_a_policy_is_measured_against_sft_on_its_own_samples():
     np.testing.assert_allclose(found.sft_kl, expected, rtol=1e-4)
     assert evaluate(sft).sft_kl.tolist() == [0.0] * count
     assert not np.array_equal(found.completion_ids[:4], found.completion_ids[4:])  # each batch has noise of its own
+
+
+def test_a_kl_that_is_not_finite_is_refused(tmp_path):
+    """Fails when one is saved, the error does not name eta, or the points before it are lost."""
+    policy, sft, frozen = _tables()
+    policy["trained"] = policy["trained"].at[1].multiply(1e37)  # finite, but not 50 times as much
+    store = measure.EvaluationStore(
+        tmp_path, functools.partial(measure.evaluate, _examiner(sft, frozen, 8)), lambda *args: None
+    )
+    with pytest.raises(
+        FloatingPointError, match=r"^eta 50: evaluation liti_i2_e50: sft_kl is nan or inf for 8 of 8 .*front\.etas"
+    ):
+        points.front_points((1e-37, 50.0), sft, policy, 2, store)
+    assert store.missing(["liti_i2_e1e-37", "liti_i2_e50"]) == ["liti_i2_e50"]

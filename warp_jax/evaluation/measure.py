@@ -66,11 +66,21 @@ def make_kl_to_sft(score_kl: Callable[[Params, Params, Rollout], Array]) -> KlFn
 
 
 def evaluate(examiner: Examiner, params: Params) -> Evaluation:
-    """Sample and measure one completion for each row of the prompts; params are the trained leaves of the policy."""
+    """Sample and measure one completion for each row of the prompts; params are the trained leaves of the policy.
+
+    Raises:
+        FloatingPointError: a KL is not finite, in every process.
+        RewardError: from the reward functions.
+    """
     laid_out = examiner.sampler.lay_out(trees.join(params, examiner.frozen_params))
     count = len(examiner.eval_prompts.example_ids) // examiner.batch_size
     measured = [_evaluate_batch(examiner, params, laid_out, number) for number in range(count)]
     columns = {name: np.concatenate([batch[name] for batch in measured]) for name in measured[0]}
+    if bad := np.count_nonzero(~np.isfinite(columns["sft_kl"])):
+        raise FloatingPointError(
+            f"sft_kl is nan or inf for {bad} of {len(columns['sft_kl'])} completions, want finite; leave out extreme "
+            "front.etas, or lower learning_rate"
+        )
     mask = columns["completion_mask"]
     rows = [ids[keep].tolist() for ids, keep in zip(columns["completion_ids"], mask, strict=True)]
     prompt_ids = np.asarray(examiner.eval_prompts.prompt_ids)
@@ -123,8 +133,8 @@ class EvaluationStore:
             started = time.monotonic()
             try:
                 evaluation = self.evaluate(make_params())
-            except RewardError as error:
-                raise RewardError(f"evaluation {name}: {error}") from error
+            except (RewardError, FloatingPointError) as error:
+                raise type(error)(f"evaluation {name}: {error}") from error
             hosts.on_first_process(lambda: _save(path, evaluation))
             self.on_new(name, evaluation, time.monotonic() - started)
             return evaluation

@@ -53,12 +53,17 @@ def front_names(settings: Settings, iteration: int) -> set[str]:
 def front_points(
     etas: tuple[float, ...], sft_params: Params, merged: Params, iteration: int, evaluations: EvaluationStore
 ) -> list[Point]:
-    """Evaluate the merged policy and its front: (1 - eta) sft_params + eta merged for every eta (LITI)."""
+    """Evaluate the merged policy and its front: (1 - eta) sft_params + eta merged for every eta (LITI).
+
+    Raises FloatingPointError, which names eta, if a KL is not finite.
+    """
 
     def measure(eta: float) -> Evaluation:
-        return evaluations.get(
-            evaluation_name("liti", iteration, 0, eta, 0), lambda: merging.liti(sft_params, merged, eta)
-        )
+        name = evaluation_name("liti", iteration, 0, eta, 0)
+        try:
+            return evaluations.get(name, lambda: merging.liti(sft_params, merged, eta))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"eta {eta:g}: {error}") from error
 
     nan = float("nan")
     liti = [Point("liti", iteration, 0, eta, 0, measure(eta)) for eta in etas]

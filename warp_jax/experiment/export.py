@@ -90,16 +90,16 @@ def _compared(job: Workdir, policies: dict[str, Params], sft: Params, prompts: i
         corpora = preparation.load_corpora(settings)
         with JobProgress(0, quiet=True) as progress:
             _, _, examiner = preparation.prepare(settings, corpora, job.path, progress)
-    except ValueError as error:
+        count = min(prompts, len(examiner.eval_prompts.example_ids))
+        examiner = examiner._replace(
+            eval_prompts=batches.take(examiner.eval_prompts, np.arange(count)),
+            batch_size=count,
+            sft_params=sft,
+            frozen_params={},
+        )
+        found = {name: measure.evaluate(examiner, params) for name, params in policies.items()}
+    except (ValueError, FloatingPointError) as error:
         return {"skipped": str(error)}
-    count = min(prompts, len(examiner.eval_prompts.example_ids))
-    examiner = examiner._replace(
-        eval_prompts=batches.take(examiner.eval_prompts, np.arange(count)),
-        batch_size=count,
-        sft_params=sft,
-        frozen_params={},
-    )
-    found = {name: measure.evaluate(examiner, params) for name, params in policies.items()}
     result: dict[str, Any] = {"prompts": count}
     for name in ("reward", "sft_kl"):
         stage, exported = (np.asarray(getattr(found[kind], name), np.float64) for kind in ("stage", "exported"))
