@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+import sys
 import types
 import weakref
 
@@ -13,11 +14,11 @@ import optax
 import pytest
 
 from tests.settings_of import settings_of
-from warp_jax import trees
+from warp_jax import cli, trees
 from warp_jax.data import batches
 from warp_jax.models import apply, freezing, partitioning
 from warp_jax.models.transformer import TransformerConfig, init_cache
-from warp_jax.parallel import meshes
+from warp_jax.parallel import hosts, meshes
 from warp_jax.rewards import reward_functions
 from warp_jax.storage import checkpoint
 from warp_jax.training import loop, metric_writer, optimizers, reinforce, sampling, scoring
@@ -248,6 +249,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
             lambda: {"w": jnp.zeros(2)},
             loop.Schedule(3, tmp_path, checkpoint_every=100, on_step=lambda *args: None),
         )
+
+
+def test_a_failure_of_another_process_is_one_line(tmp_path, monkeypatch, capsys):
+    """Fails when it ends in a traceback, or with another exit code than outside of the loop."""
+    reason = "process 0 of 2 failed; its output has the reason"
+
+    def step_fn(state, step):
+        raise hosts.PeerError(reason)
+
+    monkeypatch.setattr(hosts, "jax", types.SimpleNamespace(process_count=lambda: 2, process_index=lambda: 1))
+    monkeypatch.setattr(hosts, "exit_at_once", sys.exit)
+    schedule = loop.Schedule(3, tmp_path, checkpoint_every=100, on_step=lambda *args: None)
+    with pytest.raises(SystemExit, match=str(cli.TRY_AGAIN)):
+        loop.run_steps(step_fn, lambda: {"w": jnp.zeros(2)}, schedule)
+    assert capsys.readouterr().err == f"error: {reason}\n"
 
 
 def test_stop_and_resume_is_the_unbroken_run_to_the_bit(tmp_path):

@@ -157,6 +157,9 @@ def exit_if_multihost(error: BaseException) -> None:
         return
     if isinstance(error, SystemExit):  # its message is printed already
         exit_at_once(int(error.code or 0))
+    if isinstance(error, PeerError):
+        cli.print_error(str(error))
+        exit_at_once(cli.TRY_AGAIN)
     traceback.print_exception(error)
     exit_at_once(1)
 
