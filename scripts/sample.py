@@ -67,7 +67,7 @@ def sample_stages(job: stages.Workdir, prompts: list[object]) -> dict[str, list[
     use_chat = job.settings.data.chat if CHAT.value is None else CHAT.value
     if job.settings.data.prompt_template:
         print("note: prompts are used as given, without data.prompt_template of the workdir", file=sys.stderr)
-    tokenizer = stop_tokens.extend(job.tokenizer, job.settings.sampling.stop_tokens, use_chat=use_chat)
+    tokenizer = stop_tokens.extend(job.tokenizer, (), use_chat=use_chat)
     rows = answers.encode(tokenizer, prompts, use_chat=use_chat)
     temperature = TEMPERATURE.value or job.settings.sampling.temperature
     ids = tokenizer.stop_ids, tokenizer.pad_id

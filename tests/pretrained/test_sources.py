@@ -356,14 +356,25 @@ def test_nothing_learns_from_conversations(models):
 
 
 def test_stop_tokens_of_the_config_and_of_the_template_end_completions(models, tmp_path):
-    """Fails when sampling.stop_tokens, or the end of a turn, does not reach the tokenizer that sampling uses."""
+    """Fails when sampling.stop_tokens, or the end of a turn, does not reach the tokenizer that sampling uses, or the
+    files from which transformers and vLLM read where to stop.
+    """
     shutil.copytree(models / "policy", tmp_path / "policy")
     (tmp_path / "policy" / "chat_template.jinja").write_text(TEMPLATE.replace("<eos>", "<pad>"))
+    (tmp_path / "policy" / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.6}')
     config = _config(models)
     config.model.source = str(tmp_path / "policy")
     config.sampling.stop_tokens = ("?",)
-    tokenizer = preparation.load_tokenizer(typed(config), {}, tmp_path)
+    settings = typed(config)
+    tokenizer = preparation.load_tokenizer(settings, {}, tmp_path)
     assert [tokenizer.backend.id_to_token(i) for i in tokenizer.stop_ids] == ["<eos>", "<pad>", "?"]
+    main.check(settings, tmp_path / "run")
+    assert stages.Workdir(tmp_path / "run").tokenizer.stop_ids == tokenizer.stop_ids
+    export.export_stage(tmp_path / "run", "sft", tmp_path / "out")
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("policy", "out"))
+    assert after == before | {"eos_token_id": list(tokenizer.stop_ids)}
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (generation.eos_token_id, generation.temperature) == (list(tokenizer.stop_ids), 0.6)
     config.data.chat = False
     tokenizer = preparation.load_tokenizer(typed(config), {}, tmp_path)
     assert [tokenizer.backend.id_to_token(i) for i in tokenizer.stop_ids] == ["<eos>", "?"]

@@ -14,12 +14,13 @@ from warp_jax.experiment.stages import Workdir
 from warp_jax.merging import rounding
 from warp_jax.models import partitioning
 from warp_jax.models.apply import param_shapes
+from warp_jax.models.transformer import TransformerConfig
 from warp_jax.pretrained import hf_config, hf_weights
 from warp_jax.progress import JobProgress
 from warp_jax.storage import weight_files
 from warp_jax.types import Params
 
-REPORT = "warp_export.json"
+REPORT, GENERATION = "warp_export.json", "generation_config.json"
 
 
 def export_stage(workdir: Path, stage: str, out: Path, *, dtype: str = "float32", prompts: int = 0) -> dict[str, Any]:
@@ -39,18 +40,16 @@ def export_stage(workdir: Path, stage: str, out: Path, *, dtype: str = "float32"
         raise ValueError(f"out: {out} exists, and nothing is overwritten; choose another folder")
     job = Workdir(workdir)
     params, model = job.load(stage)
-    source, sidecars = {}, []  # config.json of the source, and its tokenizer and other files
+    config, generation = _configs(job, model)
+    sidecars = []  # the tokenizer and other files of the source
     if job.source is not None:
-        source = files.read_json(job.source / hf_config.CONFIG)
         sidecars = [path for path in weight_files.open_weights(job.source).sidecars() if path.name != hf_config.CONFIG]
-    is_same_kind = source and model.head == "language" and source["architectures"][0].endswith("ForCausalLM")
-    config = source if is_same_kind else {**hf_config.to_json(model, "float32"), **_token_ids(job)}
     report: dict[str, Any] = {"workdir": str(workdir), "stage": stage, "dtype": dtype, "warnings": []}
     with files.staged(out) as staging:
         hf_weights.export_params(params, model, staging, dtype=dtype, config_json=config, sidecars=sidecars)
+        files.write_json(staging / GENERATION, generation)
         if job.source is None:  # then the workdir trained a tokenizer
             files.write_text(staging / "tokenizer.json", job.tokenizer.to_json())
-            files.write_json(staging / "generation_config.json", _token_ids(job))
             names = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}
             files.write_json(staging / "tokenizer_config.json", names | job.tokenizer.special_tokens)
         if model.head == "language":
@@ -116,8 +115,18 @@ def _compared(job: Workdir, policies: dict[str, Params], sft: Params, prompts: i
     return result
 
 
-def _token_ids(job: Workdir) -> dict[str, Any]:
-    """Special tokens under their names in config.json and generation_config.json."""
+def _configs(job: Workdir, model: TransformerConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Content of config.json and of generation_config.json: those of the source, with the stop tokens of the job."""
     tokenizer = job.tokenizer
-    ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id, "eos_token_id": list(tokenizer.stop_ids)}
-    return {name: value for name, value in ids.items() if value is not None}
+    stops = {"eos_token_id": list(tokenizer.stop_ids)}
+    ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+    ids = {name: value for name, value in ids.items() if value is not None}
+    config: dict[str, Any] = {}
+    generation = ids
+    if job.source is not None:
+        config = files.read_json(job.source / hf_config.CONFIG)
+        if (job.source / GENERATION).is_file():
+            generation = files.read_json(job.source / GENERATION)
+    if model.head != "language" or not config.get("architectures", [""])[0].endswith("ForCausalLM"):
+        config = hf_config.to_json(model, "float32") | ids
+    return config | stops, generation | stops

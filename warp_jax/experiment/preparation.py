@@ -93,7 +93,7 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
         num_eval=settings.evaluation.num_prompts,
         labelled=settings.needs_labels,
     )
-    tokenizer = _pretrained_tokenizer(settings) if settings.model.source else None
+    tokenizer = read_tokenizer(settings) if settings.model.source else None
     for name in ("prompts", "eval"):
         if tokenizer is not None:
             make_prompts(settings, tokenizer, splits[name], name)
@@ -112,23 +112,21 @@ def _prompt_types(data: groups.Data) -> Any:
 
 
 def load_tokenizer(settings: Settings, corpora: Mapping[str, Corpus], path: Path) -> Tokenizer:
-    """The pretrained model's tokenizer; without such a model, the workdir's, trained here on the texts of SFT."""
-    if settings.model.source:
-        return _pretrained_tokenizer(settings)
+    """The tokenizer of a job. Without a pretrained model, it is trained on the texts of SFT if `path` is missing."""
 
     def make() -> None:
         trained = Tokenizer.train(corpora["reward"].texts + corpora["gold"].texts, settings.vocab_size)
         files.write_text(path, trained.to_json())
 
-    hosts.make_if_missing(path, make)
-    return _with_stop_tokens(settings, Tokenizer.load(path))
+    if not settings.model.source:
+        hosts.make_if_missing(path, make)
+    return read_tokenizer(settings, path)
 
 
-def _pretrained_tokenizer(settings: Settings) -> Tokenizer:
-    return _with_stop_tokens(settings, Tokenizer.from_folder(sources.find(settings.model.source)))
-
-
-def _with_stop_tokens(settings: Settings, tokenizer: Tokenizer) -> Tokenizer:
+def read_tokenizer(settings: Settings, path: Path = Path("tokenizer.json")) -> Tokenizer:
+    """The pretrained model's tokenizer, or else the trained one at `path`, with the stop tokens of the job."""
+    source = settings.model.source
+    tokenizer = Tokenizer.from_folder(sources.find(source)) if source else Tokenizer.load(path)
     return stop_tokens.extend(tokenizer, settings.sampling.stop_tokens, use_chat=settings.data.chat)
 
 

@@ -10,8 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from warp_jax import files, merging, trees
-from warp_jax.data.tokenizer import Tokenizer
-from warp_jax.experiment import architecture, workdir
+from warp_jax.experiment import architecture, preparation, workdir
 from warp_jax.models import apply, freezing, partitioning
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.parallel import meshes
@@ -35,12 +34,9 @@ class Workdir:
         self.mesh: Mesh = meshes.make_mesh((1, -1, 1))
         self.source = sources.find(self.settings.model.source) if self.settings.model.source else None
         workdir.check_models_unchanged(self.settings, path)
-        if self.source is not None:
-            self.tokenizer = Tokenizer.from_folder(self.source)
-        elif (path / "tokenizer.json").is_file():
-            self.tokenizer = Tokenizer.load(path / "tokenizer.json")
-        else:
+        if self.source is None and not (path / "tokenizer.json").is_file():
             raise ValueError(f"workdir: {path} has no tokenizer.json yet; start warp_jax.main first")
+        self.tokenizer = preparation.read_tokenizer(self.settings, path / "tokenizer.json")
         self.policy = architecture.policy_config(self.settings.model, self.tokenizer.vocab_size)
 
     def stages(self) -> list[str]:
