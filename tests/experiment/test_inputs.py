@@ -1,10 +1,9 @@
 """Reward functions are called on a few rows before a job starts."""
 
-import types
-
 import pytest
 
 from tests.settings_of import settings_of
+from warp_jax.data.corpus import Corpus
 from warp_jax.experiment import inputs
 from warp_jax.types import RewardError
 
@@ -37,23 +36,28 @@ def _corpora():
     prompts = [{"text": f"prompt {i} of a text {'word ' * 20}", "label": i} for i in range(3)]
     held_out = [{"text": f"held out {i} of a text {'word ' * 20}", "label": None} for i in range(9)]
     splits = {"prompts": prompts, "eval": held_out}
-    return {name: types.SimpleNamespace(texts=[r["text"] for r in rows], rows=rows) for name, rows in splits.items()}
+    return {
+        name: Corpus([row["text"] for row in rows], [0] * len(rows), rows, [name] * len(rows))
+        for name, rows in splits.items()
+    }
 
 
-def _try(**sources):
+def _try(template="", **sources):
     changes = {name.replace("_", "."): f"users_rewards:{function}" for name, function in sources.items()}
-    inputs.try_rewards(settings_of(changes), _corpora())
+    inputs.try_rewards(settings_of({**changes, "data.prompt_template": template}), _corpora())
 
 
-def test_every_function_is_called_on_rows_of_its_splits(functions):
-    """Fails when the gold function or a split is left out, rows and prompts do not belong together, or no completion is
-    empty.
+@pytest.mark.parametrize("template", ["", "Q: {text}"])
+def test_every_function_is_called_on_rows_of_its_splits(functions, template):
+    """Fails when the gold function or a split is left out, rows and prompts do not belong together, the template is
+    not filled, or no completion is empty.
     """
-    _try(rewards_sentiment_source="good", gold_source="good")
+    _try(template, rewards_sentiment_source="good", gold_source="good")
     assert [batch[2][0]["text"][:8] for batch in functions.seen] == ["prompt 0", "held out", "held out"]
     for prompts, completions, rows in functions.seen:
         assert len(prompts) == len(completions) == len(rows) == 4
-        assert all(row["text"].startswith(prompt) for prompt, row in zip(prompts, rows, strict=True))
+        filled = [(template or "{text}").format(**row) for row in rows]
+        assert all(text.startswith(prompt) for prompt, text in zip(prompts, filled, strict=True))
         assert min(map(len, prompts)) > 8
         assert completions[0] == ""
         assert completions[3] in rows[3]["text"].removeprefix(prompts[3])

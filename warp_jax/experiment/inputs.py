@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from warp_jax.data import chat, corpus, fields
+from warp_jax.data import corpus
 from warp_jax.data.corpus import Corpus
 from warp_jax.data.tokenizer import Tokenizer
-from warp_jax.experiment import architecture
+from warp_jax.experiment import architecture, preparation
 from warp_jax.models import partitioning
 from warp_jax.models.apply import param_shapes
 from warp_jax.parallel import hosts, meshes
@@ -52,24 +51,23 @@ def try_rewards(settings: Settings, corpora: Mapping[str, Corpus]) -> None:
             continue
         function = text_reward.load_function(source, f"config.{group}.source", timeout)
         for split in ("eval",) if group == "gold" else ("prompts", "eval"):
-            texts, rows = corpora[split].texts, corpora[split].rows
-            numbers = [number % len(rows) for number in range(len(COMPLETIONS) + 1)]
-            some_rows = [rows[number] for number in numbers]
+            numbers = [number % len(corpora[split].rows) for number in range(len(COMPLETIONS) + 1)]
+            few = Corpus(*([column[number] for number in numbers] for column in corpora[split]))
             with reward_functions.naming_row(numbers, split):
-                function.local(*_samples(settings, [texts[number] for number in numbers], some_rows), some_rows)
+                function.local(*_samples(settings, few), few.rows)
 
 
-def _samples(settings: Settings, texts: list[str], rows: list[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+def _samples(settings: Settings, few: Corpus) -> tuple[list[str], list[str]]:
     """Prompts of rows, almost as a reward function will see them, and short completions."""
     data, sampling = settings.data, settings.sampling
     start, end = 4 * sampling.prompt_tokens, 4 * (sampling.prompt_tokens + sampling.max_new_tokens)  # characters
-    completions = [*COMPLETIONS, texts[-1][start:end]]
+    completions = [*COMPLETIONS, few.texts[-1][start:end]]
     if not data.prompt_template and not data.chat:
-        return [text[:start] for text in texts], completions
-    prompts = [fields.asked(row, data.text_field, data.prompt_template) for row in rows]
+        return [text[:start] for text in few.texts], completions
+    prompts = preparation.prompt_values(settings, few)
     if data.chat:
-        tokenizer = Tokenizer.from_folder(sources.find(settings.model.source))
-        ids = tokenizer.encode_with_special([chat.prompt_text(tokenizer, prompt) for prompt in prompts])
+        tokenizer = preparation.read_tokenizer(settings)
+        ids = preparation.encode_chats(tokenizer, prompts, few.places)
         prompts = [tokenizer.decode(row[None], np.ones((1, len(row)), bool))[0] for row in ids]
     return prompts, completions
 

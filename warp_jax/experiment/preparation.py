@@ -98,7 +98,7 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
         if tokenizer is not None:
             make_prompts(settings, tokenizer, splits[name], name)
         else:
-            _prompt_values(settings, splits[name])
+            prompt_values(settings, splits[name])
     rewards = {part.source for part in settings.reward_parts.values()}
     row_checks.check(sorted(rewards), splits["prompts"])
     row_checks.check(sorted(rewards | {settings.gold.source}), splits["eval"])
@@ -138,8 +138,8 @@ def make_prompts(settings: Settings, tokenizer: Tokenizer, split: Corpus, name: 
     data, length = settings.data, settings.sampling.prompt_tokens
     if not data.prompt_template and not data.chat:
         return batches.left_pad(tokenizer.encode_with_bos(split.texts), length, tokenizer.pad_id)
-    values = _prompt_values(settings, split)
-    rows = _encode_chats(tokenizer, values, split.places) if data.chat else tokenizer.encode_with_bos(values)
+    values = prompt_values(settings, split)
+    rows = encode_chats(tokenizer, values, split.places) if data.chat else tokenizer.encode_with_bos(values)
     batch = batches.drop_long(rows, length, tokenizer.pad_id)
     wanted = settings.evaluation.num_prompts if name == "eval" else 1
     if len(batch.example_ids) < wanted:
@@ -150,7 +150,7 @@ def make_prompts(settings: Settings, tokenizer: Tokenizer, split: Corpus, name: 
     return batch
 
 
-def _prompt_values(settings: Settings, split: Corpus) -> list[Any]:
+def prompt_values(settings: Settings, split: Corpus) -> list[Any]:
     """The prompt of every row, a text or a conversation. A ValueError names the row."""
     values = []
     for place, row in zip(split.places, split.rows, strict=True):
@@ -159,7 +159,7 @@ def _prompt_values(settings: Settings, split: Corpus) -> list[Any]:
     return values
 
 
-def _encode_chats(tokenizer: Tokenizer, values: Sequence[Any], places: Sequence[str]) -> list[np.ndarray]:
+def encode_chats(tokenizer: Tokenizer, values: Sequence[Any], places: Sequence[str]) -> list[np.ndarray]:
     """Ids of conversations in the chat template, which writes the BOS token. A ValueError names the row."""
     rows = []
     for place, value in zip(places, values, strict=True):
