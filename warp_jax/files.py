@@ -37,9 +37,41 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file. Raises ValueError that names the file (see `parse_object`)."""
+    try:
+        return parse_object(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: broken JSON: {error}; correct the file, or restore it") from error
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """Parse a JSON object. Raises ValueError, without a file name, if it is none or is broken (see `parse_json`)."""
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"got {type(value).__name__}, want a JSON object")
+    return value
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON. Raises ValueError if it is broken or nested too deeply, or if an object has a key twice.
+
+    Libraries differ in which of the two values they take.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_distinct)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return result
 
 
 def read_bytes(path: Path) -> bytes:
@@ -70,14 +102,14 @@ def read_text(path: Path) -> str:
     return text
 
 
-def parse_json(text: str, path: Path, want: str, line: int = 0) -> Any:
+def parse_data(text: str, path: Path, want: str, line: int = 0) -> Any:
     """Parse the JSON text of a whole file, or of one line of it (`line` > 0).
 
     Raises ValueError with the file, the line of the error and what is wanted.
     """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         number = line or getattr(error, "lineno", 0)
         place = f"{path} line {number}" if number else str(path)
         raise ValueError(f"{place}: broken JSON: {getattr(error, 'msg', error)}; want {want}") from error
@@ -107,7 +139,7 @@ def read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):  # not splitlines: texts may hold U+2028
         if line.strip():
             place = f"{path} line {number}"
-            rows.append((place, as_row(parse_json(line, path, "one object a line", number), place)))
+            rows.append((place, as_row(parse_data(line, path, "one object a line", number), place)))
     return rows
 
 

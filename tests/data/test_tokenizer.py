@@ -157,8 +157,10 @@ EOS = {"eos_token": "</s>"}
     ("files", "message"),
     [
         ({"tokenizer": '{"version": '}, "tokenizer.json: is not a tokenizer"),
-        ({"tokenizer_config": "{"}, "tokenizer_config.json: is not JSON"),
-        ({"generation_config": "[1]"}, "generation_config.json: holds a list"),
+        ({"tokenizer_config": "{"}, "tokenizer_config.json: broken JSON"),
+        ({"generation_config": "[1]"}, "generation_config.json: broken JSON: got list"),
+        ({"tokenizer_config": "[" * 100_000}, "tokenizer_config.json: broken JSON: it is nested too deeply"),
+        ({"special_tokens_map": '{"eos_token": "a", "eos_token": "b"}'}, "special_tokens_map.json: .*is given twice"),
         ({"tokenizer_config": {}}, "no EOS token, want eos_token"),
         ({"tokenizer_config": {"eos_token": "<end>"}}, "eos_token '<end>' is not in the vocabulary"),
         ({"tokenizer_config": EOS | {"pad_token": "<pad_>"}}, "pad_token '<pad_>' is not in the vocabulary"),

@@ -34,7 +34,7 @@ def _format(path: Path) -> str:
 
 def _read_json(path: Path) -> Rows:
     text, want = files.read_text(path), "an array of objects; JSON Lines belong in a .jsonl file"
-    value = files.parse_json(text, path, want) if text.strip() else []
+    value = files.parse_data(text, path, want) if text.strip() else []
     if not isinstance(value, list):
         raise ValueError(f"{path}: holds one {type(value).__name__}, want {want}")
     places = (f"{path} row {number}" for number in range(len(value)))

@@ -1,7 +1,6 @@
 """Text to token ids and back: a byte-level BPE trained on the corpus, or the tokenizer of a model folder."""
 
 import dataclasses
-import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from warp_jax import files
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
@@ -252,12 +253,4 @@ def _text_of(token: Any) -> str | None:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """Read the object in a JSON file; empty if the file is missing."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON: {error}; download it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, want a JSON object; download it again")
-    return value
+    return files.read_json(path) if path.is_file() else {}

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from warp_jax import files
 from warp_jax.storage.model_files import ADAPTER as WEIGHTS
 from warp_jax.storage.model_files import ADAPTER_CONFIG as CONFIG
 from warp_jax.storage.model_files import INDEX, SINGLE
-from warp_jax.storage.safetensors_header import FLOATING, parse_object
+from warp_jax.storage.safetensors_header import FLOATING
 from warp_jax.storage.weight_files import SafetensorsFolder, WeightFolder
 
 PREFIX = "base_model.model."  # of every tensor in the file
@@ -53,8 +54,8 @@ class LoraFolder(WeightFolder):
         self.tensors = base.tensors
         self._base = base
         self._adapter = SafetensorsFolder(path, [WEIGHTS])
+        config = files.read_json(path / CONFIG)
         try:
-            config = parse_object((path / CONFIG).read_bytes())
             _check_config(config)
             self._updates, self._replaced = self._assign(config)
             self._check_not_tied()

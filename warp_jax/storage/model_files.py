@@ -6,7 +6,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from warp_jax import files
-from warp_jax.storage.safetensors_header import parse_object
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -59,10 +58,7 @@ def find(folder: Path) -> ModelFiles:
 def read_config(folder: Path) -> dict[str, Any]:
     """Content of config.json; {} if it is missing. Raises ValueError if it is not a JSON object."""
     path = folder / CONFIG
-    try:
-        return parse_object(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON of a model's settings: {error}") from error
+    return files.read_json(path) if path.is_file() else {}
 
 
 def fingerprint(folder: Path) -> str:
@@ -73,12 +69,9 @@ def fingerprint(folder: Path) -> str:
 
 def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
-    try:
-        weight_map = parse_object(path.read_bytes()).get("weight_map")
-        if not (isinstance(weight_map, dict) and weight_map and all(isinstance(x, str) for x in weight_map.values())):
-            raise ValueError(f"weight_map is {weight_map!r:.80}, want a file for each tensor")
-    except ValueError as error:
-        raise ValueError(f"{path}: not an index of safetensors files ({error}); download it again") from error
+    weight_map = files.read_json(path).get("weight_map")
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(x, str) for x in weight_map.values())):
+        raise ValueError(f"{path}: weight_map is {weight_map!r:.80}, want a file for each tensor; download it again")
     for name in sorted(set(weight_map.values())):
         inside = PurePosixPath(name)
         if inside.is_absolute() or ".." in inside.parts or inside.suffix != ".safetensors" or "\0" in name:

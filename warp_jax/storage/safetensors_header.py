@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from warp_jax import files
+
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -61,7 +63,7 @@ def read_header(folder: Path, file: str) -> list[tuple[Tensor, int]]:
             f"{path}: truncated or corrupted: the header does not fit into {size} bytes; download it again"
         )
     try:
-        header = parse_object(text)
+        header = files.parse_object(text)
         header.pop("__metadata__", None)
         tensors = [(_describe(name, entry, file), entry["data_offsets"]) for name, entry in header.items()]
         tensors.sort(key=lambda item: item[1])
@@ -90,27 +92,6 @@ def make_header(tensors: Sequence[Tensor], starts: Sequence[int]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def parse_object(text: bytes) -> dict[str, Any]:
-    """Parse a JSON object. Raises ValueError if it is not one, is nested too deeply, or has a key twice."""
-    try:
-        value = json.loads(text, object_pairs_hook=_distinct)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"got {type(value).__name__}, want a JSON object")
-    return value
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return result
 
 
 def _describe(name: str, entry: Any, file: str) -> Tensor:

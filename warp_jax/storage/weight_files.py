@@ -20,7 +20,7 @@ import xxhash
 from warp_jax import files, naming
 from warp_jax.storage import model_files
 from warp_jax.storage.model_files import CONFIG, INDEX, SINGLE
-from warp_jax.storage.safetensors_header import DTYPES, FLOATING, Tensor, make_header, parse_object, read_header
+from warp_jax.storage.safetensors_header import DTYPES, FLOATING, Tensor, make_header, read_header
 
 OUTPUT_DTYPES = {DTYPES[name].name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 # names of tensors that quantised models store besides or instead of weights: FP8, GPTQ, AWQ, bitsandbytes, MXFP4
@@ -135,7 +135,7 @@ class OrbaxFolder(WeightFolder):
         self._held: tuple[str, np.ndarray] = ("", np.zeros(0))
         self._stores: dict[str, Any] = {}
         try:
-            metadata = parse_object((path / "_METADATA").read_bytes())
+            metadata = files.parse_object((path / "_METADATA").read_bytes())
             for entry in metadata["tree_metadata"].values():
                 keys = [str(part["key"]) for part in entry["key_metadata"]]
                 name = "/".join(keys)
