@@ -27,7 +27,7 @@ from tests.test_main import _leaves
 from warp_jax import main, trees
 from warp_jax.data import fields
 from warp_jax.data.tokenizer import Tokenizer
-from warp_jax.experiment import export, ingredients, jobs, preparation, stages
+from warp_jax.experiment import architecture, export, ingredients, jobs, preparation, stages
 from warp_jax.models.apply import make_apply_fn
 from warp_jax.parallel import meshes
 from warp_jax.rewards import from_folder
@@ -132,10 +132,15 @@ def _transformers_logits(folder, ids):
 
 
 @pytest.mark.parametrize("stage", ["sft", "iteration_2/run_1", "iteration_1/merged", "liti:0.3"])
-def test_every_stage_loads_in_transformers(job, models, tmp_path, stage):
-    """Fails when a stage exports other weights than its own, or without its tokenizer and chat template."""
+def test_every_stage_loads_in_transformers(job, models, tmp_path, monkeypatch, stage):
+    """Fails when a stage exports other weights than its own, or without its tokenizer and chat template, or SFT is
+    loaded twice.
+    """
     _, workdir, _ = job
+    load, loaded = architecture.start_params, []
+    monkeypatch.setattr(architecture, "start_params", lambda *arguments: loaded.append(1) or load(*arguments))
     export.export_stage(workdir, stage, tmp_path / "out")
+    assert len(loaded) == 1
     ids = np.array([[1, 5, 40, 77, 100, 6, 9, 200]])
     got = _transformers_logits(tmp_path / "out", ids)
     opened = stages.Workdir(workdir)

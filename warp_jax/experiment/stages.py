@@ -51,9 +51,8 @@ class Workdir:
             model = architecture.reward_model_config(self.settings.reward_model, self.policy)
             like = partitioning.with_shardings(self.mesh, apply.param_shapes(model))
             pattern = self.settings.reward_model.trainable
-            return self._restore_part(stage, like, pattern, lambda: freezing.restacked(self._sft(), like)), model
-        sft = self._sft()
-        trained, frozen = freezing.split(sft, self.settings.model.trainable)
+            return self._restore_part(stage, like, pattern, lambda: freezing.restacked(self._sft, like)), model
+        trained, frozen = freezing.split(self._sft, self.settings.model.trainable)
         kind, _, number = stage.partition(":")
         if kind == "liti" and number:
             last = self._restore(f"iteration_{self.settings.warp.num_iterations}/merged", trained)
@@ -62,6 +61,7 @@ class Workdir:
             trained = self._restore(stage, trained)
         return trees.join(trained, frozen), self.policy
 
+    @functools.cached_property
     def _sft(self) -> Params:
         like = partitioning.with_shardings(self.mesh, apply.param_shapes(self.policy))
         start_params = functools.partial(architecture.start_params, self.settings, self.policy, self.mesh)
