@@ -56,6 +56,7 @@ RESIDENT = {
     "frozen weights": 0,
     compile.COPY: COPY,
     "reward model": POLICY + 4 * 16 / 2,
+    "frozen weights of the reward model": 0,
 }
 SUPERVISED = ("SFT step", "reward model step")
 
@@ -118,12 +119,25 @@ def test_a_supervised_stage_has_moments_of_what_it_trains():
     assert step.co_resident == ("SFT",)
 
 
+def test_frozen_weights_of_the_reward_model_count_once():
+    """Fails when they are an argument of a program and co-resident too, or are forgotten."""
+    plan = _plan(_config(**{"reward_model.trainable": "layers/1/|score"}))
+    trained = 4 * ((QO + MLP) / 4 + KV / 2 + 2 * 16) + 4 * 16 / 2
+    steps = {p.name: p for p in plan.programs}
+    assert compile.chip_bytes(steps["reward model step"].args) == (
+        RESIDENT["reward model"] + 2 * trained + 8 + 8 / 4 * (10 * 5 + 4)
+    )
+    assert _co_resident(plan)["reward model step"] == RESIDENT["SFT"] + trained
+    assert _co_resident(plan)["reward"] == sum(RESIDENT.values()) - RESIDENT["reward model"]
+    assert _co_resident(plan)["SFT step"] == RESIDENT["SFT"]
+
+
 def test_without_a_copy_generation_reads_the_policy_itself():
     """Fails when the policy counts twice: as an argument of generation and as co-resident."""
     plan = _plan(_config(mesh=(4, 1, 2), **{"model.trainable": "layers/1/"}))
     generation = next(p for p in plan.programs if p.name == "generation")
     assert compile.COPY not in plan.resident
-    assert generation.co_resident == ("anchor", "Adam moments", "init", "SFT", "reward model")
+    assert generation.co_resident == ("anchor", "Adam moments", "init", "SFT", *compile.REWARD)
 
 
 def test_names_can_be_given_in_a_list(plan):

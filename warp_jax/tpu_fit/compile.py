@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from warp_jax import merging
+from warp_jax import merging, trees
 from warp_jax.experiment import architecture, ingredients
 from warp_jax.experiment.programs import make_programs
 from warp_jax.models import freezing, partitioning
@@ -69,6 +69,7 @@ COPY = "copy for generation"
 EVALUATION = " (evaluation)"  # suffix of the programs that evaluation runs with its own batch size or dtype
 STATE = ("policy", "anchor", "Adam moments")
 WHOLE: Names = ("policy", "frozen weights")  # all weights of the policy
+REWARD: Names = ("reward model", "frozen weights of the reward model")
 RUN_ONLY = ("init", *STATE, COPY)  # in memory only during a run
 NO_TRAFFIC = hlo.Collectives({}, {})
 
@@ -103,7 +104,9 @@ class _Planner:
         if (copy := self._copy(self.functions.sampler)) is not None:
             self.resident[COPY] = copy
         if self.reward_model is not None:
-            self.resident["reward model"] = partitioning.with_shardings(mesh, param_shapes(self.reward_model))
+            weights = partitioning.with_shardings(mesh, param_shapes(self.reward_model))
+            trained_here = settings.reward_model.trainable if settings.needs_reward_model else ""  # "" matches all
+            self.resident |= dict(zip(REWARD, freezing.split(weights, trained_here), strict=True))
 
     def program(self, name: str, call: Any, *args: Any, reads: Names, absent: Names = ()) -> Program:
         """Return a program that gets the resident trees `reads` as arguments, and runs when `absent` do not exist."""
@@ -150,8 +153,8 @@ class _Planner:
             apply_fn = make_apply_fn(self.reward_model, self.mesh)
             score = jax.jit(functools.partial(reward_functions.sequence_scores, apply_fn))
             length = self.settings.sampling.prompt_tokens + self.settings.sampling.max_new_tokens
-            scored = self.resident["reward model"], *self._texts(batch, length)
-            yield self.program(f"reward{suffix}", score, *scored, reads=("reward model",))
+            scored = trees.join(*(self.resident[name] for name in REWARD)), *self._texts(batch, length)
+            yield self.program(f"reward{suffix}", score, *scored, reads=REWARD)
 
     def merges(self) -> Iterator[Program]:
         """Both passes of a merge (the weighted sum is the same for every method) and LITI, on all leaves at once.
@@ -172,12 +175,11 @@ class _Planner:
         if settings.sft.num_steps:
             loss_fn = ingredients.sft_loss(settings, make_apply_fn(self.policy, self.mesh))
             step = self._supervised_step(settings.sft, loss_fn, self.trained, self.frozen)
-            yield self.program("SFT step", *step, reads=("frozen weights",), absent=(*RUN_ONLY, "reward model"))
+            yield self.program("SFT step", *step, reads=("frozen weights",), absent=(*RUN_ONLY, *REWARD))
         if self.reward_model is not None and settings.needs_reward_model:
             loss_fn = ingredients.reward_loss(settings, make_apply_fn(self.reward_model, self.mesh))
-            weights = freezing.split(self.resident["reward model"], settings.reward_model.trainable)
-            step = self._supervised_step(settings.reward_model, loss_fn, *weights)
-            yield self.program("reward model step", *step, reads=(), absent=RUN_ONLY)
+            step = self._supervised_step(settings.reward_model, loss_fn, *(self.resident[name] for name in REWARD))
+            yield self.program("reward model step", *step, reads=REWARD[1:], absent=RUN_ONLY)
 
     def _supervised_step(
         self, group: Sft | RewardModel, loss_fn: supervised.LossFn, trained: Params, frozen: Params
