@@ -166,11 +166,10 @@ def main(argv: list[str]) -> None:
     flag = flags.FLAGS["config"]
     try:
         points = choose(load_points(flag.config_filename, flag.override_values, Path(OUT.value)), ONLY.value)
+        _ = [settings(point) for point in points]  # raises if main would refuse one
         lines = [shlex.join(["python", *PROGRAM[1:], *point.arguments]) for point in points]
         if JOBS.value:
             files.write_text(Path(JOBS.value), "".join(f"{line}\n" for line in lines))
-        elif not PRINT.value:
-            _ = [settings(point) for point in points]  # raises before the first one starts
     except (ValueError, TypeError, OSError, ImportError) as error:
         cli.fail(str(error))
     if PRINT.value or JOBS.value:

@@ -101,13 +101,17 @@ def test_the_sweep_over_ema_rate():
 VALUES = {
     "warp.ema_rate": 1e-7 / 3,
     "warp.liti_rate": 1,  # a whole number for a float
+    "warp.num_iterations": 1,
     "warp.steps_per_iteration": (5,),
     "front.etas": (0, 0.1, 1 / 3),
-    "data.chat": True,
-    "mesh": (),
+    "model.architecture.qk_norm": True,
+    "mesh": (1, -1, 1),
     "seed": 7,
     "data.prompt_template": """it's "{text}" $HOME `x` \\n = #é, (1, 2)""",
     "data.label_field": "",
+    "gold.source": "",
+    "rewards.sentiment.source": "length",
+    "model.architecture.sliding_window": 3,
     "model.architecture.local_pattern": (True, False),
 }
 
@@ -172,6 +176,17 @@ def test_a_bad_sweep_starts_nothing(body, message, tmp_path):
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
     assert not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize("flag", ["--print", "--jobs={}/jobs.txt"])
+def test_a_bad_point_has_no_command(flag, tmp_path):
+    """Fails when a point that main would refuse is checked only before a start."""
+    body = "def sweep(add):\n    for rate in (0.5, 1.5):\n        add(f'{rate}', {'warp.ema_rate': rate})"
+    done = _start(SWEEP, f"--config={_config(tmp_path, body)}", f"--out={tmp_path}", flag.format(tmp_path))
+    assert (done.returncode, done.stdout) == (cli.BAD_INPUT, "")
+    assert done.stderr.startswith("error: sweep, point 1.5: config.warp.ema_rate: got 1.5")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "jobs.txt").exists()
 
 
 def test_points_run_one_after_another(tmp_path):
