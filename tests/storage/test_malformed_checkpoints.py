@@ -383,9 +383,9 @@ MALFORMED = {
         "'transformers_we",
     ),
     # the index
-    "an index of nothing": (index(lambda content: {"weight_map": {}}), "not an index"),
-    "an index that is a list": (index(lambda content: [content]), "not an index .*got list"),
-    "an index of numbers": (index(lambda content: {"weight_map": {KEY: 3}}), "not an index"),
+    "an index of nothing": (index(lambda content: {"weight_map": {}}), "weight_map is {}, want a file"),
+    "an index that is a list": (index(lambda content: [content]), f"{INDEX}: broken JSON: got list"),
+    "an index of numbers": (index(lambda content: {"weight_map": {KEY: 3}}), "weight_map is .*want a file"),
     "a deep index": (index(lambda content: NESTED), f"{INDEX}: broken JSON: it is nested too deeply"),
     "an index with a key twice": (index(lambda content: b'{"weight_map": {"a": "a", "a": "b"}}'), "'a' is given twice"),
     "an absolute path": (mapped(**{KEY: "/etc/x.safetensors"}), "names the file '/etc/x.safetensors', want"),
