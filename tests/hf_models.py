@@ -130,7 +130,7 @@ FAMILIES = {
     "llama2": Family("LlamaForCausalLM", LLAMA, 4),
     "llama3": Family("LlamaForCausalLM", {**LLAMA, "rope_parameters": LLAMA3_ROPE}, 12, mesh=(1, 4, 2)),
     "llama3_tied": Family("LlamaForCausalLM", {**LLAMA, "rope_parameters": LLAMA3_ROPE, **TIED}, 4),
-    "llama_linear": Family("LlamaForCausalLM", {**LLAMA, "rope_parameters": LINEAR_ROPE}, 3),
+    "llama_linear_gelu": Family("LlamaForCausalLM", {**LLAMA, "rope_parameters": LINEAR_ROPE, "hidden_act": "gelu"}, 7),
     "smollm2": Family("LlamaForCausalLM", {**LLAMA, "num_hidden_layers": 4, **TIED}, 1),
     "qwen2": Family("Qwen2ForCausalLM", QWEN2, 1),
     "qwen2_tied": Family("Qwen2ForCausalLM", {**QWEN2, **TIED}, 3),

@@ -100,7 +100,7 @@ def tensors(folder):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_equal_those_of_transformers(case, name):
-    """Fails if a norm, bias, scale, cap, window, rotary setting or transpose of any family is wrong."""
+    """Fails if a norm, bias, scale, cap, window, activation, rotary setting or transpose of any family is wrong."""
     _, config, params = case(name)
     assert_close(run(config, params), hf_models.outputs(hf_models.make_model(name)))
 
