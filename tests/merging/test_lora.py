@@ -1,6 +1,7 @@
 """Merging LoRA adapters, against the PEFT library's own merge into full weights."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import peft
@@ -143,6 +144,27 @@ def test_an_adapter_counts_in_the_limit_of_memory(base, tmp_path):
     _adapter(tmp_path / "adapter", 1, **ADAPTERS["plain"])
     inputs = open_inputs(base, [tmp_path / "adapter"], None)
     assert chunk_room(inputs, memory_gb=1e-3, workers=1) == 1e6 // (4 + 4 + 3 * 8)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora_embedding"])
+def test_a_view_widens_only_the_rows_that_it_reads(tmp_path, kind):
+    """Mutation: the whole of a large factor becomes float64 for each chunk."""
+    large, small = np.ones((9_999, 4), np.float32), np.full((4, 3), 2, np.float32)
+    a, b = (small, large) if kind == "lora" else (large.T, small.T)
+    _save_full(tmp_path / "base", {"x.weight": np.zeros((9_999, 3), np.float32)})
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 4}')
+    factors = {f"base_model.model.x.{kind}_A": np.ascontiguousarray(a), f"base_model.model.x.{kind}_B": b.copy()}
+    safetensors.numpy.save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    folder = LoraFolder(tmp_path / "adapter", open_weights(tmp_path / "base"))
+    tracemalloc.start()
+    try:
+        got = folder.view("x.weight", 4, 11)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert got.tolist() == [8.0] * 7
+    assert peak < large.nbytes / 4
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ class LoraFolder(WeightFolder):
         left, right = (a.T, b.T) if update.transposed else (b, a)
         width = right.shape[1]
         first = start // width
-        rows = left[first : -(-stop // width)] @ right
+        rows = left[first : -(-stop // width)].astype(np.float64) @ right.astype(np.float64)
         change = rows.reshape(-1)[start - first * width : stop - first * width]
         return before.astype(np.float64) + update.scale * change
 
@@ -93,7 +93,7 @@ class LoraFolder(WeightFolder):
 
     def _factor(self, name: str) -> np.ndarray:
         tensor = self._adapter.tensors[name]
-        return self._adapter.view(name, 0, tensor.size).astype(np.float64).reshape(tensor.shape)
+        return self._adapter.view(name, 0, tensor.size).reshape(tensor.shape)
 
     def _assign(self, config: Mapping[str, Any]) -> tuple[dict[str, Update], dict[str, str]]:
         """Find the tensor of the base model that each pair of factors, or each whole tensor, belongs to."""
