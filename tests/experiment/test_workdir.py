@@ -7,7 +7,7 @@ import pytest
 from tests.settings_of import settings_of
 from warp_jax import cli, files, main
 from warp_jax.data import corpus
-from warp_jax.experiment import preparation, workdir
+from warp_jax.experiment import preparation, stages, workdir
 
 ROWS = [{"text": f"film number {i}", "label": i % 2, "answer": i} for i in range(300)]
 CHANGES = {"data.reward_fraction": 0.3, "data.gold_fraction": 0.3, "data.prompts_fraction": 0.2}
@@ -59,6 +59,21 @@ def test_an_older_workdir_is_accepted_and_keeps_its_rows(tmp_path):
     assert files.read_json(tmp_path / "run" / workdir.CONFIG)["sampling"]["stop_tokens"] == []
     with pytest.raises(ValueError, match="other rows"):
         _claim(tmp_path, ROWS[1:])
+
+
+def test_settings_that_are_refused_now_are_corrected_in_the_workdir(tmp_path):
+    """Fails when the error does not say which file has the value, or the corrected workdir is refused."""
+    _claim(tmp_path, ROWS)
+    path = tmp_path / "run" / workdir.CONFIG
+    good = files.read_json(path)
+    files.write_json(path, {**good, "front": {**good["front"], "etas": [0.3, 0.3]}})
+    for action in (lambda: _claim(tmp_path, ROWS), lambda: stages.Workdir(tmp_path / "run")):
+        with pytest.raises(
+            ValueError, match=r"config\.json: config\.front\.etas: .* twice .*: correct it in that file$"
+        ):
+            action()
+    files.write_json(path, {**good, "front": {**good["front"], "etas": [0.3]}})
+    _claim(tmp_path, ROWS)
 
 
 def test_the_program_compares_the_rows(tmp_path):

@@ -9,13 +9,12 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from warp_jax import files, merging, trees
+from warp_jax import merging, trees
 from warp_jax.experiment import architecture, preparation, workdir
 from warp_jax.models import apply, freezing, partitioning
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.parallel import meshes
 from warp_jax.pretrained import sources
-from warp_jax.settings import from_config
 from warp_jax.storage import checkpoint
 from warp_jax.types import Params
 
@@ -30,7 +29,7 @@ class Workdir:
         if not (path / workdir.CONFIG).is_file():
             raise ValueError(f"workdir: {path} has no config.json, want a folder that warp_jax.main made")
         self.path = path
-        self.settings = from_config(files.read_json(path / workdir.CONFIG))
+        self.settings = workdir.read_settings(path)
         self.mesh: Mesh = meshes.make_mesh((1, -1, 1))
         self.source = sources.find(self.settings.model.source) if self.settings.model.source else None
         workdir.check_models_unchanged(self.settings, path)

@@ -47,6 +47,19 @@ def claim(settings: Settings, workdir: Path, corpora: Mapping[str, corpus.Corpus
         raise ValueError(f"workdir: cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
 
 
+def read_settings(workdir: Path) -> Settings:
+    """Settings of a workdir, with the defaults of those that it was made without.
+
+    Raises ValueError that names config.json, if earlier versions accepted values that are refused now.
+    """
+    path = workdir / CONFIG
+    content = files.read_json(path)
+    try:
+        return from_config(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; an earlier version accepted this: correct it in that file") from error
+
+
 def check_models_unchanged(settings: Settings, workdir: Path) -> dict[str, str]:
     """Fingerprint of every pretrained model's folder, by its name in the config.
 
@@ -92,7 +105,7 @@ def _check_owner(settings: Settings, workdir: Path) -> None:
         raise ValueError(f"workdir: {workdir} is a file, want a folder")
     found = {path.name for path in workdir.iterdir()} if workdir.exists() else set()  # once: others may write there
     if CONFIG in found:
-        before = from_config(files.read_json(workdir / CONFIG)).as_json()  # with settings that it was made without
+        before = read_settings(workdir).as_json()
         changed = sorted(_differences(before, settings.as_json()))
         refused = [line for line in changed if not MAY_CHANGE.match(line)]
         if refused:
