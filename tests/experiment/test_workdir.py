@@ -69,7 +69,7 @@ def test_settings_that_are_refused_now_are_corrected_in_the_workdir(tmp_path):
     files.write_json(path, {**good, "front": {**good["front"], "etas": [0.3, 0.3]}})
     for action in (lambda: _claim(tmp_path, ROWS), lambda: stages.Workdir(tmp_path / "run")):
         with pytest.raises(
-            ValueError, match=r"config\.json: config\.front\.etas: .* twice .*: correct it in that file$"
+            ValueError, match=r"config\.json: config\.front\.etas: .* twice .*, correct it in that file$"
         ):
             action()
     files.write_json(path, {**good, "front": {**good["front"], "etas": [0.3]}})

@@ -57,7 +57,7 @@ def read_settings(workdir: Path) -> Settings:
     try:
         return from_config(content)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; an earlier version accepted this: correct it in that file") from error
+        raise ValueError(f"{path}: {error}; if an earlier version accepted it, correct it in that file") from error
 
 
 def check_models_unchanged(settings: Settings, workdir: Path) -> dict[str, str]:
