@@ -52,7 +52,7 @@ def try_rewards(settings: Settings, corpora: Mapping[str, Corpus]) -> None:
         function = text_reward.load_function(source, f"config.{group}.source", timeout)
         for split in ("eval",) if group == "gold" else ("prompts", "eval"):
             numbers = [number % len(corpora[split].rows) for number in range(len(COMPLETIONS) + 1)]
-            few = Corpus(*([column[number] for number in numbers] for column in corpora[split]))
+            few = Corpus._make([column[number] for number in numbers] for column in corpora[split])
             with reward_functions.naming_row(numbers, split):
                 function.local(*_samples(settings, few), few.rows)
 
