@@ -347,6 +347,18 @@ def test_an_export_is_compared_with_its_stage(tiny_run, tmp_path, dtype):
         assert compared[name]["exported"] == pytest.approx(compared[name]["stage"], rel=0.5)
 
 
+def test_an_export_without_a_finite_kl_is_not_compared(tiny_run, tmp_path, monkeypatch):
+    """Fails when the export is lost because its policy cannot be measured, or its report holds a nan."""
+
+    def evaluate(examiner, params):
+        raise FloatingPointError("sft_kl is nan")
+
+    monkeypatch.setattr(export.measure, "evaluate", evaluate)
+    found = export.export_stage(tiny_run[1], "sft", tmp_path / "out", prompts=8)
+    assert found["compared"] == {"skipped": "sft_kl is nan"}
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_an_export_that_undoes_the_training_warns():
     """Fails when the share is of the weights in place of their displacement from SFT, or of another dtype."""
     sft = {"layers": {"up": np.full((2, 64), 0.5, np.float32)}, "norm": np.ones(8, np.float32)}
