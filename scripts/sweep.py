@@ -9,7 +9,7 @@ Besides get_config(), the config file defines sweep(add), which adds points: a n
       for ema_rate in (0.0, 0.003, 0.01):
           add(f"ema_rate_{ema_rate:g}", {"warp.ema_rate": ema_rate})
 
-An override --config.x.y=value applies to all points. All points are checked before the first one starts. Start the
+An override --config.x.y=value applies to all points. All points are checked before any is started or printed. Start the
 sweep again to skip finished points and resume the others. Exit codes: 0 success, 1 a point failed (the others still
 run), 2 bad input.
 
