@@ -62,14 +62,16 @@ def test_rows_that_are_not_judged_are_not_checked(tmp_path, number_in):
 
 
 def test_any_error_of_a_check_names_the_row(monkeypatch, tmp_path):
-    """Fails when the check of a user's module ends in a traceback, or the folder of a model is imported."""
+    """Fails when the check of a user's module ends in a traceback, only the first module has its check called, or the
+    folder of a model is imported."""
     module = types.ModuleType("judge")
     module.check_row = lambda row: row["grade"]
     monkeypatch.setitem(sys.modules, "judge", module)
+    monkeypatch.setitem(sys.modules, "kind", types.SimpleNamespace(check_row=lambda row: None))
     split = Corpus(["a", "b"], [0, 0], [{"grade": 1}, {}], ["a.csv line 2", "a.csv line 3"])
     (tmp_path / "a:b").mkdir()
     row_checks.check(
         ["judge:score", "length", str(tmp_path / "a:b")], split._replace(rows=split.rows[:1], places=split.places[:1])
     )
     with pytest.raises(ValueError, match=r"^a\.csv line 3: KeyError: 'grade'"):
-        row_checks.check(["judge:score"], split)
+        row_checks.check(["kind:score", "judge:score"], split)

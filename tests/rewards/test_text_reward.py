@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from tests.commands import run
+from warp_jax.parallel import hosts
 from warp_jax.rewards import from_folder, reward_functions, text_reward, time_limit
 from warp_jax.rewards.text_reward import TextReward, checked
 from warp_jax.types import RewardError, Rewards, Rollout
@@ -110,6 +111,13 @@ def test_anything_else_is_refused(values, message, index):
     assert not inspect.iscoroutine(values) or values.cr_frame is None  # closed, so that Python does not complain later
 
 
+def test_long_values_are_cut():
+    """Mutation: the whole of a long text or list stands in the error."""
+    assert text_reward.cut("a" * 58) == repr("a" * 58)
+    assert text_reward.cut("a" * 999) == f"'{'a' * 59}..."
+    assert text_reward.cut([0] * 999) == f"{repr([0] * 999)[:60]}..."
+
+
 def _raising(error):
     def function(prompts, completions, rows):
         if "bad" in "".join(completions):
@@ -154,6 +162,20 @@ def test_a_failure_names_function_and_completion(function, message):
         assert "; prompt 'q', completion 'a\\nbad xxx" in text or "; first prompt 'p'" in text
 
 
+def _fails_elsewhere(*batch):
+    raise hosts.PeerError("process 0 of 2 failed")
+
+
+def test_only_the_first_process_calls_the_function(monkeypatch):
+    """Mutation: every process calls the function, or its failure in another process is not a RewardError."""
+    reward = TextReward(pytest.fail, "f")
+    monkeypatch.setattr(hosts, "computed_on_first_process", lambda function: lambda *batch: np.float32([7]))
+    assert reward(["p"], ["c"], [{}]).tolist() == [7]
+    monkeypatch.setattr(hosts, "computed_on_first_process", lambda function: _fails_elsewhere)
+    with pytest.raises(RewardError, match=r"^process 0 of 2 failed"):
+        reward(["p"], ["c"], [{}])
+
+
 def test_the_place_in_the_users_file_is_named():
     """Fails when the line of a traceback that nobody sees is lost."""
     with pytest.raises(RewardError, match=r"raised TypeError: .*arguments? but 3 were given; prompt 'p'"):
@@ -176,6 +198,14 @@ def test_a_call_that_ends_too_late_is_refused():
     """Fails when a long regular expression passes, because nothing could run while it kept the GIL."""
     with pytest.raises(TimeoutError):
         time_limit.run(lambda: sum(range(10**7)), 0.01, "")
+
+
+def test_a_result_that_comes_too_late_is_refused(monkeypatch):
+    """Mutation: only a call without a result is too late, not one that was finished before anybody could look."""
+    monkeypatch.setattr(time_limit.futures, "wait", lambda calls, seconds: [call.result() for call in calls])
+    assert time_limit.run(lambda: 3, 5.0, "").result() == 3
+    with pytest.raises(TimeoutError, match="late"):
+        time_limit.run(lambda: time.sleep(0.02), 0.01, "late")
 
 
 def test_a_function_may_change_its_arguments():

@@ -1,6 +1,7 @@
 """Damaged and foreign Hugging Face folders: one line that names the file and the tensor, and no traceback."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -307,12 +308,23 @@ def adapter(*names):
 
 def orbax(metadata, place="."):
     def damage(folder):
-        (folder / WEIGHTS).unlink()
+        (folder / WEIGHTS).unlink(missing_ok=True)
         (folder / place).mkdir(parents=True, exist_ok=True)
         text = metadata if isinstance(metadata, bytes) else json.dumps({"tree_metadata": metadata}).encode()
         (folder / place / "_METADATA").write_bytes(text)
 
     return damage
+
+
+def both(*damages):
+    """One damage after another."""
+    return lambda folder: [damage(folder) for damage in damages]
+
+
+def sparse(folder):
+    """A file that is large enough for its header, which is larger than that of any model."""
+    (folder / WEIGHTS).write_bytes((2**27).to_bytes(8, "little"))
+    os.truncate(folder / WEIGHTS, 2**28)
 
 
 def link(folder):
@@ -333,6 +345,11 @@ MALFORMED = {
     # the header
     "seven bytes": (replaced(WEIGHTS, b"7 bytes"), "truncated or corrupted"),
     "a header of 2^63 bytes": (replaced(WEIGHTS, bytes(7) + b"\x80" + bytes(64)), "truncated or corrupted"),
+    "a header of 2^27 bytes": (sparse, "the header does not fit into 268435456 bytes"),
+    "a header longer than the file": (
+        replaced(WEIGHTS, b"\x64" + bytes(7) + b"{}"),
+        "header does not fit into 10 bytes",
+    ),
     "a header that is a number": (raw(b"3       "), "corrupted safetensors header: got int, want a JSON object"),
     "a header in latin-1": (raw(b'{"\xe9": 3}'), "corrupted safetensors header: it is not UTF-8"),
     "a deep header": (raw(NESTED), "corrupted safetensors header: it is nested too deeply"),
@@ -382,6 +399,13 @@ MALFORMED = {
         replaced("config.json", {"transformers_weights": "y.safetensors"}),
         "'transformers_we",
     ),
+    "the index beside the model": (
+        both(
+            replaced(INDEX, {"weight_map": {KEY: WEIGHTS}}),
+            replaced("config.json", {"transformers_weights": INDEX}),
+        ),
+        "field 'transformers_weights' is not supported",
+    ),
     # the index
     "an index of nothing": (index(lambda content: {"weight_map": {}}), "weight_map is {}, want a file"),
     "an index that is a list": (index(lambda content: [content]), f"{INDEX}: broken JSON: got list"),
@@ -415,6 +439,14 @@ MALFORMED = {
     "a config in latin-1": (replaced("config.json", b'{"\xe9": 1}'), "config.json: broken JSON: it is not UTF-8"),
     # Orbax
     "a step folder": (orbax(LEAF, "100/default"), "is no checkpoint itself, but contains 1; give .*100/default"),
+    "step folders": (
+        both(orbax(LEAF, "20/default"), orbax(LEAF, "100/default"), orbax(LEAF, "3/default")),
+        "contains 3; give the folder of one, such as .*/100/default",
+    ),
+    "a run with steps": (
+        both(orbax(LEAF, "100/default"), orbax(LEAF, "params")),
+        "contains 2; give the folder of one, such as .*/params",
+    ),
     "a run": (
         orbax(LEAF, "params"),
         "is no checkpoint itself, but contains 1; give the folder of one, such as .*params",

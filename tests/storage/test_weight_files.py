@@ -7,6 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import torch
 
 from warp_jax.storage import checkpoint, weight_files
 from warp_jax.storage.weight_files import SafetensorsWriter, Tensor, open_weights
@@ -17,6 +19,8 @@ VALUES = {
     "ids": np.array([3, 1], np.int64),
     "scalar": np.array(2.5, np.float16),
 }
+DTYPES = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "bool"]
+DTYPES += [f"{kind}{size}" for kind in ("int", "uint") for size in (8, 16, 32, 64)]
 
 
 def _tensors(values, file="model.safetensors"):
@@ -41,8 +45,19 @@ def test_reads_what_safetensors_writes(tmp_path):
     np.testing.assert_array_equal(part, VALUES["a.weight"].ravel()[5:8])
 
 
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_dtype_is_that_of_torch(tmp_path, name):
+    """Mutation: one of the two kinds of float8 is read as the other, or a signed integer as unsigned."""
+    want = torch.tensor([0, 1, 3, 200]).to(getattr(torch, name))
+    safetensors.torch.save_file({"x": want}, tmp_path / "model.safetensors")
+    got = _read(open_weights(tmp_path), "x")
+    assert got.dtype.name == name
+    np.testing.assert_array_equal(got.astype(np.float64), want.to(torch.float64))
+
+
 def test_writes_what_safetensors_reads(tmp_path):
-    """Fails when the header is wrong, ranges land elsewhere, or the format that transformers wants is missing."""
+    """Fails when the header is wrong or not a multiple of eight bytes, ranges land elsewhere, or the format that
+    transformers wants is missing."""
     writer = SafetensorsWriter(tmp_path, _tensors(VALUES))
     for name, value in VALUES.items():
         flat = value.reshape(-1)
@@ -50,6 +65,7 @@ def test_writes_what_safetensors_reads(tmp_path):
         writer.write(name, middle, flat[middle:])
         writer.write(name, 0, flat[:middle])
     writer.close()
+    assert int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little") % 8 == 0
     with safetensors.safe_open(tmp_path / "model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(VALUES)
