@@ -16,7 +16,9 @@ from warp_jax.merging.on_disk import Settings, merge_folders
 from warp_jax.storage.lora_folder import LoraFolder
 from warp_jax.storage.weight_files import open_weights
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Setting `save_embedding_layers`")  # PEFT
+pytestmark = pytest.mark.filterwarnings(  # of PEFT
+    "ignore::FutureWarning", "ignore:Setting `save_embedding_layers`", "ignore:The following alpha_pattern keys"
+)
 SIZES = {
     "vocab_size": 50,
     "hidden_size": 24,
@@ -26,6 +28,8 @@ SIZES = {
     "num_key_value_heads": 1,
     "head_dim": 8,
 }
+OTHER_OPTIONS = ("layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
+OTHER_OPTIONS += ("lora_bias", "velora_config", "monteclora_config", "kasa_config", "arrow_config", "megatron_config")
 PLAIN = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 ADAPTERS = {
     "plain": {**PLAIN, "r": 4, "lora_alpha": 6},
@@ -35,7 +39,12 @@ ADAPTERS = {
         "r": 2,
         "lora_alpha": 8,
         "rank_pattern": {"q_proj": 5},
-        "alpha_pattern": {"layers.1.*v_proj": 3},
+        "alpha_pattern": {
+            "proj": 99,
+            "self_attn.q": 77,
+            "layers.1.*v_proj": 3,
+            "v_proj": 5,
+        },  # the first two match none
     },
     "whole": {"target_modules": ["embed_tokens", "up_proj"], "r": 4, "lora_alpha": 7, "modules_to_save": ["lm_head"]},
 }
@@ -47,10 +56,10 @@ def _base_model():
     return transformers.LlamaForCausalLM(config)
 
 
-def _adapter(path, seed, **options):
+def _adapter(path, seed, base=None, **options):
     """Save a random adapter in `path`; return the full weights that PEFT makes of it, in float64."""
     torch.manual_seed(seed)
-    model = peft.get_peft_model(_base_model(), peft.LoraConfig(**options))
+    model = peft.get_peft_model(base or _base_model(), peft.LoraConfig(**options))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
@@ -77,7 +86,8 @@ def _save_full(path, weights):
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_an_adapter_reads_as_the_full_weights(base, tmp_path, kind):
-    """Mutation: alpha / rank for rsLoRA; patterns ignored; embeddings not transposed; saved modules left out."""
+    """Mutation: alpha / rank for rsLoRA; patterns ignored, matched in part, or the last one wins; embeddings not
+    transposed; saved modules left out."""
     want = _adapter(tmp_path / "adapter", 1, **ADAPTERS[kind])
     folder = LoraFolder(tmp_path / "adapter", open_weights(base))
     changed = 0
@@ -89,6 +99,43 @@ def test_an_adapter_reads_as_the_full_weights(base, tmp_path, kind):
         np.testing.assert_array_equal(np.concatenate(pieces), got)
         changed += not np.array_equal(got, before[name].reshape(-1))
     assert changed == {"plain": 6, "rslora": 6, "patterns": 6, "whole": 4}[kind]
+
+
+def test_layers_that_store_their_weight_transposed(tmp_path):
+    """Mutation: fan_in_fan_out is ignored, also where the weight is square and B A fits both ways."""
+    sizes = {"n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 8, "vocab_size": 20}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    model.save_pretrained(tmp_path / "base")
+    options = {"target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True, "r": 2, "lora_alpha": 3}
+    want = _adapter(tmp_path / "adapter", 1, model, **options)
+    folder = LoraFolder(tmp_path / "adapter", open_weights(tmp_path / "base"))
+    before = safetensors.numpy.load_file(tmp_path / "base" / "model.safetensors")
+    for name in ("transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_proj.weight"):
+        got = folder.view(name, 0, want[name].size).reshape(want[name].shape)
+        np.testing.assert_allclose(got, want[name], rtol=1e-12, atol=1e-15)
+        assert not np.array_equal(got, before[name])
+
+
+def test_an_embedding_of_a_reward_model_in_float64(tmp_path):
+    """Mutation: the embedding of a model with a score is taken for its head; a base model in float64 is rounded."""
+    rng = np.random.default_rng(0)
+    embedding, a, b = (rng.normal(size=shape) for shape in ((5, 3), (2, 5), (3, 2)))
+    _save_full(tmp_path / "base", {"model.embed_tokens.weight": embedding, "score.weight": np.ones((1, 3))})
+    (tmp_path / "adapter").mkdir()
+    factors = {f"base_model.model.model.embed_tokens.lora_embedding_{x}": value for x, value in (("A", a), ("B", b))}
+    safetensors.numpy.save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 3}')
+    got = LoraFolder(tmp_path / "adapter", open_weights(tmp_path / "base")).view("model.embed_tokens.weight", 0, 15)
+    np.testing.assert_allclose(got, (embedding + 3 / 2 * (b @ a).T).reshape(-1), rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_whole_model_beside_an_adapter_is_refused(base, tmp_path, name):
+    """Mutation: the adapter is merged in silence if the model beside it is in several files."""
+    _adapter(tmp_path / "adapter", 1, **ADAPTERS["plain"])
+    (tmp_path / "adapter" / name).write_text("{}")
+    with pytest.raises(ValueError, match=rf"holds a whole model \({name}\) and a LoRA adapter"):
+        open_inputs(base, [tmp_path / "adapter"], None)
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [("float64", 1e-12), ("bfloat16", 2**-8), (None, 2**-23)])
@@ -172,9 +219,9 @@ def test_a_view_widens_only_the_rows_that_it_reads(tmp_path, kind):
     [
         ({"use_dora": True}, "use_dora is set, and is not supported"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3', want 'LORA'"),
-        ({"init_lora_weights": "pissa_niter_4"}, "also changes the base model"),
+        *(({"init_lora_weights": x}, "also changes the base") for x in ("pissa_niter_4", "olora", "loftq", "corda")),
         ({"use_newer_lora": True}, "use_newer_lora is set"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication is set"),
+        *(({name: [1]}, f"{name} is set") for name in OTHER_OPTIONS),
         ({"lora_alpha": None}, "lora_alpha or alpha_pattern is None"),
         ({"alpha_pattern": {"(": 3}}, "unterminated|missing"),
     ],
@@ -186,6 +233,9 @@ def test_other_adapters_are_refused_by_name(base, tmp_path, changes, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ValueError, match=message):
         LoraFolder(tmp_path / "adapter", open_weights(base))
+
+
+SAVED = "base_model.model.lm_head.weight"
 
 
 def _rename(old, new):
@@ -201,10 +251,12 @@ def _rename(old, new):
         (lambda tensors: {n: x for n, x in tensors.items() if "1.mlp.down_proj.lora_B" not in n}, "has no lora_B"),
         (lambda tensors: {n: x for n, x in tensors.items() if "1.mlp.down_proj.lora_A" not in n}, "has no lora_A"),
         (lambda tensors: {n: x[:, :-1].copy() for n, x in tensors.items()}, "do not fit"),
+        (lambda tensors: {n: x.astype(np.int32) for n, x in tensors.items()}, "want floats named"),
+        (lambda tensors: {**tensors, SAVED: np.ones((2, 3), np.float32)}, "neither a LoRA factor nor a weight"),
     ],
 )
 def test_factors_that_do_not_fit_are_refused(base, tmp_path, change, message):
-    """Mutation: a factor without a place, or without its partner, is left out in silence."""
+    """Mutation: a factor without a place or its partner is left out in silence; a whole tensor may have any shape."""
     _adapter(tmp_path / "adapter", 1, **ADAPTERS["plain"])
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     safetensors.numpy.save_file(change(safetensors.numpy.load_file(path)), path)
