@@ -1,7 +1,7 @@
 """Settings reach the programs: a step, a rollout and a KL of a model whose logits are a table, against hand arithmetic.
 
 Mutations killed here: another temperature in the sampler, the scorer or the KL; the optimizer of SFT in RL; liti_rate
-as the rate of the anchor.
+as the rate of the anchor; another advantage, whitening or importance cap than that of the config.
 """
 
 import jax
@@ -12,7 +12,7 @@ import pytest
 from tests.settings_of import settings_of
 from warp_jax.experiment import architecture, programs
 from warp_jax.parallel import meshes
-from warp_jax.types import PromptBatch
+from warp_jax.types import PromptBatch, Rollout
 
 BATCH, VOCABULARY, STOP, TEMPERATURE = 8, 5, 2, 0.7
 SETTINGS = {
@@ -35,9 +35,21 @@ def _table(seed):
     return {"embed": {"embedding": jnp.asarray(values, jnp.float32)}}
 
 
-def _apply_fn(params, token_ids, mask, cache, num_outputs):
-    """Logits of the next token from the last one."""
+def _apply_fn(params, token_ids, mask=None, cache=None, *, num_outputs=0, method=None):
+    """Logits of the next token from the last one; the head returns its argument."""
+    if method == "head":
+        return token_ids
     return params["embed"]["embedding"][token_ids][:, -num_outputs:], None
+
+
+def _make(monkeypatch, changes=None, apply_fn=_apply_fn):
+    """Programs of a table for a config with some changes."""
+    monkeypatch.setattr(programs, "make_apply_fn", lambda model, mesh: apply_fn)
+    monkeypatch.setattr(programs, "init_cache", lambda model, batch, capacity, mesh: None)
+    settings = settings_of({**SETTINGS, **(changes or {})})
+    model = architecture.policy_config(settings.model, VOCABULARY)
+    mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
+    return programs.make_programs(settings, mesh, model, trained=_table(0), frozen={}, stop_ids=(STOP,), pad_id=0)
 
 
 def _logps(params):
@@ -52,12 +64,7 @@ def _distance(tree, other):
 
 def test_one_temperature_and_the_settings_of_rl(monkeypatch):
     """Fails when sampler, scorer or KL has another temperature, RL the optimizer of SFT, or the anchor another rate."""
-    monkeypatch.setattr(programs, "make_apply_fn", lambda model, mesh: _apply_fn)
-    monkeypatch.setattr(programs, "init_cache", lambda model, batch, capacity, mesh: None)
-    mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
-    policy, sft, settings = _table(0), _table(1), settings_of(SETTINGS)
-    model = architecture.policy_config(settings.model, VOCABULARY)
-    made = programs.make_programs(settings, mesh, model, trained=policy, frozen={}, stop_ids=(STOP,), pad_id=0)
+    policy, sft, made = _table(0), _table(1), _make(monkeypatch)
     prompts = np.arange(BATCH, dtype=np.int32)[:, None] % VOCABULARY
     rollout = made.sampler(policy, PromptBatch(prompts, prompts >= 0, np.arange(BATCH)), jax.random.key(0))
     ids, mask = np.asarray(rollout.completion_ids), np.asarray(rollout.completion_mask)
@@ -76,3 +83,78 @@ def test_one_temperature_and_the_settings_of_rl(monkeypatch):
     moved = _distance(state.params, policy)
     assert np.abs(moved).max() == pytest.approx(0.03, rel=1e-2)  # the first step of Adam has the size of the rate
     np.testing.assert_allclose(_distance(state.anchor_params, policy), 0.2 * moved, atol=1e-6)
+
+
+IDS = np.array([[0, 3, 4, 1], [4, STOP, 0, 0], [1, 1, STOP, 0], [3, 0, 1, STOP]] * 2, np.int32)
+LENGTHS = [4, 2, 3, 4] * 2
+KL_COEF, CAP, OFFSET = 0.3, 1.5, 0.2
+BASELINES = {
+    "none": lambda shaped: shaped,
+    "batch_mean": lambda shaped: shaped - shaped.mean(),
+    "leave_one_out": lambda shaped: (shaped.reshape(-1, 2) - shaped.reshape(-1, 2)[:, ::-1]).reshape(-1),
+}
+
+
+def _rollout():
+    """Completions whose sampler gives each token OFFSET nats less than the policy."""
+    prompts, mask = np.arange(BATCH, dtype=np.int32)[:, None] % VOCABULARY, np.arange(4) < np.array(LENGTHS)[:, None]
+    before = np.concatenate([prompts, IDS[:, :-1]], 1)
+    sampled = np.where(mask, _logps(_table(0))[before, IDS] - OFFSET, 0).astype(np.float32)
+    return Rollout(prompts, prompts >= 0, np.arange(BATCH), IDS, mask, sampled), before, mask
+
+
+@pytest.mark.parametrize(
+    ("kind", "whiten", "cap"), [("none", True, 0.0), ("batch_mean", False, 0.0), ("leave_one_out", False, CAP)]
+)
+def test_the_update_is_that_of_the_settings(monkeypatch, kind, whiten, cap):
+    """Fails when advantage, whitening, kl_coef or importance_cap is another one, or a metric of the policy or of the
+    shaped reward is that of the sampler or of the raw reward."""
+    changes = {"rl.advantage": kind, "rl.whiten": whiten, "rl.importance_cap": cap, "rl.kl_coef": KL_COEF}
+    made = _make(monkeypatch, {**changes, "rl.batch_size": BATCH, "rl.samples_per_prompt": 2})
+    policy, anchor = _table(0), _table(1)
+    rollout, before, mask = _rollout()
+    rewards = np.arange(BATCH, dtype=np.float32) ** 2
+    state = made.train.init(policy)._replace(anchor_params=anchor)
+    _, metrics = made.train.update(state, {}, rollout, jnp.asarray(rewards))
+
+    log_ratio = np.where(mask, (_logps(policy) - _logps(_table(1)))[before, IDS], 0).sum(1)
+    shaped = rewards - KL_COEF * log_ratio
+    weights = BASELINES[kind](shaped)
+    weights = weights / weights.std() if whiten else weights
+    if cap:
+        weights = weights * np.minimum(np.exp(OFFSET * mask.sum(1)), cap)  # 1.49 and 1.5
+    gradient = np.zeros((VOCABULARY, VOCABULARY))
+    for row, position in np.argwhere(mask):
+        last = before[row, position]
+        change = (np.arange(VOCABULARY) == IDS[row, position]) - np.exp(_logps(policy)[last])
+        gradient[last] -= weights[row] / BATCH * change / TEMPERATURE
+    want = {
+        "grad_norm": np.sqrt((gradient**2).sum()),
+        "anchor_kl": log_ratio.mean(),
+        "shaped_reward": shaped.mean(),
+        "nats_per_token": -_logps(policy)[before, IDS][mask].mean(),
+        "drift/mean": -OFFSET,
+    }
+    assert {name: float(metrics[name]) for name in want} == pytest.approx(want, rel=1e-3)
+
+
+def test_pieces_of_the_logits_have_the_length_of_the_settings(monkeypatch):
+    """Fails when logits_chunk reaches the update or the KL to SFT no more: they would need the memory of all logits."""
+    lengths = []
+
+    def apply_fn(params, *args, method=None, **options):
+        out = _apply_fn(params, *args, method=method, **options)
+        if method == "head":
+            lengths.append(out.shape[1])
+        return out
+
+    made = _make(monkeypatch, {"model.logits_chunk": 2}, apply_fn)
+    rollout, before, mask = _rollout()
+    policy, sft = _table(0), _table(1)
+    per_token = (np.exp(_logps(policy)) * (_logps(policy) - _logps(sft))).sum(1)
+    found = made.kl_to_sft(policy, sft, {}, rollout)
+    np.testing.assert_allclose(found, np.where(mask, per_token[before], 0).sum(1), rtol=1e-4)
+    assert set(lengths) == {2}
+    lengths.clear()
+    made.train.update(made.train.init(policy), {}, rollout, jnp.arange(BATCH, dtype=jnp.float32))
+    assert set(lengths) == {2}
