@@ -5,6 +5,7 @@ character is one token. Training is replaced by functions that record what they 
 """
 
 import collections
+import functools
 import hashlib
 import json
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from tests.settings_of import settings_of
 from warp_jax import trees
+from warp_jax.data import batches as token_batches
 from warp_jax.data import corpus
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.evaluation import measure
@@ -38,6 +40,8 @@ SETTINGS = {
     "data.prompts_fraction": FRACTION,
     "tokenizer.vocab_size": 259,  # bytes and special tokens
     "model.trainable": "layers/1/",
+    "model.dtype": "bfloat16",
+    "model.logits_chunk": 64,
     "sft.num_steps": 11,
     "sft.sequence_tokens": 32,  # more than any text has
     "reward_model.batch_size": 16,
@@ -59,6 +63,7 @@ SETTINGS = {
     "evaluation.num_prompts": 8,
     "evaluation.samples_per_prompt": 2,
     "evaluation.batch_size": 8,
+    "evaluation.dtype": "float32",
 }
 
 
@@ -95,6 +100,11 @@ def _labels(texts):
     return [int(_mark(text) in "BDFH") for text in texts]
 
 
+def _with_seed(function, record, *args, seed, **options):
+    record(seed)
+    return function(*args, seed=seed, **options)
+
+
 class _Recorder:
     """Takes the place of everything that trains, samples or scores, and records its arguments."""
 
@@ -102,7 +112,8 @@ class _Recorder:
         self.tasks, self.schedules, self.held_out, self.gold = {}, {}, {}, {}
         self.generator = np.random.default_rng(0)
         self.optimizers, self.samplers, self.tokenized = [], [], []
-        self.learned, self.scored, self.drawn = [], [], []
+        self.learned, self.scored, self.drawn, self.dtypes = [], [], [], []
+        self.seeds = {"epoch_rows": set(), "random_windows": set()}
 
     def patch(self, monkeypatch):
         module = types.SimpleNamespace(reward=lambda *args: self._text_scores("reward", *args))
@@ -110,11 +121,14 @@ class _Recorder:
         monkeypatch.setattr(apply, "random_params", self._random_params)
         monkeypatch.setattr(supervised, "fit", self._fit)
         monkeypatch.setattr(supervised, "held_out", self._held_out)
-        monkeypatch.setattr(supervised, "language_loss", lambda *args, **kwargs: "language")
+        monkeypatch.setattr(supervised, "language_loss", lambda *args, logits_chunk: f"language {logits_chunk}")
         monkeypatch.setitem(supervised.REWARD_LOSSES, "bradley_terry", lambda *args: "bradley_terry")
         make = optimizers.make_optimizer
         record = self.optimizers.append
         monkeypatch.setattr(optimizers, "make_optimizer", lambda group, adam: record(group) or make(group, adam))
+        for name, seeds in self.seeds.items():
+            function = functools.partial(_with_seed, getattr(token_batches, name), seeds.add)
+            monkeypatch.setattr(token_batches, name, function)
         monkeypatch.setattr(sampling, "make_sampler", self._make_sampler)
         monkeypatch.setattr(reward_functions, "make_learned", self._make_learned)
         monkeypatch.setattr(tfidf, "fit", lambda *args: self.gold.setdefault("fit", args))
@@ -150,6 +164,7 @@ class _Recorder:
 
         def generate(params, prompts, key):
             """Complete every prompt by 'z' and a stop token."""
+            self.dtypes.append(options["dtype"])
             self.drawn.append((params, jax.tree.map(np.asarray, prompts), tuple(jax.random.key_data(key).tolist())))
             ids = np.tile(np.int32([ord("z"), config.stop_ids[0], config.pad_id]), (len(prompts.prompt_ids), 1))
             return Rollout(*prompts, ids, ids != config.pad_id, np.zeros(ids.shape, np.float32))
@@ -221,7 +236,7 @@ def test_sft_and_reward_model_have_their_own_settings(job):
     """Fails when loss, length, steps or optimizer are those of another training."""
     settings, recorder = job.settings, job.recorder
     assert recorder.optimizers[:3] == [settings.sft, settings.reward_model, settings.rl]
-    groups = {"sft": ("language", settings.sft), "reward_model": ("bradley_terry", settings.reward_model)}
+    groups = {"sft": ("language 64", settings.sft), "reward_model": ("bradley_terry", settings.reward_model)}
     for name, (loss, group) in groups.items():
         task = recorder.tasks[name]
         assert task.loss_fn(None, None) == loss
@@ -285,7 +300,7 @@ def test_the_sampler_knows_when_to_stop(job):
 
 def _train(job, directory, iteration=1, run=1, num_steps=4):
     """Run RL without updates; returns what was drawn, what was scored, and the rewards."""
-    job.recorder.drawn, job.recorder.scored, rewards = [], [], []
+    job.recorder.drawn, job.recorder.scored, job.recorder.dtypes, rewards = [], [], [], []
 
     def update(state, frozen, rollout, values):
         rewards.extend(values.tolist())
@@ -298,10 +313,10 @@ def _train(job, directory, iteration=1, run=1, num_steps=4):
     return job.recorder.drawn, job.recorder.scored, rewards
 
 
-def _evaluate(job):
+def _evaluate(job, **changes):
     """Evaluate a policy; returns what was drawn, what was scored, and the evaluation."""
-    job.recorder.drawn, job.recorder.scored = [], []
-    examiner = job.examiner._replace(kl_to_sft=lambda *args: np.zeros(job.settings.evaluation.batch_size))
+    job.recorder.drawn, job.recorder.scored, job.recorder.dtypes = [], [], []
+    examiner = job.examiner._replace(kl_to_sft=lambda *args: np.zeros(job.settings.evaluation.batch_size), **changes)
     return job.recorder.drawn, job.recorder.scored, measure.evaluate(examiner, {"policy": 1})
 
 
@@ -329,8 +344,8 @@ def _reward(row):
 
 def test_rl_reads_prompts_and_rows_of_the_prompts_split(job, tmp_path):
     """Fails when RL sees prompts of another split, its reward reads rows of another split or of other prompts, the gold
-    reward is trained against, weights of parts are swapped, completions come from the anchor, or those of one prompt
-    are not neighbours."""
+    reward is trained against, weights of parts are swapped, completions come from the anchor or the sampler of the
+    evaluation, or those of one prompt are not neighbours."""
     drawn, scored, rewards = _train(job, tmp_path)
     rows = _check_prompts(job, "prompts", drawn)
     assert len(rows) == 4 * 16
@@ -338,15 +353,19 @@ def test_rl_reads_prompts_and_rows_of_the_prompts_split(job, tmp_path):
     assert scored == [("reward", _prompt(job, row), row) for row in rows]
     assert rewards == [_reward(row) for row in rows]
     assert all(params == {"policy": 1, **job.trainer.frozen_params} for params, _, _ in drawn)
+    assert set(job.recorder.dtypes) == {"bfloat16"}
 
 
 def test_evaluation_reads_prompts_and_rows_of_the_eval_split(job):
-    """Fails when evaluation sees prompts of another split, its reward or the gold reward reads rows of another split,
-    or samples_per_prompt is ignored."""
+    """Fails when evaluation sees prompts of another split, others than its first ones, or these in another order than
+    earlier versions; its reward or the gold reward reads rows of another split; samples_per_prompt is ignored; or the
+    completions come from the sampler of training."""
     drawn, scored, evaluation = _evaluate(job)
     rows = _check_prompts(job, "eval", drawn)
     numbers = [row["number"] for row in rows]
-    assert sorted(collections.Counter(numbers).values()) == [2] * 8
+    fitting = [row for row in job.corpora["eval"].rows if len(_prompt(job, row)) <= 8]
+    assert rows == [row for row in fitting[:8] for _ in range(2)]
+    assert set(job.recorder.dtypes) == {"float32"}
     read = collections.Counter(name for name, _, _ in scored)
     assert read == {"reward": 16, "gold": 16}
     assert {row["text"][0] for _, _, row in scored} == set(MARKS["eval"])
@@ -361,8 +380,17 @@ def test_evaluation_has_noise_of_its_own(job, tmp_path):
     keys = [key for _, _, key in _evaluate(job)[0]]
     for iteration, run in ((1, 1), (1, 2), (2, 1)):
         keys += [key for _, _, key in _train(job, tmp_path / f"{iteration}_{run}", iteration, run, num_steps=2)[0]]
-    assert len(set(keys)) == len(keys) == 2 + 3 * 2
+    keys += [key for _, _, key in _evaluate(job, seed=SETTINGS["seed"] + 1)[0]]
+    assert len(set(keys)) == len(keys) == 2 + 3 * 2 + 2
     assert job.trainer.seed == job.examiner.seed == SETTINGS["seed"]
+
+
+def test_one_seed_decides_all_orders_and_windows(job, tmp_path):
+    """Mutation: order or windows of SFT, reward model, gold or RL with seed 0, so that other seeds share them."""
+    _train(job, tmp_path)
+    for task in job.recorder.tasks.values():
+        task.batch_fn(0)
+    assert job.recorder.seeds == {"epoch_rows": {SETTINGS["seed"]}, "random_windows": {SETTINGS["seed"]}}
 
 
 def test_too_few_short_prompts_are_refused_for_evaluation_only(job):

@@ -62,8 +62,8 @@ def test_rows_that_are_not_judged_are_not_checked(tmp_path, number_in):
 
 
 def test_any_error_of_a_check_names_the_row(monkeypatch, tmp_path):
-    """Fails when the check of a user's module ends in a traceback, only the first module has its check called, or the
-    folder of a model is imported."""
+    """Fails when the check of a user's module ends in a traceback or its own exit code, only the first module has its
+    check called, or a model's folder is imported."""
     module = types.ModuleType("judge")
     module.check_row = lambda row: row["grade"]
     monkeypatch.setitem(sys.modules, "judge", module)
@@ -75,3 +75,6 @@ def test_any_error_of_a_check_names_the_row(monkeypatch, tmp_path):
     )
     with pytest.raises(ValueError, match=r"^a\.csv line 3: KeyError: 'grade'"):
         row_checks.check(["kind:score", "judge:score"], split)
+    module.check_row = lambda row: sys.exit(0)
+    with pytest.raises(ValueError, match=r"^a\.csv line 2: SystemExit: 0"):
+        row_checks.check(["judge:score"], split)
