@@ -4,7 +4,9 @@ import pytest
 
 from tests.settings_of import settings_of
 from warp_jax.data.corpus import Corpus
-from warp_jax.experiment import inputs
+from warp_jax.experiment import ingredients, inputs
+from warp_jax.parallel import hosts
+from warp_jax.rewards import text_reward
 from warp_jax.types import RewardError
 
 MODULE = """
@@ -75,3 +77,25 @@ def test_a_function_that_fails_is_refused(functions, sources, message):
     """Fails when it is called on rows of one split only, or never with an empty completion."""
     with pytest.raises(RewardError, match=message):
         _try(**sources)
+
+
+def test_every_function_has_its_time_limit(functions, monkeypatch):
+    """Mutation: a door that loads a function, or the function that it loads, has no limit or that of another group."""
+    load, loaded = text_reward.load_function, []
+    monkeypatch.setattr(
+        text_reward, "load_function", lambda *args, **kw: loaded.append(load(*args, **kw)) or loaded[-1]
+    )
+    names = {"rewards.sentiment.source": "users_rewards:good", "gold.source": "users_rewards:good"}
+    settings = settings_of({**names, "rewards.sentiment.timeout": 20.0, "gold.timeout": 30.0})
+    inputs.try_rewards(settings, _corpora())
+    for part in (settings.reward_parts["sentiment"], settings.gold):
+        inputs._check_reward("x", part, (), use_chat=False)
+        ingredients.Maker(settings, None, None, None, None, None).text_fn("x", part)
+    assert [function.timeout for function in loaded] == [20.0, 30.0] + [20.0] * 2 + [30.0] * 2
+
+
+def test_only_the_first_process_tries_the_functions(functions, monkeypatch):
+    """Mutation: every process of a job calls them, a judge behind an API for example."""
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    _try(rewards_sentiment_source="good")
+    assert functions.seen == []

@@ -126,13 +126,14 @@ def test_importance_weights_by_hand():
 
 
 def test_sampler_drift_by_hand():
-    """Fails if the sign is reversed, the masked token counts, or only ratios above 1.1 are outside."""
-    drift = np.log(np.array([[1.2, 1.05, 0.85], [1.0, 0.95, 7.0]]))
+    """Fails if the sign is reversed, the masked token counts, only ratios above 1.1 are outside, the largest one has a
+    sign, or nats are compared with the limit of ratios."""
+    drift = np.log(np.array([[1.2, 1.102, 0.75], [1.0, 0.95, 7.0]]))
     mask = np.array([[True, True, True], [True, True, False]])
     found = objective.sampler_drift(jnp.asarray(drift - 2.0), jnp.full((2, 3), -2.0), jnp.asarray(mask))
     values = drift[mask]
     assert {name: float(value) for name, value in found.items()} == pytest.approx(
-        {"drift/mean": values.mean(), "drift/std": values.std(), "drift/max": np.log(1.2), "drift/outside": 2 / 5},
+        {"drift/mean": values.mean(), "drift/std": values.std(), "drift/max": -np.log(0.75), "drift/outside": 3 / 5},
         rel=1e-5,
     )
 
@@ -213,6 +214,13 @@ def test_no_gradient_through_the_shaped_reward():
     """Fails without stop_gradient in shaped_rewards."""
     grad = jax.grad(lambda ratio: objective.shaped_rewards(jnp.ones(2), ratio, 0.3).sum())(jnp.array([0.5, -0.2]))
     assert_allclose(grad, [0.0, 0.0])
+
+
+def test_no_gradient_through_the_importance_weights():
+    """Fails without stop_gradient in importance_weights."""
+    logps, mask = jnp.array([[-1.0], [-2.0]]), jnp.ones((2, 1), bool)
+    grad = jax.grad(lambda policy: objective.importance_weights(policy, logps, mask, 3.0).sum())(logps - 0.5)
+    assert_allclose(grad, [[0.0], [0.0]])
 
 
 def test_no_gradient_through_the_advantage():
