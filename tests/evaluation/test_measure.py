@@ -125,7 +125,8 @@ def _tables():
 
 
 def test_a_policy_is_measured_against_sft_on_its_own_samples():
-    """Fails when policy and SFT are swapped, the frozen part is left out, or SFT's samples are measured."""
+    """Fails when policy and SFT are swapped, the frozen part is left out, SFT's samples are measured, or padding counts
+    in length or diversity."""
     policy, sft, frozen = _tables()
     count = 8
     evaluate = functools.partial(measure.evaluate, _examiner(sft, frozen, count))
@@ -133,9 +134,12 @@ def test_a_policy_is_measured_against_sft_on_its_own_samples():
     tables = [np.asarray(tree["trained"], np.float64) + np.asarray(frozen["frozen"]) for tree in (policy, sft)]
     logps = [np.array([[_log_prob(t, a, (b,)) for b in range(VOCABULARY)] for a in range(VOCABULARY)]) for t in tables]
     per_token = (np.exp(logps[0]) * (logps[0] - logps[1])).sum(1)
-    samples = zip(found.completion_ids, found.completion_mask, strict=True)
-    expected = [per_token[[1, *ids[mask][:-1]]].sum() for ids, mask in samples]
+    samples = [ids[mask].tolist() for ids, mask in zip(found.completion_ids, found.completion_mask, strict=True)]
+    expected = [per_token[[1, *ids[:-1]]].sum() for ids in samples]
     np.testing.assert_allclose(found.sft_kl, expected, rtol=1e-4)
+    assert found.length.tolist() == found.reward.tolist() == list(map(len, samples))
+    pairs = [pair for ids in samples for pair in itertools.pairwise(ids)]
+    assert found.distinct_2 == pytest.approx(len(set(pairs)) / len(pairs))
     assert evaluate(sft).sft_kl.tolist() == [0.0] * count
     assert not np.array_equal(found.completion_ids[:4], found.completion_ids[4:])  # each batch has noise of its own
 
@@ -152,3 +156,11 @@ def test_a_kl_that_is_not_finite_is_refused(tmp_path):
     ):
         points.front_points((1e-37, 50.0), sft, policy, 2, store)
     assert store.missing(["liti_i2_e1e-37", "liti_i2_e50"]) == ["liti_i2_e50"]
+
+
+def test_standard_errors_count_distinct_prompts():
+    """Fails when completions of equal prompts count as independent."""
+    values = np.array([1.0, 1.0, 3.0, 3.0])
+    ids = np.zeros((4, 2))
+    found = measure.summary(measure.Evaluation(*[values] * 4, np.array(0.5), ids, ids > 0, np.array([0, 0, 1, 1])))
+    assert (found["reward"], found["reward_se"], found["sft_kl_se"]) == pytest.approx((2.0, 1.0, 1.0))

@@ -18,6 +18,6 @@ def check(sources: Iterable[str], split: Corpus) -> None:
         for place, row in zip(split.places, split.rows, strict=True):
             try:
                 check_row(row)
-            except Exception as error:  # user code can raise anything
+            except (Exception, SystemExit) as error:  # user code can raise anything
                 kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
                 raise ValueError(f"{place}: {kind}{error}") from error
