@@ -152,7 +152,8 @@ def describe(error: BaseException) -> str:
 
 
 def cut(value: Any) -> str:
-    """The beginning of a value's repr."""
+    """The beginning of a value's repr; a number of numpy is shown as one of Python."""
+    value = value.item() if isinstance(value, np.number) else value
     text = repr(value[: SHOWN + 1] if isinstance(value, str) else value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
