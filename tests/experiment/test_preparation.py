@@ -26,7 +26,7 @@ from warp_jax.models import apply, partitioning
 from warp_jax.progress import JobProgress
 from warp_jax.rewards import reward_functions, tfidf
 from warp_jax.training import loop, optimizers, reinforce, sampling, supervised
-from warp_jax.types import Rollout, TrainState
+from warp_jax.types import RewardError, Rollout, TrainState
 
 MARKS = {"reward": "AB", "gold": "CD", "prompts": "EF", "eval": "GH"}  # of the texts with label 0 and with label 1
 PER_LABEL = 8  # texts of each label in each split
@@ -113,6 +113,7 @@ class _Recorder:
         self.generator = np.random.default_rng(0)
         self.optimizers, self.samplers, self.tokenized = [], [], []
         self.learned, self.scored, self.drawn, self.dtypes = [], [], [], []
+        self.broken = ""  # name of a reward that returns nan
         self.seeds = {"epoch_rows": set(), "random_windows": set()}
 
     def patch(self, monkeypatch):
@@ -156,7 +157,9 @@ class _Recorder:
 
     def _make_learned(self, apply_fn, params):
         self.learned.append(params)
-        return lambda rollout: np.full(len(rollout.completion_ids), 4, np.float32)
+        return lambda rollout: np.full(
+            len(rollout.completion_ids), np.nan if self.broken == "learned" else 4, np.float32
+        )
 
     def _make_sampler(self, mesh, params, **options):
         config = options["config"]
@@ -173,7 +176,7 @@ class _Recorder:
 
     def _text_scores(self, name, prompts, completions, rows):
         self.scored += [(name, prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
-        return np.array([row["number"] for row in rows], np.float32)
+        return np.array([np.nan if name == self.broken else row["number"] for row in rows], np.float32)
 
 
 @pytest.fixture(scope="module", params=["", "{question}"], ids=["beginnings", "template"])
@@ -373,6 +376,18 @@ def test_evaluation_reads_prompts_and_rows_of_the_eval_split(job):
     assert evaluation.gold_reward.tolist() == numbers
     assert len(set(evaluation.clusters.tolist())) == 8
     assert all(params == {"policy": 1, **job.examiner.frozen_params} for params, _, _ in drawn)
+
+
+@pytest.mark.parametrize("name", ["learned", "reward", "gold"])
+def test_a_reward_that_is_nan_names_row_and_split(job, tmp_path, monkeypatch, name):
+    """Mutation: nan of a learned or gold reward reaches the evaluation, or the error names another split or no row."""
+    monkeypatch.setattr(job.recorder, "broken", name)
+    setting = {"learned": "rewards.learned", "reward": "rewards.text", "gold": "gold"}[name]
+    with pytest.raises(RewardError, match=rf"^config\.{setting}.*: returned nan.*, row \d+ of split 'eval'$"):
+        _evaluate(job)
+    if name == "reward":
+        with pytest.raises(RewardError, match=r"^iteration 1 run 1 step 0: config.*, row \d+ of split 'prompts'$"):
+            _train(job, tmp_path)
 
 
 def test_evaluation_has_noise_of_its_own(job, tmp_path):
