@@ -128,7 +128,7 @@ def test_a_policy_is_measured_against_sft_on_its_own_samples():
     """Fails when policy and SFT are swapped, the frozen part is left out, SFT's samples are measured, or padding counts
     in length or diversity."""
     policy, sft, frozen = _tables()
-    count = 8
+    count = 12
     evaluate = functools.partial(measure.evaluate, _examiner(sft, frozen, count))
     found = evaluate(policy)
     tables = [np.asarray(tree["trained"], np.float64) + np.asarray(frozen["frozen"]) for tree in (policy, sft)]
@@ -141,7 +141,7 @@ def test_a_policy_is_measured_against_sft_on_its_own_samples():
     pairs = [pair for ids in samples for pair in itertools.pairwise(ids)]
     assert found.distinct_2 == pytest.approx(len(set(pairs)) / len(pairs))
     assert evaluate(sft).sft_kl.tolist() == [0.0] * count
-    assert not np.array_equal(found.completion_ids[:4], found.completion_ids[4:])  # each batch has noise of its own
+    assert not np.array_equal(found.completion_ids[:4], found.completion_ids[4:8])  # each batch has noise of its own
 
 
 def test_a_kl_that_is_not_finite_is_refused(tmp_path):
