@@ -90,6 +90,24 @@ def test_nearest_rounding_loses_small_displacements_and_warns(tmp_path):
     assert not any("eta" in line for line in exact["warnings"])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"etas": (0.0,)},
+        {"etas": (1e-300,)},
+        {"etas": (0.3, 1.0), "method": "lerp", "weights": (0.0, 0.0)},
+        {"etas": (0.3, 1.0), "method": "model_stock"},
+    ],
+)
+def test_a_merge_that_asks_for_no_displacement_has_a_summary(tmp_path, settings):
+    """Mutation: a share is written for every eta but 0, so a merge equal to init ends with a TypeError."""
+    init = {"model.norm.weight": np.zeros(4, np.float32)}
+    policies = [{"model.norm.weight": np.eye(4, dtype=np.float32)[axis]} for axis in (0, 1)]  # at exactly 90 degrees
+    report, _ = _merge(tmp_path, (init, *policies), **settings)
+    assert [row["share"] for row in report["delivered"]] == [None] * len(settings["etas"])
+    assert summary_line(report) == "merged 2 policies over 1 units (1 tensors outside layers), median angle 90.0 degrees"
+
+
 def test_stochastic_rounding_delivers_the_mean_and_is_the_same_again(tmp_path):
     """Mutation: rounding depends on chunks or threads; the seed is not used."""
     models = _models()

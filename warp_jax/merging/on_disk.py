@@ -77,8 +77,9 @@ def summary_line(report: dict[str, Any]) -> str:
     angles = [angle for unit in units for m, row in enumerate(unit["angles_degrees"]) for angle in row[:m]]
     apart = f", median angle {np.median(angles):.1f} degrees" if angles else ""
     alone = len(report["not_in_a_layer"])
-    kept = ", ".join(f"{row['share']:.1%} at eta {row['eta']:g}" for row in report["delivered"] if row["eta"])
-    return f"merged {count} policies over {len(units)} units ({alone} tensors outside layers){apart}; delivered {kept}"
+    shares = [f"{row['share']:.1%} at eta {row['eta']:g}" for row in report["delivered"] if row["share"] is not None]
+    kept = f"; delivered {', '.join(shares)}" if shares else ""
+    return f"merged {count} policies over {len(units)} units ({alone} tensors outside layers){apart}{kept}"
 
 
 class _Maths(threading.local):
