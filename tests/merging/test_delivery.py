@@ -152,6 +152,18 @@ def test_in_memory_merges_round_stochastically_with_a_key():
     assert not np.array_equal(changed[0], changed[2])
 
 
+def test_stochastic_rounding_works_inside_jit():
+    """Mutation: uniforms of 64 bits, which cannot be lowered inside a jit of a program with 32-bit types."""
+    init, *policies = ({"norm": jnp.asarray(model[NAMES[2]][:1000])} for model in _models())
+
+    def merge(init, policies, key):
+        return merging.merge(init, policies, rounding_key=key)
+
+    want, got = (f(init, policies, jax.random.key(0))["norm"] for f in (merge, jax.jit(merge)))
+    assert np.array_equal(got, want)
+    assert not np.array_equal(got, merging.merge(init, policies)["norm"])
+
+
 def test_the_same_policy_twice_is_a_warning(tmp_path):
     """Mutation: identical policies merge without a word; policies apart by their task vectors are warned of."""
     init, first, second = _models(0.03)

@@ -101,7 +101,8 @@ def _mix_leaf(first: Array, rest: tuple[Array, ...], init: Array, weights: Array
         mixed = mixed + weight(m) * (_wide(policy) - start)
     if rounding_key is None:
         return mixed.astype(first.dtype)
-    return rounding.stochastic(mixed, first.dtype, jax.random.uniform(rounding_key, mixed.shape, jnp.float64))
+    bits = jax.random.bits(rounding_key, mixed.shape, jnp.uint32)  # 64 bits fail inside a jit that has 32-bit types
+    return rounding.stochastic(mixed, first.dtype, _wide(bits) * 2.0**-32)
 
 
 _mix = jax.jit(_mix_leaf)
