@@ -20,7 +20,10 @@ STAGE = flags.DEFINE_string("stage", None, f"Stage to export: {stages.NAMES}.")
 OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", list(OUTPUT_DTYPES), "Dtype of weights; 16 bits lose a part of training.")
 PROMPTS = flags.DEFINE_integer(
-    "prompts", 64, "Held-out prompts on which the exported policy is compared with the stage; 0 = none.", lower_bound=0
+    "prompts",
+    64,
+    "Held-out prompts on which the export is compared with the stage, rounded up to whole batches; 0 = none.",
+    lower_bound=0,
 )
 
 
@@ -43,8 +46,9 @@ def main(argv: list[str]) -> None:
         if name in compared:
             numbers = compared[name]
             print(
-                f"{name} on {compared['prompts']} held-out prompts: {numbers['exported']:.4f}, the stage has "
-                f"{numbers['stage']:.4f} (difference {numbers['difference']:+.4f} +- {numbers['difference_se']:.4f})"
+                f"{name} on {compared['completions']} completions of {compared['prompts']} held-out prompts: "
+                f"{numbers['exported']:.4f}, the stage has {numbers['stage']:.4f} "
+                f"(difference {numbers['difference']:+.4f} +- {numbers['difference_se']:.4f})"
             )
     print(f"exported {STAGE.value} of {WORKDIR.value} to {OUT.value}")
 

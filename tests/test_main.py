@@ -14,7 +14,7 @@ from configs import default, lerp, no_kl, quickstart, sft_anchor, tiny
 from tests.commands import TINY, kill_when, main_command, run, start
 from tests.settings_of import settings_of, typed
 from warp_jax import cli, files, main
-from warp_jax.evaluation import report, summary
+from warp_jax.evaluation import measure, report, summary
 from warp_jax.experiment import export, inputs, stages
 from warp_jax.experiment import workdir as workdirs
 from warp_jax.models.apply import make_apply_fn
@@ -333,12 +333,17 @@ def test_the_reward_model_loads_in_transformers(tiny_run, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_export_is_compared_with_its_stage(tiny_run, tmp_path, dtype):
-    """Fails when rounding is not reported, the exported weights are not those compared, or SFT is another policy."""
+    """Fails when rounding is not reported, the exported weights are not those compared, SFT is another policy, or the
+    completions are not those of the front.
+    """
     workdir = tiny_run[1]
     found = export.export_stage(workdir, "liti:0.3", tmp_path / "out", dtype=dtype, prompts=8)
     assert json.loads((tmp_path / "out" / export.REPORT).read_text()) == found
     compared, delivered = found["compared"], found["delivered"]
-    assert compared["prompts"] == 8
+    assert compared["prompts"] == compared["completions"] == 16
+    front = measure.load_evaluation(workdir / "evaluations" / "liti_i2_e0.3.npz")
+    for name in ("reward", "sft_kl"):
+        assert compared[name]["stage"] == pytest.approx(getattr(front, name)[:16].mean(), rel=1e-4)
     assert compared["sft_kl"]["stage"] > 0.01
     assert delivered["share"] == pytest.approx(1, abs=1e-6 if dtype == "float32" else 0.5)
     assert (delivered["relative_error"] < 1e-6) == (dtype == "float32")

@@ -105,7 +105,9 @@ def test_a_merge_that_asks_for_no_displacement_has_a_summary(tmp_path, settings)
     policies = [{"model.norm.weight": np.eye(4, dtype=np.float32)[axis]} for axis in (0, 1)]  # at exactly 90 degrees
     report, _ = _merge(tmp_path, (init, *policies), **settings)
     assert [row["share"] for row in report["delivered"]] == [None] * len(settings["etas"])
-    assert summary_line(report) == "merged 2 policies over 1 units (1 tensors outside layers), median angle 90.0 degrees"
+    assert (
+        summary_line(report) == "merged 2 policies over 1 units (1 tensors outside layers), median angle 90.0 degrees"
+    )
 
 
 def test_stochastic_rounding_delivers_the_mean_and_is_the_same_again(tmp_path):

@@ -9,8 +9,9 @@ import numpy as np
 from warp_jax import files, trees
 from warp_jax.data import batches
 from warp_jax.evaluation import measure, statistics
-from warp_jax.experiment import preparation
+from warp_jax.experiment import inputs, preparation
 from warp_jax.experiment.stages import Workdir
+from warp_jax.experiment.workdir import check_rows_unchanged
 from warp_jax.merging import rounding
 from warp_jax.models import partitioning
 from warp_jax.models.apply import param_shapes
@@ -31,7 +32,8 @@ def export_stage(workdir: Path, stage: str, out: Path, *, dtype: str = "float32"
         stage: one of `stages.NAMES`.
         out: the new folder.
         dtype: of the weights. Fewer bits than float32 undo a part of the training; the report says how much.
-        prompts: number of held-out prompts on which the exported policy is compared with the stage; 0 = not compared.
+        prompts: number of held-out prompts, rounded up to whole batches, on which the exported policy is compared with
+            the stage; 0 = not compared.
 
     Raises:
         ValueError: `out` exists, or the stage is unknown or not saved.
@@ -85,8 +87,11 @@ def _compared(job: Workdir, policies: dict[str, Params], sft: Params, prompts: i
     if not (job.path / "evaluations" / "sft.npz").is_file():
         return {"skipped": "the workdir has no evaluation yet"}
     settings = job.settings.replace({"mesh": tuple(job.mesh.shape.values())})
+    samples, batch = settings.evaluation.samples_per_prompt, settings.evaluation.batch_size
     try:
+        inputs.check(settings)
         corpora = preparation.load_corpora(settings)
+        check_rows_unchanged(settings.data.source, corpora, job.path)
         with JobProgress(0, quiet=True) as progress:
             _, _, examiner = preparation.prepare(settings, corpora, job.path, progress)
         count = min(prompts, len(examiner.eval_prompts.example_ids))

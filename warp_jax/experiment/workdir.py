@@ -35,7 +35,7 @@ def claim(settings: Settings, workdir: Path, corpora: Mapping[str, corpus.Corpus
         with files.locked(workdir / LOCK, functools.partial(print, waiting, file=sys.stderr)):
             _check_owner(settings, workdir)
             fingerprints = check_models_unchanged(settings, workdir)
-            rows = _check_rows_unchanged(settings.data.source, corpora, workdir)
+            rows = check_rows_unchanged(settings.data.source, corpora, workdir)
             files.write_json(workdir / CONFIG, settings.as_json())
             if fingerprints:
                 files.write_json(workdir / FINGERPRINTS, fingerprints)
@@ -81,7 +81,7 @@ def check_models_unchanged(settings: Settings, workdir: Path) -> dict[str, str]:
     return found
 
 
-def _check_rows_unchanged(source: str, corpora: Mapping[str, corpus.Corpus], workdir: Path) -> dict[str, Any]:
+def check_rows_unchanged(source: str, corpora: Mapping[str, corpus.Corpus], workdir: Path) -> dict[str, Any]:
     """Number and fingerprint of the rows. Raises ValueError if the workdir has others; older workdirs have none."""
     count = sum(len(split.rows) for split in corpora.values())
     found, path = {"rows": count, "fingerprint": corpus.fingerprint(corpora)}, workdir / DATA
