@@ -120,17 +120,33 @@ def _check_origin(out: Path) -> None:
 def _export(out: Path, folders: dict[str, Path]) -> None:
     if STAGES.value:
         _check_origin(out)
-    for stage in STAGES.value:
-        folder = folders[harness.stage_name(stage)]
-        if (folder / "config.json").is_file():
-            continue
-        _progress(f"{stage}: exporting to {folder}")
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # leaves the memory of the accelerator to torch
-        from warp_jax.experiment import export  # noqa: PLC0415
-
-        dtype = "float32" if DTYPE.value == "auto" else DTYPE.value
-        for line in export.export_stage(Path(WORKDIR.value), stage, folder, dtype=dtype)["warnings"]:
+    dtype = "float32" if DTYPE.value == "auto" else DTYPE.value
+    stages = {stage: folders[harness.stage_name(stage)] for stage in STAGES.value}
+    earlier = {stage: _read_report(folder, dtype) for stage, folder in stages.items()}
+    for stage, folder in stages.items():
+        report = earlier[stage] or _export_stage(stage, folder, dtype)
+        for line in report["warnings"]:
             _progress(f"{stage}: warning: {line}")
+
+
+def _export_stage(stage: str, folder: Path, dtype: str) -> dict[str, Any]:
+    _progress(f"{stage}: exporting to {folder}")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # leaves the memory of the accelerator to torch
+    from warp_jax.experiment import export  # noqa: PLC0415
+
+    return export.export_stage(Path(WORKDIR.value), stage, folder, dtype=dtype)
+
+
+def _read_report(folder: Path, dtype: str) -> dict[str, Any] | None:
+    """Report of an earlier export, None if there was none. Raises ValueError if it has another dtype."""
+    if not (folder / "config.json").is_file():
+        return None
+    path = folder / model_files.EXPORT_REPORT
+    report = files.read_json(path) if path.is_file() else {}
+    if report.get("dtype") != dtype:
+        found = report.get("dtype", f"an unknown dtype (no {path.name})")
+        raise ValueError(f"--dtype: {folder} was exported as {found}, want {dtype}; choose another --out")
+    return report
 
 
 def _settings() -> harness.Settings:

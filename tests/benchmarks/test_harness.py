@@ -353,3 +353,30 @@ def test_results_measured_otherwise_are_not_mixed(tmp_path, what, message):
     done = _run(f"--folders=a={folder}", "--tasks=sums", f"--limit={limit}", f"--out={tmp_path}/out")
     assert done.returncode == (cli.BAD_INPUT if message else 0), done.stderr
     assert message in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("exported", "wanted", "message"),
+    [
+        ("bfloat16", "float32", "was exported as bfloat16, want float32; choose another --out"),
+        ("bfloat16", "auto", "was exported as bfloat16, want float32; choose another --out"),
+        ("float32", "bfloat16", "was exported as float32, want bfloat16; choose another --out"),
+        (None, "float32", "was exported as an unknown dtype (no warp_export.json), want float32"),
+        ("bfloat16", "bfloat16", "sft: warning: bfloat16: rounding delivers 10%"),
+    ],
+)
+def test_an_earlier_export_is_used_in_its_dtype_only(tmp_path, exported, wanted, message):
+    """Mutation: an existing folder is evaluated whatever its dtype, or its warnings are printed only once."""
+    workdir, out = _folder(tmp_path / "run"), tmp_path / "out"
+    (out / "models").mkdir(parents=True)
+    folder = _folder(out / "models" / "sft")
+    if exported:
+        report = {"dtype": exported, "warnings": [f"{exported}: rounding delivers 10%"]}
+        files.write_json(folder / "warp_export.json", report)
+    (out / "results" / "sft").mkdir(parents=True)
+    files.write_json(out / "results" / "sft" / "sums.json", {})
+    stages = [f"--workdir={workdir}", "--stages=sft", "--tasks=sums"]
+    done = _run(*stages, f"--dtype={wanted}", f"--out={out}")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == cli.BAD_INPUT  # of the dtype, or of the folder without weights

@@ -18,7 +18,7 @@ from warp_jax.models.apply import param_shapes
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.pretrained import hf_config, hf_weights
 from warp_jax.progress import JobProgress
-from warp_jax.storage import weight_files
+from warp_jax.storage import model_files, weight_files
 from warp_jax.types import Params
 
 REPORT, GENERATION = "warp_export.json", "generation_config.json"

@@ -9,6 +9,7 @@ from warp_jax import files
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+EXPORT_REPORT = "warp_export.json"  # says how a folder was exported from a workdir; belongs to this folder only
 SIDECARS = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # suffixes of config and tokenizer files
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HINTS = {  # patterns of other names: what such a file is
