@@ -177,6 +177,27 @@ def test_the_same_policy_twice_is_a_warning(tmp_path):
     assert other["warnings"] == []
 
 
+@pytest.mark.parametrize("method", ["slerp", "slerp_full_weights"])
+def test_units_that_did_not_move_are_neither_the_same_policy_twice_nor_an_angle(tmp_path, method):
+    """Mutation: frozen units warn of the same policy twice; their angle of 0 counts in the median; rounding of frozen
+    weights counts as noise of the others in their unit.
+    """
+    init, first, second = _models(0.03)
+    small = {"model.layers.0.q.weight": init[NAMES[0]][:50]}
+    moved = [{"model.layers.0.q.weight": p[NAMES[0]][:50]} for p in (first, second)]
+    models = init | small, init | moved[0], init | moved[1]
+    report, _ = _merge(tmp_path, models, etas=(1.0,), method=method, dtype="float32")
+    assert report["warnings"] == []
+    moved_unit = report["units"][0]
+    assert moved_unit["name"] == "model.layers.0"
+    if method == "slerp":
+        assert f"median angle {moved_unit['angles_degrees'][1][0]:.1f} degrees" in summary_line(report)
+    models = init | small, init | moved[0], init | moved[0]
+    report, _ = _merge(tmp_path, models, etas=(1.0,), method=method, dtype="float32")
+    (line,) = report["warnings"]
+    assert "in 1 of 3 units (model.layers.0: 0.00 degrees); is it the same policy twice?" in line
+
+
 def test_a_result_that_overflows_the_output_is_refused(tmp_path):
     """Mutation: infinite weights are written, with exit code 0."""
     init, first, second = _models(dtype=np.float32)

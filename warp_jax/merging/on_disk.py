@@ -74,7 +74,8 @@ def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Set
 def summary_line(report: dict[str, Any]) -> str:
     """Summarize a report in one line: policies, units, the median angle between policies, and the delivered shares."""
     units, count = report["units"], len(report["policies"])
-    angles = [angle for unit in units for m, row in enumerate(unit["angles_degrees"]) for angle in row[:m]]
+    pairs = [(unit, a, b) for unit in units for a in range(count) for b in range(a)]
+    angles = [unit["angles_degrees"][a][b] for unit, a, b in pairs if unit["norms"][a] and unit["norms"][b]]
     apart = f", median angle {np.median(angles):.1f} degrees" if angles else ""
     alone = len(report["not_in_a_layer"])
     shares = [f"{row['share']:.1%} at eta {row['eta']:g}" for row in report["delivered"] if row["share"] is not None]
@@ -122,23 +123,26 @@ class _Job(NamedTuple):
     progress: JobProgress
 
     def sum_grams(self) -> tuple[np.ndarray, np.ndarray]:
-        """Run pass 1: Gram matrices float64 [U, M, M], and squared rounding error of a difference of two policies [U].
+        """Run pass 1: Gram matrices float64 [U, M, M], and squared rounding error of the weights that moved [U, M].
 
         Raises ValueError if a policy is identical to init.
         """
         count = len(self.inputs.policies)
 
-        def chunk_gram(chunk: Chunk) -> tuple[np.ndarray, float]:
-            matrix, noise = np.zeros((count, count)), 0.0
+        def chunk_gram(chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+            matrix, noise = np.zeros((count, count)), np.zeros(count)
             for _, init, policies in self.views(chunk):
-                start = np.zeros_like(init) if self.settings.method == FULL_WEIGHTS else init
-                matrix += self.maths.gram(start, policies)
-                noise += rounding.noise_square(policies[0])
+                deltas = self.maths.gram(init, policies)
+                is_full = self.settings.method == FULL_WEIGHTS
+                matrix += self.maths.gram(np.zeros_like(init), policies) if is_full else deltas
+                moved = deltas.diagonal() > 0
+                if moved.any():  # frozen weights are equal without being one policy twice
+                    noise += moved * rounding.noise_square(policies[moved.argmax()])
             if not np.isfinite(matrix).all():
                 chunking.raise_not_finite(self.inputs, chunk)
-            return matrix, 2 * noise
+            return matrix, noise
 
-        total, noises = np.zeros((len(self.units), count, count)), np.zeros(len(self.units))
+        total, noises = np.zeros((len(self.units), count, count)), np.zeros((len(self.units), count))
         for chunk, (matrix, noise) in self.run(chunk_gram, "angles"):
             total[chunk.unit] += matrix
             noises[chunk.unit] += noise
@@ -264,7 +268,8 @@ class _Job(NamedTuple):
         degrees = np.degrees(angles(inner))
         for b, a in zip(*np.tril_indices(len(self.inputs.policies), -1), strict=True):
             apart = inner[:, a, a] + inner[:, b, b] - 2 * inner[:, a, b]  # squared distance
-            near = np.flatnonzero(apart <= noises)
+            noise = noises[:, a] + noises[:, b]
+            near = np.flatnonzero((apart <= noise) & (noise > 0))
             if len(near):
                 unit, paths = near[0], (self.inputs.policies[a].path, self.inputs.policies[b].path)
                 reason = "their task vectors are mostly rounding" if apart[unit] > 0 else "is it the same policy twice?"

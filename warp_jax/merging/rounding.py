@@ -83,10 +83,10 @@ def warning(whole: Delivery, unit_shares: Mapping[str, float | None]) -> str:
 
 
 def noise_square(values: np.ndarray) -> float:
-    """Expected squared error of rounding to the dtype of the values, up to a factor of 2; 0 for float64.
+    """Expected squared error of rounding to the dtype of the values, up to a factor of 2.
 
     Two neighbours are eps / 2 to eps of a value apart, and the error is uniform over this distance.
     """
     wide = values.astype(np.float64)
-    eps = float(ml_dtypes.finfo(values.dtype).eps) if values.dtype != np.float64 else 0.0
+    eps = float(ml_dtypes.finfo(values.dtype).eps)
     return eps**2 / 24 * float(np.dot(wide, wide))
