@@ -126,6 +126,18 @@ def test_stochastic_rounding_delivers_the_mean_and_is_the_same_again(tmp_path):
         assert not np.array_equal(first[0.1][name], other[0.1][name])
 
 
+def test_stochastic_rounding_warns_of_the_whole_model_only(tmp_path):
+    """Mutation: a warning of a small unit, whose share is left to chance; advice to use what is already used."""
+    models = _models()
+    small = [model | {NAMES[2]: model[NAMES[2]][:16]} for model in models]
+    report, _ = _merge(tmp_path, small, etas=(0.3,), rounding="stochastic")
+    assert abs(report["units"][2]["delivered"][0]["share"] - 1) > 0.05
+    assert not any("eta" in line for line in report["warnings"])
+    tiny = [{NAMES[2]: model[NAMES[2]]} for model in small]
+    report, _ = _merge(tmp_path, tiny, etas=(0.3,), rounding="stochastic")
+    assert report["warnings"][0].endswith("%); use --dtype=float32")
+
+
 def test_in_memory_merges_round_stochastically_with_a_key():
     """Mutation: the key is not handed down; one key for all leaves; bfloat16 maths; layers of a stack rounded alike."""
     init, *policies = (

@@ -259,12 +259,18 @@ class _Job(NamedTuple):
         ]
 
     def find_warnings(self, inner: np.ndarray, noises: np.ndarray, delivered: np.ndarray) -> list[str]:
-        """One line for each eta with a unit whose share is not near 1, and for each pair of nearly equal policies."""
+        """One line for each eta with a unit whose share is not near 1, and for each pair of nearly equal policies.
+
+        With stochastic rounding, the share of the whole model counts.
+        """
         warnings = []
-        for eta, whole, sums in zip(self.settings.etas, delivered.sum(0), delivered.swapaxes(0, 1), strict=True):
-            shares = [rounding.Delivery(*row.tolist()).share for row in sums]
-            line = rounding.warning(rounding.Delivery(*whole.tolist()), dict(zip(self.units, shares, strict=True)))
-            warnings += [f"eta {eta:g}: {line}; use --round=stochastic or --dtype=float32"] if line else []
+        at_random = self.settings.rounding == "stochastic"  # exact in the mean; small units differ by chance
+        remedy = "--dtype=float32" if at_random else "--round=stochastic or --dtype=float32"
+        for eta, sums in zip(self.settings.etas, delivered.swapaxes(0, 1), strict=True):
+            whole, *found = (rounding.Delivery(*row.tolist()) for row in (sums.sum(0), *sums))
+            parts = {"the model": whole} if at_random else dict(zip(self.units, found, strict=True))
+            line = rounding.warning(whole, {name: part.share for name, part in parts.items()})
+            warnings += [f"eta {eta:g}: {line}; use {remedy}"] if line else []
         degrees = np.degrees(angles(inner))
         for b, a in zip(*np.tril_indices(len(self.inputs.policies), -1), strict=True):
             apart = inner[:, a, a] + inner[:, b, b] - 2 * inner[:, a, b]  # squared distance
