@@ -144,3 +144,41 @@ def test_folders_without_weights_are_refused(tmp_path):
     (tmp_path / weight_files.INDEX).write_text("[1]")
     with pytest.raises(ValueError, match=r"index\.json: broken JSON: got list"):
         open_weights(tmp_path)
+
+
+FP8 = np.ones((2, 2), ml_dtypes.float8_e4m3fn)
+ONES = np.ones((2, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"logit_scale": ONES, "logit_bias": ONES, "text_model.embeddings.position_ids": np.arange(4)},
+        {"h.0.attn.scale": ONES, "h.0.attn.qkv.weight": ONES, "h.0.attn.mask": np.ones(3, bool)},
+        {"layers.0.router.scale": ONES, "layers.0.layer_scale_1": ONES, "layers.0.per_expert_scales": ONES},
+        {"transformer_blocks": ONES},
+        {"x.weight": FP8},
+    ],
+)
+def test_scales_of_sound_models_are_weights(tmp_path, tensors):
+    """Mutation: a tensor is taken for a scale of codes by its name alone."""
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    assert open_weights(tmp_path).tensors.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"x.weight": ONES, "x.weight_scale": ONES},
+        {"x.weight": ONES, "x.input_scale": ONES},
+        {"x.weight": FP8, "x.scale": ONES},
+        {"x.weight": FP8, "x.scale_weight": ONES},
+        {"experts.up": FP8, "experts.up_scale_inv": ONES},
+        {"experts.up_blocks": ONES.astype(np.uint8), "experts.up_scales": ONES.astype(np.uint8)},
+    ],
+)
+def test_scales_of_codes_are_refused(tmp_path, tensors):
+    """Mutation: codes are read as numbers, without their scales."""
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"scale.* quantised weights are not supported"):
+        open_weights(tmp_path)

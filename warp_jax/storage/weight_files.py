@@ -23,11 +23,12 @@ from warp_jax.storage.model_files import CONFIG, INDEX, SINGLE
 from warp_jax.storage.safetensors_header import DTYPES, FLOATING, Tensor, make_header, read_header
 
 OUTPUT_DTYPES = {DTYPES[name].name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
-# names of tensors that quantised models store besides or instead of weights: FP8, GPTQ, AWQ, bitsandbytes, MXFP4
+# names of tensors that only quantised models store: FP8, GPTQ, AWQ, bitsandbytes, compressed tensors
 QUANTISED = re.compile(
-    r".*([._](scales?|scale_inv|scale_\d)|\.(qweight|qzeros|g_idx|SCB|absmax|weight_packed|weight_zero_point)"
-    r"|\.quant_(map|state\..*)|_blocks)"
+    r"(.*\.)?((weight|input)_scale[^.]*|qweight|qzeros|g_idx|SCB|absmax|weight_packed|weight_zero_point"
+    r"|quant_map|quant_state\..*)"
 )
+SCALE = re.compile(r".*scale[^.]*")  # the scale of codes, if their module stores codes of a byte
 _DEQUANTISE = "quantised weights are not supported; convert the model to bfloat16 or float32 first"
 
 
@@ -215,6 +216,12 @@ def _check_not_quantised(folder: WeightFolder) -> None:
         for field in ("quantization_config", "compression_config"):
             if isinstance(part, dict) and part.get(field):
                 raise ValueError(f"{folder.path / CONFIG}: field {field!r} is set: {_DEQUANTISE}")
+    bytewise = {_module(t.name) for t in folder.tensors.values() if t.dtype.itemsize == 1 and t.dtype != bool}
     for name, tensor in folder.tensors.items():
-        if QUANTISED.fullmatch(name) or (name.endswith(".weight") and tensor.dtype not in FLOATING):
+        is_scale = SCALE.fullmatch(name) and _module(name) in bytewise
+        if is_scale or QUANTISED.fullmatch(name) or (name.endswith(".weight") and tensor.dtype not in FLOATING):
             raise ValueError(f"{folder.path / tensor.file}: tensor {name!r} ({tensor.dtype}): {_DEQUANTISE}")
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
