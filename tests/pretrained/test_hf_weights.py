@@ -215,6 +215,17 @@ def test_transformers_loads_an_export(case, tmp_path, name):
     assert_allclose(hf_models.outputs(model), want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(1e6, "float16"), (3.4e38, "bfloat16"), (np.nan, "float32")])
+def test_export_refuses_weights_that_are_not_finite(case, tmp_path, value, dtype):
+    """Mutation: infinite weights are written without a word, or only overflows are looked for."""
+    _, config, params = case("llama2")
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.at[..., 1].set(value) if "final_norm" in str(path) else x, params
+    )
+    with pytest.raises(ValueError, match=rf"'model.norm.weight' holds NaN or Inf as {dtype}, want finite"):
+        hf_weights.export_params(params, config, tmp_path / "out", dtype=dtype)
+
+
 def test_export_keeps_the_given_config_and_sidecars(case, tmp_path):
     """Fails if config_json or a sidecar is dropped, or the config has another dtype than the weights."""
     folder, config, params = case("qwen2")

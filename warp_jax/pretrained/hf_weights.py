@@ -131,6 +131,7 @@ def export_params(
 
     out: a new folder. dtype: of the written weights, 'float32', 'bfloat16' or 'float16'. config_json: content of
     config.json, by default made from `config`. sidecars: files to copy, such as the tokenizer's.
+    Raises ValueError for a weight that is not finite in dtype.
     """
     if dtype not in OUTPUT_DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, want one of {', '.join(OUTPUT_DTYPES)}")
@@ -144,7 +145,11 @@ def export_params(
     for name, part in slices.items():
         leaf = leaves[part.leaf]
         values = np.asarray(jax.device_get(leaf if part.layer is None else leaf[part.layer]))
-        writer.write(name, 0, part.to_stored(values))
+        with np.errstate(over="ignore"):
+            stored = part.to_stored(values).astype(OUTPUT_DTYPES[dtype])
+        if not np.isfinite(stored).all():
+            raise ValueError(f"weight {name!r} holds NaN or Inf as {dtype}, want finite numbers; set a wider --dtype")
+        writer.write(name, 0, stored)
     writer.close()
     files.write_json(out / hf_config.CONFIG, content)
     for path in sidecars:
