@@ -126,6 +126,20 @@ def test_stochastic_rounding_delivers_the_mean_and_is_the_same_again(tmp_path):
         assert not np.array_equal(first[0.1][name], other[0.1][name])
 
 
+def test_stochastic_rounding_keeps_a_stored_head_tied(tmp_path):
+    """Mutation: the random numbers of a head are not those of the embedding, so that two equal tensors become two."""
+    renamed = {NAMES[0]: "model.embed_tokens.weight", NAMES[1]: "model.layers.0.up.weight"}
+    models = [{new: model[old].reshape(-1, 10) for old, new in renamed.items()} for model in _models()]
+    for model in models:
+        model["lm_head.weight"] = model["model.embed_tokens.weight"].copy()
+    _, written = _merge(tmp_path, models, etas=(0.3,), rounding="stochastic")
+    head, embedding = (written[0.3][name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    assert np.array_equal(head, embedding)
+    assert not np.array_equal(head, models[0]["lm_head.weight"])
+    same = [(written[0.3][name] == models[0][name]).ravel() for name in models[0]]
+    assert not np.array_equal(same[0], same[1])  # layers have numbers of their own
+
+
 def test_stochastic_rounding_warns_of_the_whole_model_only(tmp_path):
     """Mutation: a warning of a small unit, whose share is left to chance; advice to use what is already used."""
     models = _models()

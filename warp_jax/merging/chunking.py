@@ -44,6 +44,12 @@ class Inputs(NamedTuple):
         """Init, then the policies."""
         return (self.init, *self.policies)
 
+    @property
+    def outside_layers(self) -> list[str]:
+        """Names of merged tensors that belong to no transformer layer: embedding, final norm, head."""
+        tensors = self.init.tensors
+        return [name for name in self.merged if tensors[name].num_layers == 1 and not naming.in_layer(name)]
+
     def weight_paths(self) -> list[Path]:
         """Weight files of all folders."""
         return [path for folder in self.folders for path in folder.weight_paths()]

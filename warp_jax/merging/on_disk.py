@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from warp_jax import files, naming
+from warp_jax import files
 from warp_jax.merging import chunking, rounding
 from warp_jax.merging.chunking import Chunk, Inputs, Piece
 from warp_jax.merging.coefficients import FULL_WEIGHTS, angles, norms, solve, with_liti
@@ -165,13 +165,15 @@ class _Job(NamedTuple):
         dtypes = {tensor.name: tensor.dtype for tensor in tensors}
         weights = [with_liti(self.settings.method, coefficients, eta) for eta in etas]
         writers = [self.make_folder(staging / _eta_folder(eta), tensors) for eta in etas]
+        shared = _shared_names(self.inputs)
 
         def write_chunk(chunk: Chunk) -> np.ndarray:
             sums = np.zeros((len(etas), 3))
             for piece, init, policies in self.views(chunk):
                 for first, rows in self.maths.blocks(init, policies):
                     start = piece.start + first
-                    round_values = self.rounding_of(piece.name, start, rows.shape[1], dtypes[piece.name])
+                    key = shared.get(piece.name, piece.name)
+                    round_values = self.rounding_of(key, start, rows.shape[1], dtypes[piece.name])
                     for e, (writer, of_unit) in enumerate(zip(writers, weights, strict=True)):
                         mixed = np.dot(of_unit[chunk.unit], rows, out=self.maths.mixed[: rows.shape[1]])
                         rounded = round_values(mixed)
@@ -193,7 +195,10 @@ class _Job(NamedTuple):
         return delivered
 
     def rounding_of(self, name: str, start: int, count: int, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
-        """Return the function that rounds elements start .. start + count - 1 of a tensor; the same for every eta."""
+        """Return the function that rounds elements start .. start + count - 1 of a tensor; the same for every eta.
+
+        name: chooses the random numbers.
+        """
         if self.settings.rounding == "stochastic":
             uniforms = rounding.uniforms(name, start, count, self.settings.seed)
             return lambda values: rounding.stochastic(values, dtype, uniforms)
@@ -235,8 +240,7 @@ class _Job(NamedTuple):
         self, inner: np.ndarray, coefficients: np.ndarray, delivered: np.ndarray, hashes: Sequence[str]
     ) -> dict[str, Any]:
         """Contents of merge_report.json, without its warnings."""
-        inputs, tensors = self.inputs, self.inputs.init.tensors
-        alone = [name for name in inputs.merged if tensors[name].num_layers == 1 and not naming.in_layer(name)]
+        inputs = self.inputs
         fields = ("name", "angles_degrees", "norms", "coefficients", "delivered")
         columns = [values.tolist() for values in (np.degrees(angles(inner)), norms(inner), coefficients)]
         columns.append([self.describe(sums) for sums in delivered])
@@ -245,7 +249,7 @@ class _Job(NamedTuple):
             "init": str(inputs.init.path),
             "policies": [str(policy.path) for policy in inputs.policies],
             "xxh3_128": dict(zip(map(str, inputs.weight_paths()), hashes, strict=True)),
-            "not_in_a_layer": alone,
+            "not_in_a_layer": inputs.outside_layers,
             "copied": list(inputs.copied),
             "delivered": self.describe(delivered.sum(0)),
             "units": [dict(zip(fields, row, strict=True)) for row in zip(self.units, *columns, strict=True)],
@@ -288,6 +292,16 @@ class _Job(NamedTuple):
 
 def _eta_folder(eta: float) -> str:
     return f"eta_{eta:g}"
+
+
+def _shared_names(inputs: Inputs) -> dict[str, str]:
+    """For each tensor outside layers, the first name of its shape: it chooses the random numbers of all of them.
+
+    A head that is stored beside the embedding, but tied to it, is rounded like the embedding.
+    """
+    shapes = {name: inputs.init.tensors[name].shape for name in sorted(inputs.outside_layers, reverse=True)}
+    first = {shape: name for name, shape in shapes.items()}
+    return {name: first[shape] for name, shape in shapes.items()}
 
 
 def _output_tensor(inputs: Inputs, name: str, dtype: np.dtype | None) -> Tensor:
