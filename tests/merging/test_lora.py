@@ -170,19 +170,26 @@ def test_a_saved_embedding_takes_the_place_of_the_old_one(base, tmp_path):
     np.testing.assert_allclose(got, want.reshape(-1) + 0.25, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("stored_head", [False, True])
 @pytest.mark.parametrize(
     "options", [{"target_modules": ["embed_tokens"]}, {**PLAIN, "modules_to_save": ["embed_tokens"]}]
 )
 @pytest.mark.filterwarnings(
     "ignore:Model with `tie_word_embeddings=True`", "ignore:Model has `tie_word_embeddings=True`"
 )
-def test_a_changed_embedding_that_is_also_the_head_is_refused(tmp_path, options):
-    """Mutation: the head of a tied model changes too, though the adapter was trained with the old one."""
+def test_a_changed_embedding_that_is_also_the_head_is_refused(tmp_path, options, stored_head):
+    """Mutation: the head of a tied model changes too, though the adapter was trained with the old one; a model that
+    stores its tied head counts as untied.
+    """
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True))
     model.save_pretrained(tmp_path / "base")
     peft.get_peft_model(model, peft.LoraConfig(**options)).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"adapter: changes 'model.embed_tokens.weight', which is also the head"):
+    if stored_head:
+        weights = safetensors.numpy.load_file(tmp_path / "base" / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
+        safetensors.numpy.save_file(weights, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"adapter: changes 'model.embed_tokens.weight', but embedding and head of"):
         LoraFolder(tmp_path / "adapter", open_weights(tmp_path / "base"))
 
 

@@ -134,12 +134,22 @@ class LoraFolder(WeightFolder):
         return a[0]
 
     def _check_not_tied(self) -> None:
-        for name in (*self._updates, *self._replaced):
-            if name.endswith("embed_tokens.weight") and not {"lm_head.weight", "score.weight"} & self.tensors.keys():
+        """Raise ValueError if one of embedding and head changes, and the base model has no head or a copy as head."""
+        heads = {"lm_head.weight", "score.weight"} & self.tensors.keys()
+        changed = self._updates.keys() | self._replaced.keys()
+        for name in [name for name in self.tensors if name.endswith("embed_tokens.weight")]:
+            both = changed & {name, *heads}
+            if both and all(self._is_copy(head, name) for head in heads):
                 raise ValueError(
-                    f"changes {name!r}, which is also the head of {self._base.path} (tie_word_embeddings), but the "
-                    "adapter was trained with the unchanged head; merge it into its base model first"
+                    f"changes {min(both)!r}, but embedding and head of {self._base.path} are one "
+                    "(tie_word_embeddings); merge the adapter into its base model first"
                 )
+
+    def _is_copy(self, head: str, embedding: str) -> bool:
+        first, second = self.tensors[head], self.tensors[embedding]
+        return first.shape == second.shape and np.array_equal(
+            self._base.view(head, 0, first.size), self._base.view(embedding, 0, second.size)
+        )
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
