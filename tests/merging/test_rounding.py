@@ -11,13 +11,16 @@ from warp_jax.merging import rounding
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16), np.dtype(np.float32)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("library", [np, jnp])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_stochastic_rounding_takes_the_neighbours_with_the_right_probability(library, dtype, share):
-    """Mutation: the probability reversed; the neighbour on the wrong side; a fixed distance between neighbours."""
+    """Mutation: the probability reversed; the neighbour on the wrong side; a fixed distance between neighbours; a step
+    towards infinity, which float8_e4m3fn does not have.
+    """
+    dtype = np.dtype(dtype)
     low = np.array([0.75, -1.5, 1.0, 2.0**-20, -3.0, 96.0], dtype)
-    high = np.nextafter(low, np.array(np.inf, dtype)).astype(np.float64)
+    high = np.nextafter(low, np.array(ml_dtypes.finfo(dtype).max, dtype)).astype(np.float64)
     x = low.astype(np.float64) + share * (high - low.astype(np.float64))
     draws = 4000
     uniforms = np.random.default_rng(0).random((draws, 6))

@@ -46,7 +46,8 @@ def stochastic(x: Any, dtype: Any, uniforms: Any) -> Any:
     with np.errstate(over="ignore", invalid="ignore"):
         nearest = x.astype(dtype)
         rest = x - nearest.astype(x.dtype)
-        other = xp.nextafter(nearest, xp.where(rest > 0, np.inf, -np.inf).astype(dtype))
+        end = float(ml_dtypes.finfo(dtype).max)  # some dtypes of 8 bits have no infinity
+        other = xp.nextafter(nearest, xp.where(rest > 0, end, -end).astype(dtype))
         gap = xp.abs(other.astype(x.dtype) - nearest.astype(x.dtype))
         takes_other = xp.isfinite(rest) & (rest != 0) & (uniforms * gap < xp.abs(rest))
     return xp.where(takes_other, other, nearest)
