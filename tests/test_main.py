@@ -374,6 +374,15 @@ def test_an_export_that_undoes_the_training_warns():
     assert export.delivered(policy, sft, "float32")["warnings"] == []
 
 
+def test_an_export_of_sft_warns_of_its_own_rounding():
+    """Fails when SFT is rounded without a word, because it has no displacement from itself."""
+    exact, other = ({"norm": np.full(8, value, np.float32)} for value in (0.5, 0.5001))
+    assert export.delivered(exact, exact, "bfloat16")["warnings"] == []
+    found = export.delivered(other, other, "bfloat16")
+    assert found["delivered"]["share"] is None
+    assert found["warnings"] == ["bfloat16: rounding changes weights that should stay as they are; use --dtype=float32"]
+
+
 def test_the_report_warns_of_drift(tmp_path):
     """Fails when the limit is for the mean, or one run's drift hides behind another's."""
     settings = settings_of({"warp.num_iterations": 1, "warp.steps_per_iteration": (2,), "warp.num_runs": 2})

@@ -71,7 +71,12 @@ def measure(asked: np.ndarray, written: np.ndarray) -> Delivery:
 
 
 def warning(whole: Delivery, unit_shares: Mapping[str, float | None]) -> str:
-    """Say in one line which units have a share further than TOLERANCE from 1; '' if none has."""
+    """Say in one line which units have a share further than TOLERANCE from 1; '' if none has.
+
+    Without a displacement, as at eta 0, say whether rounding changes the weights.
+    """
+    if whole.share is None:
+        return "rounding changes weights that should stay as they are" if whole.error_square else ""
     asked = {name: share for name, share in unit_shares.items() if share is not None}
     missed = [name for name, share in asked.items() if abs(share - 1) > TOLERANCE]
     if not missed:
