@@ -230,7 +230,10 @@ def test_a_view_widens_only_the_rows_that_it_reads(tmp_path, kind):
         ({"use_newer_lora": True}, "use_newer_lora is set"),
         *(({name: [1]}, f"{name} is set") for name in OTHER_OPTIONS),
         ({"lora_alpha": None}, "lora_alpha or alpha_pattern is None"),
-        ({"alpha_pattern": {"(": 3}}, "unterminated|missing"),
+        ({"alpha_pattern": {"(": 3}}, r"adapter_config.json: alpha_pattern: got '\(', want a regular expression"),
+        ({"alpha_pattern": {"a(?i)": 3}}, r"alpha_pattern: got 'a\(\?i\)', want a regular expression"),
+        ({"alpha_pattern": [3]}, r"adapter_config.json: alpha_pattern is \[3\], want a number for each pattern"),
+        ({"alpha_pattern": {"q_proj": "3"}}, "lora_alpha or alpha_pattern is '3' for .*q_proj, want a number"),
     ],
 )
 def test_other_adapters_are_refused_by_name(base, tmp_path, changes, message):

@@ -59,7 +59,7 @@ class LoraFolder(WeightFolder):
             _check_config(config)
             self._updates, self._replaced = self._assign(config)
             self._check_not_tied()
-        except (ValueError, TypeError, AttributeError, re.error) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     def view(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -163,13 +163,20 @@ def _check_config(config: Mapping[str, Any]) -> None:
             f"{CONFIG}: init_lora_weights is {config['init_lora_weights']!r}, which also changes the base model; "
             "merge the adapter into its base model first"
         )
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{CONFIG}: alpha_pattern is {patterns!r:.80}, want a number for each pattern of module names")
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """Return alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (arXiv 2312.03732)."""
     alpha = config.get("lora_alpha")
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise ValueError(f"{CONFIG}: alpha_pattern: got {pattern!r:.80}, want a regular expression") from error
+        if matches:
             alpha = value
             break
     if not isinstance(alpha, int | float):
