@@ -97,14 +97,18 @@ def test_merge_is_the_formula_rounded_once(tmp_path, monkeypatch, dtype, method,
 
 
 def test_a_folder_of_several_files_keeps_its_layout(tmp_path):
-    """Fails when tensors change files, the index or the sidecars are lost, or integers are merged."""
+    """Fails when tensors change files, the index or the sidecars are lost, or integers are merged; when the merge takes
+    over the report of init's export.
+    """
     init, policies, (start, *paths) = _folders(tmp_path, files=3)
+    (start / "warp_export.json").write_text("{}")
     report = merge_folders(start, paths, tmp_path / "out", Settings())
     out = tmp_path / "out" / "eta_1"
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == json.loads((start / "model.safetensors.index.json").read_text())["weight_map"]
     assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
     assert (out / "tokenizer.json").read_text() == "{}"
+    assert not (out / "warp_export.json").exists()
     merged = _load(out)
     np.testing.assert_array_equal(merged["rope.positions"], IDS["rope.positions"])
     np.testing.assert_allclose(merged["model.norm.weight"], _exact(init, policies, 1.0)["model.norm.weight"], rtol=1e-6)

@@ -19,6 +19,7 @@ from warp_jax.merging import chunking, rounding
 from warp_jax.merging.chunking import Chunk, Inputs, Piece
 from warp_jax.merging.coefficients import FULL_WEIGHTS, angles, norms, solve, with_liti
 from warp_jax.progress import JobProgress
+from warp_jax.storage.model_files import EXPORT_REPORT
 from warp_jax.storage.weight_files import OUTPUT_DTYPES, SafetensorsWriter, Tensor, hash_file
 
 REPORT = "merge_report.json"
@@ -229,7 +230,8 @@ class _Job(NamedTuple):
         """Create a model folder with init's config and tokenizer, and weight files to fill."""
         folder.mkdir(parents=True)
         for path in self.inputs.init.sidecars():
-            shutil.copy(path, folder / path.name)
+            if path.name != EXPORT_REPORT:  # it says what init was exported from, not the merge
+                shutil.copy(path, folder / path.name)
         if self.settings.dtype and (folder / "config.json").is_file():
             config = files.read_json(folder / "config.json")
             changed = {key: self.settings.dtype for key in ("dtype", "torch_dtype") if key in config}
