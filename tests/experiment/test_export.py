@@ -71,9 +71,9 @@ def _fail(examiner, policy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rewards.sentiment.source": "nosuch.module:f"}, "cannot load 'nosuch.module:f'"),
+        ({"rewards.sentiment.source": "nosuch.module:f"}, "nosuch"),
         ({"data.source": "nosuch/rows.jsonl"}, "nosuch/rows.jsonl"),
-        ({"evaluation.batch_size": 12}, "evaluation.batch_size.*12"),
+        ({"evaluation.batch_size": 12}, "evaluation.batch_size is 12, want a multiple of 8 devices"),
     ],
 )
 def test_what_cannot_be_compared_is_skipped_with_the_reason(compare, change, message):

@@ -9,7 +9,7 @@ import numpy as np
 from warp_jax import files, trees
 from warp_jax.data import batches
 from warp_jax.evaluation import measure, statistics
-from warp_jax.experiment import inputs, preparation
+from warp_jax.experiment import preparation
 from warp_jax.experiment.stages import Workdir
 from warp_jax.experiment.workdir import check_rows_unchanged
 from warp_jax.merging import rounding
@@ -88,8 +88,9 @@ def _compared(job: Workdir, policies: dict[str, Params], sft: Params, prompts: i
         return {"skipped": "the workdir has no evaluation yet"}
     settings = job.settings.replace({"mesh": tuple(job.mesh.shape.values())})
     samples, batch = settings.evaluation.samples_per_prompt, settings.evaluation.batch_size
+    if batch % (devices := meshes.batch_devices(job.mesh)):
+        return {"skipped": f"evaluation.batch_size is {batch}, want a multiple of {devices} devices; use fewer devices"}
     try:
-        inputs.check(settings)
         corpora = preparation.load_corpora(settings)
         check_rows_unchanged(settings.data.source, corpora, job.path)
         with JobProgress(0, quiet=True) as progress:
