@@ -16,12 +16,13 @@ from warp_jax.merging import rounding
 from warp_jax.models import partitioning
 from warp_jax.models.apply import param_shapes
 from warp_jax.models.transformer import TransformerConfig
+from warp_jax.parallel import meshes
 from warp_jax.pretrained import hf_config, hf_weights
 from warp_jax.progress import JobProgress
 from warp_jax.storage import model_files, weight_files
 from warp_jax.types import Params
 
-REPORT, GENERATION = "warp_export.json", "generation_config.json"
+REPORT, GENERATION = model_files.EXPORT_REPORT, "generation_config.json"
 
 
 def export_stage(workdir: Path, stage: str, out: Path, *, dtype: str = "float32", prompts: int = 0) -> dict[str, Any]:
@@ -95,17 +96,17 @@ def _compared(job: Workdir, policies: dict[str, Params], sft: Params, prompts: i
         check_rows_unchanged(settings.data.source, corpora, job.path)
         with JobProgress(0, quiet=True) as progress:
             _, _, examiner = preparation.prepare(settings, corpora, job.path, progress)
-        count = min(prompts, len(examiner.eval_prompts.example_ids))
+        # whole batches draw the completions of the saved evaluations
+        count = min(-(-prompts * samples // batch) * batch, len(examiner.eval_prompts.example_ids))
         examiner = examiner._replace(
             eval_prompts=batches.take(examiner.eval_prompts, np.arange(count)),
-            batch_size=count,
             sft_params=sft,
             frozen_params={},
         )
         found = {name: measure.evaluate(examiner, params) for name, params in policies.items()}
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         return {"skipped": str(error)}
-    result: dict[str, Any] = {"prompts": count}
+    result: dict[str, Any] = {"prompts": -(-count // samples), "completions": count}
     for name in ("reward", "sft_kl"):
         stage, exported = (np.asarray(getattr(found[kind], name), np.float64) for kind in ("stage", "exported"))
         clusters = found["stage"].clusters
