@@ -78,3 +78,13 @@ def test_any_error_of_a_check_names_the_row(monkeypatch, tmp_path):
     module.check_row = lambda row: sys.exit(0)
     with pytest.raises(ValueError, match=r"^a\.csv line 2: SystemExit: 0"):
         row_checks.check(["judge:score"], split)
+
+
+def test_a_check_cannot_change_the_rows(monkeypatch):
+    """Fails when check_row gets the row itself, or a copy that shares its nested values."""
+    module = types.ModuleType("judge")
+    module.check_row = lambda row: row["turns"].append(row.pop("text"))
+    monkeypatch.setitem(sys.modules, "judge", module)
+    split = Corpus(["a"], [0], [{"text": "a", "turns": ["b"]}], ["a.csv line 2"])
+    row_checks.check(["judge:score"], split)
+    assert split.rows == [{"text": "a", "turns": ["b"]}]

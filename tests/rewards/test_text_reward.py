@@ -221,6 +221,24 @@ def test_a_function_may_change_its_arguments():
         TextReward(function, "f")(["p"], ["c"], [{}])
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_function_cannot_change_the_rows_of_the_job(fails):
+    """Fails when a function gets the rows themselves, or copies that share nested values: a field that it adds or
+    removes would be part of the workdir's fingerprint.
+    """
+
+    def function(prompts, completions, rows):
+        for row in rows:
+            row.setdefault("parsed", object())
+            row["turns"].append(row.pop("text"))
+        return [1.0 / (not fails)] * len(rows)
+
+    rows = [{"text": "a", "turns": ["b"]}, {"text": "c", "turns": []}]
+    with pytest.raises(RewardError, match="ZeroDivisionError") if fails else contextlib.nullcontext():
+        TextReward(function, "f")(["p", "q"], ["c", "d"], rows)
+    assert rows == [{"text": "a", "turns": ["b"]}, {"text": "c", "turns": []}]
+
+
 HANG_IN_C = """
 import itertools, re, sys
 from warp_jax.rewards import time_limit

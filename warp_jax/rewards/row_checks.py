@@ -1,5 +1,6 @@
 """Checks of the rows that a reward function will read, by the function check_row(row) of its module, if it has one."""
 
+import copy
 import importlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ def check(sources: Iterable[str], split: Corpus) -> None:
     for check_row in [module.check_row for module in modules if hasattr(module, "check_row")]:
         for place, row in zip(split.places, split.rows, strict=True):
             try:
-                check_row(row)
+                check_row(copy.deepcopy(row))  # it may write into the row
             except (Exception, SystemExit) as error:  # user code can raise anything
                 kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
                 raise ValueError(f"{place}: {kind}{error}") from error

@@ -3,6 +3,7 @@
 Each failure is a RewardError: one line with the function, what it did, and the first completion for which it fails.
 """
 
+import copy
 import dataclasses
 import importlib
 import inspect
@@ -55,7 +56,7 @@ class TextReward:
 
     def _values(self, *batch: Sequence[Any]) -> np.ndarray:
         count = len(batch[0])
-        future = self._run(lambda: checked(self.function(*map(list, batch)), count))
+        future = self._run(lambda: checked(self._call(*batch), count))
         error = future.exception()
         if error is None:
             return future.result()
@@ -69,7 +70,7 @@ class TextReward:
         def find() -> int | None:
             for number, one in enumerate(zip(*batch, strict=True)):
                 try:
-                    self.function(*([value] for value in one))
+                    self._call(*([value] for value in one))
                 except BaseException:  # exit calls too
                     return number
             return None
@@ -78,6 +79,10 @@ class TextReward:
             return self._run(find).result()
         except RewardError:
             return None
+
+    def _call(self, *batch: Sequence[Any]) -> Any:
+        """Call the function with copies: the rows are those of the whole job, and functions write into them."""
+        return self.function(*(copy.deepcopy(list(values)) for values in batch))
 
     def _run(self, action: Callable[[], Any]) -> Any:
         line = f"no result after {self.timeout} seconds; fix the function, or raise its timeout"
