@@ -56,6 +56,14 @@ def test_the_best_eta_under_the_budget_is_of_the_last_front():
     assert _summary(2.5)["best_eta_under_budget"]["probability_within_budget"] == 1
 
 
+def test_fronts_that_share_no_kl_are_not_compared():
+    """Fails when policies that never left SFT end the report with an error, or with a division by 0."""
+    points = [_point(point.stage, point.iteration, point.eta, 1.0, 0.0) for point in _points()]
+    numbers = summary.summarise(settings_of(), [*points, _point("policy", 2, float("nan"), 1.0, 0.0)])
+    assert numbers["iterations_compared"] == [{"iterations": [1, 2], "reward_difference": []}]
+    assert [row["kl_saved"] for row in numbers["front_against_runs"]] == [None]
+
+
 def test_gain_is_the_last_merge_minus_sft_in_paired_standard_errors():
     """Fails when the gain is of another iteration, or its standard error is unpaired."""
     points = _points()

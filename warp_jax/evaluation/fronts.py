@@ -56,7 +56,7 @@ def compare_fronts(
     """Compare the rewards of two fronts on the same prompts, b minus a, at each KL in `at` (nats)."""
     (kl_a, reward_a), (kl_b, reward_b) = (map(resamples.means, front) for front in (front_a, front_b))
     differences = [along_curve(kl_b, reward_b, kl) - along_curve(kl_a, reward_a, kl) for kl in at]
-    values = np.array(differences).reshape(len(at), -1)
+    values = np.array(differences).reshape(len(at), len(resamples.counts))  # also for no KL at all
     alone = statistics.intervals(values, resamples.num_clusters)
     together = statistics.simultaneous_intervals(values, resamples.num_clusters)
     return [Look(*look) for look in zip(at, alone, together, strict=True)]
@@ -75,7 +75,7 @@ def compare_with_policies(front: Measured, policies: Measured, resamples: statis
     found = []
     for kl, reward in zip(kls, rewards, strict=True):
         above = along_curve(front_kl, front_reward, kl) - reward
-        saved = 1 - along_curve(front_reward, front_kl, reward) / kl
+        saved = 1 - along_curve(front_reward, front_kl, reward) / np.where(kl != 0, kl, np.nan)
         found.append(Against(*statistics.intervals(np.stack([above, saved]), resamples.num_clusters)))
     return found
 
