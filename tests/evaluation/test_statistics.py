@@ -82,6 +82,17 @@ def test_simultaneous_intervals_hold_together():
     assert np.isnan(found[3]).all()
 
 
+@pytest.mark.parametrize("looks", [1, 2])
+def test_resamples_that_reach_no_value_are_left_out(looks):
+    """Mutation: the largest deviation of a resample in which all values are missing; it makes all bounds nan."""
+    values = np.random.default_rng(0).normal(size=(looks, 1_001))
+    values[:, 0] = 0
+    values[:, 5:45] = np.nan
+    found = statistics.simultaneous_intervals(values, 1_000)
+    assert found == statistics.simultaneous_intervals(np.delete(values, range(5, 45), 1), 1_000)
+    assert np.isfinite(found).all()
+
+
 @pytest.mark.parametrize(
     ("rows", "n", "want"),
     [

@@ -97,8 +97,9 @@ def simultaneous_intervals(values: np.ndarray, num_clusters: int) -> list[Interv
     resampled = values[reached, 1:]
     errors = np.nanstd(resampled, axis=1, ddof=1)
     deviations = np.abs(resampled - values[reached, :1]) / np.where(errors > 0, errors, 1)[:, None]
+    largest = np.nanmax(deviations[:, np.isfinite(deviations).any(0)], axis=0)  # of resamples that reach a value
     width = np.zeros(len(values))
-    width[reached] = _widening(num_clusters) * np.quantile(np.nanmax(deviations, axis=0), CONFIDENCE) * errors
+    width[reached] = _widening(num_clusters) * np.quantile(largest, CONFIDENCE) * errors
     return [Interval(p.value, p.value - w, p.value + w) for p, w in zip(pointwise, width.tolist(), strict=True)]
 
 
