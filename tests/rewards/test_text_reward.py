@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -237,6 +238,19 @@ def test_a_function_cannot_change_the_rows_of_the_job(fails):
     with pytest.raises(RewardError, match="ZeroDivisionError") if fails else contextlib.nullcontext():
         TextReward(function, "f")(["p", "q"], ["c", "d"], rows)
     assert rows == [{"text": "a", "turns": ["b"]}, {"text": "c", "turns": []}]
+
+
+def test_the_current_folder_stays(tmp_path, monkeypatch):
+    """Fails when a module or a function that changes the folder leaves it changed: a relative --workdir would be made
+    below another folder.
+    """
+    (tmp_path / "moves.py").write_text(f"import os\nos.chdir({str(tmp_path)!r})\nf = lambda *b: os.chdir('/') or [1.0]")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(before := Path.cwd())  # back, if the test fails
+    function = text_reward.load_function("moves:f")
+    assert Path.cwd() == before
+    function(["p"], ["c"], [{}])
+    assert Path.cwd() == before
 
 
 HANG_IN_C = """

@@ -7,6 +7,7 @@ Python's lock (the GIL) for ever: then no Python code can run, and timers of the
 import contextlib
 import ctypes
 import functools
+import os
 import queue
 import shlex
 import threading
@@ -36,6 +37,8 @@ class _SigEvent(ctypes.Structure):
 def run(action: Callable[[], Any], seconds: float | None, message: str) -> "futures.Future[Any]":
     """Run action() in a daemon thread that all calls share; return a future with its result or its exception.
 
+    The process returns to its current folder if action() has changed it: the paths of a job may be relative.
+
     seconds: the limit; None = no limit. If the thread still holds the GIL GRACE seconds after the limit, the process
     prints `message` as an error and exits with code 2 (only on systems with timer_create, such as Linux).
 
@@ -44,7 +47,8 @@ def run(action: Callable[[], Any], seconds: float | None, message: str) -> "futu
     """
     future: futures.Future[Any] = futures.Future()
     started = time.monotonic()
-    with _ended_by_timers(seconds, message):  # before the thread starts: it may never release the GIL
+    # the timers start before the thread, which may never release the GIL
+    with _ended_by_timers(seconds, message), contextlib.chdir(os.getcwd()):
         _thread().put((action, future))
         futures.wait([future], seconds)
     if not future.done():
