@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import types
 
 import pytest
@@ -10,6 +11,7 @@ from tests.settings_of import settings_of
 from warp_jax.data.corpus import Corpus
 from warp_jax.experiment import preparation
 from warp_jax.rewards import row_checks
+from warp_jax.types import RewardError
 
 MATH = "warp_jax.rewards.math_answers:score"
 ROWS = [{"text": f"what is {i} and 7?", "answer": str(i + 7)} for i in range(300)]
@@ -61,30 +63,53 @@ def test_rows_that_are_not_judged_are_not_checked(tmp_path, number_in):
     _load(tmp_path, rows, rewards=weights)
 
 
-def test_any_error_of_a_check_names_the_row(monkeypatch, tmp_path):
-    """Fails when the check of a user's module ends in a traceback or its own exit code, only the first module has its
-    check called, or a model's folder is imported."""
-    module = types.ModuleType("judge")
-    module.check_row = lambda row: row["grade"]
-    monkeypatch.setitem(sys.modules, "judge", module)
-    monkeypatch.setitem(sys.modules, "kind", types.SimpleNamespace(check_row=lambda row: None))
+def _fail(error):
+    raise error
+
+
+CHECKS = {
+    "error": (lambda row: row["grade"], r"\.check_row raised KeyError: 'grade' \(.* line \d+\)$"),
+    "exit": (lambda row: row or sys.exit(0), r"\.check_row raised SystemExit: 0 \("),
+    "interrupt": (lambda row: row or _fail(KeyboardInterrupt()), r"\.check_row raised KeyboardInterrupt \("),
+    "refusal": (lambda row: row or _fail(ValueError("no\ngrade")), r"\.check_row: no grade$"),
+    "hangs": (lambda row: row or time.sleep(60), r"\.check_row: no result after 0\.2 seconds; .* raise its timeout$"),
+}
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """A user's module that judges every row as right; `a_judge` accepts every row too."""
+    modules = {name: types.ModuleType(name) for name in ("a_judge", "judge")}
+    for name, module in modules.items():
+        module.score = lambda prompts, completions, rows: [1.0] * len(rows)
+        module.check_row = lambda row: None
+        monkeypatch.setitem(sys.modules, name, module)
+    return modules["judge"]
+
+
+@pytest.mark.parametrize("kind", CHECKS)
+def test_any_failure_of_a_check_names_the_row_and_the_function(judge, tmp_path, kind):
+    """Fails when the check of a user's module ends in a traceback, ends the job or hangs it, when only the first
+    module has its check called, or when the folder of a model is imported.
+    """
+    judge.check_row, message = CHECKS[kind]
     split = Corpus(["a", "b"], [0, 0], [{"grade": 1}, {}], ["a.csv line 2", "a.csv line 3"])
     (tmp_path / "a:b").mkdir()
-    row_checks.check(
-        ["judge:score", "length", str(tmp_path / "a:b")], split._replace(rows=split.rows[:1], places=split.places[:1])
-    )
-    with pytest.raises(ValueError, match=r"^a\.csv line 3: KeyError: 'grade'"):
-        row_checks.check(["kind:score", "judge:score"], split)
-    module.check_row = lambda row: sys.exit(0)
-    with pytest.raises(ValueError, match=r"^a\.csv line 2: SystemExit: 0"):
-        row_checks.check(["judge:score"], split)
+    limits = {"a_judge:score": 0.2, "judge:score": 0.2, "length": 0.2, str(tmp_path / "a:b"): 0.2}
+    row_checks.check(limits, Corpus._make(column[:1] for column in split))
+    with pytest.raises(RewardError, match=rf"^a\.csv line 3: judge{message}"):
+        row_checks.check(limits, split)
 
 
-def test_a_check_cannot_change_the_rows(monkeypatch):
+def test_a_module_that_cannot_be_loaded_is_one_line():
+    """Fails when the checks of an export import a reward function that is missing by now, with a traceback."""
+    with pytest.raises(RewardError, match="cannot load 'no_such_module:score': ModuleNotFoundError"):
+        row_checks.check({"no_such_module:score": 1.0}, Corpus([], [], [], []))
+
+
+def test_a_check_cannot_change_the_rows(judge):
     """Fails when check_row gets the row itself, or a copy that shares its nested values."""
-    module = types.ModuleType("judge")
-    module.check_row = lambda row: row["turns"].append(row.pop("text"))
-    monkeypatch.setitem(sys.modules, "judge", module)
+    judge.check_row = lambda row: row["turns"].append(row.pop("text"))
     split = Corpus(["a"], [0], [{"text": "a", "turns": ["b"]}], ["a.csv line 2"])
-    row_checks.check(["judge:score"], split)
+    row_checks.check({"judge:score": 5.0}, split)
     assert split.rows == [{"text": "a", "turns": ["b"]}]

@@ -89,12 +89,12 @@ def check_row(row: Mapping[str, Any]) -> None:
 
 def _problem_of(row: Mapping[str, Any]) -> dict[str, Any]:
     if not {"text", "task", "options", "index"} <= row.keys():
-        raise ValueError(f"{__name__}: got a row with fields {sorted(row)}, want rows of a {PREFIX}TASK source")
+        raise ValueError(f"got a row with fields {sorted(row)}, want rows of a {PREFIX}TASK source")
     task, key, index = row["task"], _as_key(row["options"]), row["index"]
     problem = _make_problem(task, key, index)
     if problem["question"] != row["text"]:
         raise ValueError(
-            f"{__name__}: problem {index} of {task} {key} differs from the text of its row; "
+            f"problem {index} of {task} {key} differs from the text of its row; "
             "install the version of reasoning-gym that made the rows"
         )
     return problem

@@ -99,9 +99,9 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
             make_prompts(settings, tokenizer, splits[name], name)
         else:
             prompt_values(settings, splits[name])
-    rewards = {part.source for part in settings.reward_parts.values()}
-    row_checks.check(sorted(rewards), splits["prompts"])
-    row_checks.check(sorted(rewards | {settings.gold.source}), splits["eval"])
+    limits = {part.source: part.timeout for part in settings.reward_parts.values()}
+    row_checks.check(limits, splits["prompts"])
+    row_checks.check({**limits, settings.gold.source: settings.gold.timeout}, splits["eval"])
     return splits
 
 

@@ -112,7 +112,7 @@ def gold(row: Mapping[str, Any]) -> str:
         found = text.strip()
     if not found:
         raise ValueError(
-            f"warp_jax.rewards.math_answers: got {name} {value!r} in row {str(dict(row))[:200]}, want the right answer "
+            f"got {name} {value!r} in row {str(dict(row))[:200]}, want the right answer "
             r"as text or number in the field 'answer', or after #### or in \boxed{} in 'answer' or 'solution'"
         )
     return found
@@ -121,7 +121,7 @@ def gold(row: Mapping[str, Any]) -> str:
 def check_row(row: Mapping[str, Any]) -> None:
     """Raise ValueError if a row has no right answer, or one that no answer can equal, such as '$'."""
     if len(text := gold(row)) <= LONGEST and not _simplify(text)[0]:
-        raise ValueError(f"warp_jax.rewards.math_answers: the right answer is {text!r}, which no answer can equal")
+        raise ValueError(f"the right answer is {text!r}, which no answer can equal")
 
 
 def score(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -159,7 +159,7 @@ def _verify(gold: str, answer: str) -> bool:
             _child.cache_clear()
             child.communicate()
             if child.returncode >= 0:  # negative: ended by a signal, such as that of the timer
-                raise ValueError(f"warp_jax.rewards.math_answers: math-verify ended with exit code {child.returncode}")
+                raise ValueError(f"math-verify ended with exit code {child.returncode}")
     return line == "true\n"
 
 

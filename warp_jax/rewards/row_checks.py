@@ -1,24 +1,38 @@
 """Checks of the rows that a reward function will read, by the function check_row(row) of its module, if it has one."""
 
 import copy
+import functools
 import importlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 from warp_jax.data.corpus import Corpus
+from warp_jax.rewards import text_reward, time_limit
+from warp_jax.types import RewardError
 
 
-def check(sources: Iterable[str], split: Corpus) -> None:
+def check(limits: Mapping[str, float], split: Corpus) -> None:
     """Call check_row of every source 'package.module:function' that has one, for each row of a split.
 
-    Raises ValueError with the place of the row if check_row raises an error.
+    limits: seconds for one call, by source. Raises RewardError with the place of the row if check_row raises an error,
+    exits or takes too long, or if the source cannot be loaded.
     """
-    names = [source.partition(":")[0] for source in sources if ":" in source and not Path(source).is_dir()]
-    modules = [importlib.import_module(name) for name in names]
-    for check_row in [module.check_row for module in modules if hasattr(module, "check_row")]:
+    for source, seconds in sorted(limits.items()):
+        if ":" not in source or Path(source).is_dir():
+            continue
+        text_reward.load_function(source, timeout=seconds)
+        module = importlib.import_module(source.partition(":")[0])
+        if not hasattr(module, "check_row"):
+            continue
         for place, row in zip(split.places, split.rows, strict=True):
+            name = f"{place}: {module.__name__}.check_row"
+            late = f"{name}: no result after {seconds} seconds; fix the function, or raise its timeout"
+            call = functools.partial(module.check_row, copy.deepcopy(row))  # it may write into the row
             try:
-                check_row(copy.deepcopy(row))  # it may write into the row
-            except (Exception, SystemExit) as error:  # user code can raise anything
-                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-                raise ValueError(f"{place}: {kind}{error}") from error
+                error = time_limit.run(call, seconds, late).exception()
+            except TimeoutError as timeout:
+                raise RewardError(late) from timeout
+            if error is not None:  # of any type, exit calls too
+                is_plain = isinstance(error, ValueError)
+                reason = f": {' '.join(str(error).split())}" if is_plain else f" raised {text_reward.describe(error)}"
+                raise RewardError(f"{name}{reason}") from error
