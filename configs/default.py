@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     # such as "Q: {text} A:"
     config.data.prompt_template = ""
     # True: the model's chat template makes the prompt, from the text field (a list of messages, or a text) or from the
-    # filled pattern. SFT, reward_model and tfidf cannot learn from lists of messages: with these, turn them off
+    # filled pattern. SFT, reward_model and tfidf, which learn from texts without the template, must be off
     config.data.chat = False
     # field with the label: 0 or 1, also as false/true, 0.0/1.0 or text; "" = none (then set rewards and gold.source)
     config.data.label_field = "label"

@@ -350,14 +350,18 @@ def test_a_bad_conversation_is_named_by_its_row(models, tmp_path, row, message):
         preparation.load_corpora(typed(config))
 
 
-def test_nothing_learns_from_conversations(models):
-    """Fails when SFT or a learned reward trains on the Python text of a list of messages."""
-    config = _config(models)
-    config.sft.num_steps = 5
-    with pytest.raises(
-        ValueError, match=r"asked\.jsonl line 1: .* want a text; conversations need .* sft\.num_steps = 0"
-    ):
-        preparation.load_corpora(typed(config))
+@pytest.mark.parametrize(
+    "change",
+    [{"sft.num_steps": 5}, {"gold.source": "tfidf"}, {"rewards.preference.source": "reward_model"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_nothing_learns_from_chats(models, change):
+    """Fails when SFT or a learned reward trains on texts, while RL and evaluation use the chat template."""
+    settings = typed(_config(models))
+    labelled = {"data.text_field": "text", "data.label_field": "label"}
+    settings.replace({**labelled, **change, "data.chat": False})
+    with pytest.raises(ValueError, match=r"config\.data\.chat: got True, want False, or sft\.num_steps = 0 and no"):
+        settings.replace({**labelled, **change})
 
 
 def test_stop_tokens_of_the_config_and_of_the_template_end_completions(models, tmp_path):

@@ -108,6 +108,15 @@ class Settings(groups.Group):
         return self
 
     @model_validator(mode="after")
+    def _nothing_learns_from_chats(self) -> "Settings":
+        if self.data.chat and self.learned_splits:
+            raise ValueError(
+                "data.chat: got True, want False, or sft.num_steps = 0 and no reward_model or tfidf: these learn from "
+                "texts without the chat template"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rewards_can_be_made(self) -> "Settings":
         if not self.reward_parts:
             raise ValueError("rewards: no part has a weight other than 0, want at least one")
