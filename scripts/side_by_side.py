@@ -23,7 +23,7 @@ from rich.text import Text
 from warp_jax import cli, files
 from warp_jax.benchmarks import side_by_side
 from warp_jax.benchmarks.side_by_side import Comparison
-from warp_jax.evaluation.statistics import Interval
+from warp_jax.evaluation.statistics import MIN_CLUSTERS, Interval
 from warp_jax.parallel import meshes
 from warp_jax.rewards import from_folder, text_reward
 
@@ -123,6 +123,8 @@ def as_table(comparison: Comparison) -> Table:
 def _cells(interval: Interval, form: str) -> tuple[str, str]:
     if not math.isfinite(interval.value):
         return "undefined", "every pair has the same length difference"
+    if not math.isfinite(interval.low):
+        return f"{interval.value:{form}}", f"no interval: fewer than {MIN_CLUSTERS} prompts"
     return f"{interval.value:{form}}", f"95 %: {interval.low:{form}} .. {interval.high:{form}}"
 
 

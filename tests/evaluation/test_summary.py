@@ -18,6 +18,12 @@ def _point(stage, iteration, eta, reward, kl):
     return Point(stage, iteration, 0, eta, 0, values)
 
 
+def _twice(point):
+    """The same point, measured on twice as many prompts: 4 are too few for an interval."""
+    columns = {name: np.tile(getattr(point.evaluation, name), 2) for name in ("reward", "sft_kl")}
+    return point._replace(evaluation=point.evaluation._replace(**columns, clusters=np.arange(8)))
+
+
 def _points():
     """Two straight fronts through SFT at (0 nats, reward 1): slopes 1.0 and 1.5."""
     nan = float("nan")
@@ -98,7 +104,7 @@ def test_a_front_is_set_against_the_runs_of_its_own_iteration():
     run = _point("policy", 2, float("nan"), 2.0, 1.6)._replace(run=1, step=60)
     beyond = _point("policy", 2, float("nan"), 8.0, 5.0)._replace(run=2, step=60)
     other = _point("policy", 1, float("nan"), 1.5, 1.0)
-    rows = summary.summarise(settings_of(), [*_points(), run, beyond, other])["front_against_runs"]
+    rows = summary.summarise(settings_of(), [_twice(p) for p in (*_points(), run, beyond, other)])["front_against_runs"]
     assert [(row["iteration"], row["run"]) for row in rows] == [(1, 0), (2, 1), (2, 2)]
     assert rows[0]["reward_above"] == pytest.approx(2.0 - 1.5)
     assert rows[1]["reward_above"] == pytest.approx((2.2 + 1.8 * 0.8 / 1.2) - 2.0)

@@ -12,11 +12,15 @@ import numpy as np
 from scipy import special
 
 CONFIDENCE = 0.95  # of all intervals
+MIN_CLUSTERS = 6  # fewer give no bounds: percentile intervals of a mean hold in 91 % with 5 clusters, 75 % with 3
 MIN_FINITE = 0.95  # share of finite resamples below which a value counts as not reached
 
 
 class Interval(NamedTuple):
-    """A value and the bounds of its confidence interval; all nan if the value is not reached."""
+    """A value and the bounds of its confidence interval.
+
+    All nan if the value is not reached. Only the bounds are nan if there are fewer than MIN_CLUSTERS clusters.
+    """
 
     value: float
     low: float
@@ -71,7 +75,7 @@ def intervals(values: np.ndarray, num_clusters: int) -> list[Interval]:
 
     The percentiles are widened for few clusters (Hesterberg 2015, arXiv 1411.5279, section 5.4).
     """
-    if num_clusters < 2:
+    if num_clusters < MIN_CLUSTERS:
         return [Interval(float(row[0]), math.nan, math.nan) for row in values]
     tail = float(special.ndtr(-_widening(num_clusters) * special.ndtri((1 + CONFIDENCE) / 2)))
     found = []
