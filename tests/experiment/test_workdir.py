@@ -42,6 +42,14 @@ def test_other_rows_are_refused(tmp_path, change):
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
+def test_a_fingerprint_edited_by_hand_is_refused(tmp_path):
+    """Fails when a data.json without the number of rows ends in a traceback, or counts as an older workdir."""
+    _claim(tmp_path, ROWS)
+    (tmp_path / "run" / workdir.DATA).write_text("{}")
+    with pytest.raises(ValueError, match=r"\(\? rows, now 300\)"):
+        _claim(tmp_path, ROWS)
+
+
 def test_the_same_rows_are_accepted_in_any_order(tmp_path):
     """Fails when the order of a file, or of the fields of a row, counts: the splits are the same."""
     _claim(tmp_path, ROWS)

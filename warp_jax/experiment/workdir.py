@@ -88,8 +88,8 @@ def check_rows_unchanged(source: str, corpora: Mapping[str, corpus.Corpus], work
     before = files.read_json(path) if path.exists() else found
     if before != found:
         raise ValueError(
-            f"workdir {workdir} was made with other rows of {source} ({before['rows']} rows, now {count}), and its "
-            "results belong to them; restore those rows, or choose another --workdir"
+            f"workdir {workdir} was made with other rows of {source} ({before.get('rows', '?')} rows, now {count}), "
+            "and its results belong to them; restore those rows, or choose another --workdir"
         )
     return found
 
