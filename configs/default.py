@@ -144,8 +144,8 @@ def get_config() -> ConfigDict:
     config.rl.advantage = "leave_one_out"
     config.rl.whiten = False  # divide advantages by their standard deviation over the batch [ours]
     config.rl.kl_coef = 0.1  # beta: penalty on the KL to the EMA anchor, reward units per nat [P s4 Setup]
-    # weigh each completion by its probability ratio policy / sampler, at most this; 0 = off. The two differ by rounding
-    # (bfloat16) [ours]
+    # weigh each completion by its probability ratio policy / sampler, at most this (1 or more); 0 = off. The two differ
+    # by rounding (bfloat16) [ours]
     config.rl.importance_cap = 0.0
     config.rl.learning_rate = 1e-4  # Adam, constant after the warm-up [ours; the paper's 7B model: 1e-6]
     config.rl.warmup_steps = 100  # steps of linear warm-up [P s4 Setup]

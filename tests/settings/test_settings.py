@@ -65,6 +65,8 @@ BAD = [  # path, value, what the message says
     ("rl.advantage", "mean", "want 'none', 'batch_mean' or 'leave_one_out'"),
     ("rl.samples_per_prompt", 3, "config.rl.batch_size: got 8, want a multiple of samples_per_prompt = 3"),
     ("rl.samples_per_prompt", 1, "config.rl.samples_per_prompt: got 1, want at least 2 for advantage leave_one_out"),
+    ("rl.importance_cap", 0.9, "config.rl.importance_cap: got 0.9, want 0 (off) or at least 1"),
+    ("rl.importance_cap", 1e-30, "config.rl.importance_cap: got 1e-30, want 0"),
     ("sampling.temperature", INF, "config.sampling.temperature: got inf"),
     ("sampling.temperature", 1e-30, "config.sampling.temperature: got 1e-30, want at least 0.001"),
     ("sampling.prompt_tokens", 1, "config.sampling.prompt_tokens: got 1, want at least 2"),

@@ -209,13 +209,18 @@ class Rl(Optimization):
     importance_cap: NotNegative = 0.0  # missing in older workdirs
 
     @model_validator(mode="after")
-    def _batch_holds_whole_groups(self) -> "Rl":
+    def _numbers_fit(self) -> "Rl":
         if self.batch_size % self.samples_per_prompt:
             raise ValueError(
                 f"batch_size: got {self.batch_size}, want a multiple of samples_per_prompt = {self.samples_per_prompt}"
             )
         if self.advantage == "leave_one_out" and self.samples_per_prompt < 2:
             raise ValueError("samples_per_prompt: got 1, want at least 2 for advantage leave_one_out")
+        if 0 < self.importance_cap < 1:
+            raise ValueError(
+                f"importance_cap: got {self.importance_cap}, want 0 (off) or at least 1: a smaller cap shrinks all "
+                "gradients"
+            )
         return self
 
 
