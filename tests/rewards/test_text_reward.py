@@ -45,6 +45,7 @@ GOOD = [
     (0.5, -2),
     np.array([0.5, -2]),
     np.array([0.5, -2], np.float16),
+    np.ma.array([0.5, -2], mask=[False, False]),
     jnp.array([0.5, -2], jnp.bfloat16),
     [jnp.float32(0.5), np.int8(-2)],
     [np.array(0.5), torch.tensor(-2)],
@@ -97,6 +98,9 @@ BAD = [
     ([1.0, 1e39], "returned 1e+39, want a finite number (float32)", 1),
     ([0, HUGE], "returned 1000", 1),
     ([1.0, {}], "returned {}, want", 1),
+    (np.ma.array([1.0, 2.0], mask=[False, True]), "returned masked, want", 1),
+    ([np.ma.masked, 1], "returned masked, want", 0),
+    (np.ma.zeros((2, 1)), "of shape (2, 1), want", None),
     ([0.0, np.datetime64("2024-01-01")], "2024-01-01", 1),
 ]
 

@@ -122,7 +122,7 @@ def checked(values: Any, count: int) -> np.ndarray:
     completion. Raises RewardError for anything else, with the index of the first value that is not such a number.
     """
     is_list = isinstance(values, list | tuple)
-    items = values if is_list else np.asarray(values)
+    items = values if is_list or isinstance(values, np.ma.MaskedArray) else np.asarray(values)
     shape = (len(items),) if is_list else items.shape
     if shape != (count,):
         if inspect.iscoroutine(values):
@@ -164,14 +164,15 @@ def cut(value: Any) -> str:
 
 
 def _as_float32(value: Any) -> np.float32:
-    """A real number of any type as float32; nan for anything else, inf if it is too large."""
+    """A real number of any type as float32; nan for anything else (or a masked one), inf if it is too large."""
     array = np.asarray(value)
+    is_scalar = array.ndim == 0 and not np.ma.is_masked(value)
     if isinstance(value, numbers.Real | Decimal):
         try:
             number = float(value)
         except OverflowError:
             number = math.inf
-    elif array.ndim == 0 and any(jnp.issubdtype(array.dtype, kind) for kind in _REAL):
+    elif is_scalar and any(jnp.issubdtype(array.dtype, kind) for kind in _REAL):
         number = float(array)
     else:
         return np.float32(np.nan)
