@@ -10,9 +10,9 @@ from warp_jax.data import fields
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
-@pytest.mark.parametrize("value", [None, 3, 0.5, True, b"a", {"a": 1}, [], MESSAGES, np.array(["a"]), "", " \n"])
+@pytest.mark.parametrize("value", [None, 3, 0.5, True, b"a", {"a": 1}, [], MESSAGES, np.array(["a"]), "", " \n<br />"])
 def test_only_a_text_is_a_text(value):
-    """Fails when str() makes a text of anything: then a model learns to write 'None'."""
+    """Fails when str() makes a text of anything: then a model learns to write 'None'. Or when HTML counts as text."""
     fields.check_text({"x": "a"}, "x", str)
     with pytest.raises(ValueError, match=r"^field 'x' (holds|is empty)") as error:
         fields.check_text({"x": value}, "x", str)

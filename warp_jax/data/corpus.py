@@ -148,7 +148,7 @@ def split_rows(
     for number, (place, row) in enumerate(rows):
         with fields.at(place):
             label = _check_row(row, text_field, label_field, text_types)
-        text = str(row[text_field]).replace("<br />", "\n").strip()
+        text = fields.plain_text(row[text_field])
         keyed.append((hashlib.blake2b(text.encode(), digest_size=8).digest(), number, text, label))
     for digest, number, text, label in sorted(keyed):
         corpus, (place, row) = splits[_split_of(digest, fractions)], rows[number]

@@ -22,6 +22,11 @@ def at(place: str) -> Iterator[None]:
         raise ValueError(f"{place}: {error}") from error
 
 
+def plain_text(value: Any) -> str:
+    """The text of a value without HTML's line breaks, and without blanks at its ends."""
+    return str(value).replace("<br />", "\n").strip()
+
+
 def check_text(row: Mapping[str, Any], name: str, types: Any) -> None:
     """Raise ValueError unless a field has one of `types` and is a text that is not blank, a conversation or a number.
 
@@ -38,7 +43,7 @@ def check_text(row: Mapping[str, Any], name: str, types: Any) -> None:
         )
     elif not (isinstance(value, types) and _is_plain(value)):
         raise ValueError(f"field {name!r} holds {_shown(value)}, want a text; set data.text_field")
-    elif isinstance(value, str) and not value.strip():
+    elif isinstance(value, str) and not plain_text(value):
         raise ValueError(f"field {name!r} is empty, want a text; remove the row, or set data.text_field")
 
 
