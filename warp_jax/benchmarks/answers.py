@@ -21,13 +21,15 @@ BATCH = 32  # prompts per batch
 
 
 def read_prompts(path: Path, field: str) -> list[Any]:
-    """Read one field, a text or a conversation, from each line of a JSONL file."""
+    """Read one field, a text or a conversation, from each line of a JSONL file. ValueError names the line."""
     if path.suffix != ".jsonl":
         raise ValueError(f"{path}: want a .jsonl file, one JSON object a line")
     rows = files.read_jsonl(path)
     for place, row in rows:
         if field not in row:
             raise ValueError(f"{place}: got fields {sorted(row)}, want the field {field!r}")
+        with fields.at(place):
+            fields.check_text(row, field, str | list, "--field")
     return [row[field] for _, row in rows]
 
 
@@ -39,8 +41,9 @@ def encode(tokenizer: Tokenizer, values: Sequence[Any], *, use_chat: bool) -> li
             with fields.at(f"prompt {number}"):
                 texts.append(chat.prompt_text(tokenizer, value))
         return tokenizer.encode_with_special(texts)
-    if others := [value for value in values if not isinstance(value, str)]:
-        raise ValueError(f"prompt: got {str(others[0])[:60]!r}, want a text; use the chat template for conversations")
+    for number, value in enumerate(values):
+        if not isinstance(value, str):
+            raise ValueError(f"prompt {number}: got a conversation, want a text; set --chat to use the chat template")
     return tokenizer.encode_with_bos(values)
 
 

@@ -27,10 +27,10 @@ def plain_text(value: Any) -> str:
     return str(value).replace("<br />", "\n").strip()
 
 
-def check_text(row: Mapping[str, Any], name: str, types: Any) -> None:
+def check_text(row: Mapping[str, Any], name: str, types: Any, setting: str = "data.text_field") -> None:
     """Raise ValueError unless a field has one of `types` and is a text that is not blank, a conversation or a number.
 
-    types: str, list or numbers.Real, or a union of them.
+    types: str, list or numbers.Real, or a union of them. setting: where the user chose the field, for the error.
     """
     value = row[name]
     if isinstance(value, list) and isinstance(value, types):
@@ -42,9 +42,9 @@ def check_text(row: Mapping[str, Any], name: str, types: Any) -> None:
             "learned reward or gold (reward_model, tfidf), which all learn from texts"
         )
     elif not (isinstance(value, types) and _is_plain(value)):
-        raise ValueError(f"field {name!r} holds {_shown(value)}, want a text; set data.text_field")
+        raise ValueError(f"field {name!r} holds {_shown(value)}, want a text; set {setting}")
     elif isinstance(value, str) and not plain_text(value):
-        raise ValueError(f"field {name!r} is empty, want a text; remove the row, or set data.text_field")
+        raise ValueError(f"field {name!r} is empty, want a text; remove the row, or set {setting}")
 
 
 def label_of(row: Mapping[str, Any], name: str) -> int:
