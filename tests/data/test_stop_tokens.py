@@ -23,7 +23,8 @@ KINDS = {  # template, bos, eos, other special tokens; the token that ends a tur
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_end_of_a_turn_ends_a_completion(tmp_path, kind):
     """Fails when only the end of the whole text ends a completion, so that answers run into invented turns; when the
-    token before the answer is taken; or a template without such a token gets one.
+    token before the answer is taken; a template without such a token gets one; or one that renders no answer is said
+    to end a turn without.
     """
     *family, end = KINDS[kind]
     tokenizer = make_folder(tmp_path, *family)
@@ -35,7 +36,7 @@ def test_the_end_of_a_turn_ends_a_completion(tmp_path, kind):
     assert stop_tokens.extend(tokenizer, (), use_chat=False).stop_ids == (eos_id,)
     line = stop_tokens.describe(chat, use_chat=True)
     assert line.startswith(f"completions end at {family[2]}")
-    assert line.endswith(f"ends a turn with {end}" if end else "see sampling.stop_tokens")
+    assert line.endswith(f"ends a turn with {end}" if end else "or refuses to render one, see sampling.stop_tokens")
 
 
 def test_further_tokens_by_name_or_text(tmp_path):

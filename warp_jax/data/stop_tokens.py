@@ -42,7 +42,8 @@ def describe(tokenizer: Tokenizer, *, use_chat: bool) -> str:
     if not use_chat:
         return line
     if (end := turn_end(tokenizer)) is None:
-        return f"{line}; the chat template ends a turn without a special token, see sampling.stop_tokens"
+        reason = "writes no special token after an answer, or refuses to render one"
+        return f"{line}; the chat template {reason}, see sampling.stop_tokens"
     return f"{line}; the chat template ends a turn with {tokenizer.backend.id_to_token(end)}"
 
 
