@@ -6,6 +6,7 @@ Each simulated world draws KL and reward of two fronts and of one policy on the 
 front a, and front a with the policy, as the report does. See docs/results/front_statistics.md.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of the worlds.")
 
 LARGEST_KL = 20.0  # nats, of the last eta
 LOOKS = (4.0, 12.0, 16.0)  # nats; coverage is measured at the second, that of simultaneous intervals at all three
+POLICIES = (5.0, 9.5, 12.0)  # nats; on the rising part of a front that turns at 10, just below its plateau, and on it
 
 
 class World(NamedTuple):
@@ -54,8 +56,19 @@ class Result(NamedTuple):
     not_reached: float
 
 
-def draw(world: World, generator: np.random.Generator) -> tuple[Measured, Measured, Measured]:
-    """Front a, front b, and a policy at 12 nats as good as both. Prompts and completions have random effects."""
+class Saving(NamedTuple):
+    """Results for `kl_saved` over many worlds. Coverage and bias (in standard errors) are of worlds that reach it."""
+
+    policy_kl: float  # nats
+    coverage: float
+    bias: float
+    reached: float
+
+
+def draw(
+    world: World, generator: np.random.Generator, policies: Sequence[float] = LOOKS[1:2]
+) -> tuple[Measured, Measured, Measured]:
+    """Front a, front b, and policies (KL in nats) as good as both. Prompts and completions have random effects."""
     etas = np.linspace(0, 1, world.etas)
     kls = LARGEST_KL * etas**2
     prompts = np.repeat(np.arange(world.prompts), world.samples)
@@ -66,7 +79,7 @@ def draw(world: World, generator: np.random.Generator) -> tuple[Measured, Measur
         reward = np.minimum(kl, world.turn)[:, None] * 0.12 + level + generator.normal(0, 0.7, shape)
         return Measured(kl[:, None] * scale * generator.gamma(4, 0.25, shape), reward)
 
-    return measure(kls), measure(kls), measure(np.array([LOOKS[1]]))
+    return measure(kls), measure(kls), measure(np.array(policies))
 
 
 def simulate(name: str, *, count: int, resamples: int, seed: int) -> Result:
@@ -93,13 +106,30 @@ def simulate(name: str, *, count: int, resamples: int, seed: int) -> Result:
     )
 
 
+def simulate_savings(*, count: int, resamples: int, seed: int) -> list[Saving]:
+    """Share of KL that a front saves against POLICIES that are as good: 0, and on the plateau 1 - 10 / 12."""
+    world = WORLDS["13 etas, flat from 10 nats"]
+    generator = np.random.default_rng(seed)
+    saved = []
+    for number in range(count):
+        front, _, policies = draw(world, generator, POLICIES)
+        drawn = statistics.resample(np.arange(world.prompts), resamples, number)
+        saved.append([found.kl_saved for found in fronts.compare_with_policies(front, policies, drawn)])
+    results = []
+    for kl, intervals in zip(POLICIES, np.array(saved).swapaxes(0, 1), strict=True):
+        reached = intervals[np.isfinite(intervals[:, 0])] - (1 - min(kl, world.turn) / kl)
+        bias = reached[:, 0].mean() / reached[:, 0].std()
+        results.append(Saving(kl, float(_holds(reached).mean()), float(bias), len(reached) / count))
+    return results
+
+
 def _holds(intervals: np.ndarray) -> np.ndarray:
     """True where an interval (value, low, high) does not exclude 0, the true difference; also if not reached."""
     return ~((intervals[..., 1] > 0) | (intervals[..., 2] < 0))
 
 
 def main(argv: list[str]) -> None:
-    """Simulate all kinds of worlds, and print one line each."""
+    """Simulate all kinds of worlds, and print one line each; then one line for each of POLICIES."""
     del argv
     rows = []
     with JobProgress(len(WORLDS)) as progress:
@@ -109,7 +139,9 @@ def main(argv: list[str]) -> None:
             rows.append({"world": name, **{key: f"{value:.3f}" for key, value in found._asdict().items()}})
             progress.on_step(number, {})
     table = report.to_csv(rows)
-    print(table, end="")
+    savings = simulate_savings(count=COUNT.value, resamples=RESAMPLES.value, seed=SEED.value)
+    lines = [{name: f"{value:.3f}" for name, value in saving._asdict().items()} for saving in savings]
+    print(table, report.to_csv(lines), sep="\n", end="")
     if OUT.value:
         files.write_text(Path(OUT.value), table)
 

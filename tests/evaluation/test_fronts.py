@@ -106,3 +106,13 @@ def test_intervals_cover_the_true_difference(world):
     assert found.simultaneous == pytest.approx(0.95, abs=4 * np.sqrt(0.95 * 0.05 / 150))
     assert abs(found.bias) < 0.33  # standard errors; 4 / sqrt(150)
     assert found.not_reached <= 0.01
+
+
+def test_the_saved_kl_is_measured_where_the_front_rises():
+    """Fails when the share that is needed is taken for the share that is saved, or the bounds are those of the KL. On a
+    plateau the KL is rarely reached, see docs/results/front_statistics.md.
+    """
+    rising, _, plateau = simulate_fronts.simulate_savings(count=40, resamples=40, seed=0)
+    assert rising.coverage > 0.8
+    assert abs(rising.bias) < 0.6  # standard errors; 4 / sqrt(40)
+    assert (rising.reached, plateau.reached < 0.5) == (1, True)
