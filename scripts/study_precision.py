@@ -163,7 +163,8 @@ def study(name: str, results: dict[str, Any]) -> None:
     state, metrics = run(settings, workdir / "run", trainer, sft)
     evaluation = measure.evaluate(examiner, state.params)
     means = {key: float(np.mean([step[key] for step in metrics])) for key in metrics[0]}
-    results[f"run_{name}"] = {**means, **{f"held_out_{k}": v for k, v in measure.summary(evaluation).items()}}
+    held_out = {f"held_out_{key}": value for key, value in measure.summary(evaluation).items() if np.isfinite(value)}
+    results[f"run_{name}"] = {**means, **held_out}
     if name == "float32":
         results["policy_and_anchor"] = compared(state.params, state.anchor_params)
     files.write_json(Path(OUT.value), results)
