@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 
 BAD_INPUT = 2  # exit code
+STORAGE = 74  # exit code: a saved file is damaged, or cannot be read or written
 TRY_AGAIN = 75  # exit code: the input is valid, and the same command may work later
 
 

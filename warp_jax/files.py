@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, file locks, and fingerprints of folders."""
+"""Atomic and durable writes of files and folders, file locks, and fingerprints of folders."""
 
 import contextlib
 import fcntl
@@ -19,21 +19,52 @@ PIECE = 1 << 16  # bytes per piece of a file in a fingerprint
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: a process killed at any time leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file: a kill or a power cut at any time leaves the old file or the new one; on return it is on disk."""
+    make_folder(path.parent)
     unique = secrets.token_hex(4)  # two processes may write at once
     temporary = path.with_name(f".{path.name}.{unique}.partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # no space, for example
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, if missing; on return they are on disk."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk: after a power cut they are as they are now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring a folder with everything in it to disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text as UTF-8, atomically."""
+    """Write text as UTF-8 (see `write_bytes`)."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON, atomically."""
+    """Write indented JSON (see `write_bytes`)."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -150,7 +181,7 @@ def staged(folder: Path) -> Iterator[Path]:
     The path lies in a hidden folder for this call only. An error deletes it; a killed process leaves it behind, without
     its lock, and the next call for the same `folder` deletes it. Raises FileExistsError if `folder` exists at the end.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     for path in folder.parent.glob(f".{glob.escape(folder.name)}.*partial"):
         with contextlib.suppress(OSError), locked(path / "lock"):
             shutil.rmtree(path)
@@ -162,8 +193,10 @@ def staged(folder: Path) -> Iterator[Path]:
             stack.enter_context(locked(Path(hidden, "lock")))
         staging = Path(hidden, folder.name)
         yield staging
+        sync_tree(staging)
         try:
             staging.rename(folder)
+            sync(folder.parent)
         except OSError as error:
             if not folder.exists():
                 raise

@@ -18,7 +18,7 @@ from warp_jax.experiment import inputs, jobs, preparation, warp
 from warp_jax.experiment.workdir import claim
 from warp_jax.parallel import hosts, supervisor
 from warp_jax.settings import Settings, from_config
-from warp_jax.types import RewardError
+from warp_jax.types import RewardError, StorageError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all results; a job in an existing one is resumed.")
@@ -88,6 +88,8 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         _end(error)
     except (FloatingPointError, warp.JobError) as error:
         cli.fail(str(error))
+    except StorageError as error:
+        cli.fail(str(error), cli.STORAGE)
     except (warp.BusyError, hosts.PeerError) as error:
         cli.fail(str(error), cli.TRY_AGAIN)
 

@@ -34,6 +34,10 @@ class Rollout(NamedTuple):
     per_token_logps: Array  # float32 [B, C], nats, of the distribution sampled from; 0 where masked
 
 
+class StorageError(Exception):
+    """A saved file is missing or is not what was written: one line, which says what to delete."""
+
+
 class RewardError(ValueError):
     """A reward function failed, or did not return one finite number for each completion. The message is one line.
 

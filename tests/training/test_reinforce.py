@@ -317,9 +317,9 @@ def test_no_room_for_two_states_is_asked(tmp_path, monkeypatch):
     go_on(1)
     restore = checkpoint.StateStore.restore
 
-    def restore_alone(store, like):
+    def restore_alone(store, step, like):
         assert alive[-1]() is None
-        return restore(store, like)
+        return restore(store, step, like)
 
     monkeypatch.setattr(checkpoint.StateStore, "restore", restore_alone)
     assert go_on(3)["w"].tolist() == [5.0] * 3

@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +18,7 @@ from warp_jax.data import batches
 from warp_jax.evaluation import statistics
 from warp_jax.parallel import hosts, meshes
 from warp_jax.training import sampling
-from warp_jax.types import Array, Params, PromptBatch, RewardError, RewardFn, Rollout
+from warp_jax.types import Array, Params, PromptBatch, RewardError, RewardFn, Rollout, StorageError
 
 
 class Evaluation(NamedTuple):
@@ -151,6 +153,21 @@ def _save(path: Path, evaluation: Evaluation) -> None:
 
 
 def load_evaluation(path: Path) -> Evaluation:
-    """Read a saved evaluation. Those of earlier versions have no clusters: each completion counts as one."""
-    with np.load(path) as arrays:
-        return Evaluation(**{"clusters": np.arange(len(arrays["reward"])), **arrays})
+    """Read a saved evaluation. Those of earlier versions have no clusters: each completion counts as one.
+
+    Raises StorageError if the file is not what was written; an .npz file holds a checksum of each array.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        with np.load(path, allow_pickle=False) as arrays:
+            evaluation = Evaluation(**{"clusters": np.arange(len(arrays["reward"])), **arrays})
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError, EOFError, NotImplementedError) as error:
+        raise StorageError(_damaged(path)) from error
+    if damaged:
+        raise StorageError(_damaged(path))
+    return evaluation
+
+
+def _damaged(path: Path) -> str:
+    return f"{path} is not what was written; delete it to make it again"

@@ -23,7 +23,7 @@ from warp_jax.rewards import from_folder, reward_functions, text_reward
 from warp_jax.settings import Settings
 from warp_jax.settings.groups import Gold, RewardModel, RewardPart, Sft
 from warp_jax.storage import checkpoint
-from warp_jax.training import loop, optimizers, supervised
+from warp_jax.training import loop, metric_writer, optimizers, supervised
 from warp_jax.types import ApplyFn, Params, Rollout
 
 HELD_OUT_BATCHES = 16  # at most, for the held-out quality of SFT and of the reward model
@@ -147,7 +147,7 @@ class Maker:
         self.progress.note(f"{name}: held-out " + ", ".join(f"{key} {value:.3f}" for key, value in summary.items()))
         if hosts.is_first():
             files.write_json(directory / "summary.json", summary)
-        checkpoint.save_params(directory / "params", trained)
+        checkpoint.save_params(directory / "params", trained, directory / metric_writer.FILE)
         checkpoint.forget_state(directory)
         return params
 

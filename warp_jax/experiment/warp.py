@@ -16,7 +16,7 @@ from warp_jax.parallel import hosts
 from warp_jax.progress import JobProgress
 from warp_jax.settings import Settings
 from warp_jax.storage import checkpoint
-from warp_jax.training import loop, reinforce
+from warp_jax.training import loop, metric_writer, reinforce
 from warp_jax.types import Params, TrainState
 
 
@@ -113,7 +113,7 @@ class Job:
         num_steps = settings.warp.steps_per_iteration[iteration - 1]
         schedule = loop.Schedule(num_steps, directory, settings.checkpoint_every, self.progress.on_step, after_step)
         params = reinforce.run_policy(self.trainer, init_params, iteration=iteration, run=run, schedule=schedule)
-        checkpoint.save_params(directory / "params", params)
+        checkpoint.save_params(directory / "params", params, directory / metric_writer.FILE)
 
 
 def make_job(

@@ -58,7 +58,13 @@ def exists(path: Path) -> bool:
 
     Only process 0 checks: on NFS, other hosts see a new file late, and cache each failed check.
     """
-    return bool(multihost_utils.broadcast_one_to_all(np.array(is_first() and path.exists())))
+    return bool(number_of_first(path.exists))
+
+
+def number_of_first(find: Callable[[], int]) -> int:
+    """The number that a function returns in process 0, in every process. If it fails, all stop (see `all_or_none`)."""
+    found = all_or_none(lambda: find() if is_first() else 0)
+    return int(multihost_utils.broadcast_one_to_all(np.array(found)))
 
 
 def all_or_none(action: Callable[[], Result]) -> Result:

@@ -1,21 +1,36 @@
-"""Save and restore parameters and training states with Orbax. An unfinished checkpoint is never visible."""
+"""Save and restore parameters and training states with Orbax, so that each is complete, on disk and checked.
 
+A folder appears under its name when all its files and a manifest of their checksums are on disk. Process 0 renames,
+deletes and checks; the others wait for it where they need the result.
+"""
+
+import functools
+import os
 import shutil
+import sys
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from warp_jax import files
 from warp_jax.parallel import hosts
-from warp_jax.types import Params
+from warp_jax.storage import manifest
+from warp_jax.types import Params, StorageError
+
+KEPT_STATES = 2  # if the newest is damaged, training continues from the one before it
 
 
-def save_params(path: Path, params: Params) -> None:
-    """Save a pytree; Orbax renames it to `path` when it is complete. Raises ValueError if `path` exists."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), params)
+def save_params(path: Path, params: Params, log: Path | None = None) -> None:
+    """Save a pytree as a folder, with the checksum of a log. Raises ValueError if `path` exists."""
+    if hosts.exists(path):
+        raise ValueError(f"{path} exists, and nothing is overwritten")
+    saver = Saver()
+    saver.start(path, params, log)
+    saver.wait()
 
 
 def forget_state(directory: Path) -> None:
@@ -30,33 +45,127 @@ def has_params(path: Path) -> bool:
 
 
 def restore_params(path: Path, like: Params) -> Params:
-    """Restore a pytree with the structure, dtypes and shardings of `like` (arrays or jax.ShapeDtypeStruct)."""
+    """Restore a pytree with the structure, dtypes and shardings of `like` (arrays or jax.ShapeDtypeStruct).
+
+    Raises StorageError if a file is not what was saved.
+    """
+
+    def check() -> None:
+        if damage := manifest.damage(path):
+            raise StorageError(f"{damage}; delete {path} to make it again")
+
+    hosts.on_first_process(check)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path.absolute(), abstract(like))
 
 
-class StateStore:
-    """The latest training state of one loop, saved in the background."""
+class Saver:
+    """Saves pytrees in the background, one after the other."""
 
-    def __init__(self, directory: Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+    def __init__(self) -> None:
+        self._orbax = ocp.StandardCheckpointer()
+        self._publishing: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, path: Path, tree: Any, log: Path | None = None, then: Callable[[], None] = lambda: None) -> None:
+        """Copy the arrays of a tree and return; save them in the background, then call `then` on process 0.
+
+        Waits for the save before. log: a file whose present content belongs to the tree; it is checked with it.
+        """
+        self.wait()
+        hidden = path.with_name(f".{path.name}.saving")
+        logs = {}
+        if hosts.is_first():
+            files.make_folder(path.parent)
+            if log is not None and log.exists():
+                files.sync(log)
+                logs[os.path.relpath(log, path)] = log.stat().st_size
+        self._orbax.save(hidden.absolute(), tree, force=True)
+        publish = functools.partial(self._publish, hidden, path, logs, then)
+        self._publishing = threading.Thread(target=publish)
+        self._publishing.start()
+
+    def wait(self) -> None:
+        """Wait until what was started is on disk; raise the error of saving, if any."""
+        if self._publishing is not None:
+            self._publishing.join()
+            self._publishing = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _publish(self, hidden: Path, path: Path, logs: Mapping[str, int], then: Callable[[], None]) -> None:
+        try:
+            self._orbax.wait_until_finished()
+            if hosts.is_first():
+                manifest.seal(hidden, logs)
+                hidden.rename(path)
+                files.sync(path.parent)
+                then()
+        except BaseException as error:  # raised by wait()
+            self._error = error
+
+
+class StateStore:
+    """The latest training states of one loop, saved in the background: a folder each, named by the steps done."""
+
+    def __init__(self, directory: Path, log: Path):
+        self._directory = directory
+        self._log = log  # has the rows of all steps
+        self._saver = Saver()
+        hosts.on_first_process(self._delete_unfinished)
 
     def latest_step(self) -> int:
-        """Step of the saved state; 0 if no state is saved."""
-        return int(multihost_utils.broadcast_one_to_all(self._manager.latest_step() or 0))
+        """Step of the newest saved state, 0 if there is none.
+
+        Damaged states are named, and deleted if an older one is left. Raises StorageError if all are damaged.
+        """
+        return hosts.number_of_first(self._find_latest)
 
     def save(self, step: int, state: Any) -> None:
         """Start saving the state after `step` steps; return before it is on disk."""
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+        self._saver.start(self._directory / str(step), state, self._log, self._delete_old)
 
-    def restore(self, like: Any) -> Any:
-        """Restore the latest state with the structure and shardings of `like` (jax.ShapeDtypeStruct)."""
-        return self._manager.restore(self.latest_step(), args=ocp.args.StandardRestore(like))
+    def restore(self, step: int, like: Any) -> Any:
+        """Restore the state after `step` steps with the structure and shardings of `like` (jax.ShapeDtypeStruct)."""
+        path = self._directory / str(step)
+        older = path / "default"  # where earlier versions saved it
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore((older if hosts.exists(older) else path).absolute(), like)
 
     def close(self) -> None:
         """Wait until saving has finished."""
-        self._manager.close()
+        self._saver.wait()
+
+    def _steps(self) -> list[int]:
+        """Steps of the saved states, newest first."""
+        names = (path.name for path in self._directory.iterdir()) if self._directory.is_dir() else ()
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+    def _find_latest(self) -> int:
+        damaged: dict[int, str] = {}
+        for step in self._steps():
+            damage = manifest.damage(self._directory / str(step))
+            if not damage:
+                for bad, why in damaged.items():
+                    print(f"warning: {why}: continuing from step {step}, not {bad}", file=sys.stderr)
+                    shutil.rmtree(self._directory / str(bad))
+                return step
+            damaged[step] = damage
+        if damaged:
+            raise StorageError(
+                f"{next(iter(damaged.values()))}; delete {self._directory} to train this part from its start"
+            )
+        return 0
+
+    def _delete_old(self) -> None:
+        for step in self._steps()[KEPT_STATES:]:
+            shutil.rmtree(self._directory / str(step))
+
+    def _delete_unfinished(self) -> None:
+        for path in self._directory.glob("*"):
+            if not path.name.isdigit():
+                shutil.rmtree(path)
 
 
 def abstract(tree: Any) -> Any:

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from warp_jax.models import partitioning
 from warp_jax.parallel import hosts, meshes
 from warp_jax.storage import checkpoint
-from warp_jax.training.metric_writer import open_metrics
+from warp_jax.training import metric_writer
+from warp_jax.training.metric_writer import MetricWriter
 from warp_jax.types import Params, RewardError
 
 State = TypeVar("State")
@@ -63,19 +64,20 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
 
     Raises:
         FloatingPointError: a metric is not finite.
+        StorageError: all saved states are damaged.
         RewardError: step_fn raised it; the state before this step is saved.
     """
     directory, on_step = schedule.directory, schedule.on_step
-    store = checkpoint.StateStore(directory / "state")
+    store = checkpoint.StateStore(directory / "state", log=directory / metric_writer.FILE)
     start = store.latest_step()
     state = init()
     if start:
         like = checkpoint.abstract(state)
         del state  # device memory may not hold two
-        state = store.restore(like)
+        state = store.restore(start, like)
     on_step(start, {})
-    metrics_file = open_metrics(directory, start) if hosts.is_first() else contextlib.nullcontext()
-    with contextlib.closing(store), metrics_file as write:
+    writer = MetricWriter(directory, start) if hosts.is_first() else None
+    with contextlib.closing(store), contextlib.closing(writer) if writer else contextlib.nullcontext():
         pending: Metrics = {}
         try:
             for step in range(start, schedule.num_steps):
@@ -83,17 +85,17 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
                     state, metrics = step_fn(state, step)
                 except RewardError:  # raised before the state is updated: save it, so that no step is lost
                     if pending:
-                        _log(write, step - 1, pending, on_step)
+                        _log(writer, step - 1, pending, on_step)
                         store.save(step, state)
                     raise
                 if pending:
-                    _log(write, step - 1, pending, on_step)
+                    _log(writer, step - 1, pending, on_step)
                 pending = metrics
                 done = step + 1
                 schedule.after_step(done, state)
                 is_saved = done % schedule.checkpoint_every == 0
                 if done == schedule.num_steps or is_saved:
-                    _log(write, step, pending, on_step)
+                    _log(writer, step, pending, on_step)
                     pending = {}
                 if is_saved:
                     store.save(done, state)
@@ -104,11 +106,11 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
     return state
 
 
-def _log(write: OnStep | None, step: int, metrics: Metrics, on_step: OnStep) -> None:
+def _log(writer: MetricWriter | None, step: int, metrics: Metrics, on_step: OnStep) -> None:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise FloatingPointError(f"step {step}: {', '.join(bad)}, want finite; lower learning_rate or check rewards")
-    if write:
-        write(step, values)
+    if writer:
+        writer.write(step, values)
     on_step(step + 1, values)

@@ -1,36 +1,39 @@
 """Metrics of each training step, written to metrics.jsonl and to TensorBoard files."""
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from warp_jax import files
 
+FILE = "metrics.jsonl"
 
-@contextlib.contextmanager
-def open_metrics(directory: Path, start_step: int = 0) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
-    """Yield a function that appends one row {step, name: number, ...}; its values are numbers or arrays of one element.
 
-    Rows of start_step and later steps are deleted first, so that a resumed training has each step once.
-    """
-    import tensorboardX  # noqa: PLC0415  imports torch where that is installed
+class MetricWriter:
+    """Appends one row {step, name: number, ...} a step; rows of start_step and later steps are deleted first."""
 
-    path = directory / "metrics.jsonl"
-    kept = [row for row in read_rows(path) if row["step"] < start_step]
-    files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-    tensorboard = tensorboardX.SummaryWriter(str(directory), purge_step=start_step, write_to_disk=True)
-    with path.open("a") as file, contextlib.closing(tensorboard):
+    def __init__(self, directory: Path, start_step: int = 0):
+        import tensorboardX  # noqa: PLC0415  imports torch where that is installed
 
-        def write(step: int, values: Mapping[str, Any]) -> None:
-            row = {"step": step} | {name: float(value) for name, value in values.items()}
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            for name in values:
-                tensorboard.add_scalar(name, row[name], step)
+        path = directory / FILE
+        kept = read_rows(path)[:start_step]
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._tensorboard = tensorboardX.SummaryWriter(str(directory), purge_step=start_step, write_to_disk=True)
+        self._file = path.open("a")
 
-        yield write
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write the row of a step; values: numbers or arrays of one element."""
+        row = {"step": step} | {name: float(value) for name, value in values.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name in values:
+            self._tensorboard.add_scalar(name, row[name], step)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        self._tensorboard.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -38,9 +41,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             break
     return rows
