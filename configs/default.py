@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # seed of initial weights, prompt order and sampling; the data splits do not depend on it
-    config.checkpoint_every = 100  # optimiser steps between two checkpoints
+    config.checkpoint_every = 100  # optimiser steps between two saved states at most
+    config.checkpoint_minutes = 10.0  # time between two saved states at most
     config.mesh = (-1, 1, 1)  # devices along (data, fsdp, tensor); -1 = all remaining; docs/launching.md explains it
 
     config.data = ConfigDict()  # the texts, and their four splits: reward, gold, prompts, and held out for evaluation

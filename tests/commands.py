@@ -51,10 +51,15 @@ def finish(process):
     return process.returncode, output, errors
 
 
-def kill_when(path, process):
-    """Kill a process, with no chance to tidy up, as soon as the path is there."""
+def wait_for(path, process):
+    """Wait until the path is there; the process must go on meanwhile."""
     while not path.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
+
+
+def kill_when(path, process):
+    """Kill a process, with no chance to tidy up, as soon as the path is there."""
+    wait_for(path, process)
     process.kill()
     process.communicate()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import sys
 
 import numpy as np
@@ -11,7 +12,7 @@ import transformers
 from ml_collections import ConfigDict
 
 from configs import default, lerp, no_kl, quickstart, sft_anchor, tiny
-from tests.commands import TINY, kill_when, main_command, run, start
+from tests.commands import TINY, finish, kill_when, main_command, run, start, wait_for
 from tests.settings_of import settings_of, typed
 from warp_jax import cli, files, main
 from warp_jax.evaluation import measure, report, summary
@@ -91,16 +92,31 @@ def test_started_again_it_only_redraws(tiny_run):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
-def test_a_killed_job_goes_on_to_the_same_result(tiny_run, tmp_path):
-    """Fails when a resumed job repeats or skips a run, loses anchor or moments, or merges other policies."""
+def _results(workdir):
+    """What an unbroken job leaves: metrics, evaluations and front, byte by byte."""
+    names = ("metrics.jsonl", "*.npz", "front.csv", "geometry.json")
+    return {path.relative_to(workdir): path.read_bytes() for name in names for path in workdir.rglob(name)}
+
+
+def test_a_stopped_and_killed_job_goes_on_to_the_same_result(tiny_run, tmp_path):
+    """Fails when a resumed job repeats or skips a run, loses anchor or moments, merges other policies, or lacks rows.
+
+    It is asked to stop while run 1 trains, and killed after the first saved state of run 2.
+    """
     _, workdir, _ = tiny_run
     arguments = (TINY, f"--workdir={tmp_path / 'run'}")
-    killed = start(main_command(*arguments))
-    state = tmp_path / "run" / "iteration_1" / "run_2" / "state" / "4"  # run 2 is killed after its checkpoint
-    kill_when(state, killed)
+    folder = tmp_path / "run" / "iteration_1"
+    stopped = start(main_command(*arguments))
+    wait_for(folder / "run_1" / "metrics.jsonl", stopped)
+    stopped.send_signal(signal.SIGTERM)
+    code, _, errors = finish(stopped)
+    assert code == 75, errors
+    assert "stopped by SIGTERM" in errors.splitlines()[-1]
+    assert not (folder / "run_1" / "params").exists()
+    kill_when(folder / "run_2" / "state" / "4", start(main_command(*arguments)))
     assert not (tmp_path / "run" / "front.csv").exists()
     assert run(main_command(*arguments)).returncode == 0
-    assert _rows(tmp_path / "run") == _rows(workdir)
+    assert _results(tmp_path / "run") == _results(workdir)
 
 
 def test_another_config_is_refused(tiny_run):

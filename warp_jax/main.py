@@ -5,6 +5,7 @@ workdir, it resumes. configs/default.py explains every setting.
 """
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -16,7 +17,7 @@ from warp_jax import cli
 from warp_jax.data.corpus import Corpus
 from warp_jax.experiment import inputs, jobs, preparation, warp
 from warp_jax.experiment.workdir import claim
-from warp_jax.parallel import hosts, supervisor
+from warp_jax.parallel import hosts, stopping, supervisor
 from warp_jax.settings import Settings, from_config
 from warp_jax.types import RewardError, StorageError
 
@@ -61,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
         cli.fail(str(error))
     except (RuntimeError, OSError) as error:
         cli.fail(f"multihost: no connection to the other processes: {error}", cli.TRY_AGAIN)
+    stopping.listen()
     try:
         _run(CONFIG.value, workdir)
     except BaseException as error:
@@ -92,6 +94,10 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         cli.fail(str(error), cli.STORAGE)
     except (warp.BusyError, hosts.PeerError) as error:
         cli.fail(str(error), cli.TRY_AGAIN)
+    except stopping.Stopped as stopped:
+        if hosts.is_first():
+            print(f"stopped by {stopped.signal} in {stopped}; the same command resumes the job", file=sys.stderr)
+        sys.exit(stopped.exit_code)
 
 
 def _end(error: RewardError) -> NoReturn:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from warp_jax import files, trees
 from warp_jax.data import batches
 from warp_jax.evaluation import statistics
-from warp_jax.parallel import hosts, meshes
+from warp_jax.parallel import hosts, meshes, stopping
 from warp_jax.training import sampling
 from warp_jax.types import Array, Params, PromptBatch, RewardError, RewardFn, Rollout, StorageError
 
@@ -73,10 +73,14 @@ def evaluate(examiner: Examiner, params: Params) -> Evaluation:
     Raises:
         FloatingPointError: a KL is not finite, in every process.
         RewardError: from the reward functions.
+        Stopped: a signal asked for it.
     """
     laid_out = examiner.sampler.lay_out(trees.join(params, examiner.frozen_params))
     count = len(examiner.eval_prompts.example_ids) // examiner.batch_size
-    measured = [_evaluate_batch(examiner, params, laid_out, number) for number in range(count)]
+    measured = []
+    for number in range(count):
+        stopping.stop_if_requested("an evaluation, which will be made again")
+        measured.append(_evaluate_batch(examiner, params, laid_out, number))
     columns = {name: np.concatenate([batch[name] for batch in measured]) for name in measured[0]}
     if bad := np.count_nonzero(~np.isfinite(columns["sft_kl"])):
         raise FloatingPointError(

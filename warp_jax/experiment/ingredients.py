@@ -138,7 +138,13 @@ class Maker:
         if finished:
             checkpoint.forget_state(directory)  # a killed job may have left it
             return trees.join(checkpoint.restore_params(directory / "params", task.params), task.frozen_params)
-        schedule = loop.Schedule(settings.num_steps, directory, self.settings.checkpoint_every, self.progress.on_step)
+        schedule = loop.Schedule(
+            num_steps=settings.num_steps,
+            directory=directory,
+            checkpoint_every=self.settings.checkpoint_every,
+            on_step=self.progress.on_step,
+            checkpoint_minutes=self.settings.checkpoint_minutes,
+        )
         optimizer = optimizers.make_optimizer(settings, self.settings.adam)
         trained = supervised.fit(task, optimizer, self.mesh, schedule)
         params = trees.join(trained, task.frozen_params)

@@ -110,8 +110,14 @@ class Job:
             if step in evaluated:
                 self.evaluations.get(evaluated[step], lambda: state.params)
 
-        num_steps = settings.warp.steps_per_iteration[iteration - 1]
-        schedule = loop.Schedule(num_steps, directory, settings.checkpoint_every, self.progress.on_step, after_step)
+        schedule = loop.Schedule(
+            num_steps=settings.warp.steps_per_iteration[iteration - 1],
+            directory=directory,
+            checkpoint_every=settings.checkpoint_every,
+            on_step=self.progress.on_step,
+            after_step=after_step,
+            checkpoint_minutes=settings.checkpoint_minutes,
+        )
         params = reinforce.run_policy(self.trainer, init_params, iteration=iteration, run=run, schedule=schedule)
         checkpoint.save_params(directory / "params", params, directory / metric_writer.FILE)
 

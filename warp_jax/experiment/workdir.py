@@ -19,7 +19,7 @@ FINGERPRINTS = "models.json"
 DATA = "data.json"
 LOCK = "lock"  # held while a job claims the workdir, or makes the inputs that all runs share
 # settings that may change on resume; another mesh changes rounding only
-MAY_CHANGE = re.compile(r"report\.|front\.|mesh |(gold|rewards\.[^ ]+)\.timeout ")
+MAY_CHANGE = re.compile(r"checkpoint_(every|minutes) |report\.|front\.|mesh |(gold|rewards\.[^ ]+)\.timeout ")
 
 
 def claim(settings: Settings, workdir: Path, corpora: Mapping[str, corpus.Corpus]) -> None:

@@ -21,6 +21,7 @@ LearningRate = Annotated[float, Field(gt=0, le=100)]
 Temperature = Annotated[float, Field(ge=0.001, le=100)]
 Eta = Annotated[float, Field(ge=0, le=100)]
 Seconds = Annotated[float, Field(gt=0, le=10**9)]
+Minutes = Seconds
 Lax = Field(strict=False)  # lists count as tuples, because JSON has no tuples
 
 

@@ -24,6 +24,7 @@ class Settings(groups.Group):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     checkpoint_every: groups.Count
+    checkpoint_minutes: groups.Minutes = 10.0  # missing in older workdirs
     mesh: Annotated[tuple[int, ...], groups.Lax]
     data: groups.Data
     tokenizer: groups.Tokenizer | None = None  # only without model.source

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -10,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from warp_jax.models import partitioning
-from warp_jax.parallel import hosts, meshes
+from warp_jax.parallel import hosts, meshes, stopping
 from warp_jax.storage import checkpoint
 from warp_jax.training import metric_writer
 from warp_jax.training.metric_writer import MetricWriter
@@ -45,10 +46,40 @@ class Schedule(NamedTuple):
 
     num_steps: int
     directory: Path  # for the saved state and the metrics
-    checkpoint_every: int  # steps between two saves
+    checkpoint_every: int  # steps between two saves at most
     on_step: OnStep  # called after each step is logged
-    # after_step(steps done, state): called after each step, and again if the step is repeated after a kill
+    # after_step(steps done, state): called after each step, and again for a restored state or a repeated step
     after_step: Callable[[int, Any], None] = lambda done, state: None
+    checkpoint_minutes: float = math.inf  # time between two saves at most
+
+
+class SaveTimes:
+    """When to save: every so many steps, or earlier if the last save is too old. All processes agree."""
+
+    def __init__(self, start: int, every_steps: int, every_minutes: float):
+        self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
+        self.saved(start)
+
+    def saved(self, done: int) -> None:
+        """Note that the state after `done` steps was saved."""
+        self._saved, self._since = done, time.monotonic()
+        self._look = done + 1  # when to look at the clock; the others wait for process 0 there
+
+    def due(self, done: int) -> bool:
+        """True if the state after `done` steps is to be saved; asked after each step."""
+        if done % self._every_steps == 0:
+            return True
+        if done < self._look:
+            return False
+        left = hosts.number_of_first(lambda: self._steps_left(done))
+        self._look = done + math.ceil(left / 2)
+        return not left
+
+    def _steps_left(self, done: int) -> int:
+        """Steps until the time is over, at the speed since the last save."""
+        seconds = time.monotonic() - self._since
+        left = (self._every_seconds - seconds) / max(seconds, 1e-3) * (done - self._saved)
+        return math.ceil(min(max(left, 0), self._every_steps))
 
 
 def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Schedule) -> State:
@@ -65,7 +96,8 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
     Raises:
         FloatingPointError: a metric is not finite.
         StorageError: all saved states are damaged.
-        RewardError: step_fn raised it; the state before this step is saved.
+        RewardError: step_fn or after_step raised it; the state after the last whole step is saved.
+        Stopped: a signal asked for it; the state after the last step is saved.
     """
     directory, on_step = schedule.directory, schedule.on_step
     store = checkpoint.StateStore(directory / "state", log=directory / metric_writer.FILE)
@@ -78,30 +110,35 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
     on_step(start, {})
     writer = MetricWriter(directory, start) if hosts.is_first() else None
     with contextlib.closing(store), contextlib.closing(writer) if writer else contextlib.nullcontext():
+        done = start
         pending: Metrics = {}
+        saves = SaveTimes(start, schedule.checkpoint_every, schedule.checkpoint_minutes)
         try:
+            if start:
+                schedule.after_step(start, state)  # it may have been interrupted in there
             for step in range(start, schedule.num_steps):
-                try:
-                    state, metrics = step_fn(state, step)
-                except RewardError:  # raised before the state is updated: save it, so that no step is lost
-                    if pending:
-                        _log(writer, step - 1, pending, on_step)
-                        store.save(step, state)
-                    raise
+                state, metrics = step_fn(state, step)
                 if pending:
                     _log(writer, step - 1, pending, on_step)
-                pending = metrics
-                done = step + 1
+                done, pending = step + 1, metrics
                 schedule.after_step(done, state)
-                is_saved = done % schedule.checkpoint_every == 0
-                if done == schedule.num_steps or is_saved:
+                stopping.stop_if_requested(f"{directory.name}, saved after step {done}")
+                is_saved = saves.due(done)
+                if is_saved or done == schedule.num_steps:
                     _log(writer, step, pending, on_step)
                     pending = {}
                 if is_saved:
                     store.save(done, state)
+                    saves.saved(done)
+        except (RewardError, stopping.Stopped):  # raised in every process, with a whole state: no step is lost
+            if pending:
+                _log(writer, done - 1, pending, on_step)
+                store.save(done, state)
+            raise
+        except FloatingPointError:  # raised in every process
+            raise
         except Exception as error:
-            if not isinstance(error, FloatingPointError | RewardError):  # raised in every process: none waits
-                hosts.exit_if_multihost(error)  # before closing the store, which would wait for the others
+            hosts.exit_if_multihost(error)  # before closing the store, which would wait for the others
             raise
     return state
 
