@@ -396,7 +396,7 @@ def test_slurm_submits_runs_and_merges_in_order(tmp_path):
     assert (dry.returncode, dry.stderr, _calls(tmp_path)) == (0, "", [])
     done = run(command, **environment)
     assert (done.returncode, done.stderr) == (0, "")
-    common = ["--nodes=2", "--ntasks-per-node=1", "--requeue", "--open-mode=append", "--signal=B:USR1@120"]
+    common = ["--nodes=2", "--ntasks-per-node=1", "--requeue", "--open-mode=append", "--signal=B:USR1@300"]
     common += ["--partition=gpu", "--time=60"]
     waits, array = ("--dependency=afterok:", "--kill-on-invalid-dep=yes"), "--array=1-3"
     jobs = [(1, "run", [array]), (1, "merge", [waits[0] + "101", waits[1]])]
@@ -455,16 +455,21 @@ def test_a_job_of_slurm_that_failed_is_queued_again(code, variables, requeued, t
     assert _calls(tmp_path)[1:] == ([["sleep", "60"], ["scontrol", "requeue", requeued]] if requeued else [])
 
 
-def test_a_job_near_its_time_limit_is_queued_again(tmp_path):
-    """Fails when USR1 ends the job, does not put it into the queue again once, or hides the exit code of main."""
-    stub = "touch started; while [ ! -e stop ]; do sleep 0.02; done; exit 5"
+@pytest.mark.parametrize(("ends", "code"), [(True, 75), (False, 5)], ids=["saved in time", "not saved in time"])
+def test_a_job_near_its_time_limit_is_queued_again(ends, code, tmp_path):
+    """Fails when USR1 is not passed on, is not followed by one requeue, ends the job, or hides main's exit code.
+
+    A job that ignores the signal is requeued GRACE seconds later; `scontrol requeue` then ends it.
+    """
+    stub = f"trap '{'exit 75' if ends else ':'}' USR1; touch started; while [ ! -e stop ]; do sleep 0.02; done; exit 5"
     environment = ENV | _programs(tmp_path, srun=stub, scontrol="touch stop")
-    environment |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1", "PAUSE": "0"}
+    environment |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1", "PAUSE": "50"}
+    environment |= {"GRACE": "50" if ends else "1"}
     job = start([SLURM[0], "inside", "run", "1", *ARGUMENTS], environment)
     while not (tmp_path / "started").exists():
         time.sleep(0.02)
     job.send_signal(signal.SIGUSR1)
-    assert finish(job)[0] == 5
+    assert finish(job)[0] == code
     assert _calls(tmp_path)[1:] == [["scontrol", "requeue", "77"]]
 
 
@@ -477,6 +482,7 @@ def test_a_job_near_its_time_limit_is_queued_again(tmp_path):
         (ARGUMENTS, {"NODES": "0"}, "NODES: got '0'"),
         (ARGUMENTS, {"RESTARTS": "-1"}, "RESTARTS: got '-1'"),
         (ARGUMENTS, {"PAUSE": "1m"}, "PAUSE: got '1m'"),
+        (ARGUMENTS, {"GRACE": "4m"}, "GRACE: got '4m'"),
         (ARGUMENTS, {"PYTHON": "no_such_python"}, "PYTHON: got 'no_such_python'"),
     ],
 )
