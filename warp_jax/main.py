@@ -6,7 +6,7 @@ workdir, it resumes. configs/default.py explains every setting.
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from warp_jax import cli
 from warp_jax.data.corpus import Corpus
 from warp_jax.experiment import inputs, jobs, preparation, warp
-from warp_jax.experiment.workdir import claim
+from warp_jax.experiment.workdir import ACCEPTABLE, claim
 from warp_jax.parallel import hosts, stopping, supervisor
 from warp_jax.settings import Settings, from_config
 from warp_jax.types import RewardError, StorageError
@@ -26,6 +26,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all results; a job in
 RUN = flags.DEFINE_integer("run", 0, "Train only this run of one iteration, 1 to warp.num_runs; 0 = the whole job.")
 MERGE = flags.DEFINE_bool("merge", False, "Merge the finished runs of one iteration; the last merge writes the report.")
 ITERATION = flags.DEFINE_integer("iteration", 0, "Iteration of --run or --merge; 0 = the first that is not merged.")
+ACCEPT = flags.DEFINE_list(
+    "accept", [], f"Go on although these inputs have changed since the workdir was made: {', '.join(ACCEPTABLE)}."
+)
 MULTIHOST = flags.DEFINE_bool("multihost", False, "Run as one of several processes, all started with the same command.")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, if JAX does not find it itself.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes, if JAX does not find it itself.")
@@ -35,17 +38,19 @@ flags.DEFINE_bool(
 )
 
 
-def check(settings: Settings, workdir: Path) -> Mapping[str, Corpus]:
+def check(settings: Settings, workdir: Path, accept: Collection[str] = ()) -> Mapping[str, Corpus]:
     """Load the data, check all input, then claim the workdir. Bad input raises ValueError, and nothing is written."""
 
     def read() -> Mapping[str, Corpus]:
+        if unknown := set(accept) - set(ACCEPTABLE):
+            raise ValueError(f"accept: got {min(unknown)!r}, want some of {', '.join(ACCEPTABLE)}")
         inputs.check(settings)
         corpora = preparation.load_corpora(settings)
         inputs.try_rewards(settings, corpora)
         return corpora
 
     corpora = hosts.all_or_none(read)
-    claim(settings, workdir, corpora)
+    claim(settings, workdir, corpora, accept)
     return corpora
 
 
@@ -75,7 +80,7 @@ def _run(config: ConfigDict, workdir: Path) -> None:
     """Run the part of the job that the flags name; print errors that a user can correct in one line."""
     try:
         settings = hosts.all_or_none(lambda: from_config(config.to_dict()))
-        corpora = check(settings, workdir)
+        corpora = check(settings, workdir, ACCEPT.value)
         part = jobs.choose_part(settings, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
     except RewardError as error:
         _end(error)

@@ -1,7 +1,9 @@
 """A workdir belongs to one config and to one set of rows."""
 
 import json
+import sys
 
+import jax
 import pytest
 
 from tests.settings_of import settings_of
@@ -13,11 +15,11 @@ ROWS = [{"text": f"film number {i}", "label": i % 2, "answer": i} for i in range
 CHANGES = {"data.reward_fraction": 0.3, "data.gold_fraction": 0.3, "data.prompts_fraction": 0.2}
 
 
-def _claim(tmp_path, rows):
+def _claim(tmp_path, rows, accept=(), **changes):
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = settings_of({**CHANGES, "data.source": str(source)})
-    workdir.claim(settings, tmp_path / "run", preparation.load_corpora(settings))
+    settings = settings_of({**CHANGES, "data.source": str(source), **changes})
+    workdir.claim(settings, tmp_path / "run", preparation.load_corpora(settings), accept)
 
 
 CHANGED = {
@@ -48,6 +50,48 @@ def test_a_fingerprint_edited_by_hand_is_refused(tmp_path):
     (tmp_path / "run" / workdir.DATA).write_text("{}")
     with pytest.raises(ValueError, match=r"\(\? rows, now 300\)"):
         _claim(tmp_path, ROWS)
+
+
+def test_other_rows_are_accepted_by_name_and_noted(tmp_path):
+    """Fails when --accept=models lets rows change, or the start does not say what was accepted."""
+    _claim(tmp_path, ROWS)
+    with pytest.raises(ValueError, match="or go on with both by --accept=data"):
+        _claim(tmp_path, ROWS[1:], accept=["models", "rewards"])
+    _claim(tmp_path, ROWS[1:], accept=["data"])
+    _claim(tmp_path, ROWS[1:])
+    starts = [json.loads(line) for line in (tmp_path / "run" / workdir.STARTS).read_text().splitlines()]
+    assert [start["accepted"] for start in starts] == [[], ["data"], []]
+    assert starts[0]["versions"]["jax"] == jax.__version__
+
+
+def test_other_code_of_a_reward_function_is_refused(tmp_path, monkeypatch):
+    """Fails when the rewards of two versions of a function share one front, or code of this package counts."""
+    module = tmp_path / "a_users_rewards.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    parts = {
+        "mine": {"source": "a_users_rewards:score", "weight": 1.0},
+        "right": {"source": "warp_jax.rewards.math_answers:score", "weight": 0.5},
+    }
+    rows = [{**row, "answer": "3"} for row in ROWS]
+    for code in ("score = lambda p, c, rows: [1.0] * len(c)", "score = lambda p, c, rows: [0.5] * len(c)"):
+        monkeypatch.delitem(sys.modules, "a_users_rewards", raising=False)
+        module.write_text(code + "\n")
+        if "0.5" in code:
+            with pytest.raises(ValueError, match=r"other code of a_users_rewards:score.*--accept=rewards"):
+                _claim(tmp_path, rows, rewards=parts)
+            _claim(tmp_path, rows, accept=["rewards"], rewards=parts)
+        _claim(tmp_path, rows, rewards=parts)
+    assert files.read_json(tmp_path / "run" / workdir.REWARDS).keys() == {"a_users_rewards:score"}
+
+
+@pytest.mark.parametrize("name", [workdir.DATA, workdir.FINGERPRINTS, workdir.REWARDS])
+@pytest.mark.parametrize("content", ["[]", "null", "{", ""])
+def test_damaged_fingerprints_are_one_line(tmp_path, name, content):
+    _claim(tmp_path, ROWS)
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(ValueError, match=name) as error:
+        _claim(tmp_path, ROWS)
+    assert "\n" not in str(error.value)
 
 
 def test_the_same_rows_are_accepted_in_any_order(tmp_path):

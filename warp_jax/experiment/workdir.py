@@ -1,13 +1,20 @@
-"""A workdir: the config that it belongs to, and fingerprints of the models and rows that were used in it."""
+"""A workdir: the config that it belongs to, and fingerprints of the models, rows and reward functions used in it."""
 
+import datetime
 import functools
+import hashlib
+import importlib
+import json
+import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from warp_jax import files
+import jax
+
+from warp_jax import cli, files
 from warp_jax.data import corpus
 from warp_jax.parallel import hosts
 from warp_jax.pretrained import sources
@@ -16,17 +23,22 @@ from warp_jax.storage import model_files
 
 CONFIG = "config.json"
 FINGERPRINTS = "models.json"
+REWARDS = "rewards.json"
 DATA = "data.json"
+STARTS = "starts.jsonl"  # one line a start: time, versions, devices, and what it was told to accept
+ACCEPTABLE = ("data", "models", "rewards")  # inputs that --accept lets change
 LOCK = "lock"  # held while a job claims the workdir, or makes the inputs that all runs share
 # settings that may change on resume; another mesh changes rounding only
 MAY_CHANGE = re.compile(r"checkpoint_(every|minutes) |report\.|front\.|mesh |(gold|rewards\.[^ ]+)\.timeout ")
 
 
-def claim(settings: Settings, workdir: Path, corpora: Mapping[str, corpus.Corpus]) -> None:
-    """Write config.json, if the workdir is new or belongs to the same rows and config, apart from MAY_CHANGE.
+def claim(
+    settings: Settings, workdir: Path, corpora: Mapping[str, corpus.Corpus], accept: Collection[str] = ()
+) -> None:
+    """Write config.json, if the workdir is new or belongs to the same inputs and config, apart from MAY_CHANGE.
 
-    Jobs of one workdir may start at the same time. Raises ValueError if the workdir belongs to another config, other
-    rows or other models, holds other files, or cannot be written.
+    Jobs of one workdir may start at the same time. accept: inputs of ACCEPTABLE that may have changed. Raises
+    ValueError if the workdir belongs to another config or to other inputs, holds other files, or cannot be written.
     """
     waiting = f"another process is preparing {workdir}: waiting for it"
 
@@ -34,17 +46,35 @@ def claim(settings: Settings, workdir: Path, corpora: Mapping[str, corpus.Corpus
         _check_owner(settings, workdir)  # before the lock, which is a file in there
         with files.locked(workdir / LOCK, functools.partial(print, waiting, file=sys.stderr)):
             _check_owner(settings, workdir)
-            fingerprints = check_models_unchanged(settings, workdir)
-            rows = check_rows_unchanged(settings.data.source, corpora, workdir)
+            models = _model_fingerprints(settings) if "models" in accept else check_models_unchanged(settings, workdir)
+            rows = _rows(corpora) if "data" in accept else check_rows_unchanged(settings.data.source, corpora, workdir)
+            rewards = _check_rewards_unchanged(settings, workdir, accept="rewards" in accept)
             files.write_json(workdir / CONFIG, settings.as_json())
-            if fingerprints:
-                files.write_json(workdir / FINGERPRINTS, fingerprints)
-            files.write_json(workdir / DATA, rows)
+            for name, content in ((FINGERPRINTS, models), (REWARDS, rewards), (DATA, rows)):
+                if content:
+                    files.write_json(workdir / name, content)
+            _note_start(workdir, accept)
 
     try:
         hosts.on_first_process(claim_locked)
     except OSError as error:
         raise ValueError(f"workdir: cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
+
+
+def _note_start(workdir: Path, accept: Collection[str]) -> None:
+    """Append a line about this process to STARTS."""
+    devices = jax.devices()
+    start = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": dict(line.rsplit(" ", 1) for line in cli.versions().splitlines()),
+        "devices": f"{len(devices)} {devices[0].device_kind}",
+        "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "accepted": sorted(accept),
+    }
+    path = workdir / STARTS
+    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    files.write_text(path, before + json.dumps(start) + "\n")
 
 
 def read_settings(workdir: Path) -> Settings:
@@ -65,33 +95,77 @@ def check_models_unchanged(settings: Settings, workdir: Path) -> dict[str, str]:
 
     Raises ValueError if a model's files have changed since the workdir was made.
     """
-    names = [part.source for part in settings.reward_parts.values()]
-    folders = {name: Path(name) for name in (*names, settings.gold.source) if name and Path(name).is_dir()}
-    if settings.model.source:
-        folders[settings.model.source] = sources.find(settings.model.source)
-    found, path = {name: model_files.fingerprint(folder) for name, folder in folders.items()}, workdir / FINGERPRINTS
-    before = files.read_json(path) if path.exists() else {}
+    found, before = _model_fingerprints(settings), _stored(workdir / FINGERPRINTS)
     for source, fingerprint in found.items():
         stored = before.get(source, fingerprint)
-        if stored != fingerprint and stored != _older_fingerprint(folders[source]):
+        if stored != fingerprint and stored != _older_fingerprint(_model_folders(settings)[source]):
             raise ValueError(
                 f"workdir {workdir} was made with other files of {source}, and its weights belong to them; "
-                "restore those files, or choose another --workdir"
+                f"restore those files, or choose another --workdir{_or_accept('models')}"
             )
     return found
 
 
+def _model_folders(settings: Settings) -> dict[str, Path]:
+    """Folder of every pretrained model, by its name in the config."""
+    names = [part.source for part in settings.reward_parts.values()]
+    folders = {name: Path(name) for name in (*names, settings.gold.source) if name and Path(name).is_dir()}
+    if settings.model.source:
+        folders[settings.model.source] = sources.find(settings.model.source)
+    return folders
+
+
+def _model_fingerprints(settings: Settings) -> dict[str, str]:
+    return {name: model_files.fingerprint(folder) for name, folder in _model_folders(settings).items()}
+
+
 def check_rows_unchanged(source: str, corpora: Mapping[str, corpus.Corpus], workdir: Path) -> dict[str, Any]:
     """Number and fingerprint of the rows. Raises ValueError if the workdir has others; older workdirs have none."""
-    count = sum(len(split.rows) for split in corpora.values())
-    found, path = {"rows": count, "fingerprint": corpus.fingerprint(corpora)}, workdir / DATA
-    before = files.read_json(path) if path.exists() else found
+    found = _rows(corpora)
+    before = _stored(workdir / DATA) if (workdir / DATA).exists() else found
     if before != found:
         raise ValueError(
-            f"workdir {workdir} was made with other rows of {source} ({before.get('rows', '?')} rows, now {count}), "
-            "and its results belong to them; restore those rows, or choose another --workdir"
+            f"workdir {workdir} was made with other rows of {source} ({before.get('rows', '?')} rows, now "
+            f"{found['rows']}), and its results belong to them; restore those rows, or choose another --workdir"
+            f"{_or_accept('data')}"
         )
     return found
+
+
+def _rows(corpora: Mapping[str, corpus.Corpus]) -> dict[str, Any]:
+    count = sum(len(split.rows) for split in corpora.values())
+    return {"rows": count, "fingerprint": corpus.fingerprint(corpora)}
+
+
+def _check_rewards_unchanged(settings: Settings, workdir: Path, *, accept: bool) -> dict[str, str]:
+    """Fingerprint of the source file of every reward function of the user's, by its name in the config.
+
+    Raises ValueError if one has changed since the workdir was made.
+    """
+    names = {part.source for part in settings.reward_parts.values()} | {settings.gold.source}
+    found = {}
+    for name in sorted(names):
+        module = name.partition(":")[0]
+        if ":" in name and not Path(name).is_dir() and module.partition(".")[0] != "warp_jax":
+            origin = importlib.import_module(module).__file__
+            found[name] = hashlib.sha256(Path(origin).read_bytes()).hexdigest()[:32] if origin else ""
+    before = {} if accept else _stored(workdir / REWARDS)
+    for name, fingerprint in found.items():
+        if before.get(name, fingerprint) != fingerprint:
+            raise ValueError(
+                f"workdir {workdir} was made with other code of {name}, and its rewards belong to it; restore that "
+                f"code, or choose another --workdir{_or_accept('rewards')}"
+            )
+    return found
+
+
+def _or_accept(kind: str) -> str:
+    return f", or go on with both by --accept={kind}"
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """The fingerprints in a file; {} if it is missing."""
+    return files.read_json(path) if path.exists() else {}
 
 
 def _older_fingerprint(folder: Path) -> str:
