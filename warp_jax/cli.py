@@ -39,12 +39,17 @@ def versions() -> str:
 
 
 def parse_flags(
-    argv: Sequence[str], *, required: Sequence[str], example: str, load: Callable[[], object] = lambda: None
+    argv: Sequence[str],
+    *,
+    required: Sequence[str],
+    example: str,
+    load: Callable[[], object] = lambda: None,
+    arguments: bool = False,
 ) -> list[str]:
     """Parse flags for `app.run`; report errors in one line, without a traceback. With --version, print and exit.
 
     required: names of flags without a default. example: arguments that work, for the error message. load: called after
-    parsing; its errors are reported in the same way.
+    parsing; its errors are reported in the same way. arguments: True if the program takes arguments without a flag.
     """
     try:
         rest = flags.FLAGS(list(argv))
@@ -58,7 +63,7 @@ def parse_flags(
     asks_for_help = any(arg in ("--help", "-h", "--helpfull") for arg in argv)
     if missing and not asks_for_help:
         fail(f"--{missing[0]} is missing; try {example}")
-    if len(rest) > 1 and not asks_for_help:
+    if len(rest) > 1 and not arguments and not asks_for_help:
         fail(f"unexpected argument {rest[1]!r}; options start with --, see --help")
     return rest
 

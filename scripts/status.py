@@ -1,0 +1,43 @@
+"""Show the parts of each workdir (done, running, saved, not begun or damaged), and what a start would do next.
+
+  python scripts/status.py runs/quickstart
+  python scripts/status.py --verify runs/seed0 runs/seed1
+
+It changes nothing. Exit code: 0 all is done, 3 a workdir is unfinished, 2 a workdir is damaged or is none.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from warp_jax import cli
+from warp_jax.experiment import status
+
+_VERIFY = flags.DEFINE_bool("verify", False, "Read every file and compare it with its checksum.")
+
+
+def show(workdir: Path) -> int:
+    """Print the table of one workdir; return its exit code."""
+    try:
+        parts = status.read(workdir, verify=_VERIFY.value)
+    except (ValueError, OSError) as error:
+        print(f"damaged: {' '.join(str(error).split())}")
+        return status.BROKEN
+    print(workdir)
+    for part in parts:
+        print(f"  {part.name:<24} {status.describe(part)}")
+    print(*status.next_lines(parts), sep="\n")
+    return status.exit_code(parts)
+
+
+def main(argv: list[str]) -> None:
+    """Show all workdirs; exit with the code of the worst."""
+    codes = {show(Path(name)) for name in argv[1:]}
+    if not codes:
+        cli.fail("no workdir is given; try scripts/status.py runs/quickstart")
+    sys.exit(status.BROKEN if status.BROKEN in codes else max(codes))
+
+
+if __name__ == "__main__":
+    cli.run(main, required=(), example="runs/quickstart", arguments=True)

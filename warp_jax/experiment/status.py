@@ -1,0 +1,263 @@
+"""What a workdir holds: each part of its job in order, and what a start of the same command would do next.
+
+Reads only, and imports no Orbax and no data libraries, so that it starts fast.
+"""
+
+import csv
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from warp_jax import files
+from warp_jax.evaluation import measure, points
+from warp_jax.settings import Settings, from_config
+from warp_jax.storage import manifest
+from warp_jax.training import metric_writer
+from warp_jax.types import StorageError
+
+DONE, RUNNING, SAVED, NOT_BEGUN, DAMAGED = "done", "running", "saved", "not begun", "damaged"
+UNFINISHED, BROKEN = 3, 2  # exit codes; 0 = all parts are done
+REPORT = ("front.csv", "summary.json", "front.png", "report.html")
+
+
+class Part(NamedTuple):
+    """A part of a job, as its workdir shows it."""
+
+    name: str
+    state: str  # DONE, RUNNING, SAVED, NOT_BEGUN or DAMAGED
+    done: int = 0  # steps or evaluations
+    total: int = 0  # 0: the part has no steps
+    unit: str = "step"
+    note: str = ""  # time left, a state that is skipped; for DAMAGED: which file, and what to delete
+
+
+def read(workdir: Path, *, verify: bool = False) -> list[Part]:
+    """The parts of a whole job, in the order in which it makes them.
+
+    verify: read every file and compare it with its checksum; else only existence is looked at.
+    Raises ValueError if the folder has no config.json, or one that is damaged.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{workdir} has no config.json, want a folder that warp_jax.main made")
+    content = files.read_json(path)
+    try:
+        settings = from_config(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; correct it in that file, or restore it") from error
+    return _Reader(settings, workdir, verify).parts()
+
+
+def describe(part: Part) -> str:
+    """The state of a part in one phrase."""
+    if part.state == DAMAGED:
+        return DAMAGED
+    count = f"{part.unit} {part.done} of {part.total}" if part.total else ""
+    state = f"saved at {count}" if part.state == SAVED else part.state
+    return ", ".join(filter(None, [state, count if part.state == RUNNING else "", part.note]))
+
+
+def next_lines(parts: Sequence[Part]) -> list[str]:
+    """What a start of the same command would do next; or a line for each damage."""
+    if damaged := [f"{DAMAGED}: {part.note}" for part in parts if part.state == DAMAGED]:
+        return damaged
+    part = next((part for part in parts if part.state != DONE), None)
+    if part is None:
+        return ["next: nothing is left; a start writes the report again"]
+    if part.state == RUNNING:
+        return [f"next: {part.name} is being made by another process; wait for it, or stop it"]
+    if part.state == SAVED:
+        return [f"next: a start continues {part.name} from {part.unit} {part.done} of {part.total}"]
+    return [f"next: a start begins {part.name}"]
+
+
+def exit_code(parts: Iterable[Part]) -> int:
+    """0 if all parts are done, BROKEN if one is damaged, else UNFINISHED."""
+    states = {part.state for part in parts}
+    return BROKEN if DAMAGED in states else UNFINISHED if states - {DONE} else 0
+
+
+def minutes_left(folder: Path, started: float, done: int, total: int) -> str:
+    """Estimate for a running training, from its steps since a save, or since the process started (a file time)."""
+    times = {step: _time(folder / "state" / str(step)) for step in _saved_steps(folder)}
+    saves = [(time, step) for step, time in times.items() if time > started]
+    since, before = min(saves, default=(started, max(times, default=0)))
+    seconds = _time(folder / metric_writer.FILE) - since
+    if done <= before or seconds <= 0:
+        return ""
+    return f"about {(total - done) * seconds / (done - before) / 60:.1f} min left"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    settings: Settings
+    workdir: Path
+    verify: bool
+
+    def parts(self) -> list[Part]:
+        settings, warp = self.settings, self.settings.warp
+        lock = self.workdir / "lock"  # of inputs, SFT and reward model together: the first unfinished one is running
+        parts = [self.inputs(lock)]
+        for name, steps in (
+            ("sft", settings.sft.num_steps),
+            ("reward_model", settings.needs_reward_model * settings.reward_model.num_steps),
+        ):
+            if steps:
+                is_next = all(part.state == DONE for part in parts)
+                parts.append(self.trained(name, steps, lock if is_next else None, {}))
+        parts.append(self.evaluated("evaluation of sft", {"sft"}))
+        for i in range(1, warp.num_iterations + 1):
+            for run in range(1, warp.num_runs + 1):
+                name = f"iteration_{i}/run_{run}"
+                evaluations, lock = points.trajectory(settings, i, run), self.workdir / name / "lock"
+                parts.append(self.trained(name, warp.steps_per_iteration[i - 1], lock, evaluations))
+            parts.append(self.merged(f"iteration_{i}/merged"))
+            parts.append(self.evaluated(f"front of iteration_{i}", points.front_names(settings, i) - {"sft"}))
+        return [*parts, self.report()]
+
+    def inputs(self, lock: Path) -> Part:
+        """Tokenizer and gold reward, if they are made here, and the fingerprints of models and rows."""
+        made = {
+            "tokenizer.json": not self.settings.model.source,
+            "gold/gold.json": self.settings.gold.source == "tfidf",
+        }
+        fingerprints = [self.workdir / name for name in ("models.json", "data.json")]
+        needed = [self.workdir / name for name, is_made in made.items() if is_made]
+        if damage := self.json_damage([*fingerprints, *needed]):
+            return Part("inputs", DAMAGED, note=damage)
+        if all(path.exists() for path in needed):
+            return Part("inputs", DONE)
+        return Part("inputs", RUNNING if files.is_locked(lock) else NOT_BEGUN)
+
+    def trained(self, name: str, steps: int, lock: Path | None, evaluations: Mapping[int, str]) -> Part:
+        """SFT, the reward model or a run. evaluations: those made on the way, by step."""
+        folder = self.workdir / name
+        if not (folder / "params").exists():
+            if lock and files.is_locked(lock):
+                return _running(name, folder, _time(lock), steps)
+            part = self.saved(name, folder / "state", steps)
+        elif damage := self.weights_damage(folder / "params") or self.json_damage(folder.glob("*.json")):
+            part = Part(name, DAMAGED, note=damage)
+        else:
+            part = Part(name, DONE, steps, steps)
+        if part.state != DAMAGED and (damage := self.trajectory_damage(folder, evaluations, part.done)):
+            return Part(name, DAMAGED, note=damage)
+        if part.state == DONE and not all(self.evaluation(x).exists() for x in evaluations.values()):
+            return part._replace(state=SAVED)  # the last evaluation is made from the weights
+        return part
+
+    def saved(self, name: str, state: Path, steps: int) -> Part:
+        """Unfinished training: it continues from the newest state that is not damaged."""
+        saved = _saved_steps(state.parent)
+        if not saved:
+            return Part(name, NOT_BEGUN, 0, steps)
+        damage = {step: manifest.damage(state / str(step)) if self.verify else "" for step in saved}
+        newest = damage[saved[0]]
+        whole = [step for step in saved if not damage[step]]
+        if not whole:
+            return Part(name, DAMAGED, note=f"{newest}; delete {state} to train this part from its start")
+        return Part(name, SAVED, whole[0], steps, note=f"{newest}: it is left out" if newest else "")
+
+    def merged(self, name: str) -> Part:
+        merged, geometry = self.workdir / name, (self.workdir / name).with_name("geometry.json")
+        if not merged.exists():
+            return Part(name, RUNNING if files.is_locked(merged.with_name("lock")) else NOT_BEGUN)
+        damage = self.weights_damage(merged)
+        if not damage and not geometry.exists():
+            damage = f"{geometry} is missing; delete {merged} to make both again"
+        if not damage and self.json_damage([geometry]):
+            damage = f"{geometry} is not what was written; delete it and {merged} to make both again"
+        return Part(name, DAMAGED, note=damage) if damage else Part(name, DONE)
+
+    def evaluated(self, name: str, evaluations: Iterable[str]) -> Part:
+        paths = [self.evaluation(x) for x in sorted(evaluations)]
+        found = [path for path in paths if path.exists()]
+        for path in found:
+            if self.is_broken(path):
+                return Part(name, DAMAGED, note=_make_again(path))
+        state = DONE if len(found) == len(paths) else SAVED if found else NOT_BEGUN
+        return Part(name, state, len(found), len(paths), "evaluation")
+
+    def report(self) -> Part:
+        """The report is done if front.csv has the points of the config, which front.etas may have changed since."""
+        paths = [self.workdir / name for name in REPORT]
+        if not all(path.exists() for path in paths):
+            return Part("report", NOT_BEGUN)
+        if damage := self.json_damage([self.workdir / "summary.json"]):
+            return Part("report", DAMAGED, note=damage)
+        is_current = _evaluations_in(paths[0]) == points.evaluation_names(self.settings)
+        return Part("report", DONE if is_current else NOT_BEGUN)
+
+    def evaluation(self, name: str) -> Path:
+        return self.workdir / "evaluations" / f"{name}.npz"
+
+    def is_broken(self, evaluation: Path) -> bool:
+        try:
+            if self.verify:
+                measure.load_evaluation(evaluation)
+        except StorageError:
+            return True
+        return False
+
+    def trajectory_damage(self, folder: Path, evaluations: Mapping[int, str], done: int) -> str:
+        """What is wrong with a run's evaluations. Policies before step `done` are not saved: they are trained again."""
+        for step, name in evaluations.items():
+            path = self.evaluation(name)
+            if not path.exists():
+                if step < done:
+                    return f"{path} is missing, and its policy is not saved; delete {folder} to make both again"
+            elif self.is_broken(path):
+                also = f" and {folder}, whose policy of that step is not saved," if step < done else ""
+                return f"{path} is not what was written; delete it{also} to make it again"
+        return ""
+
+    def weights_damage(self, folder: Path) -> str:
+        damage = manifest.damage(folder) if self.verify else ""
+        return f"{damage}; delete {folder} to make it again" if damage else ""
+
+    def json_damage(self, paths: Iterable[Path]) -> str:
+        for path in paths if self.verify else ():
+            try:
+                if path.exists():
+                    files.read_json(path)
+            except ValueError:
+                return _make_again(path)
+        return ""
+
+
+def _running(name: str, folder: Path, started: float, steps: int) -> Part:
+    log = folder / metric_writer.FILE
+    is_new = _time(log) > started  # else it has rows of an earlier process, which are made again
+    done = len(metric_writer.read_rows(log)) if is_new else max(_saved_steps(folder), default=0)
+    return Part(name, RUNNING, done, steps, note=minutes_left(folder, started, done, steps))
+
+
+def _saved_steps(folder: Path) -> list[int]:
+    """Steps of the saved states of a training, newest first."""
+    return sorted((int(path.name) for path in folder.glob("state/*") if path.name.isdigit()), reverse=True)
+
+
+def _time(path: Path) -> float:
+    """When a file was last written; 0 if it is missing."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _make_again(path: Path) -> str:
+    return f"{path} is not what was written; delete it to make it again"
+
+
+def _evaluations_in(front: Path) -> set[str]:
+    """Names of the evaluations that front.csv shows; empty if it is broken."""
+    try:
+        return {
+            points.evaluation_name(
+                row["stage"], int(row["iteration"]), int(row["run"]), float(row["eta"]), int(row["step"])
+            )
+            for row in csv.DictReader(front.read_text().splitlines())
+        }
+    except (ValueError, TypeError, KeyError):
+        return set()
