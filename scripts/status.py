@@ -22,7 +22,7 @@ def show(workdir: Path) -> int:
     try:
         parts = status.read(workdir, verify=_VERIFY.value)
     except (ValueError, OSError) as error:
-        print(f"damaged: {' '.join(str(error).split())}")
+        cli.print_error(str(error))
         return status.BROKEN
     print(workdir)
     for part in parts:

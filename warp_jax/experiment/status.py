@@ -78,19 +78,22 @@ def exit_code(parts: Iterable[Part]) -> int:
     return BROKEN if DAMAGED in states else UNFINISHED if states - {DONE} else 0
 
 
-def minutes_left(folder: Path, started: float, done: int, total: int) -> str:
-    """Estimate for a running training, from its steps since a save, or since the process started (a file time)."""
+def minutes_left(folder: Path, done: int, total: int) -> str:
+    """Time left of a running training, from its steps since a save, or since the process began to write its log."""
+    started = max((float(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")), default=0.0)
     times = {step: _time(folder / "state" / str(step)) for step in _saved_steps(folder)}
     saves = [(time, step) for step, time in times.items() if time > started]
     since, before = min(saves, default=(started, max(times, default=0)))
     seconds = _time(folder / metric_writer.FILE) - since
-    if done <= before or seconds <= 0:
+    if not started or done <= before or seconds <= 0:
         return ""
     return f"about {(total - done) * seconds / (done - before) / 60:.1f} min left"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
+    """Reads the parts of one workdir."""
+
     settings: Settings
     workdir: Path
     verify: bool
@@ -117,14 +120,14 @@ class _Reader:
         return [*parts, self.report()]
 
     def inputs(self, lock: Path) -> Part:
-        """Tokenizer and gold reward, if they are made here, and the fingerprints of models and rows."""
+        """Tokenizer and gold reward, if they are made here; the fingerprints of models and rows are only checked."""
         made = {
             "tokenizer.json": not self.settings.model.source,
             "gold/gold.json": self.settings.gold.source == "tfidf",
         }
-        fingerprints = [self.workdir / name for name in ("models.json", "data.json")]
+        others = [self.workdir / name for name in ("models.json", "data.json", "gold/summary.json")]
         needed = [self.workdir / name for name, is_made in made.items() if is_made]
-        if damage := self.json_damage([*fingerprints, *needed]):
+        if damage := self.json_damage([*others, *needed]):
             return Part("inputs", DAMAGED, note=damage)
         if all(path.exists() for path in needed):
             return Part("inputs", DONE)
@@ -135,7 +138,7 @@ class _Reader:
         folder = self.workdir / name
         if not (folder / "params").exists():
             if lock and files.is_locked(lock):
-                return _running(name, folder, _time(lock), steps)
+                return _running(name, folder, lock, steps)
             part = self.saved(name, folder / "state", steps)
         elif damage := self.weights_damage(folder / "params") or self.json_damage(folder.glob("*.json")):
             part = Part(name, DAMAGED, note=damage)
@@ -160,6 +163,7 @@ class _Reader:
         return Part(name, SAVED, whole[0], steps, note=f"{newest}: it is left out" if newest else "")
 
     def merged(self, name: str) -> Part:
+        """The merge of an iteration, and the angles between its runs, which are written before it."""
         merged, geometry = self.workdir / name, (self.workdir / name).with_name("geometry.json")
         if not merged.exists():
             return Part(name, RUNNING if files.is_locked(merged.with_name("lock")) else NOT_BEGUN)
@@ -171,6 +175,7 @@ class _Reader:
         return Part(name, DAMAGED, note=damage) if damage else Part(name, DONE)
 
     def evaluated(self, name: str, evaluations: Iterable[str]) -> Part:
+        """Evaluations of policies that can be made from saved weights."""
         paths = [self.evaluation(x) for x in sorted(evaluations)]
         found = [path for path in paths if path.exists()]
         for path in found:
@@ -226,11 +231,12 @@ class _Reader:
         return ""
 
 
-def _running(name: str, folder: Path, started: float, steps: int) -> Part:
+def _running(name: str, folder: Path, lock: Path, steps: int) -> Part:
     log = folder / metric_writer.FILE
-    is_new = _time(log) > started  # else it has rows of an earlier process, which are made again
-    done = len(metric_writer.read_rows(log)) if is_new else max(_saved_steps(folder), default=0)
-    return Part(name, RUNNING, done, steps, note=minutes_left(folder, started, done, steps))
+    if _time(log) < _time(lock):  # the rows are of an earlier process; those after its last save are made again
+        return Part(name, RUNNING, max(_saved_steps(folder), default=0), steps)
+    done = len(metric_writer.read_rows(log))
+    return Part(name, RUNNING, done, steps, note=minutes_left(folder, done, steps))
 
 
 def _saved_steps(folder: Path) -> list[int]:
@@ -259,5 +265,5 @@ def _evaluations_in(front: Path) -> set[str]:
             )
             for row in csv.DictReader(front.read_text().splitlines())
         }
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, csv.Error):
         return set()
