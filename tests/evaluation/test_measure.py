@@ -12,7 +12,7 @@ from warp_jax.evaluation import measure, points
 from warp_jax.parallel import meshes
 from warp_jax.rewards import reward_functions
 from warp_jax.training import sampling, scoring
-from warp_jax.types import PromptBatch, RewardError, Rewards, Rollout
+from warp_jax.types import PromptBatch, RewardError, Rewards, Rollout, StorageError
 
 # a model of order 1: a table gives the logits of the next token from the last one
 VOCABULARY, STOP, LENGTH = 3, 2, 3
@@ -164,3 +164,23 @@ def test_standard_errors_count_distinct_prompts():
     ids = np.zeros((4, 2))
     found = measure.summary(measure.Evaluation(*[values] * 4, np.array(0.5), ids, ids > 0, np.array([0, 0, 1, 1])))
     assert (found["reward"], found["reward_se"], found["sft_kl_se"]) == pytest.approx((2.0, 1.0, 1.0))
+
+
+def test_no_flipped_bit_of_a_saved_evaluation_goes_unnoticed(tmp_path):
+    """Fails when only errors of zipfile and zlib count: a bit of a header asks for a password."""
+    path, values = tmp_path / "sft.npz", {name: np.arange(3.0) for name in measure.Evaluation._fields}
+    np.savez_compressed(path, **values)
+    whole = path.read_bytes()
+    noticed = 0
+    for bit in {*range(0, 8 * len(whole), 41), 8 * whole.index(b"PK\1\2") + 64}:  # the last one: "is encrypted"
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            evaluation = measure.load_evaluation(path)
+        except StorageError:
+            noticed += 1
+            continue
+        for name, value in values.items():
+            np.testing.assert_array_equal(getattr(evaluation, name), value)
+    assert noticed > 100
