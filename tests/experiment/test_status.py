@@ -21,7 +21,7 @@ from warp_jax.evaluation.measure import Evaluation
 from warp_jax.experiment import status
 from warp_jax.storage import manifest
 
-SETTINGS = settings_of({"front.etas": [0.3, 1.0], "warp.num_iterations": 1, "warp.steps_per_iteration": [6]})
+SETTINGS = settings_of({"front.etas": [0.0, 0.3, 1.0], "warp.num_iterations": 1, "warp.steps_per_iteration": [6]})
 NAMES = (
     "inputs",
     "sft",
@@ -168,7 +168,7 @@ UNFINISHED = {  # what is done to a finished workdir: the part that is unfinishe
     ),
     "no report": (lambda run: (run / "report.html").unlink(), "report", "not begun", "begins report"),
     "report of another front": (
-        lambda run: (run / "front.csv").write_text(front_csv(SETTINGS.replace({"front.etas": [0.2, 1.0]}))),
+        lambda run: (run / "front.csv").write_text(front_csv(SETTINGS.replace({"front.etas": [0.0, 0.2, 1.0]}))),
         "report",
         "not begun",
         "begins report",
