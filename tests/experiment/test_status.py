@@ -220,7 +220,7 @@ DAMAGE = {  # what --verify finds: part, what is done to which file, what to del
     ),
     "last evaluation": ("iteration_1/run_1", flip, "evaluations/policy_i1_r1_s6.npz", "delete it to make"),
     "tokenizer": ("inputs", lambda path: path.write_text(""), "tokenizer.json", "delete it to make"),
-    "rows": ("inputs", lambda path: path.write_text("[]"), "data.json", "delete it to make"),
+    "rows": ("inputs", lambda path: path.write_text("[]"), "data.json", "restore it, or delete it if"),
     "summary": ("report", lambda path: path.write_bytes(b"\xff"), "summary.json", "delete it to make"),
 }
 

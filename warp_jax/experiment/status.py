@@ -18,6 +18,7 @@ from warp_jax.types import StorageError
 
 DONE, RUNNING, SAVED, NOT_BEGUN, DAMAGED = "done", "running", "saved", "not begun", "damaged"
 UNFINISHED, BROKEN = 3, 2  # exit codes; 0 = all parts are done
+DELETE = "delete it to make it again"
 REPORT = ("front.csv", "summary.json", "front.png", "report.html")
 
 
@@ -80,7 +81,7 @@ def exit_code(parts: Iterable[Part]) -> int:
 
 def minutes_left(folder: Path, done: int, total: int) -> str:
     """Time left of a running training, from its steps since a save, or since the process began to write its log."""
-    started = max((float(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")), default=0.0)
+    started = max((float(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.[0-9]*")), default=0.0)
     times = {step: _time(folder / "state" / str(step)) for step in _saved_steps(folder)}
     saves = [(time, step) for step, time in times.items() if time > started]
     since, before = min(saves, default=(started, max(times, default=0)))
@@ -100,15 +101,15 @@ class _Reader:
 
     def parts(self) -> list[Part]:
         settings, warp = self.settings, self.settings.warp
-        lock = self.workdir / "lock"  # of inputs, SFT and reward model together: the first unfinished one is running
-        parts = [self.inputs(lock)]
+        shared = self.workdir / "lock"  # of inputs, SFT and reward model: the first unfinished one is running
+        parts = [self.inputs(shared)]
         for name, steps in (
             ("sft", settings.sft.num_steps),
             ("reward_model", settings.needs_reward_model * settings.reward_model.num_steps),
         ):
             if steps:
                 is_next = all(part.state == DONE for part in parts)
-                parts.append(self.trained(name, steps, lock if is_next else None, {}))
+                parts.append(self.trained(name, steps, shared if is_next else None, {}))
         parts.append(self.evaluated("evaluation of sft", {"sft"}))
         for i in range(1, warp.num_iterations + 1):
             for run in range(1, warp.num_runs + 1):
@@ -125,9 +126,10 @@ class _Reader:
             "tokenizer.json": not self.settings.model.source,
             "gold/gold.json": self.settings.gold.source == "tfidf",
         }
-        others = [self.workdir / name for name in ("models.json", "data.json", "gold/summary.json")]
+        fingerprints = [self.workdir / name for name in ("models.json", "data.json")]
         needed = [self.workdir / name for name, is_made in made.items() if is_made]
-        if damage := self.json_damage([*others, *needed]):
+        damage = self.json_damage(fingerprints, "restore it, or delete it if models and rows are those of before")
+        if damage := damage or self.json_damage([*needed, self.workdir / "gold" / "summary.json"]):
             return Part("inputs", DAMAGED, note=damage)
         if all(path.exists() for path in needed):
             return Part("inputs", DONE)
@@ -170,8 +172,7 @@ class _Reader:
         damage = self.weights_damage(merged)
         if not damage and not geometry.exists():
             damage = f"{geometry} is missing; delete {merged} to make both again"
-        if not damage and self.json_damage([geometry]):
-            damage = f"{geometry} is not what was written; delete it and {merged} to make both again"
+        damage = damage or self.json_damage([geometry], f"delete it and {merged} to make both again")
         return Part(name, DAMAGED, note=damage) if damage else Part(name, DONE)
 
     def evaluated(self, name: str, evaluations: Iterable[str]) -> Part:
@@ -180,7 +181,7 @@ class _Reader:
         found = [path for path in paths if path.exists()]
         for path in found:
             if self.is_broken(path):
-                return Part(name, DAMAGED, note=_make_again(path))
+                return Part(name, DAMAGED, note=f"{path} is not what was written; {DELETE}")
         state = DONE if len(found) == len(paths) else SAVED if found else NOT_BEGUN
         return Part(name, state, len(found), len(paths), "evaluation")
 
@@ -221,13 +222,13 @@ class _Reader:
         damage = manifest.damage(folder) if self.verify else ""
         return f"{damage}; delete {folder} to make it again" if damage else ""
 
-    def json_damage(self, paths: Iterable[Path]) -> str:
+    def json_damage(self, paths: Iterable[Path], advice: str = DELETE) -> str:
         for path in paths if self.verify else ():
             try:
                 if path.exists():
                     files.read_json(path)
             except ValueError:
-                return _make_again(path)
+                return f"{path} is not what was written; {advice}"
         return ""
 
 
@@ -250,10 +251,6 @@ def _time(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:
         return 0.0
-
-
-def _make_again(path: Path) -> str:
-    return f"{path} is not what was written; delete it to make it again"
 
 
 def _evaluations_in(front: Path) -> set[str]:
