@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from warp_jax import files
-from warp_jax.storage import checkpoint, manifest
+from warp_jax.storage import checkpoint, manifest, weight_files
 from warp_jax.types import StorageError
 
 TREE = {"layer": {"kernel": jnp.arange(600.0).reshape(20, 30), "bias": jnp.ones(30)}, "step": jnp.int32(7)}
@@ -105,6 +105,18 @@ def test_a_malformed_manifest_is_damage_not_a_traceback(tmp_path, text):
     checkpoint.save_params(tmp_path / "params", TREE)
     (tmp_path / "params" / manifest.NAME).write_text(text)
     assert "params" in manifest.damage(tmp_path / "params")
+
+
+def test_weights_are_checked_before_they_are_merged_too(tmp_path):
+    """A copy without its log is whole. Mutation: the manifest not looked at, or its logs missed."""
+    (tmp_path / "log").write_text("row\n")
+    checkpoint.save_params(tmp_path / "params", {"a": jnp.arange(50.0)}, tmp_path / "log")
+    copy = tmp_path / "elsewhere" / "params"
+    shutil.copytree(tmp_path / "params", copy)
+    assert weight_files.open_weights(copy).view("a", 3, 5).tolist() == [3.0, 4.0]
+    flip(next((copy / "d").iterdir()), 77)
+    with pytest.raises(ValueError, match=r"is not what was written; make .* again"):
+        weight_files.open_weights(copy)
 
 
 def test_a_folder_of_an_earlier_version_has_no_manifest(tmp_path):

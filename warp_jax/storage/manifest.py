@@ -24,14 +24,17 @@ def seal(folder: Path, logs: Mapping[str, int] | None = None) -> None:
     files.sync_tree(folder)
 
 
-def damage(folder: Path) -> str:
-    """The first difference between a folder and its manifest, in words; "" = none. Older folders have no manifest."""
+def damage(folder: Path, *, with_logs: bool = True) -> str:
+    """The first difference between a folder and its manifest, in words; "" = none. Older folders have no manifest.
+
+    with_logs: compare the logs outside the folder too; False for a folder that may have been copied without them.
+    """
     path = folder / NAME
     if not path.exists():
         return ""
     try:
         manifest = files.read_json(path)
-        wanted, logs = manifest["files"], manifest["logs"]
+        wanted, logs = manifest["files"], manifest["logs"] if with_logs else {}
         found = _contents(folder)
         if odd := sorted(wanted.keys() ^ found.keys()):
             return f"{folder / odd[0]} is {'missing' if odd[0] in wanted else 'not in its manifest'}"

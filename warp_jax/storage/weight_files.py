@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from warp_jax import files, naming
-from warp_jax.storage import model_files
+from warp_jax.storage import manifest, model_files
 from warp_jax.storage.model_files import CONFIG, INDEX, SINGLE
 from warp_jax.storage.safetensors_header import DTYPES, FLOATING, Tensor, make_header, read_header
 
@@ -65,6 +65,8 @@ def open_weights(path: Path) -> WeightFolder:
     Raises ValueError for any other folder, a damaged one, or quantised weights.
     """
     if (path / "_METADATA").is_file():
+        if damage := manifest.damage(path, with_logs=False):
+            raise ValueError(f"{damage}; make {path} again, or copy it again")
         folder: WeightFolder = OrbaxFolder(path)
     else:
         chosen = model_files.find(path)
