@@ -126,7 +126,7 @@ class _Reader:
             "tokenizer.json": not self.settings.model.source,
             "gold/gold.json": self.settings.gold.source == "tfidf",
         }
-        fingerprints = [self.workdir / name for name in ("models.json", "data.json")]
+        fingerprints = [self.workdir / name for name in ("models.json", "data.json", "rewards.json")]
         needed = [self.workdir / name for name, is_made in made.items() if is_made]
         damage = self.json_damage(fingerprints, "restore it, or delete it if models and rows are those of before")
         if damage := damage or self.json_damage([*needed, self.workdir / "gold" / "summary.json"]):

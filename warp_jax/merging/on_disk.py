@@ -138,7 +138,7 @@ class _Job(NamedTuple):
                 matrix += self.maths.gram(np.zeros_like(init), policies) if is_full else deltas
                 moved = deltas.diagonal() > 0
                 if moved.any():  # frozen weights are equal without being one policy twice
-                    noise += moved * rounding.noise_square(policies[moved.argmax()])
+                    noise += moved * rounding.noise_square(policies[int(np.argmax(moved))])
             if not np.isfinite(matrix).all():
                 chunking.raise_not_finite(self.inputs, chunk)
             return matrix, noise
