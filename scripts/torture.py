@@ -31,9 +31,10 @@ from warp_jax import cli, files
 
 KINDS = flags.DEFINE_list("kinds", ["kill", "stop", "power", "flip"], "Ways to disturb a job.")
 TRIALS = flags.DEFINE_integer("trials", 20, "Trials of each kind.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the random moments and places.")
 FOLDER = flags.DEFINE_string("folder", None, "Folder for the workdirs.")
-OUT = flags.DEFINE_string("out", "torture.csv", "CSV file for the results.")
+# tests import several scripts, which have these flags too
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the random moments and places.", allow_override=True)
+OUT = flags.DEFINE_string("out", "torture.csv", "CSV file for the results.", allow_override=True)
 
 FIELDS = ("kind", "trial", "seed", "disturbed", "code", "outcome")
 SHUTDOWN = 0x8004587D, struct.pack("I", 2)  # EXT4_IOC_SHUTDOWN without flushing the journal
