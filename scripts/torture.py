@@ -13,6 +13,7 @@ import contextlib
 import csv
 import fcntl
 import hashlib
+import io
 import os
 import random
 import shutil
@@ -45,7 +46,7 @@ ENV = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TI
 
 
 class Ended(NamedTuple):
-    """How a process ended: its exit code, and what it printed as errors."""
+    """End of a process: its exit code, and what it printed as errors."""
 
     code: int
     errors: str
@@ -80,7 +81,7 @@ def outcome(ended: Ended, found: dict[str, str], wanted: dict[str, str]) -> str:
     return "named" if ended.code in (cli.BAD_INPUT, cli.STORAGE) and len(named) == 1 else "no line"
 
 
-def kill(workdir: Path, seconds: float, number: int = signal.SIGKILL) -> str:
+def interrupt(workdir: Path, seconds: float, number: int) -> str:
     """Start the job and send it a signal after so many seconds."""
     process = start(workdir)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -145,7 +146,9 @@ def trial(kind: str, number: int, duration: float, wanted: dict[str, str]) -> di
             ended, found = finish(start(mount / "run")), results(mount / "run")
     else:
         signals = {"kill": signal.SIGKILL, "stop": signal.SIGTERM, "flip": signal.SIGKILL}
-        disturbed = kill(workdir, seconds if kind != "flip" else chance.choice((seconds, 10 * duration)), signals[kind])
+        disturbed = interrupt(
+            workdir, seconds if kind != "flip" else chance.choice((seconds, 10 * duration)), signals[kind]
+        )
         if kind == "flip" and workdir.exists():
             disturbed = flip(workdir, chance)
         ended, found = finish(start(workdir)), results(workdir)
@@ -193,8 +196,11 @@ def main(argv: list[str]) -> None:
                 continue
             rows.append(trial(kind, number, duration, wanted))
             print(*rows[-1].values(), sep=", ", flush=True)
-            lines = [",".join(FIELDS), *(",".join(f'"{row[name]}"' for name in FIELDS) for row in rows)]
-            files.write_text(out, "\n".join(lines) + "\n")
+            content = io.StringIO()
+            writer = csv.DictWriter(content, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            files.write_text(out, content.getvalue())
     print(table(rows))
 
 

@@ -1,4 +1,4 @@
-"""What a workdir holds: each part of its job in order, and what a start of the same command would do next.
+"""Content of a workdir: each part of its job in order, and what a start of the same command would do next.
 
 Reads only, and imports no Orbax and no data libraries, so that it starts fast.
 """
@@ -60,7 +60,7 @@ def describe(part: Part) -> str:
 
 
 def next_lines(parts: Sequence[Part]) -> list[str]:
-    """What a start of the same command would do next; or a line for each damage."""
+    """Say what a start of the same command would do next; or give a line for each damage."""
     if damaged := [f"{DAMAGED}: {part.note}" for part in parts if part.state == DAMAGED]:
         return damaged
     part = next((part for part in parts if part.state != DONE), None)
@@ -207,7 +207,7 @@ class _Reader:
         return False
 
     def trajectory_damage(self, folder: Path, evaluations: Mapping[int, str], done: int) -> str:
-        """What is wrong with a run's evaluations. Policies before step `done` are not saved: they are trained again."""
+        """Name the damage of a run's evaluations. Policies before step `done` are not saved: they are trained again."""
         for step, name in evaluations.items():
             path = self.evaluation(name)
             if not path.exists():
