@@ -1,12 +1,24 @@
 """End jobs in every way at random moments, start them again, and compare with a job that nothing disturbed.
 
-  python scripts/torture.py --kinds=kill,stop,power,flip --trials=20 --folder=/tmp/torture --out=torture.csv
+  python scripts/torture.py --kinds=kill,stop,flip --trials=20 --folder=/tmp/torture --out=torture.csv
 
 Each trial is a job of configs/tiny.py in a workdir of its own. Its line in the CSV file says what was done and how it
-ended; a trial that has a line is not repeated. A trial holds if the job's second start ends with the very bytes of the
-undisturbed job (metrics, evaluations, merges' geometry, front), or if a damaged file is named in one line.
-Power cuts need Linux, ext4 and root: the workdir lies on a file system of its own, which is shut down without writing
-anything more and mounted again.
+ended; a trial that has a line is not repeated. A trial holds if the job's second start ends with all the files and
+weights of the undisturbed job, or if a damaged file is named in one line, by the job or, where no start reads the file
+again, by status.py --verify. Kinds:
+
+kill         SIGKILL, at a random time (even trials) or at a random one of its operations on files (odd trials)
+stop         SIGTERM while it trains: exit code 75, or 0 if it was done before
+preempt      four SIGTERMs, each 60 steps after a start, with a save every 100 steps: each start must go further
+flip         one flipped bit, or a truncation, of any file, when the job is ended or killed
+power        the file system of the workdir is shut down without writing anything more, and mounted again
+full         the file system has a random size; then it is made larger
+readonly     the file system turns read-only
+descriptors  the process may open no more files
+vanished     the workdir is moved away, and moved back
+bucket       SIGKILL of a job whose workdir is --bucket; its server must run
+
+The last four must end the job with one line and exit code 74. power, full and readonly need Linux and root.
 """
 
 import contextlib
@@ -16,21 +28,24 @@ import hashlib
 import io
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
 
 from warp_jax import cli, files
+from warp_jax.storage import weight_files
 
-KINDS = flags.DEFINE_list("kinds", ["kill", "stop", "power", "flip"], "Ways to disturb a job.")
+KINDS = flags.DEFINE_list("kinds", ["kill", "stop", "preempt", "flip"], "Ways to disturb a job.")
 TRIALS = flags.DEFINE_integer("trials", 20, "Trials of each kind.", lower_bound=1)
 FOLDER = flags.DEFINE_string("folder", None, "Folder for the workdirs.")
 # tests import several scripts, which have these flags too
@@ -38,24 +53,78 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of the random moments and places.",
 OUT = flags.DEFINE_string("out", "torture.csv", "CSV file for the results.", allow_override=True)
 
 FIELDS = ("kind", "trial", "seed", "disturbed", "code", "outcome")
+HELD = ("equal", "named", "named by status.py")
 SHUTDOWN = 0x8004587D, struct.pack("I", 2)  # EXT4_IOC_SHUTDOWN without flushing the journal
 IMAGE_BYTES = 96 * 2**20
-RESULTS = ("metrics.jsonl", "*.npz", "front.csv", "geometry.json")
-HELD = ("equal", "named")
-ENV = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+ENOUGH = "64m"  # size of a file system that holds the whole job
+FULL_AT = (20_000, 1_400_000)  # bytes of a file system that the job fills
+LONG = ("--config.warp.steps_per_iteration=(320,6)", "--config.checkpoint_every=100", "--config.evaluation.every=320")
+PREEMPTIONS, STEPS_EACH = 4, 60
+# differ between two undisturbed jobs: times, and Orbax's random names (the arrays themselves are compared)
+VARIES = re.compile(r"(starts\.jsonl|error\.log|lock|events\.out\..*)")
+WEIGHTS = ("params", "merged")
+# runs the job, and kills it at its KILL_AT-th operation on a file of the workdir; counts them in the file COUNT
+AT_OPERATION = """
+import atexit, os, runpy, signal, sys
+from pathlib import Path
+EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
+workdir, kill_at, done = sys.argv[-1].partition("=")[2], int(os.environ["KILL_AT"]), 0
+def hook(event, args):
+    global done
+    if event in EVENTS and not isinstance(args[0], int) and os.fsdecode(args[0]).startswith(workdir):
+        done += 1
+        if done == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+atexit.register(lambda: Path(os.environ["COUNT"]).write_text(str(done)))
+sys.argv[0] = "main"
+runpy.run_module("warp_jax.main", run_name="__main__", alter_sys=True)
+"""
 
 
 class Ended(NamedTuple):
     """End of a process: its exit code, and what it printed as errors."""
 
     code: int
-    errors: str
+    errors: str = ""
 
 
-def start(workdir: Path) -> subprocess.Popen[str]:
-    """Start the job."""
-    command = [sys.executable, "-m", "warp_jax.main", "--config=configs/tiny.py", f"--workdir={workdir}"]
-    env = ENV | {"JAX_COMPILATION_CACHE_DIR": str(Path(FOLDER.value) / "cache")}
+class Undisturbed(NamedTuple):
+    """The job that nothing disturbs: its duration in seconds, its operations on files, and its results."""
+
+    seconds: float
+    operations: int
+    results: dict[str, str]
+
+
+class Trial(NamedTuple):
+    """One job to be disturbed."""
+
+    kind: str
+    number: int
+    chance: random.Random
+    seconds: float  # when to disturb it
+    operation: int  # or at which operation on files
+
+    @property
+    def workdir(self) -> Path:
+        """Folder of the job."""
+        inside = {"power": "mount/run", "full": "mount/run", "readonly": "mount/run"}.get(self.kind, "run")
+        return self.folder / inside
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the trial."""
+        return Path(FOLDER.value, f"{self.kind}_{self.number}")
+
+
+def start(workdir: Path | str, *extra: str, kill_at: int = 0) -> subprocess.Popen[str]:
+    """Start the job; kill_at: end it at this operation on files."""
+    folder = Path(FOLDER.value)
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "KILL_AT": str(kill_at), "COUNT": str(folder / "count")}
+    program = ["-c", AT_OPERATION] if kill_at else ["-m", "warp_jax.main"]
+    command = [sys.executable, *program, "--config=configs/tiny.py", *extra, f"--workdir={workdir}"]
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -66,9 +135,27 @@ def finish(process: subprocess.Popen[str]) -> Ended:
 
 
 def results(workdir: Path) -> dict[str, str]:
-    """Hash of every file that is the same in any two jobs of one config."""
-    paths = [path for pattern in RESULTS for path in workdir.rglob(pattern)]
-    return {str(path.relative_to(workdir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    """Hash of every file that is the same in any two jobs of one config, and of the arrays of all weights."""
+    found = {}
+    for path in sorted(path for path in workdir.rglob("*") if path.is_file()):
+        name = path.relative_to(workdir)
+        if not VARIES.fullmatch(path.name) and not set(WEIGHTS) & set(name.parts):
+            found[str(name)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for folder in sorted(path for name in WEIGHTS for path in workdir.rglob(name)):
+        found[str(folder.relative_to(workdir))] = hash_of_arrays(folder)
+    return found
+
+
+def hash_of_arrays(folder: Path) -> str:
+    """Hash of the names and values of all arrays of saved weights."""
+    digest = hashlib.sha256()
+    try:
+        weights = weight_files.open_weights(folder)
+    except ValueError as error:
+        return str(error)
+    for name, tensor in sorted(weights.tensors.items()):
+        digest.update(name.encode() + weights.view(name, 0, tensor.size).tobytes())
+    return digest.hexdigest()
 
 
 def outcome(ended: Ended, found: dict[str, str], wanted: dict[str, str]) -> str:
@@ -76,132 +163,277 @@ def outcome(ended: Ended, found: dict[str, str], wanted: dict[str, str]) -> str:
     if "Traceback" in ended.errors:
         return "traceback"
     if ended.code == 0:
-        return "equal" if found == wanted else "silently different"
+        odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        return f"silently different: {' '.join(odd)}" if odd else "equal"
     named = [line for line in ended.errors.splitlines() if line.startswith("error: ")]
     return "named" if ended.code in (cli.BAD_INPUT, cli.STORAGE) and len(named) == 1 else "no line"
 
 
-def interrupt(workdir: Path, seconds: float, number: int) -> str:
-    """Start the job and send it a signal after so many seconds."""
-    process = start(workdir)
+def named_by_status(workdir: Path) -> bool:
+    """True if `status.py --verify` finds the damage that no start of the job came across."""
+    return run(sys.executable, "scripts/status.py", "--verify", workdir) == cli.BAD_INPUT
+
+
+def wait(process: subprocess.Popen[str], seconds: float) -> None:
+    """Wait for some seconds, or until the process ends."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
-    process.send_signal(number)
-    sent = time.monotonic()
+
+
+def rows(workdir: Path) -> int:
+    """Lines of the metrics of all runs."""
+    return sum(path.read_bytes().count(b"\n") for path in workdir.glob("*/run_*/metrics.jsonl"))
+
+
+def kill(trial: Trial) -> Ended:
+    """SIGKILL at a time, or at an operation."""
+    if trial.number % 2:
+        return finish(start(trial.workdir, kill_at=trial.operation))
+    process = start(trial.workdir)
+    wait(process, trial.seconds)
+    process.kill()
+    return finish(process)
+
+
+def stop(trial: Trial) -> Ended:
+    """SIGTERM after the first training has begun; the end must be 75, or 0 if the job is done."""
+    process, began = start(trial.workdir), time.monotonic()
+    while not (trial.workdir / "sft" / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    wait(process, trial.seconds - (time.monotonic() - began))
+    process.send_signal(signal.SIGTERM)
+    return finish(process)
+
+
+def preempt(trial: Trial) -> Ended:
+    """SIGTERM after every 60 steps; the last start goes on to the end."""
+    done = []
+    for _ in range(PREEMPTIONS):
+        process, before = start(trial.workdir, *LONG), rows(trial.workdir)
+        while rows(trial.workdir) < before + STEPS_EACH and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        ended = finish(process)
+        done.append(rows(trial.workdir))
+        if ended.code != cli.TRY_AGAIN or done[-1] < before + STEPS_EACH:
+            return Ended(1, f"no progress: {done} {ended}")
+    return Ended(cli.TRY_AGAIN, f"steps: {done}")
+
+
+def flip(trial: Trial) -> Ended:
+    """Flip one bit of one file, or cut it short; each file is as likely as any other."""
+    process = start(trial.workdir)
+    wait(process, trial.seconds if trial.chance.random() < 0.5 else 1e6)
+    process.kill()
     ended = finish(process)
-    return f"signal {number} after {seconds:.2f} s: code {ended.code} in {time.monotonic() - sent:.1f} s"
+    names = sorted(path for path in trial.workdir.rglob("*") if path.is_file() and path.stat().st_size)
+    return Ended(ended.code, damage(trial.chance.choice(names), trial.chance) if names else "nothing written yet")
 
 
-@contextlib.contextmanager
-def mounted(image: Path, folder: Path) -> Iterator[None]:
-    """Mount a file system in a file."""
-    folder.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-o", "loop", image, folder], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
-def cut_power(image: Path, folder: Path, seconds: float) -> str:
-    """Start the job on a new file system, and shut that down after so many seconds."""
-    image.write_bytes(b"")
-    os.truncate(image, IMAGE_BYTES)
-    subprocess.run(["mkfs.ext4", "-q", image], check=True)
-    with mounted(image, folder):
-        process = start(folder / "run")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-        root = os.open(folder, os.O_RDONLY)
-        fcntl.ioctl(root, *SHUTDOWN)
-        os.close(root)
-        process.kill()
-        process.communicate()
-    return f"power cut after {seconds:.2f} s"
-
-
-def flip(workdir: Path, chance: random.Random) -> str:
-    """Flip one bit of one file, each file being as likely as any other."""
-    path = chance.choice(sorted(path for path in workdir.rglob("*") if path.is_file() and path.stat().st_size))
-    bit = chance.randrange(8 * path.stat().st_size)
+def damage(path: Path, chance: random.Random) -> str:
+    """Flip a bit of a file, or (one of four) truncate it; return what was done."""
+    size = path.stat().st_size
+    if chance.random() < 0.25:
+        length = chance.randrange(size)
+        os.truncate(path, length)
+        return f"{path} cut from {size} to {length} bytes"
+    bit = chance.randrange(8 * size)
     with path.open("r+b") as file:
         file.seek(bit // 8)
         byte = file.read(1)[0] ^ 1 << bit % 8
         file.seek(bit // 8)
         file.write(bytes([byte]))
-    return f"bit {bit} of {path.relative_to(workdir)}"
+    return f"bit {bit} of {path}"
 
 
-def trial(kind: str, number: int, duration: float, wanted: dict[str, str]) -> dict[str, object]:
-    """Disturb one job, start it again, and judge the end."""
+def run(*command: object) -> int:
+    """Run a system command quietly; return its exit code."""
+    return subprocess.run([str(part) for part in command], capture_output=True, check=False).returncode
+
+
+def mount(trial: Trial, *options: object) -> Path:
+    """Mount a new file system of the trial; return its folder."""
+    folder = trial.folder / "mount"
+    folder.mkdir(parents=True, exist_ok=True)
+    if run("mount", *options, folder):
+        cli.fail(f"cannot mount {folder}: --kinds={trial.kind} needs Linux and root")
+    return folder
+
+
+def new_disk(trial: Trial) -> Path:
+    """Make an empty ext4 file system in a file, and mount it."""
+    image = trial.folder / "image"
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    image.touch()
+    os.truncate(image, IMAGE_BYTES)
+    run("mkfs.ext4", "-q", image)
+    return mount(trial, "-o", "loop", image)
+
+
+def power(trial: Trial) -> Ended:
+    """Shut the file system down in the middle of the job."""
+    disk = new_disk(trial)
+    process = start(trial.workdir)
+    wait(process, trial.seconds)
+    root = os.open(disk, os.O_RDONLY)
+    fcntl.ioctl(root, *SHUTDOWN)
+    os.close(root)
+    process.kill()
+    finish(process)
+    run("umount", disk)
+    mount(trial, "-o", "loop", trial.folder / "image")
+    return Ended(-signal.SIGKILL)
+
+
+def full(trial: Trial) -> Ended:
+    """A file system that is too small."""
+    size = trial.chance.randrange(*FULL_AT)
+    disk = mount(trial, "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
+    ended = finish(start(trial.workdir))
+    run("mount", "-o", f"remount,size={ENOUGH}", disk)
+    return ended._replace(errors=f"{size} bytes: {ended.errors}")
+
+
+def readonly(trial: Trial) -> Ended:
+    """Even trials: a file system that turns read-only, between two writes; odd trials: folders that do."""
+    disk = new_disk(trial)
+    process = start(trial.workdir)
+    wait(process, trial.seconds)
+    turned = ("chattr", "-R", "+i", trial.workdir) if trial.number % 2 else ("mount", "-o", "remount,ro", disk)
+    while run(*turned) and process.poll() is None:
+        time.sleep(0.01)  # busy while a file is open for writing
+    ended = finish(process)
+    run("mount", "-o", "remount,rw", disk)
+    run("chattr", "-R", "-i", trial.workdir)
+    return ended
+
+
+def descriptors(trial: Trial) -> Ended:
+    """No more files than are open now, and up to three."""
+    process = start(trial.workdir)
+    wait(process, trial.seconds)
+    with contextlib.suppress(OSError):  # ended already
+        most = len(os.listdir(f"/proc/{process.pid}/fd")) + trial.chance.randrange(4)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (most, most))
+    return finish(process)
+
+
+def vanished(trial: Trial) -> Ended:
+    """Move the workdir away, and back after the job has ended."""
+    away = trial.folder / "away"
+    process = start(trial.workdir)
+    wait(process, trial.seconds)
+    with contextlib.suppress(FileNotFoundError):  # not made yet
+        trial.workdir.rename(away)
+    ended = finish(process)
+    if away.exists():
+        if trial.workdir.exists():
+            return Ended(1, f"it was made again: {ended}")
+        away.rename(trial.workdir)
+    return ended
+
+
+DISTURB: dict[str, Callable[[Trial], Ended]] = {
+    **{"kill": kill, "stop": stop, "preempt": preempt, "flip": flip, "power": power},
+    **{"full": full, "readonly": readonly, "descriptors": descriptors, "vanished": vanished},
+}
+FIRST_CODES = {"stop": (0, cli.TRY_AGAIN), "preempt": (cli.TRY_AGAIN,)} | dict.fromkeys(
+    ("full", "readonly", "descriptors", "vanished"), (0, cli.STORAGE)
+)
+
+
+@contextlib.contextmanager
+def cleaned(trial: Trial) -> Iterator[None]:
+    """Delete what the trial leaves, before and after it."""
+
+    def clean() -> None:
+        run("umount", trial.folder / "mount")
+        shutil.rmtree(trial.folder, ignore_errors=True)
+
+    clean()
+    trial.folder.mkdir(parents=True)
+    try:
+        yield
+    finally:
+        clean()
+
+
+def try_one(kind: str, number: int, undisturbed: Undisturbed) -> dict[str, object]:
+    """Disturb one job, start it again, and judge both ends."""
     chance = random.Random(f"{SEED.value} {kind} {number}")
-    seconds = chance.uniform(0, duration)
-    folder = Path(FOLDER.value)
-    workdir = folder / f"{kind}_{number}"
-    shutil.rmtree(workdir, ignore_errors=True)
-    if kind == "power":
-        image, mount = folder / "power.ext4", folder / "power"
-        disturbed = cut_power(image, mount, seconds)
-        with mounted(image, mount):
-            ended, found = finish(start(mount / "run")), results(mount / "run")
-    else:
-        signals = {"kill": signal.SIGKILL, "stop": signal.SIGTERM, "flip": signal.SIGKILL}
-        disturbed = interrupt(
-            workdir, seconds if kind != "flip" else chance.choice((seconds, 10 * duration)), signals[kind]
-        )
-        if kind == "flip" and workdir.exists():
-            disturbed = flip(workdir, chance)
-        ended, found = finish(start(workdir)), results(workdir)
-        shutil.rmtree(workdir)
-    row = (kind, number, SEED.value, disturbed, ended.code, outcome(ended, found, wanted))
-    return dict(zip(FIELDS, row, strict=True))
+    seconds, operation = chance.uniform(0, undisturbed.seconds), chance.randint(1, undisturbed.operations)
+    trial = Trial(kind, number, chance, seconds, operation)
+    with cleaned(trial):
+        began = time.monotonic()
+        first = DISTURB[kind](trial)
+        where = f"operation {operation}" if kind == "kill" and number % 2 else f"{seconds:.2f} s"
+        took = time.monotonic() - began
+        disturbed = f"{where}: code {first.code} in {took:.1f} s {' '.join(first.errors.split())[-300:]}"
+        ended = finish(start(trial.workdir, *(LONG if kind == "preempt" else ())))
+        verdict = outcome(ended, {} if ended.code else results(trial.workdir), undisturbed.results)
+        if kind == "flip" and ended.code == 0 and verdict != "equal" and named_by_status(trial.workdir):
+            verdict = "named by status.py"
+    if kind in FIRST_CODES and first.code not in FIRST_CODES[kind]:
+        verdict = f"wrong first end, then {verdict}"
+    if "Traceback" in first.errors or (first.code == cli.STORAGE and first.errors.count("error: ") != 1):
+        verdict = f"more than a line, then {verdict}"
+    if verdict not in ("equal",):
+        disturbed += f" | {' '.join(ended.errors.split())[-300:]}"
+    return dict(zip(FIELDS, (kind, number, SEED.value, disturbed, ended.code, verdict), strict=True))
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def table(lines: Sequence[dict[str, object]]) -> str:
     """Trials tried and held, by kind."""
-    lines = ["| kind | tried | held | otherwise |", "|---|---|---|---|"]
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        outcomes = [str(row["outcome"]) for row in rows if row["kind"] == kind]
-        bad = [text for text in outcomes if text not in HELD]
-        counted = ", ".join(f"{bad.count(text)} {text}" for text in dict.fromkeys(bad))
-        lines.append(f"| {kind} | {len(outcomes)} | {len(outcomes) - len(bad)} | {counted} |")
-    return "\n".join(lines)
+    text = ["| kind | tried | held | otherwise |", "|---|---|---|---|"]
+    for kind in dict.fromkeys(line["kind"] for line in lines):
+        outcomes = [str(line["outcome"]) for line in lines if line["kind"] == kind]
+        bad = [found.partition(":")[0] for found in outcomes if found not in HELD]
+        counted = ", ".join(f"{bad.count(found)} {found}" for found in dict.fromkeys(bad))
+        text.append(f"| {kind} | {len(outcomes)} | {len(outcomes) - len(bad)} | {counted} |")
+    return "\n".join(text)
 
 
-def undisturbed(folder: Path) -> tuple[float, dict[str, str]]:
-    """Seconds that a job takes with compiled programs at hand, and its results."""
+def undisturbed_job(folder: Path, *extra: str) -> Undisturbed:
+    """Run the job twice with nothing that disturbs it: once to compile, and once to measure."""
+    found, seconds = [], 0.0
     for name in ("first", "undisturbed"):
         shutil.rmtree(folder / name, ignore_errors=True)
         began = time.monotonic()
-        ended = finish(start(folder / name))
+        ended = finish(start(folder / name, *extra, kill_at=0 if name == "first" else -1))
+        seconds = time.monotonic() - began
         if ended.code:
             cli.fail(f"the undisturbed job ended with code {ended.code}: {ended.errors}")
-    if results(folder / "first") != results(folder / "undisturbed"):
-        cli.fail("two undisturbed jobs differ, so nothing can be compared with them")
-    return time.monotonic() - began, results(folder / "undisturbed")
+        found.append(results(folder / name))
+    if found[0] != found[1]:
+        odd = [name for name in found[0] if found[0][name] != found[1].get(name)]
+        cli.fail(f"two undisturbed jobs differ in {odd}, so nothing can be compared with them")
+    return Undisturbed(seconds, int((folder / "count").read_text()), found[0])
 
 
 def main(argv: list[str]) -> None:
     """Run the trials that have no line yet."""
     del argv
-    folder, out = Path(FOLDER.value), Path(OUT.value)
+    folder, out = Path(FOLDER.value).absolute(), Path(OUT.value)
+    if unknown := sorted(set(KINDS.value) - DISTURB.keys()):
+        cli.fail(f"--kinds: got {unknown[0]!r}, want some of {', '.join(DISTURB)}")
     folder.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, object]] = list(csv.DictReader(out.open())) if out.exists() else []
-    done = {(row["kind"], str(row["trial"])) for row in rows}
-    duration, wanted = undisturbed(folder)
-    print(f"the undisturbed job takes {duration:.1f} s")
+    lines: list[dict[str, object]] = list(csv.DictReader(out.open())) if out.exists() else []
+    done = {(line["kind"], str(line["trial"])) for line in lines if str(line["seed"]) == str(SEED.value)}
     for kind in KINDS.value:
-        for number in range(TRIALS.value):
-            if (kind, str(number)) in done:
-                continue
-            rows.append(trial(kind, number, duration, wanted))
-            print(*rows[-1].values(), sep=", ", flush=True)
+        left = [number for number in range(TRIALS.value) if (kind, str(number)) not in done]
+        if not left:
+            continue
+        undisturbed = undisturbed_job(folder, *(LONG if kind == "preempt" else ()))
+        print(f"{kind}: the undisturbed job takes {undisturbed.seconds:.1f} s", flush=True)
+        for number in left:
+            lines.append(try_one(kind, number, undisturbed))
+            print(*lines[-1].values(), sep=", ", flush=True)
             content = io.StringIO()
             writer = csv.DictWriter(content, FIELDS, lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(lines)
             files.write_text(out, content.getvalue())
-    print(table(rows))
+    print(table(lines))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from tests.settings_of import settings_of
 from warp_jax import cli, files, main
 from warp_jax.data import corpus
 from warp_jax.experiment import preparation, stages, workdir
+from warp_jax.parallel import environment
+from warp_jax.types import StorageError
 
 ROWS = [{"text": f"film number {i}", "label": i % 2, "answer": i} for i in range(300)]
 CHANGES = {"data.reward_fraction": 0.3, "data.gold_fraction": 0.3, "data.prompts_fraction": 0.2}
@@ -92,6 +94,72 @@ def test_damaged_fingerprints_are_one_line(tmp_path, name, content):
     with pytest.raises(ValueError, match=name) as error:
         _claim(tmp_path, ROWS)
     assert "\n" not in str(error.value)
+
+
+HERE = environment.describe()
+OTHERS = {
+    "versions": ({**HERE, "versions": {**HERE["versions"], "jaxlib": "9.9"}}, "jaxlib .*, now jaxlib 9.9"),
+    "device": ({**HERE, "device": "TPU v9"}, "cpu, now TPU v9"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_library_or_device_is_refused_until_it_is_accepted(tmp_path, monkeypatch, kind):
+    """Fails when one of them is not compared, or is compared with another start than the last."""
+    _claim(tmp_path, ROWS)
+    other, words = OTHERS[kind]
+    monkeypatch.setattr(environment, "describe", lambda: other)
+    with pytest.raises(ValueError, match=rf"{words}.*--accept={kind}$"):
+        _claim(tmp_path, ROWS, accept=set(OTHERS) - {kind})
+    _claim(tmp_path, ROWS, accept=[kind])
+    _claim(tmp_path, ROWS)
+
+
+def test_another_commit_is_noted(tmp_path, monkeypatch, capsys):
+    """Fails when a commit is refused, or passes without a word."""
+    _claim(tmp_path, ROWS)
+    assert "note" not in capsys.readouterr().err
+    monkeypatch.setattr(environment, "describe", lambda: {**HERE, "commit": "abc+"})
+    _claim(tmp_path, ROWS)
+    assert "now 'abc+'" in capsys.readouterr().err
+
+
+def test_the_first_start_locks_the_requirements(tmp_path, monkeypatch):
+    """Fails when a later start replaces them, unless it was told to accept other versions."""
+    _claim(tmp_path, ROWS)
+    lock = tmp_path / "run" / workdir.REQUIREMENTS
+    lines = lock.read_text().splitlines()
+    assert f"jax=={jax.__version__}" in lines
+    assert lines[0].startswith("# warp_jax==")
+    assert lines[0].endswith(f"commit {environment.commit()}")
+    monkeypatch.setattr(environment, "requirements", lambda: "jax==9.9")
+    _claim(tmp_path, ROWS)
+    assert lock.read_text().splitlines() == lines
+    _claim(tmp_path, ROWS, accept=["versions"])
+    assert lock.read_text() == "jax==9.9"
+
+
+def test_damaged_starts_are_no_reason_to_refuse(tmp_path):
+    """Fails when a broken line of the log ends in a traceback."""
+    for content in (b"", b"\xff\n", b"[]\n", b"{\n", b'{"versions": [], "device": "cpu"}\n', b"null\n"):
+        _claim(tmp_path, ROWS)
+        (tmp_path / "run" / workdir.STARTS).write_bytes(content)
+    _claim(tmp_path, ROWS)
+
+
+def test_a_damaged_tokenizer_or_gold_reward_is_named(tmp_path):
+    """Fails when a file made before training is not compared with its checksum, or a deleted one is missed."""
+    _claim(tmp_path, ROWS)
+    folder = tmp_path / "run"
+    for name in workdir.MADE:
+        files.write_text(folder / name, "what was written")
+    workdir.note_made(folder)
+    for name in workdir.MADE:
+        (folder / name).write_text("what was Written")
+        with pytest.raises(StorageError, match=f"{name} is not what was written; delete it"):
+            _claim(tmp_path, ROWS)
+        (folder / name).unlink()
+        _claim(tmp_path, ROWS)
 
 
 def test_the_same_rows_are_accepted_in_any_order(tmp_path):

@@ -15,6 +15,7 @@ from warp_jax.evaluation import measure
 from warp_jax.experiment import architecture
 from warp_jax.experiment.ingredients import Maker
 from warp_jax.experiment.programs import make_programs
+from warp_jax.experiment.workdir import note_made
 from warp_jax.models import freezing
 from warp_jax.parallel import hosts, meshes
 from warp_jax.pretrained import sources
@@ -44,6 +45,7 @@ def prepare(
     policy = architecture.policy_config(settings.model, tokenizer.vocab_size)
     maker = Maker(settings, workdir, progress, mesh, tokenizer, corpora)
     gold_fn = maker.gold()
+    note_made(workdir)
     sft_params = maker.sft(policy)
     learned = maker.reward_model(policy, sft_params) if settings.needs_reward_model else None
     reward_fns = {name: make_reward_fn(maker, learned, corpora[name].rows, name) for name in prompts}

@@ -33,6 +33,7 @@ class Workdir:
         self.mesh: Mesh = meshes.make_mesh((1, -1, 1))
         self.source = sources.find(self.settings.model.source) if self.settings.model.source else None
         workdir.check_models_unchanged(self.settings, path)
+        workdir.check_made(path)
         if self.source is None and not (path / "tokenizer.json").is_file():
             raise ValueError(f"workdir: {path} has no tokenizer.json yet; start warp_jax.main first")
         self.tokenizer = preparation.read_tokenizer(self.settings, path / "tokenizer.json")

@@ -5,28 +5,29 @@ import functools
 import hashlib
 import importlib
 import json
-import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from warp_jax import cli, files
+from warp_jax import files
 from warp_jax.data import corpus
-from warp_jax.parallel import hosts
+from warp_jax.parallel import environment, hosts
 from warp_jax.pretrained import sources
 from warp_jax.settings import Settings, from_config
-from warp_jax.storage import model_files
+from warp_jax.storage import manifest, model_files
+from warp_jax.types import StorageError
 
 CONFIG = "config.json"
 FINGERPRINTS = "models.json"
 REWARDS = "rewards.json"
 DATA = "data.json"
-STARTS = "starts.jsonl"  # one line a start: time, versions, devices, and what it was told to accept
-ACCEPTABLE = ("data", "models", "rewards")  # inputs that --accept lets change
+STARTS = "starts.jsonl"  # one line a start: time, environment, and what it was told to accept
+REQUIREMENTS = "requirements.lock"  # all packages of the first start, for launchers
+CHECKSUMS = "checksums.json"  # of the files in MADE
+MADE = ("tokenizer.json", "gold/gold.json", "gold/summary.json")
+ACCEPTABLE = ("data", "models", "rewards", "versions", "device")  # what --accept lets change
 LOCK = "lock"  # held while a job claims the workdir, or makes the inputs that all runs share
 # settings that may change on resume; another mesh changes rounding only
 MAY_CHANGE = re.compile(r"checkpoint_(every|minutes) |report\.|front\.|mesh |(gold|rewards\.[^ ]+)\.timeout ")
@@ -38,14 +39,18 @@ def claim(
     """Write config.json, if the workdir is new or belongs to the same inputs and config, apart from MAY_CHANGE.
 
     Jobs of one workdir may start at the same time. accept: inputs of ACCEPTABLE that may have changed. Raises
-    ValueError if the workdir belongs to another config or to other inputs, holds other files, or cannot be written.
+    ValueError if the workdir belongs to another config or to other inputs, holds other files, or cannot be written;
+    StorageError if a file that it made is damaged.
     """
     waiting = f"another process is preparing {workdir}: waiting for it"
+    here = environment.describe()
 
     def claim_locked() -> None:
         _check_owner(settings, workdir)  # before the lock, which is a file in there
         with files.locked(workdir / LOCK, functools.partial(print, waiting, file=sys.stderr)):
             _check_owner(settings, workdir)
+            check_made(workdir)
+            _check_environment(workdir, here, accept)
             models = _model_fingerprints(settings) if "models" in accept else check_models_unchanged(settings, workdir)
             rows = _rows(corpora) if "data" in accept else check_rows_unchanged(settings.data.source, corpora, workdir)
             rewards = _check_rewards_unchanged(settings, workdir, accept="rewards" in accept)
@@ -53,7 +58,11 @@ def claim(
             for name, content in ((FINGERPRINTS, models), (REWARDS, rewards), (DATA, rows)):
                 if content:
                     files.write_json(workdir / name, content)
-            _note_start(workdir, accept)
+            if not (workdir / REQUIREMENTS).exists() or "versions" in accept:
+                files.write_text(workdir / REQUIREMENTS, environment.requirements())
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            start = {"time": now, **here, "accepted": sorted(accept)}
+            files.write_text(workdir / STARTS, _starts(workdir) + json.dumps(start) + "\n")
 
     try:
         hosts.on_first_process(claim_locked)
@@ -61,20 +70,54 @@ def claim(
         raise ValueError(f"workdir: cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
 
 
-def _note_start(workdir: Path, accept: Collection[str]) -> None:
-    """Append a line about this process to STARTS."""
-    devices = jax.devices()
-    start = {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": dict(line.rsplit(" ", 1) for line in cli.versions().splitlines()),
-        "devices": f"{len(devices)} {devices[0].device_kind}",
-        "processes": jax.process_count(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "accepted": sorted(accept),
-    }
+def _starts(workdir: Path) -> str:
+    """The lines of STARTS; "" if it is missing."""
     path = workdir / STARTS
-    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    files.write_text(path, before + json.dumps(start) + "\n")
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _check_environment(workdir: Path, here: Mapping[str, Any], accept: Collection[str]) -> None:
+    """Compare versions and devices with those of the last start; print differences that leave all bits as they are.
+
+    Raises ValueError if the libraries or the kind of device are others, and not accepted: rounding would differ.
+    """
+    try:
+        before = json.loads(_starts(workdir).splitlines()[-1])
+        was = {kind: before[kind] for kind in ("versions", "device")}
+        versions = [f"{name} {was['versions'].get(name, '?')}" for name in here["versions"]]
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError):
+        return  # no start yet, or one of an earlier version of warp_jax
+    found = {"versions": [f"{name} {version}" for name, version in here["versions"].items()], "device": here["device"]}
+    for kind, old in {"versions": versions, "device": was["device"]}.items():
+        if old != found[kind] and kind not in accept:
+            changes = [(old, found[kind])] if kind == "device" else zip(versions, found[kind], strict=True)
+            first = next(f"{a}, now {b}" for a, b in changes if a != b)
+            raise ValueError(
+                f"workdir {workdir} was made with {first}, which rounds differently; go back to it, or choose another "
+                f"--workdir{_or_accept(kind)}"
+            )
+    noted = [key for key in ("commit", "python", "devices", "processes", "xla_flags") if before.get(key) != here[key]]
+    for key in noted:
+        print(f"note: {key} was {before.get(key)!r} at the last start, now {here[key]!r}", file=sys.stderr)
+
+
+def note_made(workdir: Path) -> None:
+    """Note the checksums of the files in MADE, once they are complete. Call it while the workdir is locked."""
+
+    def note() -> None:
+        found = {name: manifest.describe(workdir / name) for name in MADE if (workdir / name).exists()}
+        if found != _stored(workdir / CHECKSUMS):
+            files.write_json(workdir / CHECKSUMS, found)
+
+    hosts.on_first_process(note)
+
+
+def check_made(workdir: Path) -> None:
+    """Raise StorageError if a file in MADE is not what was noted; one that was deleted is made again."""
+    for name, was in _stored(workdir / CHECKSUMS).items():
+        path = workdir / name
+        if path.exists() and manifest.describe(path) != was:
+            raise StorageError(f"{path} is not what was written; delete it to make it again")
 
 
 def read_settings(workdir: Path) -> Settings:

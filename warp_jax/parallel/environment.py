@@ -1,0 +1,46 @@
+"""What this process runs on: versions of the code and of the libraries, and the devices."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+LIBRARIES = ("warp_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+
+def describe() -> dict[str, Any]:
+    """Versions of the libraries that results depend on, the commit of warp_jax, Python, devices and XLA's flags."""
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "commit": commit(),
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def commit() -> str:
+    """The commit of warp_jax, with "+" if files differ from it; "" if it is not installed from a git repository."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def requirements() -> str:
+    """Every installed package with its version, as lines of a requirements file, after a comment with the commit."""
+    installed = importlib.metadata.distributions()
+    lines = {f"{package.metadata['Name']}=={package.version}" for package in installed} - {_own()}
+    return "\n".join([f"# {_own()} commit {commit()}", *sorted(lines, key=str.lower)]) + "\n"
+
+
+def _own() -> str:
+    return f"warp_jax=={importlib.metadata.version('warp_jax')}"
