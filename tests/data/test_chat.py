@@ -261,12 +261,30 @@ def test_templates_cannot_get_out(attack):
     assert "\n" not in str(caught.value)
 
 
-def test_a_loop_that_does_not_end_is_stopped(monkeypatch):
-    """Fails when loops are not watched: these nine million steps end by themselves, without an error."""
-    monkeypatch.setattr(chat, "LOOP_SECONDS", 0.01)
-    source = "{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}"
-    with pytest.raises(ValueError, match="a loop computed for more than"):
+MACRO = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(18) }}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(9) %}{% endfor %}{% endfor %}",
+        MACRO,
+    ],
+)
+def test_a_template_that_does_not_end_is_stopped(monkeypatch, source):
+    """Fails when loops or macros are not watched, or each loop has a limit of its own: all these end by themselves."""
+    monkeypatch.setattr(chat, "RENDER_SECONDS", 0.01)
+    with pytest.raises(ValueError, match="computed for more than"):
         _render(source, FIRST)
+
+
+@pytest.mark.parametrize("product", ["'ab' * 10**9", "10000000 * [1, 2]", "(1, 2) * 9999999", "messages * 99999999"])
+def test_a_template_cannot_fill_the_memory_by_multiplication(product):
+    """Fails when a product of a text or list is not looked at; the order of its factors does not matter."""
+    with pytest.raises(ValueError, match=r"chat template: .*(items is refused|\*\* is refused)"):
+        _render(f"{{{{ ({product}) | length }}}}", FIRST)
+    assert _render("{{ 3 * 4 }}{{ 'ab' * 2 }}", FIRST) == "12abab"
 
 
 @pytest.mark.parametrize(

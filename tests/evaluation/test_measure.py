@@ -184,3 +184,19 @@ def test_no_flipped_bit_of_a_saved_evaluation_goes_unnoticed(tmp_path):
         for name, value in values.items():
             np.testing.assert_array_equal(getattr(evaluation, name), value)
     assert noticed > 100
+
+
+class _Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))  # unpickling makes the file
+
+
+def test_an_evaluation_never_runs_a_pickle(tmp_path):
+    """Fails when the arrays are loaded with allow_pickle=True."""
+    np.savez(tmp_path / "bad.npz", reward=np.array([_Bomb(tmp_path / "made")], dtype=object))
+    with pytest.raises(StorageError, match="is not what was written"):
+        measure.load_evaluation(tmp_path / "bad.npz")
+    assert not (tmp_path / "made").exists()

@@ -74,6 +74,27 @@ def test_completions_stand_beside_their_prompts(written):
     ]
 
 
+def test_the_page_runs_and_loads_nothing(written, tokenizer, tmp_path):
+    """Fails when a text of the model, or a setting, comes into the page as HTML, or a picture from elsewhere."""
+    page = (written[0] / "report.html").read_text()
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert f'<meta http-equiv="Content-Security-Policy" content="{policy}">' in page
+    assert set(re.findall(r"(?:src|href)=\"?(\w+:)", page)) == {"data:"}
+    (tmp_path / "iteration_1").mkdir()
+    files.write_json(tmp_path / "iteration_1" / "geometry.json", {})
+    attack = "<img src=x onerror=alert(1)>&"
+    ids = _ids(tokenizer, [attack] * COUNT)
+    arrays = np.zeros(COUNT, np.float32), np.zeros(COUNT), np.zeros(COUNT), np.full(COUNT, 3), np.array(0.5)
+    evaluation = Evaluation(*arrays, ids, ids > 0, np.arange(COUNT))
+    points = [Point("sft", 0, 0, 0.0, 0, evaluation), Point("merged", 1, 0, NAN, 0, evaluation)]
+    points += [Point("policy", 1, 1, NAN, 5, evaluation), Point("liti", 1, 0, 1.0, 0, evaluation)]
+    settings = settings_of({**SETTINGS, "warp.num_iterations": 1, "warp.steps_per_iteration": (5,)})
+    report.write_report(settings, tokenizer, PromptBatch(ids, ids > 0, np.arange(COUNT)), points, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<img src=x" not in page
+    assert html.escape(attack) in page
+
+
 def test_the_front_has_a_row_for_each_point(written):
     """Fails when a column has the values of another, or a row those of another point."""
     with (written[0] / "front.csv").open() as file:

@@ -11,6 +11,7 @@ from warp_jax import cli, files, main
 from warp_jax.data import corpus
 from warp_jax.experiment import preparation, stages, workdir
 from warp_jax.parallel import environment
+from warp_jax.storage import manifest
 from warp_jax.types import StorageError
 
 ROWS = [{"text": f"film number {i}", "label": i % 2, "answer": i} for i in range(300)]
@@ -151,13 +152,14 @@ def test_a_damaged_tokenizer_or_gold_reward_is_named(tmp_path):
     """Fails when a file made before training is not compared with its checksum, or a deleted one is missed."""
     _claim(tmp_path, ROWS)
     folder = tmp_path / "run"
-    for name in workdir.MADE:
+    for name in ("tokenizer.json", "gold/gold.json"):
         files.write_text(folder / name, "what was written")
-    workdir.note_made(folder)
-    for name in workdir.MADE:
+        manifest.note(folder, name)
         (folder / name).write_text("what was Written")
         with pytest.raises(StorageError, match=f"{name} is not what was written; delete it"):
             _claim(tmp_path, ROWS)
+        with pytest.raises(StorageError, match="made again, and is not what it was"):
+            manifest.note(folder, name)
         (folder / name).unlink()
         _claim(tmp_path, ROWS)
 

@@ -119,6 +119,19 @@ def test_weights_are_checked_before_they_are_merged_too(tmp_path):
         weight_files.open_weights(copy)
 
 
+@pytest.mark.parametrize("name", ["summary.json", "log"])
+def test_files_beside_weights_are_checked_with_them(tmp_path, name):
+    """Mutation: only the first of them is described. A log may grow afterwards."""
+    for beside in ("log", "summary.json"):
+        (tmp_path / beside).write_text('{"loss": 1.25}')
+    checkpoint.save_params(tmp_path / "params", TREE, tmp_path / "log", tmp_path / "summary.json")
+    with (tmp_path / name).open("a") as file:
+        file.write("more")
+    assert not manifest.damage(tmp_path / "params")
+    (tmp_path / name).write_text('{"loss": 1.26}')
+    assert manifest.damage(tmp_path / "params") == f"{tmp_path / name} is not what was written"
+
+
 def test_a_folder_of_an_earlier_version_has_no_manifest(tmp_path):
     with ocp.StandardCheckpointer() as saver:
         saver.save(tmp_path / "params", TREE)

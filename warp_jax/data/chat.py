@@ -1,14 +1,15 @@
 """Chat prompts: conversations rendered by the chat template of the model, in a sandbox.
 
 A template is a program that comes with the weights. The sandbox gives it plain texts only, no Python objects and no
-files. A loop of more than LOOP_SECONDS is stopped. Memory and recursive macros have no limit: if you do not trust
-a model, read its template.
+files, and stops it after RENDER_SECONDS, or when it makes a text or list of more than MOST_ITEMS by multiplication.
+Memory has no other limit: if you do not trust a model, read its template.
 """
 
 import functools
 import json
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -24,7 +25,8 @@ from jinja2.utils import Namespace
 from warp_jax.data.tokenizer import Tokenizer
 
 TODAY = datetime(2024, 7, 26)  # the date for all templates: a resumed job must see the same prompts
-LOOP_SECONDS = 10.0  # CPU time of one loop of a template
+RENDER_SECONDS = 10.0  # CPU time for one conversation
+MOST_ITEMS = 10**7
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ALIASES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}  # only after "from"
 
@@ -50,6 +52,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], **variab
     """
     if tokenizer.chat_template is None:
         raise ValueError("tokenizer: has no chat template; use a chat model, or prompts that are plain texts")
+    _limit.end = time.thread_time() + RENDER_SECONDS
     given = {"tools": None, "documents": None, "add_generation_prompt": True, **tokenizer.special_tokens, **variables}
     try:
         return _compile(tokenizer.chat_template).render(messages=[dict(message) for message in messages], **given)
@@ -91,13 +94,25 @@ def _message(item: object, number: int) -> dict[str, str]:
     return {"role": aliases.get(speaker, speaker), "content": str(content)}
 
 
+_limit = threading.local()  # .end: CPU time of this thread when the rendering is stopped
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, but access to a forbidden attribute raises instead of returning an undefined value."""
+    """Jinja's sandbox with limits; access to a forbidden attribute raises instead of returning an undefined value."""
 
-    intercepted_binops = frozenset({"**"})
+    intercepted_binops = frozenset({"**", "*"})
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> NoReturn:
-        raise SecurityError(f"the operator {operator} is refused: it may never end")
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        for items, count in ((left, right), (right, left)):
+            if isinstance(items, Sized) and isinstance(count, int) and len(items) * count > MOST_ITEMS:
+                raise SecurityError(f"a {type(items).__name__} of more than {MOST_ITEMS} items is refused")
+        if operator == "**":
+            raise SecurityError("the operator ** is refused: it may never end")
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        _check_time()
+        return super().call(context, function, *args, **kwargs)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is refused")
@@ -146,11 +161,15 @@ def _compile(source: str) -> Template:
 
 
 def _stopping(items: Iterable[Any]) -> Iterator[Any]:
-    end = time.thread_time() + LOOP_SECONDS
     for item in items:
-        if time.thread_time() > end:
-            raise TemplateRuntimeError(f"a loop computed for more than {LOOP_SECONDS:g} seconds")
+        _check_time()
         yield item
+
+
+def _check_time() -> None:
+    """Stop a template that computes for too long: asked in each round of a loop, and at each call of a macro."""
+    if time.thread_time() > _limit.end:
+        raise TemplateRuntimeError(f"it computed for more than {RENDER_SECONDS:g} seconds")
 
 
 def _make_namespace(*args: Any, **items: Any) -> _Namespace:

@@ -155,6 +155,7 @@ kl_saved: share of the run's KL that the front saves at the run's reward.
 low, high: 95 % interval. Empty cells: the front does not reach this KL or reward, in the data or in more than 5 % of
 the resamples.</p>"""
 _PAGE = """<!doctype html><meta charset="utf-8"><title>WARP report</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>body{{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}}img{{max-width:100%}}
 table{{border-collapse:collapse;font-size:13px}}td,th{{border:1px solid #ccc;padding:.2em .5em;text-align:left}}
 pre{{background:#f6f6f6;padding:1em;overflow:auto}}</style><h1>WARP report</h1>{body}

@@ -22,7 +22,7 @@ from warp_jax.progress import JobProgress
 from warp_jax.rewards import from_folder, reward_functions, text_reward
 from warp_jax.settings import Settings
 from warp_jax.settings.groups import Gold, RewardModel, RewardPart, Sft
-from warp_jax.storage import checkpoint
+from warp_jax.storage import checkpoint, manifest
 from warp_jax.training import loop, metric_writer, optimizers, supervised
 from warp_jax.types import ApplyFn, Params, Rollout
 
@@ -115,6 +115,8 @@ class Maker:
             self.progress.note(f"gold reward: held-out AUC {held_out:.3f}")
             files.write_json(path.with_name("summary.json"), {"auc": held_out})
             tfidf.save(fitted, path)
+            for made in (path.with_name("summary.json"), path):
+                manifest.note(self.workdir, str(made.relative_to(self.workdir)))
 
         hosts.make_if_missing(path, make)
         return text_reward.TextReward(tfidf.load(path).score, "config.gold.source 'tfidf'", settings.timeout)
@@ -153,7 +155,8 @@ class Maker:
         self.progress.note(f"{name}: held-out " + ", ".join(f"{key} {value:.3f}" for key, value in summary.items()))
         if hosts.is_first():
             files.write_json(directory / "summary.json", summary)
-        checkpoint.save_params(directory / "params", trained, directory / metric_writer.FILE)
+        logs = (directory / metric_writer.FILE, directory / "summary.json")
+        checkpoint.save_params(directory / "params", trained, *logs)
         checkpoint.forget_state(directory)
         return params
 

@@ -15,13 +15,13 @@ from warp_jax.evaluation import measure
 from warp_jax.experiment import architecture
 from warp_jax.experiment.ingredients import Maker
 from warp_jax.experiment.programs import make_programs
-from warp_jax.experiment.workdir import note_made
 from warp_jax.models import freezing
 from warp_jax.parallel import hosts, meshes
 from warp_jax.pretrained import sources
 from warp_jax.progress import JobProgress
 from warp_jax.rewards import reward_functions, row_checks
 from warp_jax.settings import Settings, groups
+from warp_jax.storage import manifest
 from warp_jax.training import reinforce
 from warp_jax.types import PromptBatch, RewardFn, Rollout
 
@@ -45,7 +45,6 @@ def prepare(
     policy = architecture.policy_config(settings.model, tokenizer.vocab_size)
     maker = Maker(settings, workdir, progress, mesh, tokenizer, corpora)
     gold_fn = maker.gold()
-    note_made(workdir)
     sft_params = maker.sft(policy)
     learned = maker.reward_model(policy, sft_params) if settings.needs_reward_model else None
     reward_fns = {name: make_reward_fn(maker, learned, corpora[name].rows, name) for name in prompts}
@@ -119,6 +118,7 @@ def load_tokenizer(settings: Settings, corpora: Mapping[str, Corpus], path: Path
     def make() -> None:
         trained = Tokenizer.train(corpora["reward"].texts + corpora["gold"].texts, settings.vocab_size)
         files.write_text(path, trained.to_json())
+        manifest.note(path.parent, path.name)
 
     if not settings.model.source:
         hosts.make_if_missing(path, make)

@@ -95,7 +95,7 @@ class Job:
                 "norms": np.asarray(merging.norms(gram.matrix)).tolist(),
             }
             files.write_json(directory / "geometry.json", geometry)
-        checkpoint.save_params(directory / "merged", merged)
+        checkpoint.save_params(directory / "merged", merged, directory / "geometry.json")
         return merged
 
     def front(self, merged: Params, iteration: int) -> list[Point]:

@@ -25,8 +25,6 @@ REWARDS = "rewards.json"
 DATA = "data.json"
 STARTS = "starts.jsonl"  # one line a start: time, environment, and what it was told to accept
 REQUIREMENTS = "requirements.lock"  # all packages of the first start, for launchers
-CHECKSUMS = "checksums.json"  # of the files in MADE
-MADE = ("tokenizer.json", "gold/gold.json", "gold/summary.json")
 ACCEPTABLE = ("data", "models", "rewards", "versions", "device")  # what --accept lets change
 LOCK = "lock"  # held while a job claims the workdir, or makes the inputs that all runs share
 # settings that may change on resume; another mesh changes rounding only
@@ -101,23 +99,10 @@ def _check_environment(workdir: Path, here: Mapping[str, Any], accept: Collectio
         print(f"note: {key} was {before.get(key)!r} at the last start, now {here[key]!r}", file=sys.stderr)
 
 
-def note_made(workdir: Path) -> None:
-    """Note the checksums of the files in MADE, once they are complete. Call it while the workdir is locked."""
-
-    def note() -> None:
-        found = {name: manifest.describe(workdir / name) for name in MADE if (workdir / name).exists()}
-        if found != _stored(workdir / CHECKSUMS):
-            files.write_json(workdir / CHECKSUMS, found)
-
-    hosts.on_first_process(note)
-
-
 def check_made(workdir: Path) -> None:
-    """Raise StorageError if a file in MADE is not what was noted; one that was deleted is made again."""
-    for name, was in _stored(workdir / CHECKSUMS).items():
-        path = workdir / name
-        if path.exists() and manifest.describe(path) != was:
-            raise StorageError(f"{path} is not what was written; delete it to make it again")
+    """Raise StorageError if a file that the workdir made before training is not what was written."""
+    if damage := manifest.changed(workdir):
+        raise StorageError(f"{damage}; delete it to make it again")
 
 
 def read_settings(workdir: Path) -> Settings:

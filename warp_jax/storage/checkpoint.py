@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from warp_jax.types import Params, StorageError
 KEPT_STATES = 2  # if the newest is damaged, training continues from the one before it
 
 
-def save_params(path: Path, params: Params, log: Path | None = None) -> None:
-    """Save a pytree as a folder, with the checksum of a log. Raises ValueError if `path` exists."""
+def save_params(path: Path, params: Params, *logs: Path) -> None:
+    """Save a pytree as a folder, with the checksums of files that belong to it. Raises ValueError if `path` exists."""
     if hosts.exists(path):
         raise ValueError(f"{path} exists, and nothing is overwritten")
     saver = Saver()
-    saver.start(path, params, log)
+    saver.start(path, params, logs)
     saver.wait()
 
 
@@ -67,21 +67,24 @@ class Saver:
         self._publishing: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def start(self, path: Path, tree: Any, log: Path | None = None, then: Callable[[], None] = lambda: None) -> None:
+    def start(
+        self, path: Path, tree: Any, logs: Iterable[Path] = (), then: Callable[[], None] = lambda: None
+    ) -> None:
         """Copy the arrays of a tree and return; save them in the background, then call `then` on process 0.
 
-        Waits for the save before. log: a file whose present content belongs to the tree; it is checked with it.
+        Waits for the save before. logs: files whose present content belongs to the tree; they are checked with it.
         """
         self.wait()
         hidden = path.with_name(f".{path.name}.saving")
-        logs = {}
+        sizes = {}
         if hosts.is_first():
             files.make_folder(path.parent)
-            if log is not None and log.exists():
-                files.sync(log)
-                logs[os.path.relpath(log, path)] = log.stat().st_size
+            for log in logs:
+                if log.exists():
+                    files.sync(log)
+                    sizes[os.path.relpath(log, path)] = log.stat().st_size
         self._orbax.save(hidden.absolute(), tree, force=True)
-        publish = functools.partial(self._publish, hidden, path, logs, then)
+        publish = functools.partial(self._publish, hidden, path, sizes, then)
         self._publishing = threading.Thread(target=publish)
         self._publishing.start()
 
@@ -124,7 +127,7 @@ class StateStore:
 
     def save(self, step: int, state: Any) -> None:
         """Start saving the state after `step` steps; return before it is on disk."""
-        self._saver.start(self._directory / str(step), state, self._log, self._delete_old)
+        self._saver.start(self._directory / str(step), state, [self._log], self._delete_old)
 
     def restore(self, step: int, like: Any) -> Any:
         """Restore the state after `step` steps with the structure and shardings of `like` (jax.ShapeDtypeStruct)."""

@@ -1,4 +1,7 @@
-"""Manifests: size and checksum of every file in a folder, written last and checked before the folder is read."""
+"""Size and checksum of files: of every file in a folder (its manifest, written last), or of single files.
+
+They are compared before a file is read.
+"""
 
 import contextlib
 import mmap
@@ -9,8 +12,10 @@ from typing import Any
 import xxhash
 
 from warp_jax import files
+from warp_jax.types import StorageError
 
 NAME = "manifest.json"
+CHECKSUMS = "checksums.json"  # of single files, in the folder that their names are relative to
 
 
 def seal(folder: Path, logs: Mapping[str, int] | None = None) -> None:
@@ -44,6 +49,28 @@ def damage(folder: Path, *, with_logs: bool = True) -> str:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"{path} is not what was written"
     return ""
+
+
+def note(folder: Path, name: str) -> None:
+    """Note the checksum of a complete file, for `changed`. Raises StorageError if another one is noted."""
+    noted = _noted(folder)
+    found = describe(folder / name)
+    if noted.get(name, found) != found:
+        raise StorageError(f"{folder / name} was made again, and is not what it was; restore it, or start a new folder")
+    files.write_json(folder / CHECKSUMS, {**noted, name: found})
+
+
+def changed(folder: Path) -> str:
+    """The first noted file that is there, but is not what was noted, in words; "" = none."""
+    for name, was in _noted(folder).items():
+        if (folder / name).exists() and describe(folder / name) != was:
+            return f"{folder / name} is not what was written"
+    return ""
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    path = folder / CHECKSUMS
+    return files.read_json(path) if path.exists() else {}
 
 
 def describe(path: Path, size: int | None = None) -> dict[str, Any]:
