@@ -10,15 +10,16 @@ again, by status.py --verify. Kinds:
 kill         SIGKILL, at a random time (even trials) or at a random one of its operations on files (odd trials)
 stop         SIGTERM while it trains: exit code 75, or 0 if it was done before
 preempt      four SIGTERMs, each 60 steps after a start, with a save every 100 steps: each start must go further
-flip         one flipped bit, or a truncation, of any file, when the job is ended or killed
+flip         one flipped bit, or a truncation, of any file of a job that has ended or was killed
 power        the file system of the workdir is shut down without writing anything more, and mounted again
 full         the file system has a random size; then it is made larger
 readonly     the file system turns read-only
 descriptors  the process may open no more files
 vanished     the workdir is moved away, and moved back
-bucket       SIGKILL of a job whose workdir is --bucket; its server must run
+merge        two merges into one --out, the second after a random time: one result, the other one line
 
-The last four must end the job with one line and exit code 74. power, full and readonly need Linux and root.
+full, readonly, descriptors and vanished must end the job with one line and exit code 74. power, full and readonly need
+Linux and root.
 """
 
 import contextlib
@@ -60,6 +61,8 @@ ENOUGH = "64m"  # size of a file system that holds the whole job
 FULL_AT = (20_000, 1_400_000)  # bytes of a file system that the job fills
 LONG = ("--config.warp.steps_per_iteration=(320,6)", "--config.checkpoint_every=100", "--config.evaluation.every=320")
 PREEMPTIONS, STEPS_EACH = 4, 60
+ETAS = 0.1, 0.3  # of the two merges
+KILLED = 40  # killed jobs, from which those with a damaged file are copied
 # differ between two undisturbed jobs: times, and Orbax's random names (the arrays themselves are compared)
 VARIES = re.compile(r"(starts\.jsonl|error\.log|lock|events\.out\..*)")
 WEIGHTS = ("params", "merged")
@@ -221,13 +224,24 @@ def preempt(trial: Trial) -> Ended:
 
 
 def flip(trial: Trial) -> Ended:
-    """Flip one bit of one file, or cut it short; each file is as likely as any other."""
-    process = start(trial.workdir)
-    wait(process, trial.seconds if trial.chance.random() < 0.5 else 1e6)
-    process.kill()
-    ended = finish(process)
+    """Damage one file of a job that was killed, or (one of three) had ended; each file is as likely as any other."""
+    number = trial.chance.randrange(KILLED)
+    ended = Path(FOLDER.value, "undisturbed")
+    shutil.copytree(ended if trial.chance.random() < 1 / 3 else killed_job(number, trial.seconds), trial.workdir)
     names = sorted(path for path in trial.workdir.rglob("*") if path.is_file() and path.stat().st_size)
-    return Ended(ended.code, damage(trial.chance.choice(names), trial.chance) if names else "nothing written yet")
+    return Ended(0, damage(trial.chance.choice(names), trial.chance) if names else "nothing written yet")
+
+
+def killed_job(number: int, seconds: float) -> Path:
+    """The workdir of a job that was killed after so many seconds; made once, and copied for each trial."""
+    folder = Path(FOLDER.value, f"killed_{number}")
+    while not any(folder.rglob("metrics.jsonl")):
+        process = start(folder)
+        wait(process, seconds)
+        process.kill()
+        finish(process)
+        seconds *= 1.5  # it had not written anything
+    return folder
 
 
 def damage(path: Path, chance: random.Random) -> str:
@@ -342,6 +356,48 @@ FIRST_CODES = {"stop": (0, cli.TRY_AGAIN), "preempt": (cli.TRY_AGAIN,)} | dict.f
 )
 
 
+def merging(out: Path, eta: float) -> subprocess.Popen[str]:
+    """Start a merge of the two policies of the undisturbed job."""
+    job = Path(FOLDER.value, "undisturbed")
+    policies = ",".join(str(job / "iteration_1" / f"run_{run}" / "params") for run in (1, 2))
+    command = ["scripts/merge.py", f"--init={job / 'sft' / 'params'}", f"--policies={policies}", f"--etas={eta}"]
+    command = [sys.executable, *command, f"--out={out}"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def try_merges(number: int) -> dict[str, object]:
+    """Two merges with different etas: the one that ends well must have written --out, the other nothing."""
+    chance, folder = random.Random(f"{SEED.value} merge {number}"), Path(FOLDER.value, "merge")
+    right = {eta: hash_of_arrays(folder / f"alone_{eta}" / f"eta_{eta}") for eta in ETAS}
+    seconds = chance.uniform(0, float((folder / "seconds").read_text()))
+    out = folder / f"out_{number}"
+    shutil.rmtree(out, ignore_errors=True)
+    processes = [merging(out, ETAS[0])]
+    wait(processes[0], seconds)
+    processes.append(merging(out, ETAS[1]))
+    ended = [finish(process) for process in processes]
+    codes = [end.code for end in ended]
+    lost = ended[codes.index(0) - 1] if 0 in codes else ended[0]
+    won = ETAS[codes.index(0)] if 0 in codes else ETAS[0]
+    good = sorted(codes) == [0, cli.BAD_INPUT] and lost.errors.count("error: ") == 1
+    names = {f"eta_{won}", "merge_report.json"}
+    whole = {path.name for path in out.iterdir()} == names and hash_of_arrays(out / f"eta_{won}") == right[won]
+    left = [path for path in folder.iterdir() if path.name.startswith(f".out_{number}")]
+    verdict = "equal" if good and whole and not left else "wrong codes" if not good else "wrong result"
+    disturbed = f"second after {seconds:.2f} s: codes {codes}; {lost.errors.strip()[-200:]}"
+    return dict(zip(FIELDS, ("merge", number, SEED.value, disturbed, max(codes), verdict), strict=True))
+
+
+def prepare_merges(folder: Path) -> None:
+    """Each of the two merges alone, and how many seconds it takes."""
+    began = time.monotonic()
+    for eta in ETAS:
+        shutil.rmtree(folder / f"alone_{eta}", ignore_errors=True)
+        if ended := finish(merging(folder / f"alone_{eta}", eta)).code:
+            cli.fail(f"a merge alone ended with code {ended}")
+    files.write_text(folder / "seconds", str((time.monotonic() - began) / len(ETAS)))
+
+
 @contextlib.contextmanager
 def cleaned(trial: Trial) -> Iterator[None]:
     """Delete what the trial leaves, before and after it."""
@@ -414,8 +470,9 @@ def main(argv: list[str]) -> None:
     """Run the trials that have no line yet."""
     del argv
     folder, out = Path(FOLDER.value).absolute(), Path(OUT.value)
-    if unknown := sorted(set(KINDS.value) - DISTURB.keys()):
-        cli.fail(f"--kinds: got {unknown[0]!r}, want some of {', '.join(DISTURB)}")
+    kinds = (*DISTURB, "merge")
+    if unknown := sorted(set(KINDS.value) - set(kinds)):
+        cli.fail(f"--kinds: got {unknown[0]!r}, want some of {', '.join(kinds)}")
     folder.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, object]] = list(csv.DictReader(out.open())) if out.exists() else []
     done = {(line["kind"], str(line["trial"])) for line in lines if str(line["seed"]) == str(SEED.value)}
@@ -425,8 +482,10 @@ def main(argv: list[str]) -> None:
             continue
         undisturbed = undisturbed_job(folder, *(LONG if kind == "preempt" else ()))
         print(f"{kind}: the undisturbed job takes {undisturbed.seconds:.1f} s", flush=True)
+        if kind == "merge":
+            prepare_merges(folder / "merge")
         for number in left:
-            lines.append(try_one(kind, number, undisturbed))
+            lines.append(try_merges(number) if kind == "merge" else try_one(kind, number, undisturbed))
             print(*lines[-1].values(), sep=", ", flush=True)
             content = io.StringIO()
             writer = csv.DictWriter(content, FIELDS, lineterminator="\n")

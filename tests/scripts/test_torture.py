@@ -1,10 +1,13 @@
 """The judgement of disturbed jobs; tests/test_main.py stops and kills one for real."""
 
 import random
+import shutil
 
+import jax.numpy as jnp
 import pytest
 
 from scripts import torture
+from warp_jax.storage import checkpoint
 
 SAME = {"front.csv": "a", "sft/metrics.jsonl": "b"}
 
@@ -13,8 +16,8 @@ SAME = {"front.csv": "a", "sft/metrics.jsonl": "b"}
     ("code", "errors", "found", "wanted"),
     [
         (0, "warning: continuing from step 3", SAME, "equal"),
-        (0, "", {**SAME, "front.csv": "c"}, "silently different"),
-        (0, "", {"front.csv": "a"}, "silently different"),
+        (0, "", {**SAME, "front.csv": "c"}, "silently different: front.csv"),
+        (0, "", {"front.csv": "a"}, "silently different: sft/metrics.jsonl"),
         (74, "a line\nerror: x is not what was written", {}, "named"),
         (2, "error: bad config", {}, "named"),
         (1, "error: bad config", {}, "no line"),
@@ -30,13 +33,29 @@ def test_an_end_is_judged(code, errors, found, wanted):
     assert torture.outcome(torture.Ended(code, errors), found, SAME) == wanted
 
 
-def test_one_bit_is_flipped(tmp_path):
-    """Fails when nothing, or more than one bit, changes, or an empty file is chosen."""
-    (tmp_path / "empty").touch()
+def test_a_file_is_damaged_in_one_place(tmp_path):
+    """Fails when nothing, or more than one bit, changes, or a file never gets shorter."""
+    sizes = set()
     for number in range(20):
         (tmp_path / "x").write_bytes(bytes(5))
-        assert torture.flip(tmp_path, random.Random(number)).endswith(" of x")
-        assert sum(byte.bit_count() for byte in (tmp_path / "x").read_bytes()) == 1
+        torture.damage(tmp_path / "x", random.Random(number))
+        content = (tmp_path / "x").read_bytes()
+        sizes.add(len(content))
+        assert sum(byte.bit_count() for byte in content) == (len(content) == 5)
+    assert len(sizes) > 2
+
+
+def test_results_are_all_files_but_those_that_vary(tmp_path):
+    """Fails when a file of a job is not compared, or one that differs between any two jobs is."""
+    for name in ("config.json", "sft/metrics.jsonl", "report.html", "sft/events.out.tfevents.1.x", "starts.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    checkpoint.save_params(tmp_path / "sft" / "params", {"a": jnp.arange(3.0)})
+    found = torture.results(tmp_path)
+    assert set(found) == {"config.json", "sft/metrics.jsonl", "report.html", "sft/params"}
+    shutil.rmtree(tmp_path / "sft" / "params")
+    checkpoint.save_params(tmp_path / "sft" / "params", {"a": jnp.arange(3.0) + 1e-7})
+    assert torture.results(tmp_path)["sft/params"] != found["sft/params"]
 
 
 def test_the_table_counts_what_held():

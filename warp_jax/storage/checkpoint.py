@@ -67,9 +67,7 @@ class Saver:
         self._publishing: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def start(
-        self, path: Path, tree: Any, logs: Iterable[Path] = (), then: Callable[[], None] = lambda: None
-    ) -> None:
+    def start(self, path: Path, tree: Any, logs: Iterable[Path] = (), then: Callable[[], None] = lambda: None) -> None:
         """Copy the arrays of a tree and return; save them in the background, then call `then` on process 0.
 
         Waits for the save before. logs: files whose present content belongs to the tree; they are checked with it.

@@ -62,9 +62,12 @@ def note(folder: Path, name: str) -> None:
 
 def changed(folder: Path) -> str:
     """The first noted file that is there, but is not what was noted, in words; "" = none."""
-    for name, was in _noted(folder).items():
-        if (folder / name).exists() and describe(folder / name) != was:
-            return f"{folder / name} is not what was written"
+    try:
+        for name, was in _noted(folder).items():
+            if (folder / name).exists() and describe(folder / name) != was:
+                return f"{folder / name} is not what was written"
+    except (ValueError, OSError):  # a broken file, or impossible names in it
+        return f"{folder / CHECKSUMS} is not what was written"
     return ""
 
 
