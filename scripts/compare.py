@@ -108,8 +108,11 @@ def print_table(columns: str, rows: list[list[str]]) -> None:
 
 def main(argv: list[str]) -> None:
     """Check the workdirs, print the tables and draw the picture."""
-    workdirs = [Path(name) for name in argv[1:]]
-    baselines = [Path(_BASELINE.value)] if _BASELINE.value else []
+    try:
+        workdirs = [files.as_path(name) for name in argv[1:]]
+        baselines = [files.as_path(_BASELINE.value)] if _BASELINE.value else []
+    except ValueError as error:
+        cli.fail(str(error))
     unfinished = [str(path) for path in [*workdirs, *baselines] if not (path / "summary.json").is_file()]
     if unfinished or not workdirs:
         cli.fail(f"want finished workdirs; no summary.json in: {', '.join(unfinished) or '(no workdir given)'}")

@@ -106,11 +106,15 @@ def _folders(out: Path) -> dict[str, Path]:
 
 def _check_origin(out: Path) -> None:
     """Raise ValueError if the exports in `out` are of another workdir or another config."""
-    config = Path(WORKDIR.value) / "config.json"
+    workdir = files.as_path(WORKDIR.value)
+    config = workdir / "config.json"
     if not config.is_file():
         raise ValueError(f"--workdir: no config.json in {WORKDIR.value}; want the workdir of a run of warp_jax.main")
     path = out / "origin.json"
-    origin = {"workdir": str(config.parent.resolve()), "config": upgrade(files.read_json(config))}
+    origin = {
+        "workdir": str(workdir if files.is_remote(workdir) else workdir.resolve()),
+        "config": upgrade(files.read_json(config)),
+    }
     before = files.read_json(path) if path.exists() else origin
     if {**before, "config": upgrade(before["config"])} != origin:
         raise ValueError(f"--out: {out} holds exports of another workdir or config; choose another folder")
@@ -134,7 +138,7 @@ def _export_stage(stage: str, folder: Path, dtype: str) -> dict[str, Any]:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # leaves the memory of the accelerator to torch
     from warp_jax.experiment import export  # noqa: PLC0415
 
-    return export.export_stage(Path(WORKDIR.value), stage, folder, dtype=dtype)
+    return export.export_stage(files.as_path(WORKDIR.value), stage, folder, dtype=dtype)
 
 
 def _read_report(folder: Path, dtype: str) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from warp_jax import cli
+from warp_jax import cli, files
 from warp_jax.experiment import export, stages
 from warp_jax.storage.weight_files import OUTPUT_DTYPES
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # hide warnings of libraries
     try:
         report = export.export_stage(
-            Path(WORKDIR.value), STAGE.value, Path(OUT.value), dtype=DTYPE.value, prompts=PROMPTS.value
+            files.as_path(WORKDIR.value), STAGE.value, Path(OUT.value), dtype=DTYPE.value, prompts=PROMPTS.value
         )
     except (ValueError, OSError) as error:
         cli.fail(str(error))

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
             raise ValueError("got no prompt, want --prompt=TEXT or --prompts=FILE.jsonl")
         if OUT.value and Path(OUT.value).exists():
             raise ValueError(f"--out: {OUT.value} exists and would be overwritten; choose another folder")
-        columns = sample_stages(stages.Workdir(Path(WORKDIR.value)), prompts)
+        columns = sample_stages(stages.Workdir(files.as_path(WORKDIR.value)), prompts)
         if OUT.value:
             write(Path(OUT.value), prompts, columns)
     except (ValueError, OSError) as error:

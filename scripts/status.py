@@ -7,19 +7,19 @@ It changes nothing. Exit code: 0 all is done, 3 a workdir is unfinished, 2 a wor
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
-from warp_jax import cli
+from warp_jax import cli, files
 from warp_jax.experiment import status
 
 _VERIFY = flags.DEFINE_bool("verify", False, "Read every file and compare it with its checksum.")
 
 
-def show(workdir: Path) -> int:
+def show(name: str) -> int:
     """Print the table of one workdir; return its exit code."""
     try:
+        workdir = files.as_path(name)
         parts = status.read(workdir, verify=_VERIFY.value)
     except (ValueError, OSError) as error:
         cli.print_error(str(error))
@@ -33,7 +33,7 @@ def show(workdir: Path) -> int:
 
 def main(argv: list[str]) -> None:
     """Show all workdirs; exit with the code of the worst."""
-    codes = {show(Path(name)) for name in argv[1:]}
+    codes = {show(name) for name in argv[1:]}
     if not codes:
         cli.fail("no workdir is given; try scripts/status.py runs/quickstart")
     sys.exit(status.BROKEN if status.BROKEN in codes else max(codes))

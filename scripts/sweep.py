@@ -165,7 +165,7 @@ def main(argv: list[str]) -> None:
     del argv
     flag = flags.FLAGS["config"]
     try:
-        points = choose(load_points(flag.config_filename, flag.override_values, Path(OUT.value)), ONLY.value)
+        points = choose(load_points(flag.config_filename, flag.override_values, files.as_path(OUT.value)), ONLY.value)
         _ = [settings(point) for point in points]  # raises if main would refuse one
         lines = [shlex.join(["python", *PROGRAM[1:], *point.arguments]) for point in points]
         if JOBS.value:

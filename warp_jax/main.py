@@ -13,7 +13,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from warp_jax import cli
+from warp_jax import cli, files
 from warp_jax.data.corpus import Corpus
 from warp_jax.experiment import inputs, jobs, preparation, warp
 from warp_jax.experiment.workdir import ACCEPTABLE, claim
@@ -58,8 +58,8 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
     logging.set_verbosity(logging.ERROR)  # hide warnings of libraries, such as JAX and Orbax
-    workdir = Path(str(WORKDIR.value))
     try:
+        workdir = files.as_path(str(WORKDIR.value))
         if MULTIHOST.value:
             supervisor.continue_in_child()
             hosts.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)

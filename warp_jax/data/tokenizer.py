@@ -47,7 +47,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         """Read the tokenizer.json of a trained tokenizer."""
-        return cls._trained(tokenizers.Tokenizer.from_file(str(path)))
+        return cls._trained(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
 
     @classmethod
     def _trained(cls, backend: tokenizers.Tokenizer) -> "Tokenizer":

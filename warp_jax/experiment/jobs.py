@@ -1,6 +1,5 @@
 """Run a whole job, or one part of it: one run or one merge. Parts exchange their results through the workdir."""
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -58,8 +57,11 @@ def choose_part(settings: Settings, workdir: Path, *, run: int, merge: bool, ite
 def run_part(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, part: Part = WHOLE) -> str:
     """Run the unfinished part of a job; return a one-line summary."""
     with JobProgress(total_steps(settings, part), quiet=not hosts.is_first()) as progress:
-        waiting = "another process is preparing this workdir: waiting for it"
-        with hosts.locked(workdir / LOCK, functools.partial(progress.note, waiting)):
+
+        def on_wait(owner: str) -> None:
+            progress.note(f"{owner} is preparing this workdir: waiting for it")
+
+        with hosts.locked(workdir / LOCK, on_wait):
             tokenizer, trainer, examiner = preparation.prepare(settings, corpora, workdir, progress)
         job = warp.make_job(settings, trainer, examiner, workdir, progress)
         if part.run:

@@ -15,7 +15,7 @@ from warp_jax.models import apply, freezing, partitioning
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.parallel import meshes
 from warp_jax.pretrained import sources
-from warp_jax.storage import checkpoint
+from warp_jax.storage import checkpoint, manifest
 from warp_jax.types import Params
 
 NAMES = "sft, reward_model, iteration_I/run_M, iteration_I/merged, or liti:ETA (from sft to the last merge)"
@@ -41,8 +41,8 @@ class Workdir:
 
     def stages(self) -> list[str]:
         """Names of the saved stages."""
-        folders = sorted(p.parent for p in self.path.glob("iteration_*/run_*/params"))
-        merged = sorted(self.path.glob("iteration_*/merged"))
+        folders = sorted(p.parent for p in self.path.glob("iteration_*/run_*/params") if manifest.is_complete(p))
+        merged = sorted(p for p in self.path.glob("iteration_*/merged") if manifest.is_complete(p))
         return ["sft", *(str(p.relative_to(self.path)) for p in [*folders, *merged])]
 
     def load(self, stage: str) -> tuple[Params, TransformerConfig]:

@@ -133,14 +133,14 @@ class _Reader:
             return Part("inputs", DAMAGED, note=damage)
         if all(path.exists() for path in needed):
             return Part("inputs", DONE)
-        return Part("inputs", RUNNING if files.is_locked(lock) else NOT_BEGUN)
+        return _running_or_not("inputs", lock)
 
     def trained(self, name: str, steps: int, lock: Path | None, evaluations: Mapping[int, str]) -> Part:
         """SFT, the reward model or a run. evaluations: those made on the way, by step."""
         folder = self.workdir / name
-        if not (folder / "params").exists():
-            if lock and files.is_locked(lock):
-                return _running(name, folder, lock, steps)
+        if not manifest.is_complete(folder / "params"):
+            if lock and (owner := files.owner(lock)):
+                return _running(name, folder, lock, steps, owner)
             part = self.saved(name, folder / "state", steps)
         elif damage := self.weights_damage(folder / "params") or self.json_damage(folder.glob("*.json")):
             part = Part(name, DAMAGED, note=damage)
@@ -167,8 +167,8 @@ class _Reader:
     def merged(self, name: str) -> Part:
         """The merge of an iteration, and the angles between its runs, which are written before it."""
         merged, geometry = self.workdir / name, (self.workdir / name).with_name("geometry.json")
-        if not merged.exists():
-            return Part(name, RUNNING if files.is_locked(merged.with_name("lock")) else NOT_BEGUN)
+        if not manifest.is_complete(merged):
+            return _running_or_not(name, merged.with_name("lock"))
         damage = self.weights_damage(merged)
         if not damage and not geometry.exists():
             damage = f"{geometry} is missing; delete {merged} to make both again"
@@ -232,8 +232,20 @@ class _Reader:
         return ""
 
 
-def _running(name: str, folder: Path, lock: Path, steps: int) -> Part:
+def _running_or_not(name: str, lock: Path) -> Part:
+    owner = files.owner(lock)
+    return Part(name, RUNNING if owner else NOT_BEGUN, note=_named(owner))
+
+
+def _named(owner: str) -> str:
+    """The owner of a lock, if its name says anything."""
+    return "" if owner == files.ANOTHER else f"by {owner}"
+
+
+def _running(name: str, folder: Path, lock: Path, steps: int, owner: str) -> Part:
     log = folder / metric_writer.FILE
+    if files.is_remote(folder):  # rows come there with each save
+        return Part(name, RUNNING, max(_saved_steps(folder), default=0), steps, note=_named(owner))
     if _time(log) < _time(lock):  # the rows are of an earlier process; those after its last save are made again
         return Part(name, RUNNING, max(_saved_steps(folder), default=0), steps)
     done = len(metric_writer.read_rows(log))
@@ -242,7 +254,8 @@ def _running(name: str, folder: Path, lock: Path, steps: int) -> Part:
 
 def _saved_steps(folder: Path) -> list[int]:
     """Steps of the saved states of a training, newest first."""
-    return sorted((int(path.name) for path in folder.glob("state/*") if path.name.isdigit()), reverse=True)
+    saved = (path.name for path in folder.glob("state/*") if path.name.isdigit() and manifest.is_complete(path))
+    return sorted(map(int, saved), reverse=True)
 
 
 def _time(path: Path) -> float:

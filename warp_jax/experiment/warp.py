@@ -169,5 +169,5 @@ def _expect(job: Job, names: Iterable[str]) -> None:
     job.progress.expect_evaluations(len(job.evaluations.missing(names)))
 
 
-def _refuse(what: str, iteration: int) -> NoReturn:
-    raise BusyError(f"{what} of iteration {iteration} is being made by another process; wait for it, or stop it")
+def _refuse(what: str, iteration: int, owner: str) -> NoReturn:
+    raise BusyError(f"{what} of iteration {iteration} is being made by {owner}; wait for it, or stop it")

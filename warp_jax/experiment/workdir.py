@@ -1,7 +1,6 @@
 """A workdir: the config that it belongs to, and fingerprints of the models, rows and reward functions used in it."""
 
 import datetime
-import functools
 import hashlib
 import importlib
 import json
@@ -40,12 +39,14 @@ def claim(
     ValueError if the workdir belongs to another config or to other inputs, holds other files, or cannot be written;
     StorageError if a file that it made is damaged.
     """
-    waiting = f"another process is preparing {workdir}: waiting for it"
     here = environment.describe()
+
+    def on_wait(owner: str) -> None:
+        print(f"{owner} is preparing {workdir}: waiting for it", file=sys.stderr)
 
     def claim_locked() -> None:
         _check_owner(settings, workdir)  # before the lock, which is a file in there
-        with files.locked(workdir / LOCK, functools.partial(print, waiting, file=sys.stderr)):
+        with files.locked(workdir / LOCK, on_wait):
             _check_owner(settings, workdir)
             check_made(workdir)
             _check_environment(workdir, here, accept)
@@ -65,13 +66,15 @@ def claim(
     try:
         hosts.on_first_process(claim_locked)
     except OSError as error:
-        raise ValueError(f"workdir: cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
+        raise ValueError(
+            f"workdir: cannot write to {workdir}: {error.strerror or error}; choose another --workdir"
+        ) from error
 
 
 def _starts(workdir: Path) -> str:
     """The lines of STARTS; "" if it is missing."""
     path = workdir / STARTS
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return path.read_bytes().decode(errors="replace") if path.exists() else ""
 
 
 def _check_environment(workdir: Path, here: Mapping[str, Any], accept: Collection[str]) -> None:

@@ -135,7 +135,7 @@ def computed_on_first_process(function: Callable[..., np.ndarray]) -> Callable[.
 
 
 @contextlib.contextmanager
-def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+def locked(path: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
     """Hold a file lock on process 0 for all processes (see `files.locked`)."""
     with contextlib.ExitStack() as stack:
         on_first_process(lambda: stack.enter_context(files.locked(path, on_wait)))

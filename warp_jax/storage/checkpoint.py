@@ -1,12 +1,12 @@
 """Save and restore parameters and training states with Orbax, so that each is complete, on disk and checked.
 
-A folder appears under its name when all its files and a manifest of their checksums are on disk. Process 0 renames,
-deletes and checks; the others wait for it where they need the result.
+A folder appears under its name when all its files and a manifest of their checksums are on disk. In a bucket, which
+cannot rename, files have their names at once, and the manifest completes them. Process 0 renames, deletes and checks;
+the others wait for it where they need the result.
 """
 
 import functools
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +26,7 @@ KEPT_STATES = 2  # if the newest is damaged, training continues from the one bef
 
 def save_params(path: Path, params: Params, *logs: Path) -> None:
     """Save a pytree as a folder, with the checksums of files that belong to it. Raises ValueError if `path` exists."""
-    if hosts.exists(path):
+    if has_params(path):
         raise ValueError(f"{path} exists, and nothing is overwritten")
     saver = Saver()
     saver.start(path, params, logs)
@@ -36,12 +36,12 @@ def save_params(path: Path, params: Params, *logs: Path) -> None:
 def forget_state(directory: Path) -> None:
     """Delete the training state of a loop, after its result has been saved elsewhere."""
     if hosts.is_first():
-        shutil.rmtree(directory / "state", ignore_errors=True)
+        manifest.delete(directory / "state", ignore_errors=True)
 
 
 def has_params(path: Path) -> bool:
     """Return True if `save_params` has completed for this path."""
-    return hosts.exists(path)
+    return bool(hosts.number_of_first(lambda: manifest.is_complete(path)))
 
 
 def restore_params(path: Path, like: Params) -> Params:
@@ -56,7 +56,7 @@ def restore_params(path: Path, like: Params) -> Params:
 
     hosts.on_first_process(check)
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path.absolute(), abstract(like))
+        return checkpointer.restore(_absolute(path), abstract(like))
 
 
 class Saver:
@@ -73,16 +73,18 @@ class Saver:
         Waits for the save before. logs: files whose present content belongs to the tree; they are checked with it.
         """
         self.wait()
-        hidden = path.with_name(f".{path.name}.saving")
-        sizes = {}
+        is_remote, sizes = files.is_remote(path), {}
+        unfinished = path if is_remote else path.with_name(f".{path.name}.saving")
+        if is_remote:
+            hosts.on_first_process(lambda: manifest.delete(path))  # a killed job may have left a part
         if hosts.is_first():
             files.make_folder(path.parent)
             for log in logs:
                 if log.exists():
                     files.sync(log)
-                    sizes[os.path.relpath(log, path)] = log.stat().st_size
-        self._orbax.save(hidden.absolute(), tree, force=True)
-        publish = functools.partial(self._publish, hidden, path, sizes, then)
+                    sizes[os.path.relpath(log, path)] = files.size(log)
+        self._orbax.save(_absolute(unfinished), tree, force=not is_remote)
+        publish = functools.partial(self._publish, unfinished, path, sizes, then)
         self._publishing = threading.Thread(target=publish)
         self._publishing.start()
 
@@ -95,13 +97,14 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _publish(self, hidden: Path, path: Path, logs: Mapping[str, int], then: Callable[[], None]) -> None:
+    def _publish(self, unfinished: Path, path: Path, logs: Mapping[str, int], then: Callable[[], None]) -> None:
         try:
             self._orbax.wait_until_finished()
             if hosts.is_first():
-                manifest.seal(hidden, logs)
-                hidden.rename(path)
-                files.sync(path.parent)
+                manifest.seal(unfinished, logs)
+                if unfinished != path:
+                    unfinished.rename(path)
+                    files.sync(path.parent)
                 then()
         except BaseException as error:  # raised by wait()
             self._error = error
@@ -132,7 +135,7 @@ class StateStore:
         path = self._directory / str(step)
         older = path / "default"  # where earlier versions saved it
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore((older if hosts.exists(older) else path).absolute(), like)
+            return checkpointer.restore(_absolute(older if hosts.exists(older) else path), like)
 
     def close(self) -> None:
         """Wait until saving has finished."""
@@ -140,8 +143,9 @@ class StateStore:
 
     def _steps(self) -> list[int]:
         """Steps of the saved states, newest first."""
-        names = (path.name for path in self._directory.iterdir()) if self._directory.is_dir() else ()
-        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+        paths = self._directory.iterdir() if self._directory.is_dir() else ()
+        saved = (path.name for path in paths if path.name.isdigit() and manifest.is_complete(path))
+        return sorted(map(int, saved), reverse=True)
 
     def _find_latest(self) -> int:
         damaged: dict[int, str] = {}
@@ -150,7 +154,7 @@ class StateStore:
             if not damage:
                 for bad, why in damaged.items():
                     print(f"warning: {why}: continuing from step {step}, not {bad}", file=sys.stderr)
-                    shutil.rmtree(self._directory / str(bad))
+                    manifest.delete(self._directory / str(bad))
                 return step
             damaged[step] = damage
         if damaged:
@@ -161,12 +165,16 @@ class StateStore:
 
     def _delete_old(self) -> None:
         for step in self._steps()[KEPT_STATES:]:
-            shutil.rmtree(self._directory / str(step))
+            manifest.delete(self._directory / str(step))
 
     def _delete_unfinished(self) -> None:
         for path in self._directory.glob("*"):
-            if not path.name.isdigit():
-                shutil.rmtree(path)
+            if not path.name.isdigit() or not manifest.is_complete(path):
+                manifest.delete(path)
+
+
+def _absolute(path: Path) -> Path:
+    return path if files.is_remote(path) else path.absolute()
 
 
 def abstract(tree: Any) -> Any:

@@ -1,21 +1,47 @@
 """Size and checksum of files: of every file in a folder (its manifest, written last), or of single files.
 
 They are compared before a file is read.
+
+In a bucket, the checksums are those that the server gives (MD5), so nothing is downloaded to write or check a manifest;
+and a folder without a manifest is unfinished.
 """
 
+import base64
 import contextlib
+import hashlib
 import mmap
-from collections.abc import Mapping
-from pathlib import Path
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
 
 from warp_jax import files
+from warp_jax.files import buckets
 from warp_jax.types import StorageError
 
 NAME = "manifest.json"
 CHECKSUMS = "checksums.json"  # of single files, in the folder that their names are relative to
+HASHES: dict[str, Callable[[memoryview], str]] = {
+    "xxh3": xxhash.xxh3_128_hexdigest,
+    "md5": lambda content: base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode(),
+}
+
+
+def is_complete(folder: Path) -> bool:
+    """True if a folder has been saved wholly. A local one appears under its name only then."""
+    return (folder / NAME if files.is_remote(folder) else folder).exists()
+
+
+def delete(folder: Path, *, ignore_errors: bool = False) -> None:
+    """Delete a folder of weights, or one of such folders. In a bucket, a folder begun to be deleted is unfinished."""
+    if not files.is_remote(folder):
+        shutil.rmtree(folder, ignore_errors=ignore_errors)
+        return
+    names = [folder / name for name in buckets.contents(folder)]
+    buckets.delete([path for path in names if path.name == NAME])
+    buckets.delete(names)
 
 
 def seal(folder: Path, logs: Mapping[str, int] | None = None) -> None:
@@ -23,8 +49,8 @@ def seal(folder: Path, logs: Mapping[str, int] | None = None) -> None:
 
     logs: files outside the folder that grow, as paths relative to it; their first so many bytes belong to the folder.
     """
-    described = {name: describe(path) for name, path in _contents(folder).items()}
-    beginnings = {name: describe(folder / name, size) for name, size in (logs or {}).items()}
+    described = {name: about or describe(folder / name) for name, about in _contents(folder).items()}
+    beginnings = {name: describe(_file(folder, name), size) for name, size in (logs or {}).items()}
     files.write_json(folder / NAME, {"files": described, "logs": beginnings})
     files.sync_tree(folder)
 
@@ -44,9 +70,13 @@ def damage(folder: Path, *, with_logs: bool = True) -> str:
         if odd := sorted(wanted.keys() ^ found.keys()):
             return f"{folder / odd[0]} is {'missing' if odd[0] in wanted else 'not in its manifest'}"
         for name, was in [*wanted.items(), *logs.items()]:
-            if describe(folder / name, was["size"] if name in logs else None) != was:
-                return f"{(folder / name).resolve()} is not what was written"
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            kind = next(kind for kind in HASHES if kind in was)
+            now = found[name] if name in wanted else {}
+            if kind not in now:  # a local file, or one that came from a disk to a bucket
+                now = describe(_file(folder, name), was["size"] if name in logs else None, kind)
+            if now != was:
+                return f"{_file(folder, name)} is not what was written"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, StopIteration):
         return f"{path} is not what was written"
     return ""
 
@@ -76,18 +106,38 @@ def _noted(folder: Path) -> dict[str, Any]:
     return files.read_json(path) if path.exists() else {}
 
 
-def describe(path: Path, size: int | None = None) -> dict[str, Any]:
-    """Size in bytes and XXH3-128 checksum of a file, or of its first `size` bytes, or of what it has of them."""
-    if not path.is_file() or not path.stat().st_size:  # an empty file cannot be mapped
-        return {"size": 0, "xxh3": xxhash.xxh3_128_hexdigest(b"")}
+def describe(path: Path, size: int | None = None, kind: str = "xxh3") -> dict[str, Any]:
+    """Size in bytes and checksum of a file, or of its first `size` bytes, or of what it has of them."""
+    if not path.is_file() or not files.size(path):  # an empty file cannot be mapped
+        return {"size": 0, kind: HASHES[kind](memoryview(b""))}
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(path.open("rb"))
-        content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        content: Any = path.read_bytes() if files.is_remote(path) else _mapped(path, stack)
         beginning = stack.enter_context(stack.enter_context(memoryview(content))[:size])
-        return {"size": len(beginning), "xxh3": xxhash.xxh3_128_hexdigest(beginning)}
+        return {"size": len(beginning), kind: HASHES[kind](beginning)}
 
 
-def _contents(folder: Path) -> dict[str, Path]:
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    paths.pop(NAME, None)
-    return paths
+def _mapped(path: Path, stack: contextlib.ExitStack) -> mmap.mmap:
+    file = stack.enter_context(path.open("rb"))
+    return stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _contents(folder: Path) -> dict[str, dict[str, Any]]:
+    """What is known of each file without reading it: size and checksum in a bucket, {} on a disk."""
+    if files.is_remote(folder):
+        found = {
+            name: {"size": about["size"], "md5": about["md5Hash"]} if "md5Hash" in about else {}
+            for name, about in buckets.contents(folder).items()
+        }
+    else:
+        found = {path.relative_to(folder).as_posix(): {} for path in sorted(folder.rglob("*")) if path.is_file()}
+    found.pop(NAME, None)
+    return found
+
+
+def _file(folder: Path, name: str) -> Path:
+    """A file in a folder, or of a folder above it: a bucket knows no ".."."""
+    if not files.is_remote(folder):
+        return (folder / name).resolve()
+    for part in PurePosixPath(name).parts:
+        folder = folder.parent if part == ".." else folder / part
+    return folder

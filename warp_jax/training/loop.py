@@ -128,12 +128,12 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
                     _log(writer, step, pending, on_step)
                     pending = {}
                 if is_saved:
-                    store.save(done, state)
+                    _save(store, writer, done, state)
                     saves.saved(done)
         except (RewardError, stopping.Stopped):  # raised in every process, with a whole state: no step is lost
             if pending:
                 _log(writer, done - 1, pending, on_step)
-                store.save(done, state)
+                _save(store, writer, done, state)
             raise
         except FloatingPointError:  # raised in every process
             raise
@@ -141,6 +141,12 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
             hosts.exit_if_multihost(error)  # before closing the store, which would wait for the others
             raise
     return state
+
+
+def _save(store: checkpoint.StateStore, writer: MetricWriter | None, done: int, state: Any) -> None:
+    if writer:
+        writer.publish()  # the saved state holds the checksum of the rows up to it
+    store.save(done, state)
 
 
 def _log(writer: MetricWriter | None, step: int, metrics: Metrics, on_step: OnStep) -> None:

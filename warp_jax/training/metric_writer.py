@@ -1,6 +1,7 @@
 """Metrics of each training step, written to metrics.jsonl and to TensorBoard files."""
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,24 @@ FILE = "metrics.jsonl"
 
 
 class MetricWriter:
-    """Appends one row {step, name: number, ...} a step; rows of start_step and later steps are deleted first."""
+    """Appends one row {step, name: number, ...} a step; rows of start_step and later steps are deleted first.
+
+    A bucket has files that can be replaced, but not appended to: there, `publish` copies all rows up to now.
+    """
 
     def __init__(self, directory: Path, start_step: int = 0):
         import tensorboardX  # noqa: PLC0415  imports torch where that is installed
 
+        kept = read_rows(directory / FILE)[:start_step]
+        self._directory, self._temporary = directory, None
+        if files.is_remote(directory):
+            self._temporary = tempfile.TemporaryDirectory()
+            directory = Path(self._temporary.name)
         path = directory / FILE
-        kept = read_rows(path)[:start_step]
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._tensorboard = tensorboardX.SummaryWriter(str(directory), purge_step=start_step, write_to_disk=True)
         self._file = path.open("a")
+        self.publish()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write the row of a step; values: numbers or arrays of one element."""
@@ -30,10 +39,20 @@ class MetricWriter:
         for name in values:
             self._tensorboard.add_scalar(name, row[name], step)
 
+    def publish(self) -> None:
+        """Make all rows up to now visible in a bucket; in a local folder they are already."""
+        if self._temporary:
+            self._tensorboard.flush()
+            for path in Path(self._temporary.name).iterdir():
+                files.write_bytes(self._directory / path.name, path.read_bytes())
+
     def close(self) -> None:
         """Close the files."""
         self._file.close()
         self._tensorboard.close()
+        self.publish()
+        if self._temporary:
+            self._temporary.cleanup()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""Atomic and durable writes of files and folders, file locks, and fingerprints of folders."""
+"""Atomic and durable writes of files and folders, file locks, and fingerprints of folders.
+
+Paths may lie in a bucket (see `as_path`) in write_*, read_*, locked, owner, make_folder, size and sync*.
+"""
 
 import contextlib
 import fcntl
@@ -15,11 +18,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from warp_jax.files import buckets
+from warp_jax.files.buckets import as_path as as_path  # for others
+from warp_jax.files.buckets import is_remote
+
 PIECE = 1 << 16  # bytes per piece of a file in a fingerprint
+ANOTHER = "another process"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file: a kill or a power cut at any time leaves the old file or the new one; on return it is on disk."""
+    if is_remote(path):
+        buckets.check_locks()
+        path.write_bytes(content)  # one request, which is done wholly or not at all
+        return
     make_folder(path.parent)
     unique = secrets.token_hex(4)  # two processes may write at once
     temporary = path.with_name(f".{path.name}.{unique}.partial")
@@ -37,7 +49,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents, if missing; on return they are on disk."""
-    if not folder.is_dir():
+    if not is_remote(folder) and not folder.is_dir():  # a bucket has no folders, only names with slashes
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         sync(folder.parent)
@@ -45,6 +57,8 @@ def make_folder(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """Bring a file, or the names in a folder, to disk: after a power cut they are as they are now."""
+    if is_remote(path):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,8 +68,14 @@ def sync(path: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Bring a folder with everything in it to disk."""
-    for path in (*folder.rglob("*"), folder):
+    for path in (*folder.rglob("*"), folder) if not is_remote(folder) else ():
         sync(path)
+
+
+def size(path: Path) -> int:
+    """Size of a file in bytes."""
+    status: Any = path.stat()
+    return status.length if is_remote(path) else status.st_size
 
 
 def write_text(path: Path, text: str) -> None:
@@ -204,12 +224,17 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+def locked(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Lock the file `path`. The system releases the lock when the process ends, even if it is killed.
 
-    If another process holds the lock, call on_wait, which may raise; if it returns, wait for the lock. Without on_wait,
-    raise BlockingIOError.
+    In a bucket, the lock of a killed process is taken over after buckets.STALE seconds, or at once on its machine.
+    If another process holds the lock, call on_wait, which may raise, with a name of that process; if it returns, wait
+    for the lock. Without on_wait, raise BlockingIOError.
     """
+    if is_remote(path):
+        with buckets.locked(path, on_wait):
+            yield
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
@@ -217,21 +242,23 @@ def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[No
         except BlockingIOError:
             if on_wait is None:
                 raise
-            on_wait()
+            on_wait(ANOTHER)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def is_locked(path: Path) -> bool:
-    """True if another process holds the lock `path` (see `locked`). Makes no file, and lets go of the lock at once."""
+def owner(path: Path) -> str:
+    """Name the process that holds the lock `path` (see `locked`), "" if none does. Makes no file, and keeps no lock."""
+    if is_remote(path):
+        return buckets.owner(path)
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so two that look do not see each other
     except FileNotFoundError:
-        return False
+        return ""
     except BlockingIOError:
-        return True
-    return False
+        return ANOTHER
+    return ""
 
 
 def fingerprint(folder: Path, names: Iterable[str]) -> str:

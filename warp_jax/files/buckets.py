@@ -1,0 +1,235 @@
+"""Workdirs in buckets of Google Cloud Storage: their paths, and locks, which a dead owner loses.
+
+A bucket writes an object whole, or not at all, and on the condition that it has not changed since it was read. It
+knows no renaming and no locked files.
+"""
+
+import contextlib
+import errno
+import getpass
+import importlib.util
+import logging
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any, cast
+
+HEARTBEAT = 20.0  # seconds between two renewals of a lock
+STALE = 90.0  # seconds without a renewal after which the next process takes a lock over
+POLL = 1.0  # seconds between two looks at a lock
+
+_BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]+(/[\w.=+,@ -]+)+/?")
+_OTHER_SCHEME = re.compile(r"[a-zA-Z][\w+.-]*:/|(gs|gcs|s3|az|hf|file|https?):", re.IGNORECASE)
+_held: set["_Lock"] = set()  # by this process
+
+
+def as_path(text: str) -> Path:
+    """The path of a workdir: a local folder, or gs://BUCKET/FOLDER.
+
+    A path in a bucket is no pathlib.Path, but has the methods of one that are used for workdirs. Raises ValueError if
+    the text is neither, or if the bucket cannot be reached.
+    """
+    if not _OTHER_SCHEME.match(text):
+        return Path(text)
+    if not _BUCKET.fullmatch(text) or {".", ".."} & {*text.split("/")}:
+        raise ValueError(f"workdir: got {text!r}, want a local folder or gs://BUCKET/FOLDER")
+    if not importlib.util.find_spec("gcsfs"):
+        raise ValueError(f"workdir: {text} needs the package gcsfs: pip install 'warp_jax[gcs]'")
+    os.environ["EPATH_USE_TF"] = "false"  # else epath needs TensorFlow's own access to buckets, if it is installed
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for the kind of bucket at each call
+    import fsspec  # noqa: PLC0415  with epath .3 s, which local workdirs save
+    from etils import epath  # noqa: PLC0415
+
+    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False  # other processes write too
+    for name in ("fsspec", "gcsfs"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they tell of each file that they read
+    path = epath.Path(text)
+    try:
+        path.exists()
+    except Exception as error:
+        raise ValueError(
+            f"workdir: cannot read {text}: {error}; check the bucket, the network and your credentials"
+        ) from error
+    return cast(Path, path)
+
+
+def is_remote(path: PurePath) -> bool:
+    """True for a path in a bucket."""
+    return not isinstance(path, Path)
+
+
+def contents(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the bucket says of each object in a folder, by its path relative to the folder."""
+    import fsspec  # noqa: PLC0415
+
+    found = fsspec.filesystem("gs").find(str(folder), detail=True)
+    start = len(str(folder).removeprefix("gs://")) + 1
+    return {name[start:]: about for name, about in found.items()}
+
+
+def delete(paths: Sequence[Path]) -> None:
+    """Delete objects; some may be missing."""
+    import fsspec  # noqa: PLC0415
+
+    check_locks()
+    if paths:
+        fsspec.filesystem("gs").rm([str(path) for path in paths])
+
+
+def check_locks() -> None:
+    """Raise StorageError if a lock of this process may be another's now. Called before each write to a bucket."""
+    for lock in [*_held]:
+        lock.check()
+
+
+@contextlib.contextmanager
+def locked(path: Path, on_wait: Callable[[str], None] | None) -> Iterator[None]:
+    """Hold the lock object `path` (see `files.locked`), and renew it in a thread."""
+    lock = _Lock(path)
+    lock.take(on_wait)
+    _held.add(lock)
+    threading.Thread(target=lock.keep, daemon=True).start()
+    try:
+        yield
+    finally:
+        _held.remove(lock)
+        lock.release()
+
+
+def owner(path: Path) -> str:
+    """Who holds the lock object `path`, and how long ago it was renewed; "" if nobody does."""
+    found = _Lock(path).read()
+    if found is None or _lives(found.metadata) is False:
+        return ""
+    age = time.time() - found.updated.timestamp()
+    return f"{found.metadata['owner']}, heartbeat {max(age, 0):.0f} s ago" if age < STALE else ""
+
+
+class _Lock:
+    """A lock: an object that its owner renews, and that others may replace when it has not been renewed for long."""
+
+    def __init__(self, path: Path):
+        from google.cloud import storage  # noqa: PLC0415
+
+        bucket, _, self._name = str(path).removeprefix("gs://").partition("/")
+        self._path = path
+        self._bucket = storage.Client(project="any").bucket(bucket)  # only making a bucket needs a project
+        self._about = _about_this_process() | {"token": secrets.token_hex(8)}
+        self._generation = 0  # changes with each write; 0 = no object
+        self._renewed = 0.0
+        self._lost = False
+        self._released = threading.Event()
+        self._one_call = threading.Lock()
+
+    def read(self) -> Any:
+        """The object with its generation and metadata; None if it is missing."""
+        return self._bucket.get_blob(self._name)
+
+    def take(self, on_wait: Callable[[str], None] | None) -> None:
+        """Write the lock when it is free, or when its owner is dead; on_wait is called once if the owner lives."""
+        replaced, seen, since, told = 0, 0, 0.0, False
+        while not self._write(replaced):
+            replaced, found = 0, self.read()
+            if found is None:
+                continue
+            lives, renewed = _lives(found.metadata), seen not in (0, found.generation)
+            if (lives or renewed) and not told:
+                if on_wait is None:
+                    raise BlockingIOError(f"{self._path} is held by {found.metadata['owner']}")
+                on_wait(found.metadata["owner"])
+                told = True
+            if found.generation != seen:
+                seen, since = found.generation, time.monotonic()
+            if lives is False or time.monotonic() - since > STALE:
+                replaced = found.generation
+            else:
+                time.sleep(POLL)
+
+    def keep(self) -> None:
+        """Renew the lock until it is released."""
+        while not self._released.wait(HEARTBEAT):
+            with contextlib.suppress(Exception):  # the network may come back; until then, check() stops all writes
+                self._renew()
+
+    def check(self) -> None:
+        """Raise StorageError unless nobody else can have the lock now, or for some time."""
+        from warp_jax.types import StorageError  # noqa: PLC0415  it imports JAX, and most users of files do not
+
+        if not self._lost and time.monotonic() - self._renewed > STALE / 2:
+            try:
+                self._renew()
+            except Exception as error:
+                raise StorageError(f"{self._path}: cannot renew this lock: {error}") from error
+        if self._lost:
+            raise StorageError(
+                f"{self._path}: another process has taken over this lock, which was not renewed for {STALE:.0f} s; "
+                "this process stops, and the other goes on"
+            )
+
+    def release(self) -> None:
+        """Delete the lock, unless it is another's."""
+        self._released.set()
+        with self._one_call, contextlib.suppress(Exception):  # else it ends when it is stale
+            if not self._lost:
+                self._bucket.blob(self._name).delete(if_generation_match=self._generation)
+
+    def _renew(self) -> None:
+        with self._one_call:
+            if not self._lost and not self._released.is_set():
+                self._lost = not self._write(self._generation)
+
+    def _write(self, generation: int) -> bool:
+        """Write the lock over this generation of it; False if it has another one by now."""
+        from google.api_core.exceptions import GoogleAPIError, NotFound, PreconditionFailed  # noqa: PLC0415
+
+        blob, started = self._bucket.blob(self._name), time.monotonic()
+        blob.metadata = self._about
+        try:
+            blob.upload_from_string(b"", if_generation_match=generation)
+        except PreconditionFailed:
+            blob = self.read()  # a repeated request meets its own first try
+            if blob is None or blob.metadata["token"] != self._about["token"]:
+                return False
+        except NotFound as error:
+            raise OSError(errno.ENOENT, "there is no such bucket") from error
+        except GoogleAPIError as error:
+            raise OSError(errno.EIO, str(error)) from error
+        self._generation, self._renewed = blob.generation, started
+        return True
+
+
+def _about_this_process() -> dict[str, str]:
+    host, pid = socket.gethostname(), os.getpid()
+    job = os.environ.get("SLURM_JOB_ID", "")
+    name = f"process {pid} of {getpass.getuser()} on {host}" + (f" (job {job})" if job else "")
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"owner": name, "since": since, "machine": _machine(), "process": _process(pid), "pid": str(pid)}
+
+
+def _lives(about: Mapping[str, str]) -> bool | None:
+    """Whether the owner of a lock lives; None if it ran on another machine."""
+    if not about["process"] or about["machine"] != _machine():
+        return None
+    return _process(int(about["pid"])) == about["process"]
+
+
+def _machine() -> str:
+    """A name of this start of this machine, and of this container; "" outside Linux."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _process(pid: int) -> str:
+    """A name of a process that no later process with its number has; "" if there is none, or outside Linux."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return ""
+    return "" if state == "Z" else f"{pid} {fields[18]}"  # Z: it is dead, but its parent has not noticed
