@@ -59,9 +59,10 @@ def main(argv: Sequence[str]) -> None:
     del argv
     logging.set_verbosity(logging.ERROR)  # hide warnings of libraries, such as JAX and Orbax
     try:
-        workdir = files.as_path(str(WORKDIR.value))
         if MULTIHOST.value:
             supervisor.continue_in_child()
+        workdir = files.as_path(str(WORKDIR.value))
+        if MULTIHOST.value:
             hosts.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     except ValueError as error:
         cli.fail(str(error))

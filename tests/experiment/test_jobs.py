@@ -58,15 +58,15 @@ def test_jobs_in_any_order_with_a_kill_make_the_same_bits(whole, tmp_path):
 def test_a_run_is_not_trained_twice_at_once(tmp_path):
     """Fails when the lock of a run is not held, or not given back."""
     told = []
-    with files.locked(tmp_path / "lock", lambda: told.append("held")):
+    with files.locked(tmp_path / "lock", told.append):
         assert told == []
         holder = (
             "import sys, pathlib; from warp_jax import files\n"
-            "def refuse(): sys.exit('busy')\n"
+            "def refuse(owner): sys.exit(f'busy: {owner}')\n"
             f"with files.locked(pathlib.Path({str(tmp_path / 'lock')!r}), refuse): print('mine')"
         )
         command = [*main_command()[:1], "-c", holder]
-        assert "busy" in run(command).stderr
+        assert run(command).stderr == "busy: another process\n"
     assert run(command).stdout == "mine\n"
 
 
