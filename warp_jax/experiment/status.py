@@ -239,7 +239,7 @@ def _running_or_not(name: str, lock: Path) -> Part:
 
 def _named(owner: str) -> str:
     """The owner of a lock, if its name says anything."""
-    return "" if owner == files.ANOTHER else f"by {owner}"
+    return "" if owner in ("", files.ANOTHER) else f"by {owner}"
 
 
 def _running(name: str, folder: Path, lock: Path, steps: int, owner: str) -> Part:

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,6 +144,9 @@ class _Lock:
                     raise BlockingIOError(f"{self._path} is held by {found.metadata['owner']}")
                 on_wait(found.metadata["owner"])
                 told = True
+            if lives is None and not seen:
+                holder = found.metadata["owner"]
+                print(f"waiting up to {STALE:.0f} s: does {holder} live, which holds {self._path}?", file=sys.stderr)
             if found.generation != seen:
                 seen, since = found.generation, time.monotonic()
             if lives is False or time.monotonic() - since > STALE:
