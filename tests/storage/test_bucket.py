@@ -7,6 +7,7 @@ import re
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -70,12 +71,21 @@ def same(tree):
 
 
 @pytest.mark.parametrize(
-    "text", ["foo://x", "gs:/bucket/x", "s3:x", "GS:x", "s3://bucket/x", "gs://bucket", "gs://b/../x", "gs://b/x#1"]
+    "text",
+    ["foo://x", "gs:/bucket/x", "s3:x", "GS:x", "s3://bucket/x", "gs://bucket", "gs://bucket/../x", "gs://bucket/x#1"],
 )
 def test_other_addresses_are_refused_in_one_line(text):
     """Fails when one of them becomes a local folder, or the whole bucket is taken for a workdir."""
     with pytest.raises(ValueError, match=r"^workdir: got '.*', want a local folder or gs://BUCKET/FOLDER$"):
         files.as_path(text)
+
+
+def test_a_bucket_for_anything_but_a_workdir_is_refused(tmp_path, monkeypatch):
+    """Fails when --out=gs://bucket/x of an export makes a local folder."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="got gs:/bucket/x, want a local folder"), files.staged(Path("gs://bucket/x")):
+        pytest.fail("made")
+    assert not list(tmp_path.iterdir())
 
 
 def test_local_paths_are_those_of_pathlib():
@@ -201,7 +211,7 @@ def test_an_owner_that_lost_its_lock_writes_nothing_more(folder, short, monkeypa
         with pytest.raises(StorageError):
             manifest.delete(folder)
     assert (folder / "x").read_text() == "before"
-    theirs.check()  # not deleted by the former owner
+    assert theirs.read() is not None  # the former owner did not delete it
 
 
 def test_weights_without_a_manifest_do_not_exist(folder):

@@ -199,8 +199,10 @@ def staged(folder: Path) -> Iterator[Path]:
     """Yield a path where the caller creates and fills a folder; at the end, rename it to `folder`.
 
     The path lies in a hidden folder for this call only. An error deletes it; a killed process leaves it behind, without
-    its lock, and the next call for the same `folder` deletes it. Raises FileExistsError if `folder` exists at the end.
+    its lock, and the next call for the same `folder` deletes it. Raises FileExistsError if `folder` exists at the end,
+    ValueError if it is not local.
     """
+    buckets.check_local(folder)
     make_folder(folder.parent)
     for path in folder.parent.glob(f".{glob.escape(folder.name)}.*partial"):
         with contextlib.suppress(OSError), locked(path / "lock"):

@@ -59,6 +59,12 @@ def as_path(text: str) -> Path:
     return cast(Path, path)
 
 
+def check_local(path: PurePath) -> None:
+    """Raise ValueError if a path was meant for a bucket: only workdirs may be there."""
+    if is_remote(path) or _OTHER_SCHEME.match(str(path)):
+        raise ValueError(f"got {path}, want a local folder")
+
+
 def is_remote(path: PurePath) -> bool:
     """True for a path in a bucket."""
     return not isinstance(path, Path)

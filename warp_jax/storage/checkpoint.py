@@ -143,9 +143,8 @@ class StateStore:
 
     def _steps(self) -> list[int]:
         """Steps of the saved states, newest first."""
-        paths = self._directory.iterdir() if self._directory.is_dir() else ()
-        saved = (path.name for path in paths if path.name.isdigit() and manifest.is_complete(path))
-        return sorted(map(int, saved), reverse=True)
+        names = (path.name for path in self._directory.iterdir()) if self._directory.is_dir() else ()
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
     def _find_latest(self) -> int:
         damaged: dict[int, str] = {}
