@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from warp_jax import cli, files
 from warp_jax.evaluation import plots, report, statistics, summary
@@ -118,6 +118,13 @@ def main(argv: list[str]) -> None:
         cli.fail(f"want finished workdirs; no summary.json in: {', '.join(unfinished) or '(no workdir given)'}")
     if _PICTURE.value and not (baselines and len(workdirs) == 1):
         cli.fail("--picture: want --baseline and exactly one workdir")
+    try:
+        _compare(workdirs, baselines)
+    except ValueError as error:  # a broken JSON file, for example
+        cli.fail(error)
+
+
+def _compare(workdirs: list[Path], baselines: list[Path]) -> None:
     print_table(COLUMNS, [read_row(workdir) for workdir in [*workdirs, *baselines]])
     for baseline in baselines:
         print()
@@ -129,4 +136,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, required=(), example="runs/seed0 runs/seed1", arguments=True)

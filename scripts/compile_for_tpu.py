@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
         names = [] if PROGRAMS.value == ["all"] else PROGRAMS.value
         memory.check_names(plan, names)
     except (ValueError, OSError) as error:
-        cli.fail(str(error))
+        cli.fail(error)
     say = functools.partial(print, file=sys.stderr, flush=True)
     started = time.monotonic()
 

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
         _export(out, folders)
         models = [_model(out, name, folder) for name, folder in folders.items()]
     except (ValueError, OSError) as error:
-        cli.fail(str(error))
+        cli.fail(error)
     for model in models:
         _evaluate(out, model, manager)
     _write_tables(out, models)

@@ -9,7 +9,7 @@ warp_export.json says how much of the training the dtype keeps, and compares rew
 import sys
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 
 from warp_jax import cli, files
 from warp_jax.experiment import export, stages
@@ -30,13 +30,12 @@ PROMPTS = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
     """Export the stage."""
     del argv
-    logging.set_verbosity(logging.ERROR)  # hide warnings of libraries
     try:
         report = export.export_stage(
             files.as_path(WORKDIR.value), STAGE.value, Path(OUT.value), dtype=DTYPE.value, prompts=PROMPTS.value
         )
     except (ValueError, OSError) as error:
-        cli.fail(str(error))
+        cli.fail(error)
     for line in report["warnings"]:
         print(f"warning: {line}", file=sys.stderr)
     compared = report.get("compared", {})

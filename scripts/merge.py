@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         )
         report = on_disk.merge_folders(Path(INIT.value), [Path(p) for p in POLICIES.value], out, settings)
     except (ValueError, OSError) as error:
-        cli.fail(str(error))
+        cli.fail(error)
     for line in report["warnings"]:
         print(f"warning: {line}", file=sys.stderr)
     print(f"{on_disk.summary_line(report)} in {time.monotonic() - started:.1f} s: {out}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from scipy.special import log_softmax
 
 from warp_jax import cli
@@ -39,7 +39,6 @@ MISSED = 3  # exit code
 def main(argv: list[str]) -> None:
     """Load the model, compare it with transformers and exit."""
     del argv
-    logging.set_verbosity(logging.ERROR)  # hide warnings of libraries
     try:
         folder = sources.find(SOURCE.value)
         config = sources.read_settings(folder, "language", "float32")
@@ -48,7 +47,7 @@ def main(argv: list[str]) -> None:
         params = hf_weights.load_params(folder, config, partitioning.with_shardings(mesh, apply.param_shapes(config)))
         tokenizer = Tokenizer.from_folder(folder)
     except (ValueError, OSError) as error:
-        cli.fail(str(error))
+        cli.fail(error)
     chosen = [texts[i] for i in np.linspace(0, len(texts) - 1, NUM_TEXTS.value).astype(int)]
     rows = [row[: MAX_TOKENS.value] for row in answers.encode(tokenizer, chosen, use_chat=False)]
     apply_fn = apply.make_apply_fn(config)

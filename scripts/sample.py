@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -42,7 +42,6 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling, the same for every
 def main(argv: list[str]) -> None:
     """Sample the answers, print them and write them to --out."""
     del argv
-    logging.set_verbosity(logging.ERROR)  # hide warnings of libraries
     try:
         prompts = [*PROMPT.value, *(answers.read_prompts(Path(PROMPTS.value), FIELD.value) if PROMPTS.value else [])]
         if not prompts:
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> None:
         if OUT.value:
             write(Path(OUT.value), prompts, columns)
     except (ValueError, OSError) as error:
-        cli.fail(str(error))
+        cli.fail(error)
     table = Table(show_lines=True)
     for name in ("prompt", *columns):
         table.add_column(Text(name))

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         if out:
             files.write_json(out, as_json(comparison, options))
     except (ValueError, OSError, SyntaxError) as error:
-        cli.fail(str(error))
+        cli.fail(error)
     Console(highlight=False).print(as_table(comparison))
 
 

@@ -18,7 +18,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from warp_jax import cli, files, trees
@@ -127,7 +127,6 @@ def run(settings: Settings, directory: Path, trainer: reinforce.Trainer, init: P
 def main(argv: list[str]) -> None:
     """Run both parts, and write the results as they come."""
     del argv
-    logging.set_verbosity(logging.ERROR)
     results: dict[str, Any] = {"noise": NOISE.value, "learning_rate": LEARNING_RATE.value, "steps": STEPS.value}
     for name in DTYPES:
         with arithmetic(name):

@@ -147,7 +147,8 @@ def run_points(points: Sequence[Point]) -> list[Point]:
         say(f"[{done + 1}/{len(pending)}] {point.name}: started" + (f", about {left:.1f} min left" if done else ""))
         code = subprocess.run([*PROGRAM, *point.arguments], check=False).returncode
         if code or not is_finished(point):
-            say(f"{point.name}: failed with exit code {code}{'' if code else ' and no report'}")
+            meaning = f" ({cli.EXIT_CODES[code]})" if code in cli.EXIT_CODES else ""
+            say(f"{point.name}: failed with exit code {code}{meaning if code else ' and no report'}")
             failed.append(point)
     return failed
 
@@ -171,7 +172,7 @@ def main(argv: list[str]) -> None:
         if JOBS.value:
             files.write_text(Path(JOBS.value), "".join(f"{line}\n" for line in lines))
     except (ValueError, TypeError, OSError, ImportError) as error:
-        cli.fail(str(error))
+        cli.fail(error)
     if PRINT.value or JOBS.value:
         print("\n".join(lines) if PRINT.value else f"{JOBS.value}: {len(lines)} command lines")
         return

@@ -1,28 +1,169 @@
-"""Command lines: parse flags, and report bad input in one line with exit code 2."""
+"""Command lines: parse flags, and end after an error with one line and an exit code of one table."""
 
+import contextlib
+import datetime
+import errno
 import functools
 import importlib.metadata
+import os
 import platform
+import re
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
-BAD_INPUT = 2  # exit code
-STORAGE = 74  # exit code: a saved file is damaged, or cannot be read or written
-TRY_AGAIN = 75  # exit code: the input is valid, and the same command may work later
+from warp_jax import files
+from warp_jax.exit_codes import BAD_INPUT, INTERRUPTED, MEMORY, STORAGE, TRY_AGAIN, UNEXPECTED
+
+_RESTORE = "check the disk or the network file system"
+_ADVICE = {  # errors of the machine, not of the input: what to do
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or ask for a larger quota",
+    errno.EROFS: "make the file system writable",
+    errno.EACCES: "give this user the right to read and write there",
+    errno.EPERM: "give this user the right to read and write there",
+    errno.EMFILE: "raise the limit of open files: ulimit -n",
+    errno.ENFILE: "close files of other programs",
+    errno.EIO: _RESTORE,
+    errno.ESTALE: _RESTORE,
+    errno.EPIPE: "let another program read all of the output",
+}
+_STATUS = re.compile(r"[A-Z_]+: ")  # begins the errors of XLA and tensorstore
+_LOG, _LOG_CHARACTERS = "error.log", 500_000
+_workdir: Path | None = None  # where the error log lies
 
 
-def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
-    """Print one line to stderr and exit with `code`."""
-    print_error(message)
+def explain(error: BaseException, *, bad_input: bool = False) -> tuple[int, str]:
+    """Exit code and one line for an error. bad_input: it was raised by a check of the input."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    code = getattr(error, "exit_code", None)
+    if code is not None and not (bad_input and code == UNEXPECTED):
+        return code, text
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "stopped by SIGINT"
+    for cause in (*_causes(error), *_no_descriptor_left()):
+        number, place = _system_error(cause)
+        if number == errno.ENOMEM:
+            advice = "use a smaller batch_size, more microbatches or a larger mesh"
+            return MEMORY, f"out of memory ({type(cause).__name__}: {str(cause)[:200]}); {advice}"
+        if number in _ADVICE or (number and not bad_input and _is_in_workdir(Path(place))):
+            advice = _ADVICE.get(number, "check it")
+            return STORAGE, f"{place}: {os.strerror(number)}; {advice}, then start the same command again"
+    if bad_input:
+        return BAD_INPUT, text
+    return UNEXPECTED, f"unexpected {type(error).__name__}: {text[:500]}; please report it"
+
+
+def _no_descriptor_left() -> list[OSError]:
+    """The error of opening a file, if there is one: libraries in C++ fail in odd ways then."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return [error]
+    return []
+
+
+def _is_in_workdir(path: Path) -> bool:
+    return _workdir is not None and not files.is_remote(_workdir) and path.is_relative_to(_workdir.absolute())
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that led to it, the last first."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+
+
+def _system_error(error: BaseException) -> tuple[int, str]:
+    """Error number of the operating system, 0 if it is another error, and the absolute path of the file, or "output".
+
+    Libraries in C++ write both into the text of a ValueError or RuntimeError.
+    """
+    text = str(error)
+    quoted = re.search(r'"(/[^"]+)"', text)
+    place = str(Path(os.fsdecode(getattr(error, "filename", None) or (quoted[1] if quoted else _workdir or "output"))))
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM, place
+    if isinstance(error, OSError):
+        by_class = errno.ENOENT if isinstance(error, FileNotFoundError) else 0
+        return error.errno or by_class, "output" if error.errno == errno.EPIPE else os.path.abspath(place)
+    if not _STATUS.match(text):
+        return 0, place
+    if found := re.search(r"os_error_code='(\d+)'", text):
+        return int(found[1]), place
+    named = [number for number in _ADVICE if os.strerror(number) in text]
+    return named[0] if named else errno.ENOMEM * text.startswith("RESOURCE_EXHAUSTED"), place
+
+
+def fail(problem: str | Exception, code: int = BAD_INPUT) -> NoReturn:
+    """Print one line to stderr and exit with `code`, or with that of an exception that a check of the input raised."""
+    if isinstance(problem, Exception):
+        code = report(problem, bad_input=True)
+    else:
+        print_error(problem)
     sys.exit(code)
 
 
 def print_error(message: str) -> None:
     """Print one line to stderr."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody may read it
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def report(error: BaseException, *, bad_input: bool = False) -> int:
+    """Print one line about an error, write its traceback to the log, and return the exit code (see `explain`)."""
+    code, line = explain(error, bad_input=bad_input)
+    has_traceback = code not in (BAD_INPUT, TRY_AGAIN, INTERRUPTED)
+    print_error(line + (f"; traceback: {_log(error)}" if has_traceback else ""))
+    return code
+
+
+def _log(error: BaseException) -> str:
+    """Append the traceback to the log of the workdir, else write it to a temporary file; return the path of that."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    entry = f"{now} {shlex.join(sys.orig_argv)}\n{''.join(traceback.format_exception(error))}\n"
+    with contextlib.suppress(OSError):
+        if _workdir and (_workdir / "config.json").exists():  # else it is not this job's
+            path = _workdir / _LOG
+            before = path.read_bytes().decode(errors="replace") if path.exists() else ""
+            files.write_text(path, (before + entry)[-_LOG_CHARACTERS:])
+            return str(path)
+    with contextlib.suppress(OSError):
+        descriptor, name = tempfile.mkstemp(".log", "warp_jax_error_", text=True)
+        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.write(entry[-_LOG_CHARACTERS:])
+        return name
+    return "none, no file could be written"
+
+
+def _log_of_thread(args: Any) -> None:
+    if args.exc_value is not None:
+        _log(args.exc_value)
+
+
+def keep_quiet(workdir: Path | None = None) -> None:
+    """Let only this program print errors: hide the log messages of libraries. Threads write theirs to workdir's log."""
+    global _workdir  # noqa: PLW0603  of the process, as the hooks are
+    logging.set_verbosity(logging.FATAL)
+    if workdir is not None:
+        _workdir = workdir
+        threading.excepthook = sys.unraisablehook = _log_of_thread
+
+
+def end(code: int) -> NoReturn:
+    """End the process without waiting for its threads, which may hang or print."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def versions() -> str:
@@ -59,7 +200,7 @@ def parse_flags(
         missing = [name for name in required if not flags.FLAGS[name].value]
         load()
     except Exception as error:  # a config file is a program that can raise anything
-        fail(str(error))
+        fail(error)
     asks_for_help = any(arg in ("--help", "-h", "--helpfull") for arg in argv)
     if missing and not asks_for_help:
         fail(f"--{missing[0]} is missing; try {example}")
@@ -83,5 +224,18 @@ def numbers(flag: flags.FlagHolder[list[str]], want: str = "numbers separated by
 
 
 def run(main: Callable[[list[str]], object], **wanted: Any) -> None:
-    """Run a script: parse its flags by `parse_flags(argv, **wanted)`, then call main."""
-    app.run(main, flags_parser=functools.partial(parse_flags, **wanted))
+    """Run a script: parse its flags by `parse_flags(argv, **wanted)`, then call main; end any error with one line."""
+
+    def run_main(argv: list[str]) -> None:
+        keep_quiet()
+        try:
+            main(argv)
+            sys.stdout.flush()
+        except SystemExit as ended:
+            if not ended.code or isinstance(ended.code, str):
+                raise
+            end(int(ended.code))
+        except BaseException as error:
+            end(report(error))
+
+    app.run(run_main, flags_parser=functools.partial(parse_flags, **wanted))

@@ -1,25 +1,24 @@
 """Run WARP: python -m warp_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Any setting can be changed on the command line: --config.warp.ema_rate=0.005. Started again with the same config and
-workdir, it resumes. configs/default.py explains every setting.
+workdir, it resumes. configs/default.py explains every setting. Exit codes: 0 done, 2 bad input, 70 a function of yours
+failed, 71 out of memory, 74 storage, 75 try again, 130 SIGINT, 1 an error of this program (docs/reliability.md).
 """
 
 import functools
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from warp_jax import cli, files
 from warp_jax.data.corpus import Corpus
-from warp_jax.experiment import inputs, jobs, preparation, warp
+from warp_jax.experiment import inputs, jobs, preparation
 from warp_jax.experiment.workdir import ACCEPTABLE, claim
 from warp_jax.parallel import hosts, stopping, supervisor
 from warp_jax.settings import Settings, from_config
-from warp_jax.types import RewardError, StorageError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all results; a job in an existing one is resumed.")
@@ -51,65 +50,50 @@ def check(settings: Settings, workdir: Path, accept: Collection[str] = ()) -> Ma
 
     corpora = hosts.all_or_none(read)
     claim(settings, workdir, corpora, accept)
+    files.keep(workdir)
     return corpora
 
 
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
-    logging.set_verbosity(logging.ERROR)  # hide warnings of libraries, such as JAX and Orbax
     try:
         if MULTIHOST.value:
             supervisor.continue_in_child()
         workdir = files.as_path(str(WORKDIR.value))
+        cli.keep_quiet(workdir)
         if MULTIHOST.value:
             hosts.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     except ValueError as error:
         cli.fail(str(error))
     except (RuntimeError, OSError) as error:
         cli.fail(f"multihost: no connection to the other processes: {error}", cli.TRY_AGAIN)
-    stopping.listen()
     try:
+        stopping.listen()
         _run(CONFIG.value, workdir)
+        sys.stdout.flush()
     except BaseException as error:
-        if MULTIHOST.value:
-            hosts.exit_if_multihost(error)
-        raise
+        hosts.end(error)
 
 
 def _run(config: ConfigDict, workdir: Path) -> None:
-    """Run the part of the job that the flags name; print errors that a user can correct in one line."""
+    """Run the part of the job that the flags name."""
     try:
         settings = hosts.all_or_none(lambda: from_config(config.to_dict()))
         corpora = check(settings, workdir, ACCEPT.value)
         part = jobs.choose_part(settings, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
-    except RewardError as error:
-        _end(error)
     except (ValueError, OSError, hosts.PeerError) as error:
-        hosts.exit_if_peer_lost(error)
-        cli.fail(str(error))
+        hosts.end(error, bad_input=True)
     try:
         line = jobs.run_part(settings, corpora, workdir, part)
         if line and hosts.is_first():
             print(line)
-    except RewardError as error:
-        _end(error)
-    except (FloatingPointError, warp.JobError) as error:
-        cli.fail(str(error))
-    except StorageError as error:
-        cli.fail(str(error), cli.STORAGE)
-    except (warp.BusyError, hosts.PeerError) as error:
-        cli.fail(str(error), cli.TRY_AGAIN)
+    except FloatingPointError as error:
+        hosts.end(error, bad_input=True)
     except stopping.Stopped as stopped:
         if hosts.is_first():
             print(f"stopped by {stopped.signal} in {stopped}; the same command resumes the job", file=sys.stderr)
         sys.exit(stopped.exit_code)
-
-
-def _end(error: RewardError) -> NoReturn:
-    """Print the error and end the process, even if the user's function still runs in a thread."""
-    cli.print_error(str(error))
-    hosts.exit_at_once(cli.BAD_INPUT)
 
 
 parse_flags = functools.partial(

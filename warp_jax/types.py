@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from warp_jax import exit_codes
+
 Array = jax.Array
 HostOrDevice = jax.Array | np.ndarray
 Params = Any  # a pytree of arrays
@@ -37,12 +39,16 @@ class Rollout(NamedTuple):
 class StorageError(Exception):
     """A saved file is missing or is not what was written: one line, which says what to delete."""
 
+    exit_code = exit_codes.STORAGE
+
 
 class RewardError(ValueError):
     """A reward function failed, or did not return one finite number for each completion. The message is one line.
 
     In a multi-host job every process raises it. index: number of the completion in the batch, if known.
     """
+
+    exit_code = exit_codes.USER_FUNCTION
 
     def __init__(self, message: str, index: int | None = None) -> None:
         super().__init__(message)

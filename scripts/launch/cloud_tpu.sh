@@ -14,7 +14,7 @@ run     creates the slice if it is missing (a queued resource and a node, both n
         prints the output of the hosts, and retries after failures. The command keeps running if the connection is lost;
         its output is in ~/warp_jax.log on each host. Start run again to reconnect: it waits for a command that is
         still running. To stop the command, delete the slice, or kill warp_jax.main on the hosts.
-        Exit codes: 0 the job is done, 1 it failed, 2 bad input.
+        Exit codes: 0 the job is done, 1 it failed, 2 bad input, 70 a function of yours failed.
 status  prints the state of the request.
 delete  deletes the request and its slice. The slice costs money until you delete it (or RECREATE=1 replaces it).
 
@@ -182,6 +182,10 @@ run() {
       continue
     fi
     [[ $code != 2 ]] || fail "bad input, see above; $SLICE still exists"
+    if [[ $code == 70 ]]; then
+      echo "a function of yours failed, see above; $SLICE still exists" >&2
+      exit 70
+    fi
     # a process was lost, or another job is training the same run
     [[ $code != 75 ]] || continue
     failures=$((failures + 1))

@@ -13,8 +13,9 @@ that all pods can write (ReadWriteMany, such as Filestore), which is mounted at 
 - The merge starts when all runs of its iteration are complete (dependsOn; JobSet allows at most 5), and the runs of the
   next iteration start after the merge.
 - A pod restarts and resumes after an eviction, a preemption or the loss of another pod of its job (exit code 75), and
-  after other failures up to --restarts times per host of the job. Bad input (exit code 2) fails the job at once. When
-  one job has failed, the whole JobSet has failed and does not restart: delete it and apply it again to resume.
+  after other failures up to --restarts times per host of the job. Bad input (exit code 2) and a function of yours that
+  failed (70) fail the job at once. When one job has failed, the whole JobSet has failed and does not restart: delete it
+  and apply it again to resume.
 
 Not tested on a real cluster: checked against the schemas of JobSet 0.9.1 and 0.13 and the rules of its webhook.
 """
@@ -122,8 +123,8 @@ def failure_rules() -> list[dict[str, Any]]:
     If one pod of a job is lost, all others exit with TRY_AGAIN; only the failure of the lost pod counts.
     """
     on_exit = [
-        {"action": action, "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [code]}}
-        for action, code in (("FailJob", cli.BAD_INPUT), ("Ignore", cli.TRY_AGAIN))
+        {"action": action, "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": codes}}
+        for action, codes in (("FailJob", [cli.BAD_INPUT, cli.USER_FUNCTION]), ("Ignore", [cli.TRY_AGAIN]))
     ]
     return [*on_exit, {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
 
@@ -168,7 +169,7 @@ def main(argv: list[str]) -> None:
         if OUT.value:
             files.write_text(Path(OUT.value), f"{manifest}\n")
     except (ValueError, OSError) as error:
-        cli.fail(str(error))
+        cli.fail(error)
     print(f"{OUT.value}: {warp.num_iterations} x ({warp.num_runs} runs and a merge)" if OUT.value else manifest)
 
 

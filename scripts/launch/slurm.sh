@@ -13,8 +13,8 @@ share. The numbers of iterations and runs are read from the config. The merge st
 succeeded, and the next iteration starts after the merge.
 
 A job is requeued and resumes (sbatch --requeue) after a preemption, after the loss of a node, near its time limit, and
-after a failure, except on bad input (exit code 2) or after RESTARTS restarts. Five minutes before its time limit it is
-asked to save and end; if it has not ended GRACE seconds later, it is requeued as it is. If a job fails finally,
+after a failure, except on bad input (exit code 2), if a function of yours failed (70) or after RESTARTS restarts. Five
+minutes before its time limit it is asked to save and end; if it has not ended GRACE seconds later, it is requeued. If a job fails finally,
 Slurm cancels the jobs that depend on it. Run the same command again to resume: finished parts end at once.
 
 Variables (defaults in brackets):
@@ -113,8 +113,8 @@ inside() { # body of a job: run or merge, iteration, arguments of warp_jax.main
     ((signalled)) || break # a signal interrupts wait, but not the step
   done
   [[ -z $watcher ]] || kill "$watcher" 2>/dev/null || true
-  # all codes except 2: srun returns the highest code, so that of a killed task hides 75 (try again) of the others
-  if ((code != 0 && code != 2 && ! requeued && ${SLURM_RESTART_COUNT:-0} < RESTARTS)); then
+  # all codes except 2 and 70: srun returns the highest code, so that of a killed task hides 75 (try again) of the others
+  if ((code != 0 && code != 2 && code != 70 && ! requeued && ${SLURM_RESTART_COUNT:-0} < RESTARTS)); then
     [[ $watcher ]] || sleep "$PAUSE" # a job that is being cancelled or preempted is killed during this pause
     ((requeued)) || requeue "exit code $code" || true
   fi

@@ -269,7 +269,7 @@ time_limit.run(lambda: {action}, 0.1, "it's \\\\n late")
 def test_a_function_that_keeps_the_gil_ends_the_process(action):
     """Fails when a regular expression that never ends hangs the job: no Python code can run, not even a signal's."""
     result = run([sys.executable, "-c", HANG_IN_C.format(action=action)])
-    assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: it's \\n late\n")
+    assert (result.returncode, result.stdout, result.stderr) == (70, "", "error: it's \\n late\n")
 
 
 def test_the_timers_are_armed_before_the_function_starts(monkeypatch):

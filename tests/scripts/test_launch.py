@@ -131,7 +131,7 @@ def test_pods_of_a_jobset(jobset):
 
 def _failure_rules(container):
     """Bad input fails the job; a lost peer and an eviction do not count."""
-    exits = [{"containerName": container, "operator": "In", "values": [code]} for code in (2, 75)]
+    exits = [{"containerName": container, "operator": "In", "values": codes} for codes in ([2, 70], [75])]
     return [
         {"action": "FailJob", "onExitCodes": exits[0]},
         {"action": "Ignore", "onExitCodes": exits[1]},
@@ -338,6 +338,8 @@ def test_the_job_outlives_its_connection(tmp_path):
         ),
         ("ACTIVE ACTIVE ACTIVE ACTIVE ACTIVE", "1 75 0", {"RETRIES": "2"}, (0, "ssh ssh ssh")),
         ("ACTIVE ACTIVE", "2", {}, (2, "ssh")),
+        ("ACTIVE ACTIVE", "70", {}, (70, "ssh")),
+        ("ACTIVE ACTIVE ACTIVE", "74 0", {}, (0, "ssh ssh")),
         ("ACTIVE SUSPENDED SUSPENDED ABSENT ACTIVE", "2 0", {"RECREATE": "1"}, (0, "ssh delete create ssh")),
         ("FAILED", "", {}, (2, "")),
         ("OFFLINE ACTIVE OFFLINE OFFLINE ACTIVE ACTIVE", "1 0", {}, (0, "ssh ssh")),
@@ -351,6 +353,8 @@ def test_the_job_outlives_its_connection(tmp_path):
         "failures after a long time",
         "lost",
         "bad input",
+        "a user's function",
+        "disk full for a while",
         "gone",
         "no slice",
         "no network",
@@ -438,13 +442,25 @@ def test_a_job_of_slurm(what, environment, tail, devices, tmp_path):
     [
         (0, {}, ""),
         (2, {}, ""),
+        (70, {}, ""),
+        (74, {}, "77"),
         (75, {}, "77"),
         (75, {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "2"}, "77_2"),
         (137, {"SLURM_RESTART_COUNT": "19"}, "77"),
         (137, {"SLURM_RESTART_COUNT": "20"}, ""),
         (1, {"SLURM_RESTART_COUNT": "1", "RESTARTS": "1"}, ""),
     ],
-    ids=["done", "bad input", "lost", "task of an array", "killed", "too often", "too often for the user"],
+    ids=[
+        "done",
+        "bad input",
+        "user's function",
+        "disk full",
+        "lost",
+        "task of an array",
+        "killed",
+        "too often",
+        "too often for the user",
+    ],
 )
 def test_a_job_of_slurm_that_failed_is_queued_again(code, variables, requeued, tmp_path):
     """Fails when a lost process cancels what waits, bad input is tried again, or a task takes its whole array along."""

@@ -259,7 +259,7 @@ def test_a_failure_of_another_process_is_one_line(tmp_path, monkeypatch, capsys)
         raise hosts.PeerError(reason)
 
     monkeypatch.setattr(hosts, "jax", types.SimpleNamespace(process_count=lambda: 2, process_index=lambda: 1))
-    monkeypatch.setattr(hosts, "exit_at_once", sys.exit)
+    monkeypatch.setattr(cli, "end", sys.exit)
     schedule = loop.Schedule(3, tmp_path, checkpoint_every=100, on_step=lambda *args: None)
     with pytest.raises(SystemExit, match=str(cli.TRY_AGAIN)):
         loop.run_steps(step_fn, lambda: {"w": jnp.zeros(2)}, schedule)

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from warp_jax import files, merging
+from warp_jax import cli, files, merging
 from warp_jax.evaluation import measure
 from warp_jax.evaluation.measure import Evaluation, EvaluationStore
 from warp_jax.evaluation.points import Point, evaluation_names, front_names, front_points, trajectory
@@ -23,9 +23,13 @@ from warp_jax.types import Params, TrainState
 class BusyError(Exception):
     """Another process is making the requested run or merge."""
 
+    exit_code = cli.TRY_AGAIN
+
 
 class JobError(Exception):
     """The config or the workdir makes it impossible to continue."""
+
+    exit_code = cli.BAD_INPUT
 
 
 @dataclasses.dataclass(frozen=True)

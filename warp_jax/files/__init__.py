@@ -4,6 +4,7 @@ Paths may lie in a bucket (see `as_path`) in write_*, read_*, locked, owner, mak
 """
 
 import contextlib
+import errno
 import fcntl
 import glob
 import gzip
@@ -24,6 +25,7 @@ from warp_jax.files.buckets import is_remote
 
 PIECE = 1 << 16  # bytes per piece of a file in a fingerprint
 ANOTHER = "another process"
+_kept: set[Path] = set()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -48,11 +50,19 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents, if missing; on return they are on disk."""
+    """Make a folder and its parents, if missing; on return they are on disk. A folder to `keep` is not made again."""
     if not is_remote(folder) and not folder.is_dir():  # a bucket has no folders, only names with slashes
+        if folder.absolute() in _kept:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         sync(folder.parent)
+
+
+def keep(folder: Path) -> None:
+    """Note that a folder exists and must stay: if it vanishes, the next write into it raises FileNotFoundError."""
+    if not is_remote(folder):
+        _kept.add(folder.absolute())
 
 
 def sync(path: Path) -> None:
@@ -237,7 +247,7 @@ def locked(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator
         with buckets.locked(path, on_wait):
             yield
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

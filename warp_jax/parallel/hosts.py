@@ -4,11 +4,8 @@ All processes of a job must make the same calls in the same order. With one proc
 """
 
 import contextlib
-import os
 import re
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -29,7 +26,11 @@ RESTART_HINT = "start all processes again with the same command to resume the jo
 
 
 class PeerError(Exception):
-    """Another process of the job failed; the failed process prints the reason."""
+    """Another process of the job failed; the failed process prints the reason. All end with its exit code."""
+
+    def __init__(self, message: str, exit_code: int = cli.TRY_AGAIN):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -79,12 +80,13 @@ def all_or_none(action: Callable[[], Result]) -> Result:
     """
     try:
         result = action()
-    except Exception:
-        _gather_flag(True)
+    except Exception as error:
+        _gather(cli.explain(error)[0])
         raise
-    failed = _gather_flag(False)
-    if any(failed):
-        raise PeerError(f"process {failed.index(True)} of {len(failed)} failed; its output has the reason")
+    codes = _gather(0)
+    if any(codes):
+        code = next(filter(None, codes))
+        raise PeerError(f"process {codes.index(code)} of {len(codes)} failed; its output has the reason", code)
     return result
 
 
@@ -142,45 +144,40 @@ def locked(path: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def exit_if_peer_lost(error: BaseException) -> None:
-    """Print one line and exit at once if the error means that another process is gone.
-
-    JAX then raises errors of several types, so their text is read. A normal exit would wait for the other processes.
-    """
-    if jax.process_count() == 1 or not _PEER_LOST.match(str(error)):
-        return
-    reason = " ".join(str(error).split())[:200]
-    process = f"process {jax.process_index()} of {jax.process_count()}"
-    print(f"error: {process} lost the others: {RESTART_HINT} ({reason})", file=sys.stderr)
-    exit_at_once(cli.TRY_AGAIN)
-
-
 def exit_if_multihost(error: BaseException) -> None:
-    """Exit at once after an error in a multi-host job, so that the other processes stop too.
+    """End a multi-host job after an error (see `end`). With one process, do nothing."""
+    if not _is_alone():
+        end(error)
 
-    At a normal exit JAX would wait for the others, while they wait for this one. With one process, do nothing.
+
+def end(error: BaseException, *, bad_input: bool = False) -> NoReturn:
+    """Print one line about an error, unless it is a SystemExit, and end this process with its exit code.
+
+    It waits neither for its threads nor for other processes: at a normal exit JAX would wait for them, while they wait
+    for this one. bad_input: the error was raised by a check of the input.
     """
-    exit_if_peer_lost(error)
-    if jax.process_count() == 1:
-        return
+    alone = _is_alone()
     if isinstance(error, SystemExit):  # its message is printed already
-        exit_at_once(int(error.code or 0))
-    if isinstance(error, PeerError):
-        cli.print_error(str(error))
-        exit_at_once(cli.TRY_AGAIN)
-    traceback.print_exception(error)
-    exit_at_once(1)
-
-
-def exit_at_once(code: int) -> NoReturn:
-    """End this process without waiting for its threads or for other processes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if jax.process_count() > 1 and is_first():
+        code = int(error.code or 0)
+    elif not alone and _PEER_LOST.match(str(error)):  # JAX raises errors of several types, so their text is read
+        reason = " ".join(str(error).split())[:200]
+        process = f"process {jax.process_index()} of {jax.process_count()}"
+        cli.print_error(f"{process} lost the others: {RESTART_HINT} ({reason})")
+        code = cli.TRY_AGAIN
+    else:
+        code = cli.report(error, bad_input=bad_input)
+    if not alone and is_first():
         time.sleep(1)  # let the others exit for the same reason first: JAX aborts them when process 0 is gone
-    os._exit(code)
+    cli.end(code)
 
 
-def _gather_flag(failed: bool) -> list[bool]:
-    """The flag of each process, in order."""
-    return multihost_utils.process_allgather(np.array([failed])).ravel().tolist()
+def _is_alone() -> bool:
+    try:
+        return jax.process_count() == 1
+    except RuntimeError:  # JAX finds no device
+        return True
+
+
+def _gather(number: int) -> list[int]:
+    """The number of each process, in order."""
+    return multihost_utils.process_allgather(np.array([number])).ravel().tolist()

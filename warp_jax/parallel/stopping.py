@@ -15,7 +15,6 @@ from warp_jax import cli
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REPEAT_SECONDS = 2.0  # a scheduler may signal a process and its parent, which forwards it: that is one request
-INTERRUPTED = 130  # exit code after SIGINT, as in a shell
 
 
 class Stopped(Exception):
@@ -24,7 +23,7 @@ class Stopped(Exception):
     def __init__(self, where: str):
         super().__init__(where)
         self.signal = signal.Signals(_received[0]).name if _received else "a signal to another process"
-        self.exit_code = INTERRUPTED if signal.SIGINT in _received else cli.TRY_AGAIN
+        self.exit_code = cli.INTERRUPTED if signal.SIGINT in _received else cli.TRY_AGAIN
 
 
 _received: list[int] = []  # signals, oldest first

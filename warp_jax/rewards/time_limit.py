@@ -40,7 +40,7 @@ def run(action: Callable[[], Any], seconds: float | None, message: str) -> "futu
     The process returns to its current folder if action() has changed it: the paths of a job may be relative.
 
     seconds: the limit; None = no limit. If the thread still holds the GIL GRACE seconds after the limit, the process
-    prints `message` as an error and exits with code 2 (only on systems with timer_create, such as Linux).
+    prints `message` as an error and exits with code 70 (only on systems with timer_create, such as Linux).
 
     Raises:
         TimeoutError: the limit is exceeded. The thread may still run, so the process should end by os._exit.
@@ -86,7 +86,7 @@ def _ended_by_timers(seconds: float | None, message: str) -> Iterator[None]:
     )
     with (
         _timer(library, seconds + GRACE, library.system, ctypes.addressof(command)),
-        _timer(library, seconds + GRACE + 1, library._exit, cli.BAD_INPUT),
+        _timer(library, seconds + GRACE + 1, library._exit, cli.USER_FUNCTION),
     ):
         yield
 

@@ -7,6 +7,7 @@ the others wait for it where they need the result.
 
 import functools
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -83,7 +84,11 @@ class Saver:
                 if log.exists():
                     files.sync(log)
                     sizes[os.path.relpath(log, path)] = files.size(log)
-        self._orbax.save(_absolute(unfinished), tree, force=not is_remote)
+        try:
+            self._orbax.save(_absolute(unfinished), tree, force=not is_remote)
+        except BaseException:
+            _delete_unfinished(unfinished)
+            raise
         publish = functools.partial(self._publish, unfinished, path, sizes, then)
         self._publishing = threading.Thread(target=publish)
         self._publishing.start()
@@ -107,7 +112,16 @@ class Saver:
                     files.sync(path.parent)
                 then()
         except BaseException as error:  # raised by wait()
+            _delete_unfinished(unfinished)
             self._error = error
+
+
+def _delete_unfinished(path: Path) -> None:
+    """Delete what a failed save has written, beside the name that it is written under too; in a bucket, the next does.
+    """
+    if hosts.is_first() and not files.is_remote(path):
+        for part in path.parent.glob(f"{path.name}*"):
+            shutil.rmtree(part, ignore_errors=True)
 
 
 class StateStore:
