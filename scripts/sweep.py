@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from warp_jax import cli, files
+from warp_jax import cli, exit_codes, files
 from warp_jax.settings import from_config, legacy
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with sweep(add); see above.")
@@ -147,7 +147,7 @@ def run_points(points: Sequence[Point]) -> list[Point]:
         say(f"[{done + 1}/{len(pending)}] {point.name}: started" + (f", about {left:.1f} min left" if done else ""))
         code = subprocess.run([*PROGRAM, *point.arguments], check=False).returncode
         if code or not is_finished(point):
-            meaning = f" ({cli.EXIT_CODES[code]})" if code in cli.EXIT_CODES else ""
+            meaning = f" ({exit_codes.EXIT_CODES[code]})" if code in exit_codes.EXIT_CODES else ""
             say(f"{point.name}: failed with exit code {code}{meaning if code else ' and no report'}")
             failed.append(point)
     return failed

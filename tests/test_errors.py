@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.commands import TINY, finish, main_command, run, start, wait_for
-from warp_jax import cli, files
+from warp_jax import cli, exit_codes, files
 from warp_jax.experiment import warp
 from warp_jax.parallel import hosts
 from warp_jax.storage import checkpoint, manifest
@@ -66,7 +66,7 @@ def _workdir(monkeypatch):
         (warp.BusyError("run 1 is being made"), 75, ["run 1 is being made"]),
         (warp.JobError("cannot"), 2, ["cannot"]),
         (hosts.PeerError("process 1 failed"), 75, ["process 1 failed"]),
-        (hosts.PeerError("process 1 failed", cli.USER_FUNCTION), 70, ["process 1 failed"]),
+        (hosts.PeerError("process 1 failed", exit_codes.USER_FUNCTION), 70, ["process 1 failed"]),
         (KeyboardInterrupt(), 130, ["stopped by SIGINT"]),
         (TypeError("f() takes\nno arguments"), 1, ["unexpected TypeError: f() takes no arguments; please report it"]),
         (ValueError("'Permission denied' is no number"), 1, ["unexpected ValueError: "]),
@@ -78,7 +78,7 @@ def test_each_error_has_its_code_and_its_line(error, code, words):
     """Mutation: a row of the table is taken out, the cause is not looked at, or the text of C++ libraries is not."""
     got, line = cli.explain(error)
     assert got == code
-    assert got in cli.EXIT_CODES
+    assert got in exit_codes.EXIT_CODES
     for word in words:
         assert word in line
     assert "\n" not in line
@@ -125,7 +125,7 @@ def test_a_check_of_the_input_blames_the_input_last(error, code, monkeypatch, ca
 def test_the_documents_list_every_exit_code(page):
     """Fails when a code is added without a row in the documents."""
     rows = re.findall(r"^\| (\d+) \|", Path(f"docs/{page}.md").read_text(), re.MULTILINE)
-    assert {int(row) for row in rows} >= cli.EXIT_CODES.keys() - {0}
+    assert {int(row) for row in rows} >= exit_codes.EXIT_CODES.keys() - {0}
 
 
 def test_the_log_is_the_workdirs_and_bounded(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ MAY_IMPORT = {  # folder, or file at the top: the folders and files that it may 
     "models": {"parallel", "trees", "naming", "types"},
     "merging": {"storage", "trees", "naming", "types", "files", "progress"},
     "pretrained": {"models", "storage", "data", "trees", "naming", "types", "files"},
-    "rewards": {"settings", "pretrained", "models", "data", "parallel", "types", "files", "cli"},
+    "rewards": {"settings", "pretrained", "models", "data", "parallel", "types", "files", "exit_codes"},
     "training": {"settings", "rewards", "merging", "models", "data", "storage", "parallel", "trees", "types", "files"},
     "evaluation": {"settings", "training", "merging", "data", "parallel", "trees", "types", "files"},
     "benchmarks": {"evaluation", "training", "rewards", "models", "data", "parallel", "types", "files"},

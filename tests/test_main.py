@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import default, lerp, no_kl, quickstart, sft_anchor, tiny
 from tests.commands import TINY, finish, kill_when, main_command, run, start, wait_for
 from tests.settings_of import settings_of, typed
-from warp_jax import cli, files, main
+from warp_jax import cli, exit_codes, files, main
 from warp_jax.evaluation import measure, report, summary
 from warp_jax.experiment import export, inputs, stages
 from warp_jax.experiment import workdir as workdirs
@@ -281,7 +281,7 @@ def _run_with_reward(folder, function, **environment):
 def test_a_reward_function_that_fails_in_training_is_one_line(tmp_path):
     """Fails when its sys.exit(0) is the job's, the error has a traceback, or the mended job does not go on."""
     result = _run_with_reward(tmp_path, "fails", BROKEN="1")
-    assert result.returncode == cli.USER_FUNCTION, result.stderr
+    assert result.returncode == exit_codes.USER_FUNCTION, result.stderr
     line = result.stderr.splitlines()[-1]
     assert line.startswith("error: iteration 1 run 1 step 2: config.rewards.sentiment.source 'users_rewards:fails': ")
     assert "raised SystemExit: 0" in line
@@ -297,7 +297,7 @@ def test_a_reward_function_that_fails_in_training_is_one_line(tmp_path):
 def test_a_reward_function_that_hangs_ends_the_job(tmp_path):
     """Fails when the job waits for the function or for a thread that it started, or something is written before."""
     result = _run_with_reward(tmp_path, "hangs")
-    assert result.returncode == cli.USER_FUNCTION, result.stderr
+    assert result.returncode == exit_codes.USER_FUNCTION, result.stderr
     assert result.stderr.count("\n") == 1
     assert "users_rewards:hangs': no result after 2.0 seconds" in result.stderr
     assert not (tmp_path / "run").exists()

@@ -30,7 +30,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from warp_jax import cli, files
+from warp_jax import cli, exit_codes, files
 from warp_jax.tpu_fit import chips
 
 ACCELERATORS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}  # GKE's names
@@ -124,7 +124,7 @@ def failure_rules() -> list[dict[str, Any]]:
     """
     on_exit = [
         {"action": action, "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": codes}}
-        for action, codes in (("FailJob", [cli.BAD_INPUT, cli.USER_FUNCTION]), ("Ignore", [cli.TRY_AGAIN]))
+        for action, codes in (("FailJob", [cli.BAD_INPUT, exit_codes.USER_FUNCTION]), ("Ignore", [cli.TRY_AGAIN]))
     ]
     return [*on_exit, {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
 

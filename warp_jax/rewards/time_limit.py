@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
-from warp_jax import cli
+from warp_jax import exit_codes
 
 GRACE = 5.0  # seconds from the limit to the end of the process, if the caller cannot run
 
@@ -86,7 +86,7 @@ def _ended_by_timers(seconds: float | None, message: str) -> Iterator[None]:
     )
     with (
         _timer(library, seconds + GRACE, library.system, ctypes.addressof(command)),
-        _timer(library, seconds + GRACE + 1, library._exit, cli.USER_FUNCTION),
+        _timer(library, seconds + GRACE + 1, library._exit, exit_codes.USER_FUNCTION),
     ):
         yield
 

@@ -117,8 +117,7 @@ class Saver:
 
 
 def _delete_unfinished(path: Path) -> None:
-    """Delete what a failed save has written, beside the name that it is written under too; in a bucket, the next does.
-    """
+    """Delete what a failed save has written, beside its name too. In a bucket, the next save does so."""
     if hosts.is_first() and not files.is_remote(path):
         for part in path.parent.glob(f"{path.name}*"):
             shutil.rmtree(part, ignore_errors=True)
