@@ -55,6 +55,10 @@ class RewardError(ValueError):
         self.index = index
 
 
+class GuardError(FloatingPointError):
+    """A guard of config.health ended the training; the state is saved. In a multi-host job every process raises it."""
+
+
 class Rewards(NamedTuple):
     """Rewards of B completions."""
 

@@ -61,6 +61,9 @@ def job(monkeypatch):
                 planned.update(names)
                 return []
 
+            def saved(self, names):
+                return {}
+
             def get(self, name, make_params):
                 measured.setdefault(name, _vector(make_params()))
                 return _evaluation(0.0)

@@ -194,8 +194,8 @@ def test_microbatches_change_nothing():
     """Fails when gradients are summed instead of averaged, or advantages are taken per piece."""
     init, whole, metrics, *_ = _one_update(num_microbatches=1, advantage="batch_mean")
     _, pieces, metrics_of_pieces, *_ = _one_update(num_microbatches=4, advantage="batch_mean")
-    assert {k: float(v) for k, v in metrics_of_pieces.items()} == pytest.approx(
-        {k: float(v) for k, v in metrics.items()}, rel=1e-4, abs=1e-6
+    assert {k: float(v) for k, v in metrics_of_pieces.items() if k != loop.BAD_ROWS} == pytest.approx(
+        {k: float(v) for k, v in metrics.items() if k != loop.BAD_ROWS}, rel=1e-4, abs=1e-6
     )  # Adam and clipping hide a wrong scale of the gradient, its norm does not
     assert _distance(whole.params, pieces.params) < 2e-4 * _distance(whole.params, init)
 
@@ -207,7 +207,7 @@ def test_microbatches_keep_the_rows_in_order():
         settings = {"ema_rate": 0.0, "kl_coef": 20.0, "advantage": "none", "num_microbatches": parts}
         _, state, _, programs, rollout = _one_update(**settings)  # the policy moves away from the anchor
         state, metrics = programs.update(state, {}, rollout, REWARD(rollout).total)
-        after.append({name: float(value) for name, value in metrics.items()})
+        after.append({name: float(value) for name, value in metrics.items() if name != loop.BAD_ROWS})
     assert abs(after[0]["anchor_kl"]) > 0.01
     assert after[1] == pytest.approx(after[0], rel=2e-4, abs=1e-6)
 

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,6 +130,11 @@ class EvaluationStore:
     def missing(self, names: Iterable[str]) -> list[str]:
         """The names that have no saved evaluation, sorted."""
         return [name for name in sorted(names) if not hosts.exists(self._path(name))]
+
+    def saved(self, names: Mapping[int, str]) -> dict[int, Evaluation]:
+        """Load those of some evaluations that are saved, by their key in `names`."""
+        found = {key: self._path(name) for key, name in names.items() if hosts.exists(self._path(name))}
+        return {key: load_evaluation(path) for key, path in found.items()}
 
     def get(self, name: str, make_params: Callable[[], Params]) -> Evaluation:
         """Load the evaluation saved as `name`; if it is missing, evaluate make_params() and save the result."""

@@ -26,6 +26,8 @@ from warp_jax.storage import checkpoint, manifest
 from warp_jax.training import loop, metric_writer, optimizers, supervised
 from warp_jax.types import ApplyFn, Params, Rollout
 
+# where the rows of a batch come from, for errors
+LEARNED_FROM = {"sft": "splits 'reward' and 'gold', joined", "reward_model": "split 'reward'"}
 HELD_OUT_BATCHES = 16  # at most, for the held-out quality of SFT and of the reward model
 
 
@@ -59,9 +61,13 @@ class Maker:
 
     def sft(self, model: TransformerConfig) -> Params:
         """theta_sft: start weights after sft.num_steps steps of next-token training on the reward and gold splits."""
+        if not self.settings.sft.num_steps:
+            return architecture.start_params(self.settings, model, self.mesh)
+        return self._train("sft", self.settings.sft, self.sft_task(model))
+
+    def sft_task(self, model: TransformerConfig) -> supervised.Task:
+        """Training of theta_sft."""
         sft, start = self.settings.sft, architecture.start_params(self.settings, model, self.mesh)
-        if not sft.num_steps:
-            return start
         rows = self.tokens["reward"] + self.tokens["gold"]
 
         def batch_fn(step: int) -> supervised.Batch:
@@ -74,11 +80,17 @@ class Maker:
 
         loss_fn = sft_loss(self.settings, apply.make_apply_fn(model, self.mesh))
         parts = freezing.split(start, self.settings.model.trainable)
-        task = supervised.Task(loss_fn, *parts, batch_fn, held_out_batch)
-        return self._train("sft", sft, task)
+        return supervised.Task(loss_fn, *parts, batch_fn, held_out_batch)
 
     def reward_model(self, policy: TransformerConfig, sft_params: Params) -> Callable[[Rollout], Any]:
         """r(x, y): the SFT trunk with a scalar head, trained on fragments of the reward split and their labels."""
+        task = self.reward_model_task(policy, sft_params)
+        model = architecture.reward_model_config(self.settings.reward_model, policy)
+        params = self._train("reward_model", self.settings.reward_model, task)
+        return reward_functions.make_learned(apply.make_apply_fn(model, self.mesh), params)
+
+    def reward_model_task(self, policy: TransformerConfig, sft_params: Params) -> supervised.Task:
+        """Training of the reward model."""
         settings = self.settings.reward_model
         model = architecture.reward_model_config(settings, policy)
         labels = {name: np.array(self.corpora[name].labels) for name in ("reward", "eval")}
@@ -90,12 +102,11 @@ class Maker:
             batch = self._text_batch(self.tokens[split], chosen, settings.sequence_tokens, step, f"fragments {split}")
             return {**batch, "labels": labels[split][chosen]}
 
-        apply_fn = apply.make_apply_fn(model, self.mesh)
+        loss_fn = reward_loss(self.settings, apply.make_apply_fn(model, self.mesh))
         start = freezing.restacked(sft_params, apply.random_params(model, self.mesh, self.settings.seed))
         parts = freezing.split(start, settings.trainable)
         held_out_batch = functools.partial(batch_fn, split="eval")
-        task = supervised.Task(reward_loss(self.settings, apply_fn), *parts, batch_fn, held_out_batch)
-        return reward_functions.make_learned(apply_fn, self._train("reward_model", settings, task))
+        return supervised.Task(loss_fn, *parts, batch_fn, held_out_batch)
 
     def gold(self) -> text_reward.TextFn:
         """The gold reward, fitted on fragments of the gold split; nan for every text if the config has none."""
@@ -146,6 +157,8 @@ class Maker:
             checkpoint_every=self.settings.checkpoint_every,
             on_step=self.progress.on_step,
             checkpoint_minutes=self.settings.checkpoint_minutes,
+            name=name,
+            split=LEARNED_FROM[name],
         )
         optimizer = optimizers.make_optimizer(settings, self.settings.adam)
         trained = supervised.fit(task, optimizer, self.mesh, schedule)
@@ -168,7 +181,7 @@ class Maker:
         ids, mask, _ = batches.random_windows(
             texts, length, step, seed=self.settings.seed, stream=stream, bos_id=bos_id, pad_id=pad_id
         )
-        return {"token_ids": ids, "mask": mask}
+        return {"token_ids": ids, "mask": mask, supervised.ROW: chosen.astype(np.int32)}
 
     def _fragments(self, split: str, per_text: int) -> tuple[list[str], list[int]]:
         """Random fragments of every text of a split, and the labels of these texts."""

@@ -55,6 +55,7 @@ def make_programs(
         score_fn=functools.partial(scoring.per_token_logps, make_apply_fn(model, mesh), **score),
         rl=settings.rl,
         ema_rate=settings.warp.ema_rate,
+        stop_ids=stop_ids,
     )
     sampler = make_sampler(model)
     measured = dataclasses.replace(model, dtype=settings.evaluation.dtype)

@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
 from warp_jax import cli, files, merging
-from warp_jax.evaluation import measure
+from warp_jax.evaluation import guards, measure
 from warp_jax.evaluation.measure import Evaluation, EvaluationStore
 from warp_jax.evaluation.points import Point, evaluation_names, front_names, front_points, trajectory
 from warp_jax.parallel import hosts
@@ -109,18 +109,31 @@ class Job:
     def _train(self, init_params: Params, iteration: int, run: int, directory: Path) -> None:
         settings = self.settings
         evaluated = trajectory(settings, iteration, run)
+        run_name = f"iteration {iteration} run {run}"
+        sft = self.evaluations.get("sft", lambda: self.sft_params)
+        guard = guards.Guards(settings.health, run_name, sft, self.progress.note)
+        for step, evaluation in self.evaluations.saved(evaluated).items():
+            guard.know(step, evaluation)
+
+        def on_step(done: int, values: Mapping[str, float]) -> None:
+            self.progress.on_step(done, values)
+            guard.on_step(done, values)
 
         def after_step(step: int, state: TrainState) -> None:
             if step in evaluated:
-                self.evaluations.get(evaluated[step], lambda: state.params)
+                guard.on_evaluation(step, self.evaluations.get(evaluated[step], lambda: state.params))
+            guard.stop()
 
         schedule = loop.Schedule(
             num_steps=settings.warp.steps_per_iteration[iteration - 1],
             directory=directory,
             checkpoint_every=settings.checkpoint_every,
-            on_step=self.progress.on_step,
+            on_step=on_step,
             after_step=after_step,
             checkpoint_minutes=settings.checkpoint_minutes,
+            checked=evaluated,
+            name=run_name,
+            split="split 'prompts'",
         )
         params = reinforce.run_policy(self.trainer, init_params, iteration=iteration, run=run, schedule=schedule)
         checkpoint.save_params(directory / "params", params, directory / metric_writer.FILE)
@@ -158,7 +171,7 @@ def run_warp(job: Job) -> list[Point]:
 
 def run_one(job: Job, iteration: int, run: int) -> None:
     """Make one run of one iteration, as a job of its own."""
-    _expect(job, trajectory(job.settings, iteration, run).values())
+    _expect(job, ["sft", *trajectory(job.settings, iteration, run).values()])
     job.run_policy(job.init_params(iteration), iteration, run)
 
 

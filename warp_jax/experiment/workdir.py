@@ -27,7 +27,7 @@ REQUIREMENTS = "requirements.lock"  # all packages of the first start, for launc
 ACCEPTABLE = ("data", "models", "rewards", "versions", "device")  # what --accept lets change
 LOCK = "lock"  # held while a job claims the workdir, or makes the inputs that all runs share
 # settings that may change on resume; another mesh changes rounding only
-MAY_CHANGE = re.compile(r"checkpoint_(every|minutes) |report\.|front\.|mesh |(gold|rewards\.[^ ]+)\.timeout ")
+MAY_CHANGE = re.compile(r"checkpoint_(every|minutes) |report\.|front\.|health\.|mesh |(gold|rewards\.[^ ]+)\.timeout ")
 
 
 def claim(

@@ -275,6 +275,23 @@ class Evaluation(Group):
         return self
 
 
+class Health(Group):
+    """Limits whose excess is a sign that a run goes wrong; 0 = no limit."""
+
+    action: Literal["warn", "stop"] = "warn"
+    max_kl: NotNegative = 200.0
+    max_length_ratio: NotNegative = 4.0
+    max_truncated: Rate = 0.0
+    min_distinct_2: Rate = 0.1
+    max_gold_drop: NotNegative = 4.0
+
+    @model_validator(mode="after")
+    def _ratio_is_above_one(self) -> "Health":
+        if 0 < self.max_length_ratio <= 1:
+            raise ValueError(f"max_length_ratio: got {self.max_length_ratio}, want 0 (no limit) or more than 1")
+        return self
+
+
 class Report(Group):
     """Contents of the report."""
 

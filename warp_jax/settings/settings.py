@@ -39,6 +39,7 @@ class Settings(groups.Group):
     warp: groups.Warp
     front: groups.Front
     evaluation: groups.Evaluation
+    health: groups.Health = groups.Health()  # missing in older workdirs
     report: groups.Report
 
     @property

@@ -1,26 +1,31 @@
 """The training loop that SFT, reward model and RL share: step, log metrics, save the state, resume bit-for-bit."""
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from warp_jax import files
 from warp_jax.models import partitioning
 from warp_jax.parallel import hosts, meshes, stopping
 from warp_jax.storage import checkpoint
 from warp_jax.training import metric_writer
 from warp_jax.training.metric_writer import MetricWriter
-from warp_jax.types import Params, RewardError
+from warp_jax.types import GuardError, Params, RewardError
 
 State = TypeVar("State")
-Metrics = Mapping[str, Any]
+Metrics = Mapping[str, Any]  # numbers, and maybe BAD_ROWS
 StepFn = Callable[[State, int], tuple[State, Metrics]]
 OnStep = Callable[[int, Mapping[str, float]], None]  # steps done, latest metrics
+BAD_ROWS = "bad_rows"  # int32 [B]: rows of the data for which a value is not finite, -1 for the others
+SHOWN_ROWS = 5  # in an error
 
 
 class Programs(NamedTuple, Generic[State]):
@@ -28,16 +33,30 @@ class Programs(NamedTuple, Generic[State]):
 
     init: Callable[[Params], State]  # trained params
     update: Callable[..., tuple[State, Metrics]]  # state (its buffers are reused), frozen params, ...
+    trace: Callable[..., Any] | None = (
+        None  # the same arguments (state is kept) -> a NamedTuple of what update computes
+    )
 
 
 def make_programs(
-    mesh: Mesh, params: Params, init: Callable[[Params], State], update: Callable[..., tuple[State, Metrics]]
+    mesh: Mesh, params: Params, init: Callable[[Params], State], traced: Callable[..., tuple[State, Metrics, Any]]
 ) -> Programs[State]:
-    """Compile init and update for trained params shaped like `params`, with the state sharded over the mesh."""
+    """Compile init and update for trained params shaped like `params`, with the state sharded over the mesh.
+
+    traced: update, which also returns what it computes on the way. The compiled update leaves that out.
+    """
     layout = partitioning.param_shardings(mesh, jax.eval_shape(init, params))
+
+    def update(*args: Any) -> tuple[State, Metrics]:
+        return traced(*args)[:2]
+
+    def trace(*args: Any) -> Any:
+        return traced(*args)[2]
+
     return Programs(
         init=jax.jit(init, out_shardings=layout),
         update=jax.jit(update, donate_argnums=0, out_shardings=(layout, meshes.replicated(mesh))),
+        trace=jax.jit(trace),
     )
 
 
@@ -51,6 +70,9 @@ class Schedule(NamedTuple):
     # after_step(steps done, state): called after each step, and again for a restored state or a repeated step
     after_step: Callable[[int, Any], None] = lambda done, state: None
     checkpoint_minutes: float = math.inf  # time between two saves at most
+    checked: Container[int] = ()  # steps done: metrics up to these are checked before after_step, as before a save
+    name: str = "training"  # for errors
+    split: str = ""  # that BAD_ROWS are rows of, for errors
 
 
 class SaveTimes:
@@ -62,7 +84,7 @@ class SaveTimes:
 
     def saved(self, done: int) -> None:
         """Note that the state after `done` steps was saved."""
-        self._saved, self._since = done, time.monotonic()
+        self.newest, self._since = done, time.monotonic()
         self._look = done + 1  # when to look at the clock; the others wait for process 0 there
 
     def due(self, done: int) -> bool:
@@ -78,7 +100,7 @@ class SaveTimes:
     def _steps_left(self, done: int) -> int:
         """Steps until the time is over, at the speed since the last save."""
         seconds = time.monotonic() - self._since
-        left = (self._every_seconds - seconds) / max(seconds, 1e-3) * (done - self._saved)
+        left = (self._every_seconds - seconds) / max(seconds, 1e-3) * (done - self.newest)
         return math.ceil(min(max(left, 0), self._every_steps))
 
 
@@ -94,45 +116,50 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
         schedule: length, checkpoints and callbacks.
 
     Raises:
-        FloatingPointError: a metric is not finite.
+        FloatingPointError: a metric is not finite; nothing of its step or later ones is saved.
+        GuardError: after_step raised it; the state after the last step is saved.
         StorageError: all saved states are damaged.
         RewardError: step_fn or after_step raised it; the state after the last whole step is saved.
         Stopped: a signal asked for it; the state after the last step is saved.
     """
-    directory, on_step = schedule.directory, schedule.on_step
+    directory = schedule.directory
     store = checkpoint.StateStore(directory / "state", log=directory / metric_writer.FILE)
     start = store.latest_step()
-    state = init()
-    if start:
-        like = checkpoint.abstract(state)
-        del state  # device memory may not hold two
-        state = store.restore(start, like)
-    on_step(start, {})
+    state = _first_state(init, start, functools.partial(store.restore, start))
+    schedule.on_step(start, {})
     writer = MetricWriter(directory, start) if hosts.is_first() else None
     with contextlib.closing(store), contextlib.closing(writer) if writer else contextlib.nullcontext():
         done = start
         pending: Metrics = {}
         saves = SaveTimes(start, schedule.checkpoint_every, schedule.checkpoint_minutes)
+
+        def log(step: int) -> None:
+            _log(writer, step, pending, schedule, saves.newest)
+
         try:
             if start:
                 schedule.after_step(start, state)  # it may have been interrupted in there
             for step in range(start, schedule.num_steps):
                 state, metrics = step_fn(state, step)
                 if pending:
-                    _log(writer, step - 1, pending, on_step)
+                    log(step - 1)
                 done, pending = step + 1, metrics
+                if done in schedule.checked:
+                    log(step)
+                    pending = {}
                 schedule.after_step(done, state)
                 stopping.stop_if_requested(f"{directory.name}, saved after step {done}")
                 is_saved = saves.due(done)
-                if is_saved or done == schedule.num_steps:
-                    _log(writer, step, pending, on_step)
+                if pending and (is_saved or done == schedule.num_steps):
+                    log(step)
                     pending = {}
                 if is_saved:
                     _save(store, writer, done, state)
                     saves.saved(done)
-        except (RewardError, stopping.Stopped):  # raised in every process, with a whole state: no step is lost
+        except (RewardError, GuardError, stopping.Stopped):  # raised in every process, with a whole state
             if pending:
-                _log(writer, done - 1, pending, on_step)
+                log(done - 1)
+            if done > saves.newest:
                 _save(store, writer, done, state)
             raise
         except FloatingPointError:  # raised in every process
@@ -149,11 +176,54 @@ def _save(store: checkpoint.StateStore, writer: MetricWriter | None, done: int, 
     store.save(done, state)
 
 
-def _log(writer: MetricWriter | None, step: int, metrics: Metrics, on_step: OnStep) -> None:
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+def state_before(step_fn: StepFn[State], init: Callable[[], State], directory: Path, step: int) -> State:
+    """The state before a step, from the newest state saved up to then, or else from the first; nothing is written."""
+
+    def find() -> int:
+        steps = [int(path.name) for path in (directory / "state").glob("*") if path.name.isdigit()]
+        return max((number for number in steps if number <= step), default=0)
+
+    start = hosts.number_of_first(find)
+    saved = directory / "state" / str(start)
+    state = _first_state(init, start, functools.partial(checkpoint.restore_params, saved))
+    for number in range(start, step):
+        state, _ = step_fn(state, number)
+    return state
+
+
+def _first_state(init: Callable[[], State], start: int, restore: Callable[[Any], State]) -> State:
+    """The state before step `start`: init(), or else one restored with its shapes, dtypes and shardings."""
+    state = init()
+    if not start:
+        return state
+    like = checkpoint.abstract(state)
+    del state  # device memory may not hold two
+    return restore(like)
+
+
+def _log(writer: MetricWriter | None, step: int, metrics: Metrics, schedule: Schedule, newest: int) -> None:
+    """Read and write the metrics of a step. newest: steps done in the newest saved state."""
+    numbers = {name: value for name, value in metrics.items() if name != BAD_ROWS}
+    values = {name: float(value) for name, value in jax.device_get(numbers).items()}
+    bad = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
     if bad:
-        raise FloatingPointError(f"step {step}: {', '.join(bad)}, want finite; lower learning_rate or check rewards")
+        rows = np.unique(jax.device_get(metrics.get(BAD_ROWS, -1)))
+        raise FloatingPointError(_stop(step, bad, rows[rows >= 0].tolist(), schedule, newest))
     if writer:
         writer.write(step, values)
-    on_step(step + 1, values)
+    schedule.on_step(step + 1, values)
+
+
+def _stop(step: int, bad: Mapping[str, str], rows: list[int], schedule: Schedule, newest: int) -> str:
+    """Write the file that --replay needs; return the line for the user."""
+    path = schedule.directory / f"replay_{step}.json"
+    content = {"part": schedule.name, "step": step, "saved_step": newest, "not_finite": dict(bad), "rows": rows}
+    if hosts.is_first():
+        files.write_json(path, content)
+    named = ", ".join(f"{name} is {value}" for name, value in bad.items())
+    shown = ", ".join(map(str, rows[:SHOWN_ROWS])) + (f" and {len(rows) - SHOWN_ROWS} more" * (len(rows) > SHOWN_ROWS))
+    where = f" (rows {shown} of {schedule.split})" if rows else ""
+    return (
+        f"{schedule.name} step {step}: {named}, want finite{where}; nothing after step {newest} is saved; the same "
+        f"command with --replay={path} shows what broke first"
+    )

@@ -63,6 +63,12 @@ def importance_weights(policy_logps: Array, sampler_logps: Array, completion_mas
     return jax.lax.stop_gradient(jnp.minimum(ratio, cap))
 
 
+def truncated(completion_ids: Array, completion_mask: Array, stop_ids: tuple[int, ...]) -> Array:
+    """True for each completion that its greatest length ended, not a stop token: [B, C] -> bool [B]."""
+    chex.assert_equal_shape([completion_ids, completion_mask])
+    return completion_mask[:, -1] & ~jnp.isin(completion_ids[:, -1], jnp.array(stop_ids, jnp.int32))
+
+
 def sampler_drift(sampler_logps: Array, policy_logps: Array, completion_mask: Array) -> dict[str, Array]:
     """Statistics over tokens of log sampler(token) - log policy(token), logps [B, C], nats; 0 without rounding.
 

@@ -15,7 +15,7 @@ from warp_jax.data import batches
 from warp_jax.parallel import meshes
 from warp_jax.settings.groups import Rl
 from warp_jax.training import loop, objective, sampling
-from warp_jax.types import Array, Params, PromptBatch, RewardError, RewardFn, Rollout, TrainState
+from warp_jax.types import Array, Params, PromptBatch, RewardError, RewardFn, Rewards, Rollout, TrainState
 
 ScoreFn = Callable[[Params, Rollout], Array]  # params of the whole model -> log-probability of each token [B, C], nats
 
@@ -33,11 +33,39 @@ class Trainer(NamedTuple):
     seed: int  # for the order of prompts and for sampling, together with iteration, run and step
 
 
+class Trace(NamedTuple):
+    """What a step computes from a rollout, in this order. B completions of C tokens."""
+
+    policy_logps: Array  # [B, C], nats
+    anchor_logps: Array  # [B, C], nats
+    log_ratio: Array  # [B], nats
+    shaped_rewards: Array  # [B], reward units
+    advantages: Array  # [B], reward units
+    losses: Array  # [rl.num_microbatches]
+    gradient: Params
+    new_policy: Params
+
+
 def make_programs(
-    mesh: Mesh, params: Params, *, optimizer: optax.GradientTransformation, **options: Any
+    mesh: Mesh,
+    params: Params,
+    *,
+    optimizer: optax.GradientTransformation,
+    stop_ids: tuple[int, ...] = (),
+    **options: Any,
 ) -> loop.Programs[TrainState]:
-    """Compile init and update for trained params shaped like `params`; options: further keywords of `policy_update`."""
-    update = functools.partial(policy_update, optimizer=optimizer, **options)
+    """Compile init and update for trained params shaped like `params`.
+
+    stop_ids: tokens that end a completion, for the metric `truncated`. options: further keywords of `policy_update`.
+    """
+
+    def update(
+        state: TrainState, frozen_params: Params, rollout: Rollout, rewards: Array
+    ) -> tuple[TrainState, dict[str, Array], Trace]:
+        state, metrics, trace = policy_update(state, frozen_params, rollout, rewards, optimizer=optimizer, **options)
+        share = objective.truncated(rollout.completion_ids, rollout.completion_mask, stop_ids).mean(dtype=jnp.float32)
+        return state, {**metrics, "truncated": share}, trace
+
     return loop.make_programs(mesh, params, functools.partial(init_state, optimizer), update)
 
 
@@ -58,7 +86,7 @@ def policy_update(
     optimizer: optax.GradientTransformation,
     rl: Rl,
     ema_rate: float,
-) -> tuple[TrainState, dict[str, Array]]:
+) -> tuple[TrainState, dict[str, Array], Trace]:
     """One training step on a rollout: lines 7 to 9 of Algorithm 1.
 
     Advantages are computed over the whole batch, gradients over rl.num_microbatches parts and averaged. One function
@@ -92,7 +120,7 @@ def policy_update(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     anchor = merging.ema_update(state.anchor_params, params, ema_rate)
-    tokens = rollout.completion_mask.sum(dtype=jnp.float32)
+    tokens = mask.sum(dtype=jnp.float32)
     metrics = {
         "loss": losses.mean(),
         "reward": rewards.mean(),
@@ -101,9 +129,18 @@ def policy_update(
         "nats_per_token": -policy_logps.sum() / tokens,
         "length": tokens / rewards.shape[0],
         "grad_norm": optax.global_norm(grads),
+        "param_norm": optax.global_norm(params),  # finite metrics imply a finite new state
         **objective.sampler_drift(sampler_logps, policy_logps, mask),
+        loop.BAD_ROWS: _bad_rows(rollout, shaped, policy_logps),
     }
-    return TrainState(state.step + 1, params, anchor, opt_state), metrics
+    trace = Trace(policy_logps, anchor_logps, ratio, shaped, weights, losses, grads, params)
+    return TrainState(state.step + 1, params, anchor, opt_state), metrics, trace
+
+
+def _bad_rows(rollout: Rollout, shaped: Array, policy_logps: Array) -> Array:
+    """Rows of the data whose reward or log-probabilities are not finite, -1 for the others: int32 [B]."""
+    logps = jnp.where(rollout.completion_mask, rollout.per_token_logps + policy_logps, 0.0)
+    return jnp.where(jnp.isfinite(shaped + logps.sum(axis=1)), -1, rollout.example_ids)
 
 
 def _accumulate(score: ScoreFn, params: Params, chunks: Rollout, weights: Array) -> tuple[Params, Array]:
@@ -119,31 +156,46 @@ def _accumulate(score: ScoreFn, params: Params, chunks: Rollout, weights: Array)
     return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (chunks, weights))
 
 
+class Run(NamedTuple):
+    """One run of one iteration. Prompts and random keys of its steps depend only on these and on the trainer's seed."""
+
+    name: str
+    key: Array
+
+
+def make_run(trainer: Trainer, iteration: int, run: int) -> Run:
+    """The run with these numbers, from 1."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(trainer.seed), iteration), run)
+    return Run(f"iteration {iteration} run {run}", key)
+
+
 def run_policy(trainer: Trainer, init_params: Params, *, iteration: int, run: int, schedule: loop.Schedule) -> Params:
-    """Train one policy from init_params, or resume its training; return the trained leaves of the policy.
-
-    Prompts and random keys depend only on (seed, iteration, run, step).
-    """
-    stream = f"iteration {iteration} run {run}"
-    run_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(trainer.seed), iteration), run)
-    group_size, mesh, frozen = trainer.rl.samples_per_prompt, trainer.mesh, trainer.frozen_params
-    num_prompts = trainer.rl.batch_size // group_size
-
-    def step_fn(state: TrainState, step: int) -> tuple[TrainState, Mapping[str, Any]]:
-        count = len(trainer.train_prompts.example_ids)
-        rows = batches.epoch_rows(count, num_prompts, step, seed=trainer.seed, stream=stream)
-        batch = batches.take(trainer.train_prompts, np.repeat(rows, group_size))
-        key = jax.random.fold_in(run_key, step)
-        rollout = trainer.sampler(trees.join(state.params, frozen), meshes.put_batch(mesh, batch), key)
-        try:
-            rewards = trainer.reward_fn(rollout)
-        except RewardError as error:
-            raise RewardError(f"{stream} step {step}: {error}") from error
-        state, metrics = trainer.programs.update(state, frozen, rollout, meshes.put_batch(mesh, rewards.total))
-        parts = {f"reward/{name}": jnp.mean(values) for name, values in rewards.parts.items()}
-        return state, {**metrics, **parts}
-
+    """Train one policy from init_params, or resume its training; return the trained leaves of the policy."""
+    step_fn = functools.partial(train_step, trainer, make_run(trainer, iteration, run))
     return loop.run_steps(step_fn, lambda: trainer.programs.init(init_params), schedule).params
+
+
+def train_step(trainer: Trainer, run: Run, state: TrainState, step: int) -> tuple[TrainState, Mapping[str, Any]]:
+    """One step of a run: sample, reward, update."""
+    rollout, rewards = collect(trainer, run, state, step)
+    total = meshes.put_batch(trainer.mesh, rewards.total)
+    state, metrics = trainer.programs.update(state, trainer.frozen_params, rollout, total)
+    parts = {f"reward/{name}": jnp.mean(values) for name, values in rewards.parts.items()}
+    return state, {**metrics, **parts}
+
+
+def collect(trainer: Trainer, run: Run, state: TrainState, step: int) -> tuple[Rollout, Rewards]:
+    """Sample the completions of a step and compute their rewards."""
+    group_size, mesh = trainer.rl.samples_per_prompt, trainer.mesh
+    count, num_prompts = len(trainer.train_prompts.example_ids), trainer.rl.batch_size // group_size
+    rows = batches.epoch_rows(count, num_prompts, step, seed=trainer.seed, stream=run.name)
+    batch = batches.take(trainer.train_prompts, np.repeat(rows, group_size))
+    key = jax.random.fold_in(run.key, step)
+    rollout = trainer.sampler(trees.join(state.params, trainer.frozen_params), meshes.put_batch(mesh, batch), key)
+    try:
+        return rollout, trainer.reward_fn(rollout)
+    except RewardError as error:
+        raise RewardError(f"{run.name} step {step}: {error}") from error
 
 
 def _split(tree: Any, parts: int) -> Any:

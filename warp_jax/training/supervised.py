@@ -1,5 +1,6 @@
 """Supervised training: fine-tuning a policy on text (SFT), and a reward model on human labels."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from warp_jax.types import ApplyFn, Array, Params
 Batch = Mapping[str, Any]
 State = tuple[Params, Any]  # trained params, the optimizer's state
 LossFn = Callable[[Params, Batch], tuple[Array, Mapping[str, Array]]]  # params of the whole model -> loss, metrics
+ROW = "row"  # in a batch: the number of each row in its data, int32 [B]
+ROW_VALUES = "row_values"  # among metrics: loss or score of each row, float32 [B]; it is not logged
 
 
 def language_loss(
@@ -28,8 +31,9 @@ def language_loss(
     token_ids, mask = batch["token_ids"], batch["mask"]
     losses = scoring.next_token_losses(apply_fn, params, token_ids, mask, chunk=logits_chunk)
     counted = mask[:, :-1] & mask[:, 1:]
-    loss = jnp.where(counted, losses, 0).sum() / counted.sum(dtype=jnp.float32)
-    return loss, {"loss": loss}
+    losses = jnp.where(counted, losses, 0)
+    loss = losses.sum() / counted.sum(dtype=jnp.float32)
+    return loss, {"loss": loss, ROW_VALUES: losses.sum(axis=1)}
 
 
 def label_loss(apply_fn: ApplyFn, params: Params, batch: Batch) -> tuple[Array, Mapping[str, Array]]:
@@ -37,7 +41,8 @@ def label_loss(apply_fn: ApplyFn, params: Params, batch: Batch) -> tuple[Array, 
     scores = reward_functions.sequence_scores(apply_fn, params, batch["token_ids"], batch["mask"])
     labels = batch["labels"].astype(jnp.float32)
     loss = optax.sigmoid_binary_cross_entropy(scores, labels).mean()
-    return loss, {"loss": loss, "accuracy": jnp.mean((scores > 0) == (labels > 0))}
+    accuracy = jnp.mean((scores > 0) == (labels > 0))
+    return loss, {"loss": loss, "accuracy": accuracy, ROW_VALUES: scores}
 
 
 def bradley_terry_loss(apply_fn: ApplyFn, params: Params, batch: Batch) -> tuple[Array, Mapping[str, Array]]:
@@ -48,7 +53,7 @@ def bradley_terry_loss(apply_fn: ApplyFn, params: Params, batch: Batch) -> tuple
     scores = reward_functions.sequence_scores(apply_fn, params, batch["token_ids"], batch["mask"])
     preferred, other = jnp.split(scores, 2)
     loss = -jax.nn.log_sigmoid(preferred - other).mean()
-    return loss, {"loss": loss, "accuracy": jnp.mean(preferred > other)}
+    return loss, {"loss": loss, "accuracy": jnp.mean(preferred > other), ROW_VALUES: scores}
 
 
 REWARD_LOSSES = {"label": label_loss, "bradley_terry": bradley_terry_loss}
@@ -63,6 +68,15 @@ def paired_rows(labels: np.ndarray, batch_size: int, step: int, *, seed: int, st
     return np.concatenate(halves)
 
 
+class Trace(NamedTuple):
+    """What a step computes, in this order."""
+
+    row_values: Array  # loss or score of each row, [B]
+    loss: Array
+    gradient: Params
+    new_params: Params
+
+
 def make_programs(
     mesh: Mesh, loss_fn: LossFn, params: Params, optimizer: optax.GradientTransformation
 ) -> loop.Programs[State]:
@@ -72,12 +86,15 @@ def make_programs(
         copy = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
         return copy, optimizer.init(copy)
 
-    def update(state: State, frozen: Params, batch: Batch) -> tuple[State, Mapping[str, Array]]:
+    def update(state: State, frozen: Params, batch: Batch) -> tuple[State, Mapping[str, Array], Trace]:
         params, opt_state = state
         grads, metrics = jax.grad(lambda p: loss_fn(trees.join(p, frozen), batch), has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        metrics = {**metrics, "grad_norm": optax.global_norm(grads)}
-        return (optax.apply_updates(params, updates), opt_state), metrics
+        params = optax.apply_updates(params, updates)
+        metrics = {**metrics, "grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+        values = metrics.pop(ROW_VALUES, metrics["loss"])
+        metrics[loop.BAD_ROWS] = jnp.where(jnp.isfinite(values), -1, batch.get(ROW, -1))
+        return (params, opt_state), metrics, Trace(values, metrics["loss"], grads, params)
 
     return loop.make_programs(mesh, params, init, update)
 
@@ -95,16 +112,26 @@ class Task(NamedTuple):
 def fit(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, schedule: loop.Schedule) -> Params:
     """Minimise the loss over `task.params`, or resume from a saved state; return the trained leaves."""
     programs = make_programs(mesh, task.loss_fn, task.params, optimizer)
-
-    def step_fn(state: State, step: int) -> tuple[State, Mapping[str, Array]]:
-        return programs.update(state, task.frozen_params, meshes.put_batch(mesh, task.batch_fn(step)))
-
+    step_fn = functools.partial(train_step, programs, task, mesh)
     return loop.run_steps(step_fn, lambda: programs.init(task.params), schedule)[0]
 
 
+def train_step(
+    programs: loop.Programs[State], task: Task, mesh: Mesh, state: State, step: int
+) -> tuple[State, Mapping[str, Array]]:
+    """One step on the batch of that step."""
+    return programs.update(state, task.frozen_params, meshes.put_batch(mesh, task.batch_fn(step)))
+
+
 def held_out(task: Task, params: Params, num_batches: int, mesh: Mesh) -> dict[str, float]:
-    """Mean of the loss and other metrics over the first held-out batches; params are those of the whole model."""
+    """Mean of the loss and other metrics over the first held-out batches; params are those of the whole model.
+
+    Raises FloatingPointError if one is not finite.
+    """
     metrics_fn = jax.jit(lambda params, batch: task.loss_fn(params, batch)[1])
     held_out_batches = (meshes.put_batch(mesh, task.held_out_batch(number)) for number in range(num_batches))
     rows = [jax.device_get(metrics_fn(params, batch)) for batch in held_out_batches]
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != ROW_VALUES}
+    if bad := [f"{name} is {value}" for name, value in means.items() if not np.isfinite(value)]:
+        raise FloatingPointError(f"held out: {', '.join(bad)}, want finite; lower learning_rate")
+    return means
