@@ -26,7 +26,8 @@ MAY_IMPORT = {  # folder, or file at the top: the folders and files that it may 
 }
 MAY_IMPORT["experiment"] = {name for name in MAY_IMPORT if name != "benchmarks"}
 MAY_IMPORT["tpu_fit"] = {*MAY_IMPORT["experiment"], "experiment"}
-MAY_IMPORT["main"] = {*MAY_IMPORT["tpu_fit"]}
+MAY_IMPORT["diagnosis"] = {*MAY_IMPORT["tpu_fit"]}
+MAY_IMPORT["main"] = {*MAY_IMPORT["tpu_fit"], "diagnosis"}
 ONLY = {("merging", "storage"): {"on_disk", "chunking"}, ("merging", "progress"): {"on_disk"}}  # files of a folder
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())

@@ -9,12 +9,14 @@ import functools
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from warp_jax import cli, files
 from warp_jax.data.corpus import Corpus
+from warp_jax.diagnosis import replay
 from warp_jax.experiment import inputs, jobs, preparation
 from warp_jax.experiment.workdir import ACCEPTABLE, claim
 from warp_jax.parallel import hosts, stopping, supervisor
@@ -27,6 +29,9 @@ MERGE = flags.DEFINE_bool("merge", False, "Merge the finished runs of one iterat
 ITERATION = flags.DEFINE_integer("iteration", 0, "Iteration of --run or --merge; 0 = the first that is not merged.")
 ACCEPT = flags.DEFINE_list(
     "accept", [], f"Go on although these inputs have changed since the workdir was made: {', '.join(ACCEPTABLE)}."
+)
+REPLAY = flags.DEFINE_string(
+    "replay", "", "Repeat the step of this file, which a job wrote, and show what was not finite first; save nothing."
 )
 MULTIHOST = flags.DEFINE_bool("multihost", False, "Run as one of several processes, all started with the same command.")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, if JAX does not find it itself.")
@@ -80,6 +85,8 @@ def _run(config: ConfigDict, workdir: Path) -> None:
     """Run the part of the job that the flags name."""
     try:
         settings = hosts.all_or_none(lambda: from_config(config.to_dict()))
+        if REPLAY.value:
+            _replay(settings, workdir, files.as_path(REPLAY.value))
         corpora = check(settings, workdir, ACCEPT.value)
         part = jobs.choose_part(settings, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
     except (ValueError, OSError, hosts.PeerError) as error:
@@ -94,6 +101,15 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         if hosts.is_first():
             print(f"stopped by {stopped.signal} in {stopped}; the same command resumes the job", file=sys.stderr)
         sys.exit(stopped.exit_code)
+
+
+def _replay(settings: Settings, workdir: Path, path: Path) -> NoReturn:
+    """Print the replay of a step, then exit: code 0 if it is finite."""
+    inputs.check(settings)
+    text, broken = replay.replay(settings, preparation.load_corpora(settings), workdir, path)
+    if hosts.is_first():
+        print(text)
+    sys.exit(cli.BAD_INPUT if broken else 0)
 
 
 parse_flags = functools.partial(

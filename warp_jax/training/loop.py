@@ -117,10 +117,8 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
 
     Raises:
         FloatingPointError: a metric is not finite; nothing of its step or later ones is saved.
-        GuardError: after_step raised it; the state after the last step is saved.
         StorageError: all saved states are damaged.
-        RewardError: step_fn or after_step raised it; the state after the last whole step is saved.
-        Stopped: a signal asked for it; the state after the last step is saved.
+        RewardError, GuardError, Stopped: step_fn, after_step or a signal ended it; the last whole state is saved.
     """
     directory = schedule.directory
     store = checkpoint.StateStore(directory / "state", log=directory / metric_writer.FILE)
@@ -133,32 +131,31 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
         pending: Metrics = {}
         saves = SaveTimes(start, schedule.checkpoint_every, schedule.checkpoint_minutes)
 
-        def log(step: int) -> None:
-            _log(writer, step, pending, schedule, saves.newest)
+        def log() -> None:
+            nonlocal pending
+            if pending:
+                _log(writer, done - 1, pending, schedule, saves.newest)
+            pending = {}
 
         try:
             if start:
                 schedule.after_step(start, state)  # it may have been interrupted in there
             for step in range(start, schedule.num_steps):
                 state, metrics = step_fn(state, step)
-                if pending:
-                    log(step - 1)
+                log()
                 done, pending = step + 1, metrics
                 if done in schedule.checked:
-                    log(step)
-                    pending = {}
+                    log()
                 schedule.after_step(done, state)
                 stopping.stop_if_requested(f"{directory.name}, saved after step {done}")
                 is_saved = saves.due(done)
-                if pending and (is_saved or done == schedule.num_steps):
-                    log(step)
-                    pending = {}
+                if is_saved or done == schedule.num_steps:
+                    log()
                 if is_saved:
                     _save(store, writer, done, state)
                     saves.saved(done)
         except (RewardError, GuardError, stopping.Stopped):  # raised in every process, with a whole state
-            if pending:
-                log(done - 1)
+            log()
             if done > saves.newest:
                 _save(store, writer, done, state)
             raise

@@ -1,0 +1,1 @@
+"""Evaluating policies on held-out prompts, comparing their fronts, and the report."""
