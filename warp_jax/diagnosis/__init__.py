@@ -1,1 +1,1 @@
-"""Evaluating policies on held-out prompts, comparing their fronts, and the report."""
+"""Finding out what went wrong in a step of training."""

@@ -33,9 +33,8 @@ class Programs(NamedTuple, Generic[State]):
 
     init: Callable[[Params], State]  # trained params
     update: Callable[..., tuple[State, Metrics]]  # state (its buffers are reused), frozen params, ...
-    trace: Callable[..., Any] | None = (
-        None  # the same arguments (state is kept) -> a NamedTuple of what update computes
-    )
+    # the same arguments (the state is kept) -> a NamedTuple of what update computes, in this order
+    trace: Callable[..., Any] = lambda *args: ()
 
 
 def make_programs(
@@ -148,12 +147,11 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
                     log()
                 schedule.after_step(done, state)
                 stopping.stop_if_requested(f"{directory.name}, saved after step {done}")
-                is_saved = saves.due(done)
-                if is_saved or done == schedule.num_steps:
+                if saves.due(done):
                     log()
-                if is_saved:
                     _save(store, writer, done, state)
                     saves.saved(done)
+            log()
         except (RewardError, GuardError, stopping.Stopped):  # raised in every process, with a whole state
             log()
             if done > saves.newest:
