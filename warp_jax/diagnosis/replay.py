@@ -18,6 +18,7 @@ from warp_jax.parallel import hosts, meshes
 from warp_jax.progress import JobProgress
 from warp_jax.settings import Settings
 from warp_jax.training import loop, optimizers, reinforce, supervised
+from warp_jax.types import Params, Rollout
 
 SHOWN = 3  # rows or weights of a line
 SHOWN_TEXT = 60  # characters of a prompt or completion
@@ -129,13 +130,24 @@ def _rl_step(
     tokenizer, trainer, examiner = preparation.prepare(settings, corpora, folder, progress)
     start = warp.make_job(settings, trainer, examiner, folder, progress).init_params(iteration)
     run = reinforce.make_run(trainer, iteration, number)
-    step_fn = functools.partial(reinforce.train_step, trainer, run)
     directory = folder / f"iteration_{iteration}" / f"run_{number}"
+    quantities, rollout = rl_quantities(trainer, run, start, directory, step)
+    host = hosts.fetch(rollout)
+    texts = tokenizer.decode_answers(host.prompt_ids, host.prompt_mask, host.completion_ids, host.completion_mask)
+    both = [f"{prompt[-SHOWN_TEXT:]!r} + {answer[:SHOWN_TEXT]!r}" for prompt, answer in zip(*texts, strict=True)]
+    return Step(quantities, "split 'prompts'", host.example_ids, both)
+
+
+def rl_quantities(
+    trainer: reinforce.Trainer, run: reinforce.Run, start: Params, directory: Path, step: int
+) -> tuple[dict[str, Any], Rollout]:
+    """What a step of a run computes, in this order, and its completions. start: weights before the run's first step."""
+    step_fn = functools.partial(reinforce.train_step, trainer, run)
     state = loop.state_before(step_fn, lambda: trainer.programs.init(start), directory, step)
     rollout, rewards = reinforce.collect(trainer, run, state, step)
     total = meshes.put_batch(trainer.mesh, rewards.total)
     trace = trainer.programs.trace(state, trainer.frozen_params, rollout, total)
-    quantities = {
+    return {
         "weights": state.params,
         "anchor weights": state.anchor_params,
         "optimizer state": state.opt_state,
@@ -143,11 +155,7 @@ def _rl_step(
         **{f"reward/{name}": values for name, values in rewards.parts.items()},
         "reward": rewards.total,
         **_by_name(trace),
-    }
-    host = hosts.fetch(rollout)
-    texts = tokenizer.decode_answers(host.prompt_ids, host.prompt_mask, host.completion_ids, host.completion_mask)
-    both = [f"{prompt[-SHOWN_TEXT:]!r} + {answer[:SHOWN_TEXT]!r}" for prompt, answer in zip(*texts, strict=True)]
-    return Step(quantities, "split 'prompts'", host.example_ids, both)
+    }, rollout
 
 
 def _supervised_step(maker: ingredients.Maker, part: str, step: int) -> Step:
