@@ -107,8 +107,9 @@ def _rollout():
     ("kind", "whiten", "cap"), [("none", True, 0.0), ("batch_mean", False, 0.0), ("leave_one_out", False, CAP)]
 )
 def test_the_update_is_that_of_the_settings(monkeypatch, kind, whiten, cap):
-    """Fails when advantage, whitening, kl_coef or importance_cap is another one, or a metric of the policy or of the
-    shaped reward is that of the sampler or of the raw reward."""
+    """Fails when advantage, whitening, kl_coef, importance_cap or the stop tokens are others, or a metric of the policy
+    or of the shaped reward is that of the sampler or of the raw reward.
+    """
     changes = {"rl.advantage": kind, "rl.whiten": whiten, "rl.importance_cap": cap, "rl.kl_coef": KL_COEF}
     made = _make(monkeypatch, {**changes, "rl.batch_size": BATCH, "rl.samples_per_prompt": 2})
     policy, anchor = _table(0), _table(1)
@@ -134,6 +135,7 @@ def test_the_update_is_that_of_the_settings(monkeypatch, kind, whiten, cap):
         "shaped_reward": shaped.mean(),
         "nats_per_token": -_logps(policy)[before, IDS][mask].mean(),
         "drift/mean": -OFFSET,
+        "truncated": 2 / 8,
     }
     assert {name: float(metrics[name]) for name in want} == pytest.approx(want, rel=1e-3)
 

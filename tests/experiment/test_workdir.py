@@ -171,13 +171,15 @@ def test_the_same_rows_are_accepted_in_any_order(tmp_path):
 
 
 def test_an_older_workdir_is_accepted_and_keeps_its_rows(tmp_path):
-    """Fails when a workdir without a fingerprint, or without settings that are newer, is refused or never gets one."""
+    """Fails when a workdir without a fingerprint, or without settings that are newer, is refused or never gets one, or
+    when limits cannot be changed."""
     _claim(tmp_path, ROWS)
     (tmp_path / "run" / workdir.DATA).unlink()
     config = files.read_json(tmp_path / "run" / workdir.CONFIG)
-    del config["sampling"]["stop_tokens"], config["rl"]["importance_cap"]
+    del config["sampling"]["stop_tokens"], config["rl"]["importance_cap"], config["health"]
     files.write_json(tmp_path / "run" / workdir.CONFIG, config)
     _claim(tmp_path, ROWS)
+    _claim(tmp_path, ROWS, **{"health.max_kl": 50.0, "health.action": "stop"})
     assert files.read_json(tmp_path / "run" / workdir.CONFIG)["sampling"]["stop_tokens"] == []
     with pytest.raises(ValueError, match="other rows"):
         _claim(tmp_path, ROWS[1:])

@@ -174,6 +174,15 @@ def test_settings_cannot_be_changed():
         settings.rl.kl_coef = 0.3
 
 
+def test_a_ratio_of_lengths_is_above_one():
+    """Fails when 0.5 is accepted: every run would exceed it."""
+    with pytest.raises(
+        ValueError, match=r"config\.health\.max_length_ratio: got 0\.5, want 0 \(no limit\) or more than 1"
+    ):
+        settings_of({"health.max_length_ratio": 0.5})
+    assert settings_of({"health.max_length_ratio": 0.0}).health.max_length_ratio == 0
+
+
 def test_choices_are_those_of_the_code():
     """Fails when a method, an advantage, a loss or a remat policy is added in one place only."""
 

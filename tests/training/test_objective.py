@@ -138,6 +138,13 @@ def test_sampler_drift_by_hand():
     )
 
 
+def test_truncated_by_hand():
+    """Fails if a completion that stops with its last token counts, or one that stops before it does."""
+    ids = jnp.array([[1, 1, 3], [1, 1, 2], [1, 2, 0], [1, 1, 1]], jnp.int32)
+    mask = jnp.array([[True] * 3, [True] * 3, [True, True, False], [True] * 3])
+    assert objective.truncated(ids, mask, (2, 3)).tolist() == [False, False, False, True]
+
+
 def test_log_ratio_of_three_tokens():
     """Fails if the masked token counts, or if policy and anchor are swapped."""
     policy = jnp.array([[-1.0, -2.0, -0.5], [-3.0, -0.25, -9.0]])

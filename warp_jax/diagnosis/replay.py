@@ -40,9 +40,9 @@ def replay(settings: Settings, corpora: Mapping[str, Corpus], folder: Path, path
     Raises ValueError if the file or the workdir belongs to another job.
     """
     workdir.check_unchanged(settings, folder, corpora)
-    part, number = _read(path, settings)
+    part, number = read(path, settings)
     run = RUN.fullmatch(part)
-    _check_inputs(settings, folder, part, int(run[1]) if run else 0)
+    check_inputs(settings, folder, part, int(run[1]) if run else 0)
     with JobProgress(0, quiet=True) as progress:
         if run:
             step = _rl_step(settings, corpora, folder, progress, (int(run[1]), int(run[2]), number))
@@ -88,7 +88,7 @@ def _shortened(items: list[str]) -> str:
     return "; ".join([*items[:SHOWN], *more])
 
 
-def _read(path: Path, settings: Settings) -> tuple[str, int]:
+def read(path: Path, settings: Settings) -> tuple[str, int]:
     """Part and step of a replay file. Raises ValueError if this job has no such step."""
     content = files.read_json(path)
     part, step = content.get("part"), content.get("step")
@@ -102,7 +102,7 @@ def _read(path: Path, settings: Settings) -> tuple[str, int]:
     return part, step
 
 
-def _check_inputs(settings: Settings, folder: Path, part: str, iteration: int) -> None:
+def check_inputs(settings: Settings, folder: Path, part: str, iteration: int) -> None:
     """Raise ValueError if something is missing that the part starts from: a job would make it, and save it."""
     needed = [] if settings.model.source else ["tokenizer.json"]
     if part != "sft" and settings.sft.num_steps:
