@@ -106,7 +106,10 @@ def _run(config: ConfigDict, workdir: Path) -> None:
 def _replay(settings: Settings, workdir: Path, path: Path) -> NoReturn:
     """Print the replay of a step, then exit: code 0 if it is finite."""
     inputs.check(settings)
-    text, broken = replay.replay(settings, preparation.load_corpora(settings), workdir, path)
+    try:
+        text, broken = replay.replay(settings, preparation.load_corpora(settings), workdir, path)
+    except StorageError as error:
+        cli.fail(str(error), cli.STORAGE)
     if hosts.is_first():
         print(text)
     sys.exit(cli.BAD_INPUT if broken else 0)

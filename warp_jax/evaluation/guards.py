@@ -49,6 +49,7 @@ class Guards:
 
     def __init__(self, health: Health, run: str, sft: measure.Evaluation, warn: Callable[[str], None]):
         self._health, self._run, self._warn = health, run, warn
+        self._settings = health.model_dump()
         self._rows = {0: measure.summary(sft)}
         self._recent: collections.deque[Mapping[str, float]] = collections.deque(maxlen=WINDOW)
         self._told: set[str] = set()
@@ -78,9 +79,9 @@ class Guards:
 
     def _tell(self, step: int, findings: Findings) -> None:
         for name, text in findings:
-            limit = f"config.health.{name} = {getattr(self._health, name):g}"
+            limit = f"config.health.{name} = {self._settings[name]:g}"
             line = f"{self._run} step {step}: {text}, limit {limit}"
-            if self._health.action == "stop":
+            if self._settings["action"] == "stop":
                 self._end = self._end or f"{line}; the state is saved: change the limit or health.action to go on"
             elif name not in self._told:
                 self._warn(f"warning: {line}")
