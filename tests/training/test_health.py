@@ -131,7 +131,7 @@ def test_a_nan_stops_its_step_and_the_run_goes_on_without_it(place, step, undist
         bad = [int(rows[poisoned_main.ROW // 2])] if place in ("reward", "sampler") else []
         content = json.loads((tmp_path / f"replay_{step}.json").read_text())
         assert (content["step"], content["rows"], content["saved_step"]) == (step, bad, step // 2 * 2)
-        assert (f"(rows {bad[0]} of split 'prompts')" in str(error.value)) if bad else "rows" not in str(error.value)
+        assert (f"(row {bad[0]} of split 'prompts')" in str(error.value)) if bad else "rows" not in str(error.value)
         before = sorted(tmp_path.rglob("*"))
         first, line, broken = _found(tmp_path, trainer, step)
         assert (first, broken) == (quantity, True)

@@ -73,7 +73,7 @@ def _bad_places(value: Any, rows: np.ndarray) -> tuple[str, list[int]]:
         values = np.asarray(hosts.fetch(value)).reshape(len(rows), -1)
         bad = np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist()
         named = [f"row {rows[i]}: {next(x for x in values[i] if not np.isfinite(x))}" for i in bad]
-        return _shortened(named), bad
+        return _shortened(list(dict.fromkeys(named))), bad
     names = [trees.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(value)]
     kinds: Any = {"nan": jnp.isnan, "inf": jnp.isinf}
     counts = hosts.fetch(

@@ -217,7 +217,7 @@ def _stop(step: int, bad: Mapping[str, str], rows: list[int], schedule: Schedule
         files.write_json(path, content)
     named = ", ".join(f"{name} is {value}" for name, value in bad.items())
     shown = ", ".join(map(str, rows[:SHOWN_ROWS])) + (f" and {len(rows) - SHOWN_ROWS} more" * (len(rows) > SHOWN_ROWS))
-    where = f" (rows {shown} of {schedule.split})" if rows else ""
+    where = f" (row{'s' * (len(rows) > 1)} {shown} of {schedule.split})" if rows else ""
     return (
         f"{schedule.name} step {step}: {named}, want finite{where}; nothing after step {newest} is saved; the same "
         f"command with --replay={path} shows what broke first"

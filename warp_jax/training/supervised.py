@@ -128,10 +128,14 @@ def held_out(task: Task, params: Params, num_batches: int, mesh: Mesh) -> dict[s
 
     Raises FloatingPointError if one is not finite.
     """
-    metrics_fn = jax.jit(lambda params, batch: task.loss_fn(params, batch)[1])
+
+    @jax.jit
+    def metrics_fn(params: Params, batch: Batch) -> dict[str, Array]:
+        return {name: value for name, value in task.loss_fn(params, batch)[1].items() if name != ROW_VALUES}
+
     held_out_batches = (meshes.put_batch(mesh, task.held_out_batch(number)) for number in range(num_batches))
     rows = [jax.device_get(metrics_fn(params, batch)) for batch in held_out_batches]
-    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != ROW_VALUES}
+    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     if bad := [f"{name} is {value}" for name, value in means.items() if not np.isfinite(value)]:
         raise FloatingPointError(f"held out: {', '.join(bad)}, want finite; lower learning_rate")
     return means
