@@ -87,8 +87,8 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         settings = hosts.all_or_none(lambda: from_config(config.to_dict()))
         if REPLAY.value:
             _replay(settings, workdir, files.as_path(REPLAY.value))
-        corpora = check(settings, workdir, ACCEPT.value)
         part = jobs.choose_part(settings, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
+        corpora = check(settings, workdir, ACCEPT.value)
     except (ValueError, OSError, hosts.PeerError) as error:
         hosts.end(error, bad_input=True)
     try:
@@ -106,10 +106,7 @@ def _run(config: ConfigDict, workdir: Path) -> None:
 def _replay(settings: Settings, workdir: Path, path: Path) -> NoReturn:
     """Print the replay of a step, then exit: code 0 if it is finite."""
     inputs.check(settings)
-    try:
-        text, broken = replay.replay(settings, preparation.load_corpora(settings), workdir, path)
-    except StorageError as error:
-        cli.fail(str(error), cli.STORAGE)
+    text, broken = replay.replay(settings, preparation.load_corpora(settings), workdir, path)
     if hosts.is_first():
         print(text)
     sys.exit(cli.BAD_INPUT if broken else 0)
