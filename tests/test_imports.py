@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "warp_jax"
 MAY_IMPORT = {  # folder, or file at the top: the folders and files that it may import beside itself
     **{name: set() for name in ("__init__", "naming", "exit_codes", "progress", "settings")},
     "types": {"exit_codes"},
-    "files": {"types"},
+    "files": {"exit_codes"},
     "cli": {"files", "exit_codes"},
     "trees": set(),
     "parallel": {"files", "cli"},

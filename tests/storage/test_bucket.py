@@ -109,6 +109,18 @@ def test_a_missing_bucket_is_named(server):
         pytest.fail("locked")
 
 
+def test_a_lost_connection_is_not_an_empty_folder(folder, monkeypatch):
+    """Fails when a failed request reads as "there is no state", and training begins again."""
+
+    async def fail(*args, **options):
+        raise ConnectionResetError("reset")
+
+    (folder / "state" / "4" / "x").write_bytes(b"x")
+    monkeypatch.setattr("gcsfs.GCSFileSystem._request", fail)
+    with pytest.raises(files.BucketError, match=r"does not answer as it should \(reset\)"):
+        (folder / "state").is_dir()
+
+
 def test_a_lock_names_its_living_owner_at_once_on_this_machine(folder):
     """Fails when a lock is given twice, its owner is not named, or the lock is not given back."""
     told = []
@@ -206,9 +218,9 @@ def test_an_owner_that_lost_its_lock_writes_nothing_more(folder, short, monkeypa
         with monkeypatch.context() as other:
             elsewhere(other)
             theirs = abandoned(folder / "lock")
-        with pytest.raises(StorageError, match="another process has taken over this lock"):
+        with pytest.raises(files.BucketError, match="another process has taken over this lock"):
             files.write_text(folder / "x", "after")
-        with pytest.raises(StorageError):
+        with pytest.raises(files.BucketError):
             manifest.delete(folder)
     assert (folder / "x").read_text() == "before"
     assert theirs.read() is not None  # the former owner did not delete it

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from warp_jax.files import buckets
-from warp_jax.files.buckets import as_path as as_path  # for others
+from warp_jax.files.buckets import BucketError as BucketError  # for others
+from warp_jax.files.buckets import as_path as as_path
 from warp_jax.files.buckets import is_remote
 
 PIECE = 1 << 16  # bytes per piece of a file in a fingerprint

@@ -20,12 +20,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, cast
 
+from warp_jax.exit_codes import STORAGE
+
 HEARTBEAT = 20.0  # seconds between two renewals of a lock
 STALE = 90.0  # seconds without a renewal after which the next process takes a lock over
 POLL = 1.0  # seconds between two looks at a lock
 
 _BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]+(/[\w.=+,@ -]+)+/?")
 _OTHER_SCHEME = re.compile(r"[a-zA-Z][\w+.-]*:/|(gs|gcs|s3|az|hf|file|https?):", re.IGNORECASE)
+
+
+class BucketError(Exception):
+    """A bucket cannot be used now, or a lock in it is another's: one line, which says what to do."""
+
+    exit_code = STORAGE
+
+
 _held: set["_Lock"] = set()  # by this process
 
 
@@ -43,20 +53,34 @@ def as_path(text: str) -> Path:
         raise ValueError(f"workdir: {text} needs the package gcsfs: pip install 'warp_jax[gcs]'")
     os.environ["EPATH_USE_TF"] = "false"  # else epath needs TensorFlow's own access to buckets, if it is installed
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for the kind of bucket at each call
-    import fsspec  # noqa: PLC0415  with epath .3 s, which local workdirs save
-    from etils import epath  # noqa: PLC0415
-
-    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False  # other processes write too
-    for name in ("fsspec", "gcsfs"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # they tell of each file that they read
-    path = epath.Path(text)
+    path = _remote_path(text)
     try:
         path.exists()
     except Exception as error:
-        raise ValueError(
-            f"workdir: cannot read {text}: {error}; check the bucket, the network and your credentials"
-        ) from error
+        raise ValueError(f"workdir: cannot read {text}: {error}") from error
     return cast(Path, path)
+
+
+def _remote_path(text: str) -> Any:
+    import fsspec  # noqa: PLC0415  with the others .3 s, which local workdirs save
+    import gcsfs  # noqa: PLC0415
+    from etils import epath  # noqa: PLC0415
+
+    class Client(gcsfs.GCSFileSystem):
+        async def _call(self, *args: Any, **options: Any) -> Any:
+            try:
+                return await super()._call(*args, **options)
+            except Exception as error:  # of several libraries; is_dir() takes some of them for "there is no folder"
+                if isinstance(error, FileNotFoundError | FileExistsError) or str(error).startswith("Forbidden"):
+                    raise
+                raise BucketError(failure(error)) from error
+
+    for name in ("gs", "gcs"):
+        fsspec.register_implementation(name, Client, clobber=True)
+    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False  # other processes write too
+    for name in ("fsspec", "gcsfs"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they tell of each file that they read
+    return epath.Path(text)
 
 
 def check_local(path: PurePath) -> None:
@@ -88,8 +112,14 @@ def delete(paths: Sequence[Path]) -> None:
         fsspec.filesystem("gs").rm([str(path) for path in paths])
 
 
+def failure(error: Exception) -> str:
+    """Say that a request failed."""
+    text = str(error) or type(error).__name__
+    return f"the bucket does not answer as it should ({text[:300]}); check the network and your credentials"
+
+
 def check_locks() -> None:
-    """Raise StorageError if a lock of this process may be another's now. Called before each write to a bucket."""
+    """Raise BucketError if a lock of this process may be another's now. Called before each write to a bucket."""
     for lock in [*_held]:
         lock.check()
 
@@ -135,7 +165,10 @@ class _Lock:
 
     def read(self) -> Any:
         """The object with its generation and metadata; None if it is missing."""
-        return self._bucket.get_blob(self._name)
+        try:
+            return self._bucket.get_blob(self._name)
+        except Exception as error:
+            raise BucketError(f"{self._path}: {failure(error)}") from error
 
     def take(self, on_wait: Callable[[str], None] | None) -> None:
         """Write the lock when it is free, or when its owner is dead; on_wait is called once if the owner lives."""
@@ -167,16 +200,11 @@ class _Lock:
                 self._renew()
 
     def check(self) -> None:
-        """Raise StorageError unless nobody else can have the lock now, or for some time."""
-        from warp_jax.types import StorageError  # noqa: PLC0415  it imports JAX, and most users of files do not
-
+        """Raise BucketError unless nobody else can have the lock now, or for some time."""
         if not self._lost and time.monotonic() - self._renewed > STALE / 2:
-            try:
-                self._renew()
-            except Exception as error:
-                raise StorageError(f"{self._path}: cannot renew this lock: {error}") from error
+            self._renew()
         if self._lost:
-            raise StorageError(
+            raise BucketError(
                 f"{self._path}: another process has taken over this lock, which was not renewed for {STALE:.0f} s; "
                 "this process stops, and the other goes on"
             )
@@ -195,7 +223,7 @@ class _Lock:
 
     def _write(self, generation: int) -> bool:
         """Write the lock over this generation of it; False if it has another one by now."""
-        from google.api_core.exceptions import GoogleAPIError, NotFound, PreconditionFailed  # noqa: PLC0415
+        from google.api_core.exceptions import NotFound, PreconditionFailed  # noqa: PLC0415
 
         blob, started = self._bucket.blob(self._name), time.monotonic()
         blob.metadata = self._about
@@ -207,8 +235,8 @@ class _Lock:
                 return False
         except NotFound as error:
             raise OSError(errno.ENOENT, "there is no such bucket") from error
-        except GoogleAPIError as error:
-            raise OSError(errno.EIO, str(error)) from error
+        except Exception as error:
+            raise BucketError(f"{self._path}: {failure(error)}") from error
         self._generation, self._renewed = blob.generation, started
         return True
 

@@ -5,12 +5,13 @@ cannot rename, files have their names at once, and the manifest completes them. 
 the others wait for it where they need the result.
 """
 
+import contextlib
 import functools
 import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from warp_jax import files
+from warp_jax.files import buckets
 from warp_jax.parallel import hosts
 from warp_jax.storage import manifest
 from warp_jax.types import Params, StorageError
@@ -56,8 +58,7 @@ def restore_params(path: Path, like: Params) -> Params:
             raise StorageError(f"{damage}; delete {path} to make it again")
 
     hosts.on_first_process(check)
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(_absolute(path), abstract(like))
+    return _restore(path, abstract(like))
 
 
 class Saver:
@@ -85,7 +86,8 @@ class Saver:
                     files.sync(log)
                     sizes[os.path.relpath(log, path)] = files.size(log)
         try:
-            self._orbax.save(_absolute(unfinished), tree, force=not is_remote)
+            with _reaching(unfinished):
+                self._orbax.save(_absolute(unfinished), tree, force=not is_remote)
         except BaseException:
             _delete_unfinished(unfinished)
             raise
@@ -104,7 +106,8 @@ class Saver:
 
     def _publish(self, unfinished: Path, path: Path, logs: Mapping[str, int], then: Callable[[], None]) -> None:
         try:
-            self._orbax.wait_until_finished()
+            with _reaching(unfinished):
+                self._orbax.wait_until_finished()
             if hosts.is_first():
                 manifest.seal(unfinished, logs)
                 if unfinished != path:
@@ -147,8 +150,7 @@ class StateStore:
         """Restore the state after `step` steps with the structure and shardings of `like` (jax.ShapeDtypeStruct)."""
         path = self._directory / str(step)
         older = path / "default"  # where earlier versions saved it
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(_absolute(older if hosts.exists(older) else path), like)
+        return _restore(older if hosts.exists(older) else path, like)
 
     def close(self) -> None:
         """Wait until saving has finished."""
@@ -183,6 +185,22 @@ class StateStore:
         for path in self._directory.glob("*"):
             if not path.name.isdigit() or not manifest.is_complete(path):
                 manifest.delete(path)
+
+
+def _restore(path: Path, like: Any) -> Any:
+    with _reaching(path), ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(_absolute(path), like)
+
+
+@contextlib.contextmanager
+def _reaching(path: Path) -> Iterator[None]:
+    """Turn errors of Orbax and TensorStore into one line if the path is in a bucket: most come from the network."""
+    try:
+        yield
+    except Exception as error:
+        if not files.is_remote(path) or isinstance(error, files.BucketError):
+            raise
+        raise files.BucketError(f"{path}: {buckets.failure(error)}") from error
 
 
 def _absolute(path: Path) -> Path:
