@@ -82,7 +82,7 @@ def test_a_warning_is_printed_once(evaluation):
     guard = guards.Guards(Health(max_kl=5.0), "iteration 1 run 2", evaluation(), lines.append)
     guard.on_step(7, {})
     for done in range(8, 30):
-        guard.on_step(done, _step_values(0.0 if done < 18 else 10.0))
+        guard.on_step(done, _step_values(0.0 if 12 <= done < 18 else 10.0))  # the first four: too few for a mean
         guard.stop()
     line = "warning: iteration 1 run 2 step 23: KL to the anchor is 6 nats, limit config.health.max_kl = 5"
     assert lines == [line]
