@@ -24,7 +24,8 @@ PROJECT, ZONE     project and zone of Google Cloud
 ACCELERATOR_TYPE  such as v5litepod-16 (v5e), v5p-32, v6e-16
 RUNTIME_VERSION   such as v2-alpha-tpuv5-lite, v2-alpha-tpuv5, v2-alpha-tpuv6e
 REPO              address of a git repository with this project, readable by the hosts
-REF               branch, tag or commit to install (main)
+REF               branch, tag or commit to install at the first start (main); later starts install the commit and the
+                  packages in the workdir's requirements.lock
 NFS               HOST:/SHARE to mount at /mnt/warp on all hosts, such as a Filestore share; --workdir must be in it
                   (empty: the hosts already share a file system)
 SPOT              1: use a spot slice, which is cheaper and may be preempted (0)
@@ -125,7 +126,9 @@ wait_until_active() {
   done
 }
 
-install_script() { # first commands on each host; safe to repeat
+install_script() { # first commands on each host, safe to repeat: arguments of warp_jax.main
+  local argument lock=""
+  for argument; do [[ $argument != --workdir=* ]] || lock=${argument#--workdir=}/requirements.lock; done
   echo 'set -eu'
   if [[ -n $NFS ]]; then
     echo 'command -v mount.nfs >/dev/null || sudo apt-get -o DPkg::Lock::Timeout=300 install -qq -y nfs-common'
@@ -135,14 +138,20 @@ install_script() { # first commands on each host; safe to repeat
   # shellcheck disable=SC2016 # expanded on the hosts
   echo 'export PATH=$HOME/.local/bin:$PATH; command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh'
   printf '[ -d warp_jax/.git ] || git clone --quiet %q warp_jax\n' "$REPO"
-  printf 'cd warp_jax; git fetch --quiet origin %q; git checkout --quiet --detach FETCH_HEAD\n' "$REF"
-  printf '[ -d .venv ] || uv venv --quiet --python %q; uv pip install --quiet -e . "jax[tpu]"\n' "$PYTHON"
+  printf 'cd warp_jax; git fetch --quiet origin %q\n' "$REF"
+  # the commit and the packages of the workdir's first start, if there was one
+  printf 'cat %q >pinned 2>/dev/null || gcloud storage cat %q >pinned 2>/dev/null || : >pinned\n' "$lock" "$lock"
+  # shellcheck disable=SC2016
+  echo 'commit=$(sed -n "s/^# warp_jax.* commit \([0-9a-f]\{40\}\)$/\1/p" pinned)'
+  # shellcheck disable=SC2016
+  echo 'git checkout --quiet --detach "${commit:-FETCH_HEAD}"'
+  printf '[ -d .venv ] || uv venv --quiet --python %q; uv pip install --quiet -e . "jax[tpu]" --constraint pinned\n' "$PYTHON"
 }
 
 job_script() { # background job on a host; it writes its exit code to a file
   echo "trap 'echo \$? >~/$1/code' EXIT"
   echo '('
-  install_script
+  install_script "${@:2}"
   printf ')\n[ $? = 0 ] || exit 1 # not the code of the failed tool: 2 would mean bad input\n'
   printf 'cd warp_jax; JAX_PLATFORMS=tpu,cpu .venv/bin/python -m warp_jax.main'
   printf ' %q' "${@:2}" --multihost

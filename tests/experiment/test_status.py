@@ -238,6 +238,14 @@ def test_verify_finds_a_damaged_file_and_says_what_to_delete(run, case):
     assert re.search(f"^damaged: .*/{file} is not what was written; {advice}", line), line
 
 
+def test_verify_compares_single_files_with_their_checksums(run):
+    """Fails when a tokenizer that is still JSON passes."""
+    manifest.note(run, "tokenizer.json")
+    assert status.exit_code(status.read(run, verify=True)) == 0
+    (run / "tokenizer.json").write_text('{"another": "tokenizer"}')
+    assert "tokenizer.json is not what was written; delete it" in status.next_lines(status.read(run, verify=True))[0]
+
+
 @pytest.mark.parametrize(
     ("file", "name", "advice"),
     [

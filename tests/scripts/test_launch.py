@@ -251,8 +251,8 @@ def test_dry_run_of_cloud_tpu(tmp_path):
     for command in (
         "sudo mount -t nfs 10.0.0.2:/share /mnt/warp",
         "git clone --quiet https://example.com/warp_jax.git warp_jax",
-        "git fetch --quiet origin v1;",
-        'uv pip install --quiet -e . "jax[tpu]"',
+        "git fetch --quiet origin v1",
+        'uv pip install --quiet -e . "jax[tpu]" --constraint pinned',
     ):
         assert command in ssh[3]
 
@@ -286,6 +286,21 @@ def test_the_command_on_the_hosts(tmp_path):
     again = run(["bash", "-c", command], **environment)  # gcloud after a lost connection
     assert (again.returncode, again.stdout) == (75, "")
     assert _starts_of_main(tmp_path) == [["python", "-m", "warp_jax.main", *JOB, "--multihost"]]
+
+
+@pytest.mark.parametrize(("commit", "checked_out"), [("1f" * 20, "1f" * 20), ("1f" * 20 + "+", "FETCH_HEAD")])
+def test_a_later_start_installs_what_the_first_did(tmp_path, commit, checked_out):
+    """Fails when a moved branch or a newer package changes a workdir, or changes that were not committed count."""
+    command, environment = _host(tmp_path, main="")
+    lock = tmp_path / "requirements.lock"
+    lock.write_text(f"# warp_jax==0.1.0 commit {commit}\njax==0.10.2\n")
+    assert (
+        run(["bash", "-c", command.replace("/mnt/warp/x/requirements.lock", str(lock))], **environment).returncode == 0
+    )
+    calls = [call for call in _calls(tmp_path) if call[0] in ("git", "uv")]
+    assert ["git", "checkout", "--quiet", "--detach", checked_out] in calls
+    assert ["uv", "pip", "install", "--quiet", "-e", ".", "jax[tpu]", "--constraint", "pinned"] in calls
+    assert (tmp_path / "warp_jax" / "pinned").read_text() == lock.read_text()
 
 
 def test_a_host_without_the_project(tmp_path):

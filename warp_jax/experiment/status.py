@@ -129,7 +129,10 @@ class _Reader:
         fingerprints = [self.workdir / name for name in ("models.json", "data.json", "rewards.json")]
         needed = [self.workdir / name for name, is_made in made.items() if is_made]
         damage = self.json_damage(fingerprints, "restore it, or delete it if models and rows are those of before")
-        if damage := damage or self.json_damage([*needed, self.workdir / "gold" / "summary.json"]):
+        damage = damage or self.json_damage([*needed, self.workdir / "gold" / "summary.json"])
+        if self.verify and not damage and (changed := manifest.changed(self.workdir)):
+            damage = f"{changed}; {DELETE}"
+        if damage:
             return Part("inputs", DAMAGED, note=damage)
         if all(path.exists() for path in needed):
             return Part("inputs", DONE)
