@@ -18,6 +18,8 @@ descriptors  the process may open no more files
 vanished     the workdir is moved away, and moved back
 merge        two merges into one --out, the second after a random time: one result, the other one line
 
+bucket       SIGKILL, at a random time, of a job in a bucket (docs/reliability.md starts a server for it)
+
 full, readonly, descriptors and vanished must end the job with one line and exit code 74. power, full and readonly need
 Linux and root.
 """
@@ -52,6 +54,9 @@ FOLDER = flags.DEFINE_string("folder", None, "Folder for the workdirs.")
 # tests import several scripts, which have these flags too
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the random moments and places.", allow_override=True)
 OUT = flags.DEFINE_string("out", "torture.csv", "CSV file for the results.", allow_override=True)
+
+BUCKET = flags.DEFINE_string("bucket", "", "gs://BUCKET for the kind bucket.")
+BUCKET_ROOT = flags.DEFINE_string("bucket_root", "", "Folder in which its server keeps the objects of the bucket.")
 
 FIELDS = ("kind", "trial", "seed", "disturbed", "code", "outcome")
 HELD = ("equal", "named", "named by status.py")
@@ -110,10 +115,22 @@ class Trial(NamedTuple):
     operation: int  # or at which operation on files
 
     @property
+    def address(self) -> str:
+        """The workdir as the job is told."""
+        return f"{BUCKET.value}/bucket_{self.number}" if self.kind == "bucket" else str(self.workdir)
+
+    @property
     def workdir(self) -> Path:
-        """Folder of the job."""
+        """Folder of the job's files."""
+        if self.kind == "bucket":
+            return Path(BUCKET_ROOT.value, f"bucket_{self.number}")
         inside = {"power": "mount/run", "full": "mount/run", "readonly": "mount/run"}.get(self.kind, "run")
         return self.folder / inside
+
+    @property
+    def at_operation(self) -> bool:
+        """True if the job is killed at an operation, not at a time."""
+        return self.kind == "kill" and self.number % 2 == 1
 
     @property
     def folder(self) -> Path:
@@ -190,9 +207,9 @@ def rows(workdir: Path) -> int:
 
 def kill(trial: Trial) -> Ended:
     """SIGKILL at a time, or at an operation."""
-    if trial.number % 2:
+    if trial.at_operation:
         return finish(start(trial.workdir, kill_at=trial.operation))
-    process = start(trial.workdir)
+    process = start(trial.address)
     wait(process, trial.seconds)
     process.kill()
     return finish(process)
@@ -348,7 +365,7 @@ def vanished(trial: Trial) -> Ended:
 
 
 DISTURB: dict[str, Callable[[Trial], Ended]] = {
-    **{"kill": kill, "stop": stop, "preempt": preempt, "flip": flip, "power": power},
+    **{"kill": kill, "bucket": kill, "stop": stop, "preempt": preempt, "flip": flip, "power": power},
     **{"full": full, "readonly": readonly, "descriptors": descriptors, "vanished": vanished},
 }
 FIRST_CODES = {"stop": (0, cli.TRY_AGAIN), "preempt": (cli.TRY_AGAIN,)} | dict.fromkeys(
@@ -404,7 +421,8 @@ def cleaned(trial: Trial) -> Iterator[None]:
 
     def clean() -> None:
         run("umount", trial.folder / "mount")
-        shutil.rmtree(trial.folder, ignore_errors=True)
+        for folder in (trial.folder, trial.workdir):
+            shutil.rmtree(folder, ignore_errors=True)
 
     clean()
     trial.folder.mkdir(parents=True)
@@ -422,10 +440,10 @@ def try_one(kind: str, number: int, undisturbed: Undisturbed) -> dict[str, objec
     with cleaned(trial):
         began = time.monotonic()
         first = DISTURB[kind](trial)
-        where = f"operation {operation}" if kind == "kill" and number % 2 else f"{seconds:.2f} s"
+        where = f"operation {operation}" if trial.at_operation else f"{seconds:.2f} s"
         took = time.monotonic() - began
         disturbed = f"{where}: code {first.code} in {took:.1f} s {' '.join(first.errors.split())[-300:]}"
-        ended = finish(start(trial.workdir, *(LONG if kind == "preempt" else ())))
+        ended = finish(start(trial.address, *(LONG if kind == "preempt" else ())))
         verdict = outcome(ended, {} if ended.code else results(trial.workdir), undisturbed.results)
         if kind == "flip" and ended.code == 0 and verdict != "equal" and named_by_status(trial.workdir):
             verdict = "named by status.py"
