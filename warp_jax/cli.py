@@ -130,8 +130,9 @@ def _log(error: BaseException) -> str:
     """Append the traceback to the log of the workdir, else write it to a temporary file; return the path of that."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     entry = f"{now} {shlex.join(sys.orig_argv)}\n{''.join(traceback.format_exception(error))}\n"
-    with contextlib.suppress(OSError):
-        if _workdir and (_workdir / "config.json").exists():  # else it is not this job's
+    lost = isinstance(error, files.BucketError)  # the log is in there
+    with contextlib.suppress(OSError, files.BucketError):
+        if _workdir and not lost and (_workdir / "config.json").exists():  # else it is not this job's
             path = _workdir / _LOG
             before = path.read_bytes().decode(errors="replace") if path.exists() else ""
             files.write_text(path, (before + entry)[-_LOG_CHARACTERS:])

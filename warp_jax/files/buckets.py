@@ -79,7 +79,7 @@ def _remote_path(text: str) -> Any:
         fsspec.register_implementation(name, Client, clobber=True)
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False  # other processes write too
     for name in ("fsspec", "gcsfs"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # they tell of each file that they read
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they tell of each file, and of errors that they raise
     return epath.Path(text)
 
 
