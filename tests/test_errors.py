@@ -50,7 +50,7 @@ def _workdir(monkeypatch):
         (system(errno.EMFILE), 74, ["Too many open files", "ulimit -n"]),
         (system(errno.EIO), 74, ["check the disk"]),
         (system(errno.ESTALE), 74, ["check the disk or the network file system"]),
-        (system(errno.EPIPE), 74, ["output: Broken pipe; let another program read"]),
+        (system(errno.EPIPE), 74, ["the output: Broken pipe; let another program read"]),
         (system(errno.ENOENT), 74, ["/w/run/x: No such file or directory; check it, then start"]),
         (system(errno.ENOENT, "/w/run"), 74, ["/w/run: No such file"]),
         (system(errno.EFBIG), 74, ["/w/run/x: File too large"]),
@@ -217,7 +217,7 @@ def test_an_output_that_nobody_reads(tmp_path):
     process.stdout = None
     code, _, errors = finish(process)
     assert code == 74
-    assert errors.startswith("error: output: Broken pipe; ")
+    assert errors.startswith("error: the output: Broken pipe; ")
     assert errors.count("\n") == 1
 
 

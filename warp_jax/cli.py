@@ -83,18 +83,20 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _system_error(error: BaseException) -> tuple[int, str]:
-    """Error number of the operating system, 0 if it is another error, and the absolute path of the file, or "output".
+    """Error number of the operating system, 0 if it is another error, and the path of the file, if known.
 
     Libraries in C++ write both into the text of a ValueError or RuntimeError.
     """
     text = str(error)
     quoted = re.search(r'"(/[^"]+)"', text)
-    place = str(Path(os.fsdecode(getattr(error, "filename", None) or (quoted[1] if quoted else _workdir or "output"))))
+    name = getattr(error, "filename", None) or (quoted[1] if quoted else _workdir)
+    place = os.path.abspath(os.fsdecode(name)) if name else "the output"
     if isinstance(error, MemoryError):
         return errno.ENOMEM, place
+    if isinstance(error, BrokenPipeError):
+        return errno.EPIPE, "the output"
     if isinstance(error, OSError):
-        by_class = errno.ENOENT if isinstance(error, FileNotFoundError) else 0
-        return error.errno or by_class, "output" if error.errno == errno.EPIPE else os.path.abspath(place)
+        return error.errno or errno.ENOENT * isinstance(error, FileNotFoundError), place
     if not _STATUS.match(text):
         return 0, place
     if found := re.search(r"os_error_code='(\d+)'", text):
@@ -121,7 +123,7 @@ def print_error(message: str) -> None:
 def report(error: BaseException, *, bad_input: bool = False) -> int:
     """Print one line about an error, write its traceback to the log, and return the exit code (see `explain`)."""
     code, line = explain(error, bad_input=bad_input)
-    has_traceback = code not in (BAD_INPUT, TRY_AGAIN, INTERRUPTED)
+    has_traceback = code not in (BAD_INPUT, TRY_AGAIN, INTERRUPTED) and not isinstance(error, BrokenPipeError)
     print_error(line + (f"; traceback: {_log(error)}" if has_traceback else ""))
     return code
 
