@@ -123,8 +123,10 @@ def print_error(message: str) -> None:
 def report(error: BaseException, *, bad_input: bool = False) -> int:
     """Print one line about an error, write its traceback to the log, and return the exit code (see `explain`)."""
     code, line = explain(error, bad_input=bad_input)
-    has_traceback = code not in (BAD_INPUT, TRY_AGAIN, INTERRUPTED) and not isinstance(error, BrokenPipeError)
-    print_error(line + (f"; traceback: {_log(error)}" if has_traceback else ""))
+    is_clear = code in (BAD_INPUT, TRY_AGAIN, INTERRUPTED) or isinstance(error, BrokenPipeError)
+    if not is_clear and (code == USER_FUNCTION or not hasattr(error, "exit_code")):
+        line += f"; traceback: {_log(error)}"
+    print_error(line)
     return code
 
 
