@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 
 from tests.commands import main_command, run
+from warp_jax import cli
 
 
 def test_the_versions_are_printed_without_a_config():
@@ -14,3 +15,18 @@ def test_the_versions_are_printed_without_a_config():
     first, *others = result.stdout.splitlines()
     assert first.startswith("warp_jax ")
     assert others == [*libraries, f"Python {platform.python_version()}"]
+
+
+def test_an_error_cannot_control_the_terminal(capsys):
+    """Fails when escape codes, or marks that reverse the text, come from a file name to the screen."""
+    cli.print_error("a\x1b[2J\u202eb \u00fc")
+    assert capsys.readouterr().err == "error: a\\x1b[2J\\u202eb \u00fc\n"
+
+
+def test_an_error_inside_a_config_file_is_one_line(tmp_path):
+    """Fails when the traceback that ml_collections puts into its message is printed, or its last line is not."""
+    result = run(main_command("--config=configs/tiny.py:x", f"--workdir={tmp_path / 'run'}"))
+    assert result.returncode == cli.BAD_INPUT
+    assert len(result.stderr.splitlines()) == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.endswith("TypeError: get_config() takes 0 positional arguments but 1 was given\n")

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from warp_jax import files
-from warp_jax.exit_codes import BAD_INPUT, INTERRUPTED, MEMORY, STORAGE, TRY_AGAIN, UNEXPECTED
+from warp_jax.exit_codes import BAD_INPUT, INTERRUPTED, MEMORY, STORAGE, TRY_AGAIN, UNEXPECTED, USER_FUNCTION
 
 _RESTORE = "check the disk or the network file system"
 _ADVICE = {  # errors of the machine, not of the input: what to do
@@ -115,9 +115,10 @@ def fail(problem: str | Exception, code: int = BAD_INPUT) -> NoReturn:
 
 
 def print_error(message: str) -> None:
-    """Print one line to stderr."""
+    """Print one line to stderr. Characters that a terminal would obey, not show, are printed as escapes."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
     with contextlib.suppress(OSError):  # nobody may read it
-        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+        print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 def report(error: BaseException, *, bad_input: bool = False) -> int:
@@ -205,6 +206,9 @@ def parse_flags(
         missing = [name for name in required if not flags.FLAGS[name].value]
         load()
     except Exception as error:  # a config file is a program that can raise anything
+        before, has_traceback, inside = str(error).partition("Traceback (most recent call last)")
+        if has_traceback:  # ml_collections puts that of a config file into the message
+            fail(f"{before}{inside.strip().splitlines()[-1]}")
         fail(error)
     asks_for_help = any(arg in ("--help", "-h", "--helpfull") for arg in argv)
     if missing and not asks_for_help:
