@@ -144,7 +144,7 @@ def study(name: str, results: dict[str, Any]) -> None:
         "evaluation.dtype": DTYPES[name],
     }
     settings = from_config(CONFIG.value.to_dict()).replace(changes)
-    workdir = Path(WORKDIR.value) / name
+    workdir = files.as_path(WORKDIR.value) / name
     with JobProgress(STEPS.value) as progress:
         _, trainer, examiner = preparation.prepare(settings, preparation.load_corpora(settings), workdir, progress)
     sft, frozen = examiner.sft_params, examiner.frozen_params

@@ -1,0 +1,113 @@
+"""Measure what saving costs a run, and what checking costs a restore.
+
+  python scripts/study_saving.py --config=configs/smollm2_135m.py --workdir=runs/saving --out=saving.json
+
+It trains the first run of the config for --steps steps and saves its state every --every steps. A save costs the time
+in which the run waits for it (its arrays are copied, and the save before must have ended) and the time by which the
+steps beside it are slower than the others. Then the state is restored with and without the check of its manifest, in
+turn.
+"""
+
+import functools
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from warp_jax import cli, files
+from warp_jax.experiment import preparation
+from warp_jax.progress import JobProgress
+from warp_jax.settings import from_config
+from warp_jax.storage import checkpoint, manifest
+from warp_jax.training import loop, reinforce
+
+sys.path.insert(0, "")  # config files import configs from the folder that the program is started in
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", allow_override=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the run; SFT and reward model in it are not repeated.")
+OUT = flags.DEFINE_string("out", "saving.json", "JSON file for the results.", allow_override=True)
+STEPS = flags.DEFINE_integer("steps", 40, "Steps of the run.", lower_bound=4, allow_override=True)
+EVERY = flags.DEFINE_integer("every", 4, "Steps between two saves.", lower_bound=3)
+RESTORES = flags.DEFINE_integer("restores", 7, "Restores of each kind.", lower_bound=1)
+PLANNED = 20  # steps between two saves for which the cost is stated
+
+
+def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    """The same function; the duration of each call is appended to `seconds`."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return function(*args, **options)
+        finally:
+            seconds.append(time.perf_counter() - began)
+
+    return call
+
+
+def measure_saves(trainer: reinforce.Trainer, init_params: Any, folder: Path) -> tuple[dict[str, Any], Path]:
+    """Train and save; return durations in seconds, and the folder of the last state."""
+    ends: list[float] = []
+    blocked: list[float] = []
+    published: list[float] = []
+
+    def on_step(done: int, values: Any) -> None:
+        ends.append(time.perf_counter())
+
+    schedule = loop.Schedule(num_steps=STEPS.value, directory=folder, checkpoint_every=EVERY.value, on_step=on_step)
+    patches = {"start": timed(checkpoint.Saver.start, blocked), "_publish": timed(checkpoint.Saver._publish, published)}
+    with mock.patch.multiple(checkpoint.Saver, **patches):
+        reinforce.run_policy(trainer, init_params, iteration=1, run=1, schedule=schedule)
+    # the first call of on_step is made before any step; the next step after it compiles
+    steps = {number: after - before for number, (before, after) in enumerate(itertools.pairwise(ends), 1)}
+    beside = [steps[n] for n in steps if n > EVERY.value and n % EVERY.value == 1]
+    alone = [steps[n] for n in steps if n > EVERY.value and n % EVERY.value not in (0, 1)]
+    result = {"step": statistics.median(alone), "step_beside_a_save": statistics.median(beside)}
+    result |= {"blocked": statistics.median(blocked[1:]), "saved_after": statistics.median(published[1:])}
+    result["cost_of_a_save"] = result["blocked"] + max(0.0, result["step_beside_a_save"] - result["step"])
+    result["share"] = result["cost_of_a_save"] / (PLANNED * result["step"])
+    result |= {"steps": alone, "steps_beside_a_save": beside, "all_blocked": blocked}
+    return result, folder / "state" / str(STEPS.value // EVERY.value * EVERY.value)
+
+
+def measure_restores(path: Path, like: Any) -> dict[str, Any]:
+    """Restore a state with the check and without it, in turn; medians in seconds."""
+    checked: list[float] = []
+    unchecked: list[float] = []
+    for _ in range(RESTORES.value):
+        timed(checkpoint.restore_params, checked)(path, like)
+        with mock.patch.object(manifest, "damage", lambda *args: ""):
+            timed(checkpoint.restore_params, unchecked)(path, like)
+    ratios = [with_check / without for with_check, without in zip(checked, unchecked, strict=True)]
+    return {"checked": checked, "unchecked": unchecked, "share": statistics.median(ratios) - 1}
+
+
+def main(argv: list[str]) -> None:
+    """Measure, print and write the results."""
+    del argv
+    settings, workdir = from_config(CONFIG.value.to_dict()), files.as_path(WORKDIR.value)
+    corpora = preparation.load_corpora(settings)
+    with JobProgress(0, quiet=True) as progress:
+        _, trainer, examiner = preparation.prepare(settings, corpora, workdir, progress)
+        saves, state = measure_saves(trainer, examiner.sft_params, workdir / "measured")
+    like = checkpoint.abstract(trainer.programs.init(examiner.sft_params))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
+    results = {"bytes": size, "save": saves, "restore": measure_restores(state, like)}
+    files.write_json(Path(OUT.value), results)
+    print(
+        f"{size / 1e6:.0f} MB; a step takes {saves['step']:.2f} s; a save costs {saves['cost_of_a_save']:.3f} s, "
+        f"{saves['share']:.2%} of {PLANNED} steps; the check adds {results['restore']['share']:.2%} to a restore"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("config", "workdir"), example="--config=configs/tiny.py --workdir=/tmp/saving")
