@@ -84,6 +84,13 @@ def test_each_error_has_its_code_and_its_line(error, code, words):
     assert "\n" not in line
 
 
+def test_the_place_of_an_error_without_a_file_name(monkeypatch):
+    """Mutation: the folder in a bucket, or the output, is shown as a file below the current folder."""
+    for workdir, place in ((None, "the output"), ("gs://bucket/run", "gs://bucket/run")):
+        monkeypatch.setattr(cli, "_workdir", workdir)
+        assert cli.explain(OSError(errno.ENOSPC, "full"))[1].startswith(f"{place}: No space left on device; ")
+
+
 def test_an_odd_error_for_want_of_descriptors(monkeypatch):
     """Mutation: a library that cannot open a file, and says something else, counts as a bug."""
 

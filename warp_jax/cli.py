@@ -89,8 +89,8 @@ def _system_error(error: BaseException) -> tuple[int, str]:
     """
     text = str(error)
     quoted = re.search(r'"(/[^"]+)"', text)
-    name = getattr(error, "filename", None) or (quoted[1] if quoted else _workdir)
-    place = os.path.abspath(os.fsdecode(name)) if name else "the output"
+    name = os.fsdecode(getattr(error, "filename", None) or (quoted[1] if quoted else str(_workdir or "the output")))
+    place = name if "://" in name or name == "the output" else os.path.abspath(name)
     if isinstance(error, MemoryError):
         return errno.ENOMEM, place
     if isinstance(error, BrokenPipeError):
