@@ -340,9 +340,11 @@ def readonly(trial: Trial) -> Ended:
 
 
 def descriptors(trial: Trial) -> Ended:
-    """No more files than are open now, and up to three."""
+    """No more files than are open now, and up to three; after Python's imports, which would end before our code."""
     process = start(trial.workdir)
-    wait(process, trial.seconds)
+    while not (trial.workdir / "config.json").exists() and process.poll() is None:
+        time.sleep(0.05)
+    wait(process, trial.seconds / 2)
     with contextlib.suppress(OSError):  # ended already
         most = len(os.listdir(f"/proc/{process.pid}/fd")) + trial.chance.randrange(4)
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (most, most))
