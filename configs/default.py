@@ -178,17 +178,20 @@ def get_config() -> ConfigDict:
     # rounding adds to each KL to SFT (docs/results/precision.md)
     config.evaluation.dtype = "float32"
 
-    # Limits whose excess is a sign that a run of RL goes wrong; 0 = no limit. Compared with means over 10 steps (KL,
-    # length, truncation) and with the evaluations of the run (KL, distinct_2, gold reward). They may change on resume
+    # limits of a run of RL, which may change on resume; 0 = no limit. [10 steps] compares the mean over the last 10
+    # steps with the limit, [evaluation] each evaluation of the run
     config.health = ConfigDict()
-    config.health.action = "warn"  # print a line once per run; "stop": save the state and end the job
-    config.health.max_kl = 200.0  # nats: KL to the anchor, and of an evaluation KL to SFT [P s4.3 stops at 200]
-    config.health.max_length_ratio = (
-        4.0  # length of completions: at most this times SFT's, at least SFT's / this [ours]
-    )
-    config.health.max_truncated = 0.0  # share of completions that max_new_tokens cuts off [ours]
-    config.health.min_distinct_2 = 0.1  # distinct_2 of an evaluation, as a share of SFT's [ours]
-    # standard errors: between two evaluations, the gold reward fell and the reward rose by more than this [ours]
+    # beyond a limit: "warn" prints one line per run and limit, "stop" saves the state and ends the job
+    config.health.action = "warn"
+    # KL in nats: to the anchor [10 steps], to SFT [evaluation] [P s4.3 stops at 200]
+    config.health.max_kl = 200.0
+    # length of completions: at most this times SFT's, and at least SFT's divided by this [10 steps] [ours]
+    config.health.max_length_ratio = 4.0
+    config.health.max_truncated = 0.0  # share (0 to 1) of completions that max_new_tokens cuts off [10 steps] [ours]
+    # distinct_2 (share of distinct pairs of neighbouring tokens), divided by SFT's: 0 to 1 [evaluation] [ours]
+    config.health.min_distinct_2 = 0.1
+    # in standard errors: since an earlier evaluation, the gold reward fell by more than this, and the reward rose by
+    # more than this [evaluation] [ours]
     config.health.max_gold_drop = 4.0
 
     config.report = ConfigDict()
