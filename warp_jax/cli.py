@@ -1,4 +1,4 @@
-"""Command lines: parse flags, and end after an error with one line and an exit code of one table."""
+"""Command lines: parse flags; turn any error into one line and an exit code."""
 
 import contextlib
 import datetime
@@ -33,15 +33,15 @@ _ADVICE = {  # errors of the machine, not of the input: what to do
     errno.ENFILE: "close files of other programs",
     errno.EIO: _RESTORE,
     errno.ESTALE: _RESTORE,
-    errno.EPIPE: "let another program read all of the output",
+    errno.EPIPE: "let the program that reads the output run to its end",
 }
 _STATUS = re.compile(r"[A-Z_]+: ")  # begins the errors of XLA and tensorstore
 _LOG, _LOG_CHARACTERS = "error.log", 500_000
-_workdir: Path | None = None  # where the error log lies
+_workdir: Path | None = None  # folder of the error log
 
 
 def explain(error: BaseException, *, bad_input: bool = False) -> tuple[int, str]:
-    """Exit code and one line for an error. bad_input: it was raised by a check of the input."""
+    """Exit code and one line for an error. bad_input: True if a check of the input raised it."""
     text = " ".join(str(error).split()) or type(error).__name__
     code = getattr(error, "exit_code", None)
     if code is not None and not (bad_input and code == UNEXPECTED):
@@ -54,7 +54,7 @@ def explain(error: BaseException, *, bad_input: bool = False) -> tuple[int, str]
             advice = "use a smaller batch_size, more microbatches or a larger mesh"
             return MEMORY, f"out of memory ({type(cause).__name__}: {str(cause)[:200]}); {advice}"
         if number in _ADVICE or (number and not bad_input and _is_in_workdir(Path(place))):
-            advice = _ADVICE.get(number, "check it")
+            advice = _ADVICE.get(number, "check this path")
             return STORAGE, f"{place}: {os.strerror(number)}; {advice}, then start the same command again"
     if bad_input:
         return BAD_INPUT, text
@@ -62,7 +62,7 @@ def explain(error: BaseException, *, bad_input: bool = False) -> tuple[int, str]
 
 
 def _no_descriptor_left() -> list[OSError]:
-    """The error of opening a file, if there is one: libraries in C++ fail in odd ways then."""
+    """Error of opening a file, if the process can open no more: C++ libraries report that in other words."""
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:
@@ -75,7 +75,7 @@ def _is_in_workdir(path: Path) -> bool:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that led to it, the last first."""
+    """An error and its causes, the newest first."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -83,7 +83,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _system_error(error: BaseException) -> tuple[int, str]:
-    """Error number of the operating system, 0 if it is another error, and the path of the file, if known.
+    """Error number of the operating system (0 for other errors), and the path of the file, if known.
 
     Libraries in C++ write both into the text of a ValueError or RuntimeError.
     """
@@ -106,7 +106,7 @@ def _system_error(error: BaseException) -> tuple[int, str]:
 
 
 def fail(problem: str | Exception, code: int = BAD_INPUT) -> NoReturn:
-    """Print one line to stderr and exit with `code`, or with that of an exception that a check of the input raised."""
+    """Print one line to stderr and exit with `code`; an exception has its own line and code (see `explain`)."""
     if isinstance(problem, Exception):
         code = report(problem, bad_input=True)
     else:
@@ -115,9 +115,9 @@ def fail(problem: str | Exception, code: int = BAD_INPUT) -> NoReturn:
 
 
 def print_error(message: str) -> None:
-    """Print one line to stderr. Characters that a terminal would obey, not show, are printed as escapes."""
+    """Print one line to stderr, with control characters as escapes."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    with contextlib.suppress(OSError):  # nobody may read it
+    with contextlib.suppress(OSError):  # stderr may be closed
         print(f"error: {line}", file=sys.stderr, flush=True)
 
 
@@ -132,12 +132,12 @@ def report(error: BaseException, *, bad_input: bool = False) -> int:
 
 
 def _log(error: BaseException) -> str:
-    """Append the traceback to the log of the workdir, else write it to a temporary file; return the path of that."""
+    """Append the traceback to the log of the workdir, or else write it to a temporary file; return the path."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     entry = f"{now} {shlex.join(sys.orig_argv)}\n{''.join(traceback.format_exception(error))}\n"
-    lost = isinstance(error, files.BucketError)  # the log is in there
+    lost = isinstance(error, files.BucketError)  # the log would be in that bucket
     with contextlib.suppress(OSError, files.BucketError):
-        if _workdir and not lost and (_workdir / "config.json").exists():  # else it is not this job's
+        if _workdir and not lost and (_workdir / "config.json").exists():  # else the folder is not this job's
             path = _workdir / _LOG
             before = path.read_bytes().decode(errors="replace") if path.exists() else ""
             files.write_text(path, (before + entry)[-_LOG_CHARACTERS:])
@@ -156,7 +156,7 @@ def _log_of_thread(args: Any) -> None:
 
 
 def keep_quiet(workdir: Path | None = None) -> None:
-    """Let only this program print errors: hide the log messages of libraries. Threads write theirs to workdir's log."""
+    """Hide the log messages of libraries; write the errors of threads to the log of the workdir."""
     global _workdir  # noqa: PLW0603  of the process, as the hooks are
     logging.set_verbosity(logging.FATAL)
     if workdir is not None:

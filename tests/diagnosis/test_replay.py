@@ -60,7 +60,10 @@ def test_a_file_of_another_job_is_refused(content, tmp_path):
     """Fails when a part, a step or a type is not checked: training would start, or end in a traceback."""
     path = tmp_path / "replay_1.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"replay_1\.json: got part .* and step .*, which this job lacks$"):
+    with pytest.raises(
+        ValueError,
+        match=r"replay_1\.json: got part .* and step .*, want those of this job; give a file that this job wrote$",
+    ):
         replay.read(path, settings_of())
     path.write_text(json.dumps({"part": "iteration 2 run 2", "step": 5}))
     assert replay.read(path, settings_of()) == ("iteration 2 run 2", 5)
@@ -69,7 +72,7 @@ def test_a_file_of_another_job_is_refused(content, tmp_path):
 def test_nothing_is_made_that_is_missing(tmp_path):
     """Fails when a replay trains SFT, or another input of its part, and saves it."""
     for name in ("tokenizer.json", "sft/params", "gold/gold.json", "reward_model/params", "iteration_1/merged"):
-        with pytest.raises(ValueError, match=f"{name} is missing, which iteration 2 run 1 starts from"):
+        with pytest.raises(ValueError, match=f"{name} is missing, and iteration 2 run 1 needs it"):
             replay.check_inputs(settings_of(), tmp_path, "iteration 2 run 1", 2)
         (tmp_path / name).mkdir(parents=True)
     replay.check_inputs(settings_of(), tmp_path, "iteration 2 run 1", 2)

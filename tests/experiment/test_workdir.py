@@ -58,7 +58,7 @@ def test_a_fingerprint_edited_by_hand_is_refused(tmp_path):
 def test_other_rows_are_accepted_by_name_and_noted(tmp_path):
     """Fails when --accept=models lets rows change, or the start does not say what was accepted."""
     _claim(tmp_path, ROWS)
-    with pytest.raises(ValueError, match="or go on with both by --accept=data"):
+    with pytest.raises(ValueError, match="or go on with --accept=data"):
         _claim(tmp_path, ROWS[1:], accept=["models", "rewards"])
     _claim(tmp_path, ROWS[1:], accept=["data"])
     _claim(tmp_path, ROWS[1:])

@@ -117,7 +117,7 @@ def test_a_lost_connection_is_not_an_empty_folder(folder, monkeypatch):
 
     (folder / "state" / "4" / "x").write_bytes(b"x")
     monkeypatch.setattr("gcsfs.GCSFileSystem._request", fail)
-    with pytest.raises(files.BucketError, match=r"does not answer as it should \(reset\)"):
+    with pytest.raises(files.BucketError, match=r"a request to the bucket failed \(reset\)"):
         (folder / "state").is_dir()
 
 
@@ -326,7 +326,7 @@ def test_the_same_job_gives_the_same_bits_in_a_bucket_with_a_kill(folder, server
     with files.locked(folder / "iteration_1/run_1/lock"):
         part = next(part for part in status.read(folder) if part.state == status.RUNNING)
         assert re.fullmatch(
-            rf"running, step [48] of 10, by process {os.getpid()} of .*, heartbeat \d s ago", status.describe(part)
+            rf"running, step [48] of 10, by process {os.getpid()} of .*, renewed \d s ago", status.describe(part)
         )
         second = run(arguments, **server)
     assert second.returncode == 75

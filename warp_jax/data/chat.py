@@ -1,8 +1,8 @@
 """Chat prompts: conversations rendered by the chat template of the model, in a sandbox.
 
 A template is a program that comes with the weights. The sandbox gives it plain texts only, no Python objects and no
-files, and stops it after RENDER_SECONDS, or when it makes a text or list of more than MOST_ITEMS by multiplication.
-Memory has no other limit: if you do not trust a model, read its template.
+files. It stops a template after RENDER_SECONDS, or when a multiplication would make a text or list of more than
+MOST_ITEMS. Memory has no other limit: if you do not trust a model, read its template.
 """
 
 import functools
@@ -94,7 +94,7 @@ def _message(item: object, number: int) -> dict[str, str]:
     return {"role": aliases.get(speaker, speaker), "content": str(content)}
 
 
-_limit = threading.local()  # .end: CPU time of this thread when the rendering is stopped
+_limit = threading.local()  # .end: CPU time of this thread at which rendering stops
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -167,9 +167,9 @@ def _stopping(items: Iterable[Any]) -> Iterator[Any]:
 
 
 def _check_time() -> None:
-    """Stop a template that computes for too long: asked in each round of a loop, and at each call of a macro."""
+    """Raise if the template has computed for too long. Called in each round of a loop and at each call of a macro."""
     if time.thread_time() > _limit.end:
-        raise TemplateRuntimeError(f"it computed for more than {RENDER_SECONDS:g} seconds")
+        raise TemplateRuntimeError(f"it computed for more than {RENDER_SECONDS:g} seconds; simplify it")
 
 
 def _make_namespace(*args: Any, **items: Any) -> _Namespace:

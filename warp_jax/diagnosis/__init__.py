@@ -1,1 +1,1 @@
-"""Finding out what went wrong in a step of training."""
+"""Diagnosis of training steps that went wrong."""

@@ -20,18 +20,18 @@ from warp_jax.settings import Settings
 from warp_jax.training import loop, optimizers, reinforce, supervised
 from warp_jax.types import Params, Rollout
 
-SHOWN = 3  # rows or weights of a line
+SHOWN = 3  # rows or weights in one line
 SHOWN_TEXT = 60  # characters of a prompt or completion
 RUN = re.compile(r"iteration (\d+) run (\d+)")
 
 
 class Step(NamedTuple):
-    """A repeated step: what it computes, by name and in this order, and the rows of its batch."""
+    """A repeated step: the quantities that it computes, in this order, and the rows of its batch."""
 
     quantities: Mapping[str, Any]  # arrays whose first axis is the batch, or trees of other arrays
-    split: str  # that the rows are from
+    split: str  # split of the data that holds the rows
     rows: np.ndarray  # int [B]
-    texts: list[str]  # of the rows
+    texts: list[str]  # one per row
 
 
 def replay(settings: Settings, corpora: Mapping[str, Corpus], folder: Path, path: Path) -> tuple[str, bool]:
@@ -56,7 +56,7 @@ def replay(settings: Settings, corpora: Mapping[str, Corpus], folder: Path, path
 
 
 def describe(step: Step) -> tuple[str, bool]:
-    """Make a line for each quantity, and one for each of the first bad rows; True if a number is not finite."""
+    """Lines for each quantity and for the first bad rows, and True if a number is not finite."""
     found = {name: _bad_places(value, step.rows) for name, value in step.quantities.items()}
     lines = [f"{name:<{max(map(len, found))}}  {where or 'finite'}" for name, (where, _) in found.items()]
     first = next((name for name, (where, _) in found.items() if where), "")
@@ -68,7 +68,7 @@ def describe(step: Step) -> tuple[str, bool]:
 
 
 def _bad_places(value: Any, rows: np.ndarray) -> tuple[str, list[int]]:
-    """Where a quantity is not finite ("" if nowhere), and the numbers of these rows in the batch."""
+    """Places where a quantity is not finite ("" if nowhere), and the numbers of these rows in the batch."""
     if getattr(value, "shape", ())[:1] == rows.shape:
         values = np.asarray(hosts.fetch(value)).reshape(len(rows), -1)
         bad = np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist()
@@ -97,13 +97,14 @@ def read(path: Path, settings: Settings) -> tuple[str, int]:
         counts |= {f"iteration {iteration} run {run}": count for run in range(1, settings.warp.num_runs + 1)}
     if not isinstance(part, str) or type(step) is not int or not 0 <= step < counts.get(part, 0):
         raise ValueError(
-            f"replay: {path}: got part {json.dumps(part)} and step {json.dumps(step)}, which this job lacks"
+            f"replay: {path}: got part {json.dumps(part)} and step {json.dumps(step)}, want those of this job; give a "
+            f"file that this job wrote"
         )
     return part, step
 
 
 def check_inputs(settings: Settings, folder: Path, part: str, iteration: int) -> None:
-    """Raise ValueError if something is missing that the part starts from: a job would make it, and save it."""
+    """Raise ValueError if an input of the part is missing: a replay must not make and save it."""
     needed = [] if settings.model.source else ["tokenizer.json"]
     if part != "sft" and settings.sft.num_steps:
         needed.append("sft/params")
@@ -114,7 +115,7 @@ def check_inputs(settings: Settings, folder: Path, part: str, iteration: int) ->
     for name in needed:
         if not hosts.exists(folder / name):
             raise ValueError(
-                f"replay: {folder / name} is missing, which {part} starts from; start the job without --replay"
+                f"replay: {folder / name} is missing, and {part} needs it; start the job without --replay first"
             )
 
 
@@ -125,7 +126,7 @@ def _rl_step(
     progress: JobProgress,
     place: tuple[int, int, int],
 ) -> Step:
-    """A step of a run; place: iteration, run, step."""
+    """Repeat a step of a run. place: iteration, run, step."""
     iteration, number, step = place
     tokenizer, trainer, examiner = preparation.prepare(settings, corpora, folder, progress)
     start = warp.make_job(settings, trainer, examiner, folder, progress).init_params(iteration)
@@ -141,7 +142,7 @@ def _rl_step(
 def rl_quantities(
     trainer: reinforce.Trainer, run: reinforce.Run, start: Params, directory: Path, step: int
 ) -> tuple[dict[str, Any], Rollout]:
-    """What a step of a run computes, in this order, and its completions. start: weights before the run's first step."""
+    """Quantities that a step of a run computes, in this order, and its completions. start: first weights of the run."""
     step_fn = functools.partial(reinforce.train_step, trainer, run)
     state = loop.state_before(step_fn, lambda: trainer.programs.init(start), directory, step)
     rollout, rewards = reinforce.collect(trainer, run, state, step)
@@ -159,7 +160,7 @@ def rl_quantities(
 
 
 def _supervised_step(maker: ingredients.Maker, part: str, step: int) -> Step:
-    """A step of SFT or of the reward model."""
+    """Repeat a step of SFT or of the reward model."""
     settings, mesh = maker.settings, maker.mesh
     policy = architecture.policy_config(settings.model, maker.tokenizer.vocab_size)
     group: Any = settings.sft if part == "sft" else settings.reward_model

@@ -1,4 +1,4 @@
-"""Guards of a run: signs that it goes wrong, as warnings or as its end (config.health)."""
+"""Guards of a run: compare it with the limits of config.health, and warn or end it."""
 
 import collections
 import math
@@ -23,7 +23,7 @@ def of_steps(health: Health, means: Mapping[str, float], sft_length: float) -> F
     if 0 < health.max_length_ratio < max(ratio, 1 / ratio):
         yield "max_length_ratio", f"completions have {ratio:.3g} times the length of SFT's"
     if 0 < health.max_truncated < means["truncated"]:
-        yield "max_truncated", f"{means['truncated']:.3g} of completions are truncated"
+        yield "max_truncated", f"the share of truncated completions is {means['truncated']:.3g}"
 
 
 def of_evaluations(health: Health, rows: Mapping[int, Mapping[str, float]], step: int) -> Findings:
@@ -45,7 +45,7 @@ def of_evaluations(health: Health, rows: Mapping[int, Mapping[str, float]], step
 
 
 class Guards:
-    """Guards of one run. The first finding of each is a warning, or ends the run. All processes find the same."""
+    """Guards of one run. The first excess of each limit prints a warning or ends the run, in all processes alike."""
 
     def __init__(self, health: Health, run: str, sft: measure.Evaluation, warn: Callable[[str], None]):
         self._health, self._run, self._warn = health, run, warn
@@ -68,7 +68,7 @@ class Guards:
         self._rows[step] = measure.summary(evaluation)
 
     def on_evaluation(self, step: int, evaluation: measure.Evaluation) -> None:
-        """Check the evaluation after so many steps."""
+        """Check the evaluation after `step` steps."""
         self.know(step, evaluation)
         self._tell(step, of_evaluations(self._health, self._rows, step))
 
@@ -82,7 +82,7 @@ class Guards:
             limit = f"config.health.{name} = {self._settings[name]:g}"
             line = f"{self._run} step {step}: {text}, limit {limit}"
             if self._settings["action"] == "stop":
-                self._end = self._end or f"{line}; the state is saved: change the limit or health.action to go on"
+                self._end = self._end or f"{line}; the state is saved: change this limit or its action, and start again"
             elif name not in self._told:
                 self._warn(f"warning: {line}")
             self._told.add(name)

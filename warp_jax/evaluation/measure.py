@@ -132,7 +132,7 @@ class EvaluationStore:
         return [name for name in sorted(names) if not hosts.exists(self._path(name))]
 
     def saved(self, names: Mapping[int, str]) -> dict[int, Evaluation]:
-        """Load those of some evaluations that are saved, by their key in `names`."""
+        """Load the saved ones of some evaluations, by their keys in `names`."""
         found = {key: self._path(name) for key, name in names.items() if hosts.exists(self._path(name))}
         return {key: load_evaluation(path) for key, path in found.items()}
 

@@ -66,7 +66,7 @@ class Maker:
         return self._train("sft", self.settings.sft, self.sft_task(model))
 
     def sft_task(self, model: TransformerConfig) -> supervised.Task:
-        """Training of theta_sft."""
+        """Loss, start weights and batches of the training of theta_sft."""
         sft, start = self.settings.sft, architecture.start_params(self.settings, model, self.mesh)
         rows = self.tokens["reward"] + self.tokens["gold"]
 
@@ -90,7 +90,7 @@ class Maker:
         return reward_functions.make_learned(apply.make_apply_fn(model, self.mesh), params)
 
     def reward_model_task(self, policy: TransformerConfig, sft_params: Params) -> supervised.Task:
-        """Training of the reward model."""
+        """Loss, start weights and batches of the training of the reward model."""
         settings = self.settings.reward_model
         model = architecture.reward_model_config(settings, policy)
         labels = {name: np.array(self.corpora[name].labels) for name in ("reward", "eval")}

@@ -241,13 +241,13 @@ def _running_or_not(name: str, lock: Path) -> Part:
 
 
 def _named(owner: str) -> str:
-    """The owner of a lock, if its name says anything."""
+    """Note with the owner of a lock, "" if its name is unknown."""
     return "" if owner in ("", files.ANOTHER) else f"by {owner}"
 
 
 def _running(name: str, folder: Path, lock: Path, steps: int, owner: str) -> Part:
     log = folder / metric_writer.FILE
-    if files.is_remote(folder):  # rows come there with each save
+    if files.is_remote(folder):  # a bucket gets the rows with each save only
         return Part(name, RUNNING, max(_saved_steps(folder), default=0), steps, note=_named(owner))
     if _time(log) < _time(lock):  # the rows are of an earlier process; those after its last save are made again
         return Part(name, RUNNING, max(_saved_steps(folder), default=0), steps)

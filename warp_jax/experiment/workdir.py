@@ -22,7 +22,7 @@ CONFIG = "config.json"
 FINGERPRINTS = "models.json"
 REWARDS = "rewards.json"
 DATA = "data.json"
-STARTS = "starts.jsonl"  # one line a start: time, environment, and what it was told to accept
+STARTS = "starts.jsonl"  # one line per start: time, environment, accepted changes
 REQUIREMENTS = "requirements.lock"  # all packages of the first start, for launchers
 ACCEPTABLE = ("data", "models", "rewards", "versions", "device")  # what --accept lets change
 LOCK = "lock"  # held while a job claims the workdir, or makes the inputs that all runs share
@@ -37,7 +37,7 @@ def claim(
 
     Jobs of one workdir may start at the same time. accept: inputs of ACCEPTABLE that may have changed. Raises
     ValueError if the workdir belongs to another config or to other inputs, holds other files, or cannot be written;
-    StorageError if a file that it made is damaged.
+    StorageError if one of its files is damaged.
     """
     here = environment.describe()
 
@@ -87,9 +87,10 @@ def _starts(workdir: Path) -> str:
 
 
 def _check_environment(workdir: Path, here: Mapping[str, Any], accept: Collection[str]) -> None:
-    """Compare versions and devices with those of the last start; print differences that leave all bits as they are.
+    """Compare versions and devices with those of the last start; print differences that leave the results as they are.
 
-    Raises ValueError if the libraries or the kind of device are others, and not accepted: rounding would differ.
+    Raises ValueError if libraries or the kind of device have changed and `accept` does not name them: they may round
+    differently.
     """
     try:
         before = json.loads(_starts(workdir).splitlines()[-1])
@@ -103,8 +104,8 @@ def _check_environment(workdir: Path, here: Mapping[str, Any], accept: Collectio
             changes = [(old, found[kind])] if kind == "device" else zip(versions, found[kind], strict=True)
             first = next(f"{a}, now {b}" for a, b in changes if a != b)
             raise ValueError(
-                f"workdir {workdir} was made with {first}, which rounds differently; go back to it, or choose another "
-                f"--workdir{_or_accept(kind)}"
+                f"workdir {workdir} was made with {first}, which may round differently; go back to it, or choose "
+                f"another --workdir{_or_accept(kind)}"
             )
     noted = [key for key in ("commit", "python", "devices", "processes", "xla_flags") if before.get(key) != here[key]]
     for key in noted:
@@ -112,7 +113,7 @@ def _check_environment(workdir: Path, here: Mapping[str, Any], accept: Collectio
 
 
 def check_made(workdir: Path) -> None:
-    """Raise StorageError if a file that the workdir made before training is not what was written."""
+    """Raise StorageError if the tokenizer or the gold reward of the workdir is damaged."""
     if damage := manifest.changed(workdir):
         raise StorageError(f"{damage}; delete it to make it again")
 
@@ -200,7 +201,7 @@ def _check_rewards_unchanged(settings: Settings, workdir: Path, *, accept: bool)
 
 
 def _or_accept(kind: str) -> str:
-    return f", or go on with both by --accept={kind}"
+    return f", or go on with --accept={kind}"
 
 
 def _stored(path: Path) -> dict[str, Any]:

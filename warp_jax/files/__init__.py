@@ -1,6 +1,6 @@
 """Atomic and durable writes of files and folders, file locks, and fingerprints of folders.
 
-Paths may lie in a bucket (see `as_path`) in write_*, read_*, locked, owner, make_folder, size and sync*.
+write_*, read_*, locked, owner, make_folder, size and sync* also take paths in a bucket (see `as_path`).
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents, if missing; on return they are on disk. A folder to `keep` is not made again."""
+    """Make a folder and its parents, if missing; on return they are on disk. Raises FileNotFoundError (see `keep`)."""
     if not is_remote(folder) and not folder.is_dir():  # a bucket has no folders, only names with slashes
         if folder.absolute() in _kept:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
@@ -67,7 +67,7 @@ def keep(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to disk: after a power cut they are as they are now."""
+    """Write a file, or the names in a folder, to disk (fsync): they survive a power cut."""
     if is_remote(path):
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -78,7 +78,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Bring a folder with everything in it to disk."""
+    """Write a folder with everything in it to disk."""
     for path in (*folder.rglob("*"), folder) if not is_remote(folder) else ():
         sync(path)
 
@@ -261,12 +261,12 @@ def locked(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator
 
 
 def owner(path: Path) -> str:
-    """Name the process that holds the lock `path` (see `locked`), "" if none does. Makes no file, and keeps no lock."""
+    """Name of the process that holds the lock `path` (see `locked`), "" if none does. Makes no file, keeps no lock."""
     if is_remote(path):
         return buckets.owner(path)
     try:
         with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so two that look do not see each other
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two callers do not see each other
     except FileNotFoundError:
         return ""
     except BlockingIOError:

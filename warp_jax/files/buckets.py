@@ -1,7 +1,7 @@
-"""Workdirs in buckets of Google Cloud Storage: their paths, and locks, which a dead owner loses.
+"""Paths and locks of workdirs in buckets of Google Cloud Storage.
 
-A bucket writes an object whole, or not at all, and on the condition that it has not changed since it was read. It
-knows no renaming and no locked files.
+A bucket writes an object wholly or not at all and, on request, only if it has not changed since it was read. It can
+neither rename nor lock objects: a lock is an object that its owner renews, and that others may replace if it is not.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _OTHER_SCHEME = re.compile(r"[a-zA-Z][\w+.-]*:/|(gs|gcs|s3|az|hf|file|https?):",
 
 
 class BucketError(Exception):
-    """A bucket cannot be used now, or a lock in it is another's: one line, which says what to do."""
+    """A request failed, or another process took over a lock. The message is one line, which says what to do."""
 
     exit_code = STORAGE
 
@@ -52,7 +52,9 @@ def as_path(text: str) -> Path:
     if not importlib.util.find_spec("gcsfs"):
         raise ValueError(f"workdir: {text} needs the package gcsfs: pip install 'warp_jax[gcs]'")
     os.environ["EPATH_USE_TF"] = "false"  # else epath needs TensorFlow's own access to buckets, if it is installed
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for the kind of bucket at each call
+    os.environ.setdefault(
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
+    )  # else it asks for the kind of bucket at each call
     path = _remote_path(text)
     try:
         path.exists()
@@ -62,7 +64,7 @@ def as_path(text: str) -> Path:
 
 
 def _remote_path(text: str) -> Any:
-    import fsspec  # noqa: PLC0415  with the others .3 s, which local workdirs save
+    import fsspec  # noqa: PLC0415  these imports take .3 s, which local workdirs save
     import gcsfs  # noqa: PLC0415
     from etils import epath  # noqa: PLC0415
 
@@ -70,7 +72,7 @@ def _remote_path(text: str) -> Any:
         async def _call(self, *args: Any, **options: Any) -> Any:
             try:
                 return await super()._call(*args, **options)
-            except Exception as error:  # of several libraries; is_dir() takes some of them for "there is no folder"
+            except Exception as error:  # of several libraries; is_dir() reads some as "there is no folder"
                 if isinstance(error, FileNotFoundError | FileExistsError) or str(error).startswith("Forbidden"):
                     raise
                 raise BucketError(failure(error)) from error
@@ -79,14 +81,14 @@ def _remote_path(text: str) -> Any:
         fsspec.register_implementation(name, Client, clobber=True)
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False  # other processes write too
     for name in ("fsspec", "gcsfs"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # they tell of each file, and of errors that they raise
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they log each file, and errors that they also raise
     return epath.Path(text)
 
 
 def check_local(path: PurePath) -> None:
-    """Raise ValueError if a path was meant for a bucket: only workdirs may be there."""
+    """Raise ValueError if a path is an address in a bucket: only workdirs may be there."""
     if is_remote(path) or _OTHER_SCHEME.match(str(path)):
-        raise ValueError(f"got {path}, want a local folder")
+        raise ValueError(f"got {path}, want a local folder: only workdirs can be in a bucket")
 
 
 def is_remote(path: PurePath) -> bool:
@@ -95,7 +97,7 @@ def is_remote(path: PurePath) -> bool:
 
 
 def contents(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the bucket says of each object in a folder, by its path relative to the folder."""
+    """Metadata of each object in a folder, by its path relative to the folder."""
     import fsspec  # noqa: PLC0415
 
     found = fsspec.filesystem("gs").find(str(folder), detail=True)
@@ -113,13 +115,13 @@ def delete(paths: Sequence[Path]) -> None:
 
 
 def failure(error: Exception) -> str:
-    """Say that a request failed."""
+    """Message about a failed request."""
     text = str(error) or type(error).__name__
-    return f"the bucket does not answer as it should ({text[:300]}); check the network and your credentials"
+    return f"a request to the bucket failed ({text[:300]}); check the network and your credentials"
 
 
 def check_locks() -> None:
-    """Raise BucketError if a lock of this process may be another's now. Called before each write to a bucket."""
+    """Raise BucketError if another process may hold a lock of this one now. Called before each write to a bucket."""
     for lock in [*_held]:
         lock.check()
 
@@ -139,12 +141,12 @@ def locked(path: Path, on_wait: Callable[[str], None] | None) -> Iterator[None]:
 
 
 def owner(path: Path) -> str:
-    """Who holds the lock object `path`, and how long ago it was renewed; "" if nobody does."""
+    """Owner of the lock object `path`, and how long ago it was renewed; "" if nobody holds it."""
     found = _Lock(path).read()
     if found is None or _lives(found.metadata) is False:
         return ""
     age = time.time() - found.updated.timestamp()
-    return f"{found.metadata['owner']}, heartbeat {max(age, 0):.0f} s ago" if age < STALE else ""
+    return f"{found.metadata['owner']}, renewed {max(age, 0):.0f} s ago" if age < STALE else ""
 
 
 class _Lock:
@@ -171,7 +173,7 @@ class _Lock:
             raise BucketError(f"{self._path}: {failure(error)}") from error
 
     def take(self, on_wait: Callable[[str], None] | None) -> None:
-        """Write the lock when it is free, or when its owner is dead; on_wait is called once if the owner lives."""
+        """Write the lock when it is free or its owner is dead; call on_wait once if the owner lives."""
         replaced, seen, since, told = 0, 0, 0.0, False
         while not self._write(replaced):
             replaced, found = 0, self.read()
@@ -185,7 +187,10 @@ class _Lock:
                 told = True
             if lives is None and not seen:
                 holder = found.metadata["owner"]
-                print(f"waiting up to {STALE:.0f} s: does {holder} live, which holds {self._path}?", file=sys.stderr)
+                print(
+                    f"waiting up to {STALE:.0f} s to see if {holder}, which holds {self._path}, is running",
+                    file=sys.stderr,
+                )
             if found.generation != seen:
                 seen, since = found.generation, time.monotonic()
             if lives is False or time.monotonic() - since > STALE:
@@ -200,7 +205,7 @@ class _Lock:
                 self._renew()
 
     def check(self) -> None:
-        """Raise BucketError unless nobody else can have the lock now, or for some time."""
+        """Raise BucketError if another process may hold the lock, now or soon."""
         if not self._lost and time.monotonic() - self._renewed > STALE / 2:
             self._renew()
         if self._lost:
@@ -210,7 +215,7 @@ class _Lock:
             )
 
     def release(self) -> None:
-        """Delete the lock, unless it is another's."""
+        """Delete the lock, unless another process holds it."""
         self._released.set()
         with self._one_call, contextlib.suppress(Exception):  # else it ends when it is stale
             if not self._lost:
@@ -222,7 +227,7 @@ class _Lock:
                 self._lost = not self._write(self._generation)
 
     def _write(self, generation: int) -> bool:
-        """Write the lock over this generation of it; False if it has another one by now."""
+        """Replace this generation of the lock; False if the lock has another one by now."""
         from google.api_core.exceptions import NotFound, PreconditionFailed  # noqa: PLC0415
 
         blob, started = self._bucket.blob(self._name), time.monotonic()
@@ -250,14 +255,14 @@ def _about_this_process() -> dict[str, str]:
 
 
 def _lives(about: Mapping[str, str]) -> bool | None:
-    """Whether the owner of a lock lives; None if it ran on another machine."""
+    """True if the owner of a lock lives, False if it is dead; None if it ran on another machine."""
     if not about["process"] or about["machine"] != _machine():
         return None
     return _process(int(about["pid"])) == about["process"]
 
 
 def _machine() -> str:
-    """A name of this start of this machine, and of this container; "" outside Linux."""
+    """Name of this machine since its last boot, and of this container; "" outside Linux."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -265,9 +270,9 @@ def _machine() -> str:
 
 
 def _process(pid: int) -> str:
-    """A name of a process that no later process with its number has; "" if there is none, or outside Linux."""
+    """Name of a process that no later process with its number gets; "" if there is no process, or outside Linux."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     except OSError:
         return ""
-    return "" if state == "Z" else f"{pid} {fields[18]}"  # Z: it is dead, but its parent has not noticed
+    return "" if state == "Z" else f"{pid} {fields[18]}"  # Z: dead, but its parent has not waited for it

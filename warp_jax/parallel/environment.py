@@ -1,4 +1,4 @@
-"""What this process runs on: versions of the code and of the libraries, and the devices."""
+"""Environment of this process: versions of the code and of the libraries, and the devices."""
 
 import importlib.metadata
 import os

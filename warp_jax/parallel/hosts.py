@@ -154,7 +154,7 @@ def end(error: BaseException, *, bad_input: bool = False) -> NoReturn:
     """Print one line about an error, unless it is a SystemExit, and end this process with its exit code.
 
     It waits neither for its threads nor for other processes: at a normal exit JAX would wait for them, while they wait
-    for this one. bad_input: the error was raised by a check of the input.
+    for this one. bad_input: True if a check of the input raised the error.
     """
     alone = _is_alone()
     if isinstance(error, SystemExit):  # its message is printed already

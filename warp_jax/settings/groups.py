@@ -276,7 +276,7 @@ class Evaluation(Group):
 
 
 class Health(Group):
-    """Limits whose excess is a sign that a run goes wrong; 0 = no limit."""
+    """Limits of a run (0 = no limit), and the action beyond them."""
 
     action: Literal["warn", "stop"] = "warn"
     max_kl: NotNegative = 200.0

@@ -1,8 +1,8 @@
 """Save and restore parameters and training states with Orbax, so that each is complete, on disk and checked.
 
-A folder appears under its name when all its files and a manifest of their checksums are on disk. In a bucket, which
-cannot rename, files have their names at once, and the manifest completes them. Process 0 renames, deletes and checks;
-the others wait for it where they need the result.
+A folder appears under its name when all its files and a manifest of their checksums are on disk. A bucket cannot
+rename: there, files have their final names at once, and the manifest, written last, marks the folder as complete.
+Process 0 renames, deletes and checks; the others wait for it where they need the result.
 """
 
 import contextlib
@@ -120,7 +120,7 @@ class Saver:
 
 
 def _delete_unfinished(path: Path) -> None:
-    """Delete what a failed save has written, beside its name too. In a bucket, the next save does so."""
+    """Delete what a failed save has written, under longer names too. In a bucket, the next save does so."""
     if hosts.is_first() and not files.is_remote(path):
         for part in path.parent.glob(f"{path.name}*"):
             shutil.rmtree(part, ignore_errors=True)

@@ -1,9 +1,7 @@
-"""Size and checksum of files: of every file in a folder (its manifest, written last), or of single files.
+"""Sizes and checksums of files: of every file in a folder (its manifest, written last), or of single files.
 
-They are compared before a file is read.
-
-In a bucket, the checksums are those that the server gives (MD5), so nothing is downloaded to write or check a manifest;
-and a folder without a manifest is unfinished.
+Each file is compared with them before it is read. In a bucket, the server computes the checksums (MD5), so nothing is
+downloaded to write or check a manifest; a folder without a manifest is unfinished.
 """
 
 import base64
@@ -35,7 +33,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def delete(folder: Path, *, ignore_errors: bool = False) -> None:
-    """Delete a folder of weights, or one of such folders. In a bucket, a folder begun to be deleted is unfinished."""
+    """Delete a folder of weights, or a folder of such folders. In a bucket, manifests go first: no rest is complete."""
     if not files.is_remote(folder):
         shutil.rmtree(folder, ignore_errors=ignore_errors)
         return
@@ -72,7 +70,7 @@ def damage(folder: Path, *, with_logs: bool = True) -> str:
         for name, was in [*wanted.items(), *logs.items()]:
             kind = next(kind for kind in HASHES if kind in was)
             now = found[name] if name in wanted else {}
-            if kind not in now:  # a local file, or one that came from a disk to a bucket
+            if kind not in now:  # a local file, or one that was copied from a disk to a bucket
                 now = describe(_file(folder, name), was["size"] if name in logs else None, kind)
             if now != was:
                 return f"{_file(folder, name)} is not what was written"
@@ -82,16 +80,18 @@ def damage(folder: Path, *, with_logs: bool = True) -> str:
 
 
 def note(folder: Path, name: str) -> None:
-    """Note the checksum of a complete file, for `changed`. Raises StorageError if another one is noted."""
+    """Note the checksum of a complete file, for `changed`. Raises StorageError if it noted another one before."""
     noted = _noted(folder)
     found = describe(folder / name)
     if noted.get(name, found) != found:
-        raise StorageError(f"{folder / name} was made again, and is not what it was; restore it, or start a new folder")
+        raise StorageError(
+            f"{folder / name} was made again, and is not what it was; restore it, or choose another --workdir"
+        )
     files.write_json(folder / CHECKSUMS, {**noted, name: found})
 
 
 def changed(folder: Path) -> str:
-    """The first noted file that is there, but is not what was noted, in words; "" = none."""
+    """Say which noted file exists but has changed, the first one only; "" = none."""
     try:
         for name, was in _noted(folder).items():
             if (folder / name).exists() and describe(folder / name) != was:
@@ -107,7 +107,7 @@ def _noted(folder: Path) -> dict[str, Any]:
 
 
 def describe(path: Path, size: int | None = None, kind: str = "xxh3") -> dict[str, Any]:
-    """Size in bytes and checksum of a file, or of its first `size` bytes, or of what it has of them."""
+    """Size in bytes and checksum of a file, or of at most its first `size` bytes."""
     if not path.is_file() or not files.size(path):  # an empty file cannot be mapped
         return {"size": 0, kind: HASHES[kind](memoryview(b""))}
     with contextlib.ExitStack() as stack:
@@ -122,7 +122,7 @@ def _mapped(path: Path, stack: contextlib.ExitStack) -> mmap.mmap:
 
 
 def _contents(folder: Path) -> dict[str, dict[str, Any]]:
-    """What is known of each file without reading it: size and checksum in a bucket, {} on a disk."""
+    """Size and checksum of each file, as the bucket reports them; {} for each file on a disk."""
     if files.is_remote(folder):
         found = {
             name: {"size": about["size"], "md5": about["md5Hash"]} if "md5Hash" in about else {}
@@ -135,7 +135,7 @@ def _contents(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _file(folder: Path, name: str) -> Path:
-    """A file in a folder, or of a folder above it: a bucket knows no ".."."""
+    """Path of a file relative to a folder, without "..", which a bucket does not know."""
     if not files.is_remote(folder):
         return (folder / name).resolve()
     for part in PurePosixPath(name).parts:

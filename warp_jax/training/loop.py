@@ -33,7 +33,7 @@ class Programs(NamedTuple, Generic[State]):
 
     init: Callable[[Params], State]  # trained params
     update: Callable[..., tuple[State, Metrics]]  # state (its buffers are reused), frozen params, ...
-    # the same arguments (the state is kept) -> a NamedTuple of what update computes, in this order
+    # arguments of update (the state is kept) -> a NamedTuple of the quantities that update computes, in this order
     trace: Callable[..., Any] = lambda *args: ()
 
 
@@ -42,7 +42,7 @@ def make_programs(
 ) -> Programs[State]:
     """Compile init and update for trained params shaped like `params`, with the state sharded over the mesh.
 
-    traced: update, which also returns what it computes on the way. The compiled update leaves that out.
+    traced: update, which also returns the quantities that it computes. The compiled update leaves them out.
     """
     layout = partitioning.param_shardings(mesh, jax.eval_shape(init, params))
 
@@ -69,9 +69,9 @@ class Schedule(NamedTuple):
     # after_step(steps done, state): called after each step, and again for a restored state or a repeated step
     after_step: Callable[[int, Any], None] = lambda done, state: None
     checkpoint_minutes: float = math.inf  # time between two saves at most
-    checked: Container[int] = ()  # steps done: metrics up to these are checked before after_step, as before a save
+    checked: Container[int] = ()  # after so many steps, check the metrics before after_step (as before each save)
     name: str = "training"  # for errors
-    split: str = ""  # that BAD_ROWS are rows of, for errors
+    split: str = ""  # split of the data that holds BAD_ROWS, for errors
 
 
 class SaveTimes:
@@ -172,7 +172,7 @@ def _save(store: checkpoint.StateStore, writer: MetricWriter | None, done: int, 
 
 
 def state_before(step_fn: StepFn[State], init: Callable[[], State], directory: Path, step: int) -> State:
-    """The state before a step, from the newest state saved up to then, or else from the first; nothing is written."""
+    """State before a step, made from the newest saved state up to that step, or else from init(). Writes nothing."""
 
     def find() -> int:
         steps = [int(path.name) for path in (directory / "state").glob("*") if path.name.isdigit()]
@@ -187,7 +187,7 @@ def state_before(step_fn: StepFn[State], init: Callable[[], State], directory: P
 
 
 def _first_state(init: Callable[[], State], start: int, restore: Callable[[Any], State]) -> State:
-    """The state before step `start`: init(), or else one restored with its shapes, dtypes and shardings."""
+    """State before step `start`: init() if 0, else a restored one with its shapes, dtypes and shardings."""
     state = init()
     if not start:
         return state

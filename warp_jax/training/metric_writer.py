@@ -12,9 +12,9 @@ FILE = "metrics.jsonl"
 
 
 class MetricWriter:
-    """Appends one row {step, name: number, ...} a step; rows of start_step and later steps are deleted first.
+    """Appends one row {step, name: number, ...} per step; rows of start_step and later steps are deleted first.
 
-    A bucket has files that can be replaced, but not appended to: there, `publish` copies all rows up to now.
+    Files in a bucket can be replaced, but not appended to: `publish` copies all rows up to now there.
     """
 
     def __init__(self, directory: Path, start_step: int = 0):
@@ -40,7 +40,7 @@ class MetricWriter:
             self._tensorboard.add_scalar(name, row[name], step)
 
     def publish(self) -> None:
-        """Make all rows up to now visible in a bucket; in a local folder they are already."""
+        """Make all rows up to now visible in a bucket; in a local folder they already are."""
         if self._temporary:
             self._tensorboard.flush()
             for path in Path(self._temporary.name).iterdir():

@@ -64,7 +64,7 @@ def importance_weights(policy_logps: Array, sampler_logps: Array, completion_mas
 
 
 def truncated(completion_ids: Array, completion_mask: Array, stop_ids: tuple[int, ...]) -> Array:
-    """True for each completion that its greatest length ended, not a stop token: [B, C] -> bool [B]."""
+    """True for each completion that has the maximum length and no stop token at its end: [B, C] -> bool [B]."""
     chex.assert_equal_shape([completion_ids, completion_mask])
     return completion_mask[:, -1] & ~jnp.isin(completion_ids[:, -1], jnp.array(stop_ids, jnp.int32))
 

@@ -34,7 +34,7 @@ class Trainer(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a step computes from a rollout, in this order. B completions of C tokens."""
+    """Quantities that a step computes from a rollout, in this order. B completions of C tokens."""
 
     policy_logps: Array  # [B, C], nats
     anchor_logps: Array  # [B, C], nats
@@ -56,7 +56,7 @@ def make_programs(
 ) -> loop.Programs[TrainState]:
     """Compile init and update for trained params shaped like `params`.
 
-    stop_ids: tokens that end a completion, for the metric `truncated`. options: further keywords of `policy_update`.
+    stop_ids: tokens that end a completion, for the metric `truncated`. options: other arguments of `policy_update`.
     """
 
     def update(
@@ -164,7 +164,7 @@ class Run(NamedTuple):
 
 
 def make_run(trainer: Trainer, iteration: int, run: int) -> Run:
-    """The run with these numbers, from 1."""
+    """Make the run with these numbers, from 1."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(trainer.seed), iteration), run)
     return Run(f"iteration {iteration} run {run}", key)
 

@@ -69,7 +69,7 @@ def paired_rows(labels: np.ndarray, batch_size: int, step: int, *, seed: int, st
 
 
 class Trace(NamedTuple):
-    """What a step computes, in this order."""
+    """Quantities that a step computes, in this order."""
 
     row_values: Array  # loss or score of each row, [B]
     loss: Array
