@@ -1,11 +1,11 @@
-"""Give the program hostile input of many kinds, and look for tracebacks, hangs and files left half-written.
+"""Give the program broken input of many kinds, and look for tracebacks, hangs and half-written files.
 
   python scripts/fuzz.py --config=configs/tiny.py --trials=200 --out=fuzz.csv
 
-Each trial changes one sound input at random and tries it in a process of its own. It holds if the input is taken, or
-refused in one line with nothing left behind; a manifest must be refused unless its content is the same.
+Each trial changes one valid input at random and tries it in a process of its own. The trial holds if the program
+takes the input, or refuses it in one line and leaves no file; it must refuse a manifest whose content has changed.
 
-flags      command lines of warp_jax.main; what it would train is not trained
+flags      command lines of warp_jax.main, up to the training
 headers    safetensors files that are opened and read
 rows       data files (.jsonl, .json, .csv and their .gz) that are loaded and checked
 manifests  manifests and checksums of saved weights
@@ -75,7 +75,7 @@ NO_CONFIGS = ("", "x.py", "configs", "/dev/null", "configs/tiny.py:x", "README.m
 
 
 class Trial(NamedTuple):
-    """One input: what it is, and the action that takes or refuses it in a process of its own."""
+    """One input, as text for the results, and the action that takes or refuses it in a process of its own."""
 
     shown: str
     action: Callable[[], object]
@@ -118,7 +118,7 @@ def changed_json(value: object, chance: random.Random) -> object:
 
 
 def nested(value: object, chance: random.Random) -> object:
-    """Change a part inside, or now and then bury it in thousands of lists."""
+    """Change a part inside a value, or now and then nest it in thousands of lists."""
     return ["deep"] if chance.random() < 0.02 else changed_json(value, chance)
 
 
@@ -130,7 +130,7 @@ def as_text(value: object, chance: random.Random) -> bytes:
 
 
 def try_flags(folder: Path, chance: random.Random) -> Trial:
-    """A command line of warp_jax.main with one to three arguments that are wrong, or odd."""
+    """A command line of warp_jax.main with one to three wrong or unusual arguments."""
     for name, text in (("broken.py", "def get_config(:"), ("exits.py", "import sys; sys.exit(0)"), ("empty.py", "")):
         (folder / name).write_text(text)
     settings = leaves(program.CONFIG.value.to_dict())
@@ -225,7 +225,7 @@ def try_rows(folder: Path, chance: random.Random) -> Trial:
 
 
 def try_manifest(folder: Path, chance: random.Random) -> Trial:
-    """Saved files whose manifest, or whose checksums, have changed: taken only if their content is the same."""
+    """Saved files whose manifest or checksums have changed."""
     saved = folder / "params"
     (saved / "d").mkdir(parents=True)
     for name in ("a", "d/b", "d/empty"):
@@ -282,7 +282,7 @@ def in_child(action: Callable[[], object], folder: Path, errors: Path) -> int:
 
 
 def judge(code: int, errors: str, left: bool) -> str:
-    """`taken` or `refused`, or what went wrong."""
+    """Outcome of a trial: `taken`, `refused` or the problem."""
     if "Traceback" in errors:
         return "traceback"
     if code < 0:

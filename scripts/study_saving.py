@@ -2,10 +2,9 @@
 
   python scripts/study_saving.py --config=configs/smollm2_135m.py --workdir=runs/saving --out=saving.json
 
-It trains the first run of the config for --steps steps and saves its state every --every steps. A save costs the time
-in which the run waits for it (its arrays are copied, and the save before must have ended) and the time by which the
-steps beside it are slower than the others. Then the state is restored with and without the check of its manifest, in
-turn.
+Trains the first run of the config for --steps steps and saves its state every --every steps. The cost of a
+save is the time for which the run waits (to copy the arrays, and for the end of the save before) plus the extra time of
+the step during the save. Then it restores the state with and without the check of its manifest, in turn.
 """
 
 import functools
@@ -37,7 +36,7 @@ OUT = flags.DEFINE_string("out", "saving.json", "JSON file for the results.", al
 STEPS = flags.DEFINE_integer("steps", 40, "Steps of the run.", lower_bound=4, allow_override=True)
 EVERY = flags.DEFINE_integer("every", 4, "Steps between two saves.", lower_bound=3)
 RESTORES = flags.DEFINE_integer("restores", 7, "Restores of each kind.", lower_bound=1)
-PLANNED = 20  # steps between two saves for which the cost is stated
+PLANNED = 20  # steps between two saves, for the share of time that saving costs
 
 
 def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:

@@ -1,11 +1,11 @@
-"""End jobs in every way at random moments, start them again, and compare with a job that nothing disturbed.
+"""Disturb jobs at random moments, start them again, and compare the results with those of an undisturbed job.
 
   python scripts/torture.py --kinds=kill,stop,flip --trials=20 --folder=/tmp/torture --out=torture.csv
 
-Each trial is a job of configs/tiny.py in a workdir of its own. Its line in the CSV file says what was done and how it
-ended; a trial that has a line is not repeated. A trial holds if the job's second start ends with all the files and
-weights of the undisturbed job, or if a damaged file is named in one line, by the job or, where no start reads the file
-again, by status.py --verify. Kinds:
+Each trial is a job of configs/tiny.py in a workdir of its own. Its line in the CSV file has the disturbance and the
+outcome; a trial that has a line is not repeated. A trial holds if the job's second start ends with the same files and
+weights as the undisturbed job, or if one line names a damaged file. The job prints that line, or status.py --verify
+for files that no start reads again. Kinds:
 
 kill         SIGKILL, at a random time (even trials) or at a random one of its operations on files (odd trials)
 stop         SIGTERM while it trains: exit code 75, or 0 if it was done before
@@ -16,8 +16,7 @@ full         the file system has a random size; then it is made larger
 readonly     the file system turns read-only
 descriptors  the process may open no more files
 vanished     the workdir is moved away, and moved back
-merge        two merges into one --out, the second after a random time: one result, the other one line
-
+merge        two merges into one --out, the second after a random time: one must succeed, the other end with one line
 bucket       SIGKILL, at a random time, of a job in a bucket (docs/reliability.md starts a server for it)
 
 full, readonly, descriptors and vanished must end the job with one line and exit code 74. power, full and readonly need
@@ -116,7 +115,7 @@ class Trial(NamedTuple):
 
     @property
     def address(self) -> str:
-        """The workdir as the job is told."""
+        """The workdir in the job's command line."""
         return f"{BUCKET.value}/bucket_{self.number}" if self.kind == "bucket" else str(self.workdir)
 
     @property
@@ -206,7 +205,7 @@ def rows(workdir: Path) -> int:
 
 
 def kill(trial: Trial) -> Ended:
-    """SIGKILL at a time, or at an operation."""
+    """SIGKILL at a time, or at an operation on files."""
     if trial.at_operation:
         return finish(start(trial.workdir, kill_at=trial.operation))
     process = start(trial.address)
@@ -317,7 +316,7 @@ def power(trial: Trial) -> Ended:
 
 
 def full(trial: Trial) -> Ended:
-    """A file system that is too small."""
+    """Run the job in a file system that is too small."""
     size = trial.chance.randrange(*FULL_AT)
     disk = mount(trial, "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
     ended = finish(start(trial.workdir))
@@ -326,7 +325,7 @@ def full(trial: Trial) -> Ended:
 
 
 def readonly(trial: Trial) -> Ended:
-    """Even trials: a file system that turns read-only, between two writes; odd trials: folders that do."""
+    """Make the file system (even trials) or its folders (odd trials) read-only, between two writes."""
     disk = new_disk(trial)
     process = start(trial.workdir)
     wait(process, trial.seconds)
@@ -340,7 +339,7 @@ def readonly(trial: Trial) -> Ended:
 
 
 def descriptors(trial: Trial) -> Ended:
-    """No more files than are open now, and up to three; after Python's imports, which would end before our code."""
+    """Let the job open at most three more files, after Python's imports, which would end before our code."""
     process = start(trial.workdir)
     while not (trial.workdir / "config.json").exists() and process.poll() is None:
         time.sleep(0.05)
@@ -408,7 +407,7 @@ def try_merges(number: int) -> dict[str, object]:
 
 
 def prepare_merges(folder: Path) -> None:
-    """Each of the two merges alone, and how many seconds it takes."""
+    """Run each of the two merges alone; save the mean number of seconds."""
     began = time.monotonic()
     for eta in ETAS:
         shutil.rmtree(folder / f"alone_{eta}", ignore_errors=True)
@@ -419,7 +418,7 @@ def prepare_merges(folder: Path) -> None:
 
 @contextlib.contextmanager
 def cleaned(trial: Trial) -> Iterator[None]:
-    """Delete what the trial leaves, before and after it."""
+    """Delete all files of the trial, before and after it."""
 
     def clean() -> None:
         run("umount", trial.folder / "mount")

@@ -14,8 +14,9 @@ succeeded, and the next iteration starts after the merge.
 
 A job is requeued and resumes (sbatch --requeue) after a preemption, after the loss of a node, near its time limit, and
 after a failure, except on bad input (exit code 2), if a function of yours failed (70) or after RESTARTS restarts. Five
-minutes before its time limit it is asked to save and end; if it has not ended GRACE seconds later, it is requeued. If a job fails finally,
-Slurm cancels the jobs that depend on it. Run the same command again to resume: finished parts end at once.
+minutes before its time limit it is asked to save and end; if it has not ended GRACE seconds later, it is requeued. If a
+job fails finally, Slurm cancels the jobs that depend on it. Run the same command again to resume: finished parts end at
+once.
 
 Variables (defaults in brackets):
 NODES           hosts per job; with more than one, srun starts one process on each, with --multihost (1)
