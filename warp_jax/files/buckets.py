@@ -52,9 +52,7 @@ def as_path(text: str) -> Path:
     if not importlib.util.find_spec("gcsfs"):
         raise ValueError(f"workdir: {text} needs the package gcsfs: pip install 'warp_jax[gcs]'")
     os.environ["EPATH_USE_TF"] = "false"  # else epath needs TensorFlow's own access to buckets, if it is installed
-    os.environ.setdefault(
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
-    )  # else it asks for the kind of bucket at each call
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # else each call asks for the kind of bucket
     path = _remote_path(text)
     try:
         path.exists()
@@ -187,10 +185,7 @@ class _Lock:
                 told = True
             if lives is None and not seen:
                 holder = found.metadata["owner"]
-                print(
-                    f"waiting up to {STALE:.0f} s to see if {holder}, which holds {self._path}, is running",
-                    file=sys.stderr,
-                )
+                print(f"waiting up to {STALE:.0f} s: is {holder} running, which holds {self._path}?", file=sys.stderr)
             if found.generation != seen:
                 seen, since = found.generation, time.monotonic()
             if lives is False or time.monotonic() - since > STALE:
@@ -205,7 +200,7 @@ class _Lock:
                 self._renew()
 
     def check(self) -> None:
-        """Raise BucketError if another process may hold the lock, now or soon."""
+        """Renew the lock if half of STALE is over; raise BucketError if another process has taken it."""
         if not self._lost and time.monotonic() - self._renewed > STALE / 2:
             self._renew()
         if self._lost:
