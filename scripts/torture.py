@@ -27,7 +27,9 @@ import contextlib
 import csv
 import fcntl
 import hashlib
+import importlib
 import io
+import json
 import os
 import random
 import re
@@ -38,10 +40,12 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
+import jax
 from absl import flags
 
 from warp_jax import cli, files
@@ -58,6 +62,10 @@ BUCKET = flags.DEFINE_string("bucket", "", "gs://BUCKET for the kind bucket.")
 BUCKET_ROOT = flags.DEFINE_string("bucket_root", "", "Folder in which its server keeps the objects of the bucket.")
 
 FIELDS = ("kind", "trial", "seed", "disturbed", "code", "outcome")
+CONFIG = "configs/tiny.py"
+HANGS = 600.0  # seconds
+PRELOADED = ("flax", "optax", "sklearn.feature_extraction.text", "matplotlib.pyplot", "tensorboardX")
+PRELOADED += ("tensorflow_datasets", "tokenizers", "pydantic", "chex", "jinja2.sandbox", "ml_collections.config_flags")
 HELD = ("equal", "named", "named by status.py")
 SHUTDOWN = 0x8004587D, struct.pack("I", 2)  # EXT4_IOC_SHUTDOWN without flushing the journal
 IMAGE_BYTES = 96 * 2**20
@@ -70,23 +78,7 @@ KILLED = 40  # killed jobs, from which those with a damaged file are copied
 # differ between two undisturbed jobs: times, and Orbax's random names (the arrays themselves are compared)
 VARIES = re.compile(r"(starts\.jsonl|error\.log|lock|events\.out\..*)")
 WEIGHTS = ("params", "merged")
-# runs the job, and kills it at its KILL_AT-th operation on a file of the workdir; counts them in the file COUNT
-AT_OPERATION = """
-import atexit, os, runpy, signal, sys
-from pathlib import Path
-EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
-workdir, kill_at, done = sys.argv[-1].partition("=")[2], int(os.environ["KILL_AT"]), 0
-def hook(event, args):
-    global done
-    if event in EVENTS and not isinstance(args[0], int) and os.fsdecode(args[0]).startswith(workdir):
-        done += 1
-        if done == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(hook)
-atexit.register(lambda: Path(os.environ["COUNT"]).write_text(str(done)))
-sys.argv[0] = "main"
-runpy.run_module("warp_jax.main", run_name="__main__", alter_sys=True)
-"""
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 
 
 class Ended(NamedTuple):
@@ -137,24 +129,106 @@ class Trial(NamedTuple):
         return Path(FOLDER.value, f"{self.kind}_{self.number}")
 
 
-def start(workdir: Path | str, *extra: str, kill_at: int = 0) -> subprocess.Popen[str]:
-    """Start the job; kill_at: end it at this operation on files."""
-    folder = Path(FOLDER.value)
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
-    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "KILL_AT": str(kill_at), "COUNT": str(folder / "count")}
-    program = ["-c", AT_OPERATION] if kill_at else ["-m", "warp_jax.main"]
-    command = [sys.executable, *program, "--config=configs/tiny.py", *extra, f"--workdir={workdir}"]
-    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+class Job:
+    """The job in a process of its own, forked from this one, which has imported PRELOADED: that saves a third."""
+
+    def __init__(self, workdir: Path | str, *extra: str, kill_at: int = 0):
+        """kill_at: the operation on files at which the process kills itself; -1 = only count them; 0 = neither."""
+        self._errors = Path(FOLDER.value, "errors.txt")
+        self._code: int | None = None
+        self.pid = os.fork()
+        if not self.pid:
+            _be_job([f"--config={CONFIG}", *extra, f"--workdir={workdir}"], self._errors, str(workdir), kill_at)
+
+    def poll(self) -> int | None:
+        """Exit code, negative for a signal; None if the process runs."""
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def wait(self, seconds: float) -> None:
+        """Wait for some seconds, or until the process ends."""
+        end = time.monotonic() + seconds
+        while self.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+
+    def send(self, number: int) -> None:
+        """Send a signal, unless the process has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def finish(self) -> Ended:
+        """Wait for the end of the process; one that takes longer than HANGS seconds is killed."""
+        self.wait(HANGS)
+        hangs = self.poll() is None
+        self.send(signal.SIGKILL)
+        self.wait(HANGS)
+        errors = self._errors.read_text(errors="replace")
+        return Ended(self._code or 0, f"Traceback: it hangs {errors}" if hangs else errors)
 
 
-def finish(process: subprocess.Popen[str]) -> Ended:
-    """Wait for the end of a process."""
-    _, errors = process.communicate(timeout=600)
-    return Ended(process.returncode, errors)
+def _be_job(arguments: list[str], errors: Path, workdir: str, kill_at: int) -> NoReturn:
+    """Become the job in a forked process."""
+    from warp_jax import main as program  # noqa: PLC0415  it imports tensorstore, which allows no fork afterwards
+
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    done = 0
+
+    def count(event: str, args: tuple[object, ...]) -> None:
+        nonlocal done
+        if event in FILE_EVENTS and isinstance(args[0], str | bytes | os.PathLike):
+            if os.fsdecode(args[0]).startswith(workdir):
+                done += 1
+            if done == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if kill_at:
+        sys.addaudithook(count)
+    sys.argv = ["main", *arguments]  # where ml_collections looks for overrides
+    flags.FLAGS.unparse_flags()
+    code = 1
+    try:
+        program.app.run(program.main, sys.argv, flags_parser=program.parse_flags)
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    if kill_at < 0:
+        errors.with_name("count").write_text(str(done))
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def preload(folder: Path) -> None:
+    """Import libraries for all jobs, which share a cache of compiled programs."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
+    sys.path.insert(0, "")  # configs import other configs from this folder
+    for name in PRELOADED:
+        importlib.import_module(name)
 
 
 def results(workdir: Path) -> dict[str, str]:
     """Hash of every file that is the same in any two jobs of one config, and of the arrays of all weights."""
+    answer = Path(FOLDER.value, "results.json")
+    pid = os.fork()  # tensorstore reads the arrays, and allows no fork afterwards
+    if not pid:
+        try:
+            files.write_json(answer, hashes(workdir))
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    found: dict[str, str] = json.loads(answer.read_text())
+    answer.unlink()
+    return found
+
+
+def hashes(workdir: Path) -> dict[str, str]:
+    """The hashes of `results`."""
     found = {}
     for path in sorted(path for path in workdir.rglob("*") if path.is_file()):
         name = path.relative_to(workdir)
@@ -193,12 +267,6 @@ def named_by_status(workdir: Path) -> bool:
     return run(sys.executable, "scripts/status.py", "--verify", workdir) == cli.BAD_INPUT
 
 
-def wait(process: subprocess.Popen[str], seconds: float) -> None:
-    """Wait for some seconds, or until the process ends."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-
-
 def rows(workdir: Path) -> int:
     """Lines of the metrics of all runs."""
     return sum(path.read_bytes().count(b"\n") for path in workdir.glob("*/run_*/metrics.jsonl"))
@@ -207,32 +275,32 @@ def rows(workdir: Path) -> int:
 def kill(trial: Trial) -> Ended:
     """SIGKILL at a time, or at an operation on files."""
     if trial.at_operation:
-        return finish(start(trial.workdir, kill_at=trial.operation))
-    process = start(trial.address)
-    wait(process, trial.seconds)
-    process.kill()
-    return finish(process)
+        return Job(trial.workdir, kill_at=trial.operation).finish()
+    job = Job(trial.address)
+    job.wait(trial.seconds)
+    job.send(signal.SIGKILL)
+    return job.finish()
 
 
 def stop(trial: Trial) -> Ended:
     """SIGTERM after the first training has begun; the end must be 75, or 0 if the job is done."""
-    process, began = start(trial.workdir), time.monotonic()
-    while not (trial.workdir / "sft" / "metrics.jsonl").exists() and process.poll() is None:
+    job, began = Job(trial.workdir), time.monotonic()
+    while not (trial.workdir / "sft" / "metrics.jsonl").exists() and job.poll() is None:
         time.sleep(0.05)
-    wait(process, trial.seconds - (time.monotonic() - began))
-    process.send_signal(signal.SIGTERM)
-    return finish(process)
+    job.wait(trial.seconds - (time.monotonic() - began))
+    job.send(signal.SIGTERM)
+    return job.finish()
 
 
 def preempt(trial: Trial) -> Ended:
     """SIGTERM after every 60 steps; the last start goes on to the end."""
     done = []
     for _ in range(PREEMPTIONS):
-        process, before = start(trial.workdir, *LONG), rows(trial.workdir)
-        while rows(trial.workdir) < before + STEPS_EACH and process.poll() is None:
+        job, before = Job(trial.workdir, *LONG), rows(trial.workdir)
+        while rows(trial.workdir) < before + STEPS_EACH and job.poll() is None:
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        ended = finish(process)
+        job.send(signal.SIGTERM)
+        ended = job.finish()
         done.append(rows(trial.workdir))
         if ended.code != cli.TRY_AGAIN or done[-1] < before + STEPS_EACH:
             return Ended(1, f"no progress: {done} {ended}")
@@ -252,10 +320,10 @@ def killed_job(number: int, seconds: float) -> Path:
     """The workdir of a job that was killed after so many seconds; made once, and copied for each trial."""
     folder = Path(FOLDER.value, f"killed_{number}")
     while not any(folder.rglob("metrics.jsonl")):
-        process = start(folder)
-        wait(process, seconds)
-        process.kill()
-        finish(process)
+        job = Job(folder)
+        job.wait(seconds)
+        job.send(signal.SIGKILL)
+        job.finish()
         seconds *= 1.5  # it had not written anything
     return folder
 
@@ -303,13 +371,13 @@ def new_disk(trial: Trial) -> Path:
 def power(trial: Trial) -> Ended:
     """Shut the file system down in the middle of the job."""
     disk = new_disk(trial)
-    process = start(trial.workdir)
-    wait(process, trial.seconds)
+    job = Job(trial.workdir)
+    job.wait(trial.seconds)
     root = os.open(disk, os.O_RDONLY)
     fcntl.ioctl(root, *SHUTDOWN)
     os.close(root)
-    process.kill()
-    finish(process)
+    job.send(signal.SIGKILL)
+    job.finish()
     run("umount", disk)
     mount(trial, "-o", "loop", trial.folder / "image")
     return Ended(-signal.SIGKILL)
@@ -319,7 +387,7 @@ def full(trial: Trial) -> Ended:
     """Run the job in a file system that is too small."""
     size = trial.chance.randrange(*FULL_AT)
     disk = mount(trial, "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
-    ended = finish(start(trial.workdir))
+    ended = Job(trial.workdir).finish()
     run("mount", "-o", f"remount,size={ENOUGH}", disk)
     return ended._replace(errors=f"{size} bytes: {ended.errors}")
 
@@ -327,12 +395,12 @@ def full(trial: Trial) -> Ended:
 def readonly(trial: Trial) -> Ended:
     """Make the file system (even trials) or its folders (odd trials) read-only, between two writes."""
     disk = new_disk(trial)
-    process = start(trial.workdir)
-    wait(process, trial.seconds)
+    job = Job(trial.workdir)
+    job.wait(trial.seconds)
     turned = ("chattr", "-R", "+i", trial.workdir) if trial.number % 2 else ("mount", "-o", "remount,ro", disk)
-    while run(*turned) and process.poll() is None:
+    while run(*turned) and job.poll() is None:
         time.sleep(0.01)  # busy while a file is open for writing
-    ended = finish(process)
+    ended = job.finish()
     run("mount", "-o", "remount,rw", disk)
     run("chattr", "-R", "-i", trial.workdir)
     return ended
@@ -340,24 +408,24 @@ def readonly(trial: Trial) -> Ended:
 
 def descriptors(trial: Trial) -> Ended:
     """Let the job open at most three more files, after Python's imports, which would end before our code."""
-    process = start(trial.workdir)
-    while not (trial.workdir / "config.json").exists() and process.poll() is None:
+    job = Job(trial.workdir)
+    while not (trial.workdir / "config.json").exists() and job.poll() is None:
         time.sleep(0.05)
-    wait(process, trial.seconds / 2)
+    job.wait(trial.seconds / 2)
     with contextlib.suppress(OSError):  # ended already
-        most = len(os.listdir(f"/proc/{process.pid}/fd")) + trial.chance.randrange(4)
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (most, most))
-    return finish(process)
+        most = len(os.listdir(f"/proc/{job.pid}/fd")) + trial.chance.randrange(4)
+        resource.prlimit(job.pid, resource.RLIMIT_NOFILE, (most, most))
+    return job.finish()
 
 
 def vanished(trial: Trial) -> Ended:
     """Move the workdir away, and back after the job has ended."""
     away = trial.folder / "away"
-    process = start(trial.workdir)
-    wait(process, trial.seconds)
+    job = Job(trial.workdir)
+    job.wait(trial.seconds)
     with contextlib.suppress(FileNotFoundError):  # not made yet
         trial.workdir.rename(away)
-    ended = finish(process)
+    ended = job.finish()
     if away.exists():
         if trial.workdir.exists():
             return Ended(1, f"it was made again: {ended}")
@@ -383,17 +451,24 @@ def merging(out: Path, eta: float) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+def end_of(process: subprocess.Popen[str]) -> Ended:
+    """Wait for the end of a merge."""
+    _, errors = process.communicate(timeout=HANGS)
+    return Ended(process.returncode, errors)
+
+
 def try_merges(number: int) -> dict[str, object]:
     """Two merges with different etas: the one that ends well must have written --out, the other nothing."""
     chance, folder = random.Random(f"{SEED.value} merge {number}"), Path(FOLDER.value, "merge")
-    right = {eta: hash_of_arrays(folder / f"alone_{eta}" / f"eta_{eta}") for eta in ETAS}
+    right = {eta: hash_of_arrays(folder / f"alone_{eta}" / f"eta_{eta}") for eta in ETAS}  # safetensors
     seconds = chance.uniform(0, float((folder / "seconds").read_text()))
     out = folder / f"out_{number}"
     shutil.rmtree(out, ignore_errors=True)
     processes = [merging(out, ETAS[0])]
-    wait(processes[0], seconds)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        processes[0].wait(seconds)
     processes.append(merging(out, ETAS[1]))
-    ended = [finish(process) for process in processes]
+    ended = [end_of(process) for process in processes]
     codes = [end.code for end in ended]
     lost = ended[codes.index(0) - 1] if 0 in codes else ended[0]
     won = ETAS[codes.index(0)] if 0 in codes else ETAS[0]
@@ -411,7 +486,7 @@ def prepare_merges(folder: Path) -> None:
     began = time.monotonic()
     for eta in ETAS:
         shutil.rmtree(folder / f"alone_{eta}", ignore_errors=True)
-        if ended := finish(merging(folder / f"alone_{eta}", eta)).code:
+        if ended := end_of(merging(folder / f"alone_{eta}", eta)).code:
             cli.fail(f"a merge alone ended with code {ended}")
     files.write_text(folder / "seconds", str((time.monotonic() - began) / len(ETAS)))
 
@@ -444,7 +519,7 @@ def try_one(kind: str, number: int, undisturbed: Undisturbed) -> dict[str, objec
         where = f"operation {operation}" if trial.at_operation else f"{seconds:.2f} s"
         took = time.monotonic() - began
         disturbed = f"{where}: code {first.code} in {took:.1f} s {' '.join(first.errors.split())[-300:]}"
-        ended = finish(start(trial.address, *(LONG if kind == "preempt" else ())))
+        ended = Job(trial.address, *(LONG if kind == "preempt" else ())).finish()
         verdict = outcome(ended, {} if ended.code else results(trial.workdir), undisturbed.results)
         if kind == "flip" and ended.code == 0 and verdict != "equal" and named_by_status(trial.workdir):
             verdict = "named by status.py"
@@ -474,7 +549,7 @@ def undisturbed_job(folder: Path, *extra: str) -> Undisturbed:
     for name in ("first", "undisturbed"):
         shutil.rmtree(folder / name, ignore_errors=True)
         began = time.monotonic()
-        ended = finish(start(folder / name, *extra, kill_at=0 if name == "first" else -1))
+        ended = Job(folder / name, *extra, kill_at=0 if name == "first" else -1).finish()
         seconds = time.monotonic() - began
         if ended.code:
             cli.fail(f"the undisturbed job ended with code {ended.code}: {ended.errors}")
@@ -493,6 +568,7 @@ def main(argv: list[str]) -> None:
     if unknown := sorted(set(KINDS.value) - set(kinds)):
         cli.fail(f"--kinds: got {unknown[0]!r}, want some of {', '.join(kinds)}")
     folder.mkdir(parents=True, exist_ok=True)
+    preload(folder)
     lines: list[dict[str, object]] = list(csv.DictReader(out.open())) if out.exists() else []
     done = {(line["kind"], str(line["trial"])) for line in lines if str(line["seed"]) == str(SEED.value)}
     for kind in KINDS.value:
