@@ -270,6 +270,28 @@ def test_all_processes_end_with_the_code_of_the_one_that_failed(monkeypatch):
     assert sent == [0, 70]
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RewardError("f: raised ConnectionError: connection refused"), 70),
+        (StorageError("/igloo/x is not what was written"), 74),
+        (warp.JobError("no connection"), 2),
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed"), 75),
+        (files.BucketError("gs://b/x: the bucket does not answer (barrier timed out)"), 75),
+    ],
+    ids=repr,
+)
+def test_the_words_of_a_user_are_no_lost_process(error, code, monkeypatch):
+    """Mutation: a reward that cannot reach its judge counts as a lost process, so that launchers try without end."""
+    monkeypatch.setattr(hosts, "_is_alone", lambda: False)
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    monkeypatch.setattr(cli, "_log", lambda error: "x.log")
+    monkeypatch.setattr(cli, "end", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        hosts.end(error)
+    assert ended.value.code == code
+
+
 def test_a_job_without_descriptors_ends_with_one_line(tmp_path):
     """Fails when a library, a thread or the end of the interpreter prints a traceback beside the line."""
     process = start(main_command(TINY, f"--workdir={tmp_path / 'run'}"))

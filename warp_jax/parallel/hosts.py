@@ -159,7 +159,7 @@ def end(error: BaseException, *, bad_input: bool = False) -> NoReturn:
     alone = _is_alone()
     if isinstance(error, SystemExit):  # its message is printed already
         code = int(error.code or 0)
-    elif not alone and _PEER_LOST.match(str(error)):  # JAX raises errors of several types, so their text is read
+    elif not alone and _is_peer_lost(error):
         reason = " ".join(str(error).split())[:200]
         process = f"process {jax.process_index()} of {jax.process_count()}"
         cli.print_error(f"{process} lost the others: {RESTART_HINT} ({reason})")
@@ -169,6 +169,12 @@ def end(error: BaseException, *, bad_input: bool = False) -> NoReturn:
     if not alone and is_first():
         time.sleep(1)  # let the others exit for the same reason first: JAX aborts them when process 0 is gone
     cli.end(code)
+
+
+def _is_peer_lost(error: BaseException) -> bool:
+    """Judge by the text, as JAX raises errors of several types; a BucketError may hold one of them."""
+    is_own = hasattr(error, "exit_code") and not isinstance(error, files.BucketError)
+    return not is_own and bool(_PEER_LOST.match(str(error)))
 
 
 def _is_alone() -> bool:
