@@ -1,5 +1,6 @@
 """A workdir belongs to one config and to one set of rows."""
 
+import importlib.metadata
 import json
 import sys
 
@@ -138,6 +139,23 @@ def test_the_first_start_locks_the_requirements(tmp_path, monkeypatch):
     assert lock.read_text().splitlines() == lines
     _claim(tmp_path, ROWS, accept=["versions"])
     assert lock.read_text() == "jax==9.9"
+
+
+def test_a_project_that_is_not_installed_and_the_rest_of_a_package(tmp_path, monkeypatch):
+    """Fails when a start from the project's folder ends in an error, or the lock names a package without a name."""
+    (tmp_path / "rest-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "None" not in environment.requirements()
+    found = importlib.metadata.distribution
+
+    def without(name):
+        if name == "warp_jax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", without)
+    assert environment.describe()["versions"] == HERE["versions"] | {"warp_jax": "not installed"}
+    assert environment.requirements().startswith("# warp_jax==not installed commit")
 
 
 def test_damaged_starts_are_no_reason_to_refuse(tmp_path):

@@ -15,7 +15,7 @@ LIBRARIES = ("warp_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 def describe() -> dict[str, Any]:
     """Versions of the libraries that results depend on, the commit of warp_jax, Python, devices and XLA's flags."""
     return {
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": {name: _version(name) for name in LIBRARIES},
         "commit": commit(),
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
@@ -38,9 +38,17 @@ def commit() -> str:
 def requirements() -> str:
     """Every installed package with its version, as lines of a requirements file, after a comment with the commit."""
     installed = importlib.metadata.distributions()
-    lines = {f"{package.metadata['Name']}=={package.version}" for package in installed} - {_own()}
+    named = [(package.name, package.version) for package in installed if package.metadata]  # {}: a rest of another
+    lines = {f"{name}=={version}" for name, version in named} - {_own()}
     return "\n".join([f"# {_own()} commit {commit()}", *sorted(lines, key=str.lower)]) + "\n"
 
 
 def _own() -> str:
-    return f"warp_jax=={importlib.metadata.version('warp_jax')}"
+    return f"warp_jax=={_version('warp_jax')}"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # warp_jax in the current folder, as in an image for GKE
+        return "not installed"
