@@ -102,6 +102,17 @@ def test_a_missing_package_is_named(monkeypatch):
         files.as_path("gs://bucket/x")
 
 
+@pytest.mark.parametrize("error", [KeyError, OSError])
+def test_a_user_without_a_name_can_hold_a_lock(monkeypatch, error):
+    """Fails when a container whose user has only a number cannot start."""
+
+    def fail():
+        raise error("uid not found: 1234")
+
+    monkeypatch.setattr(buckets.getpass, "getuser", fail)
+    assert f" of user {os.getuid()} on " in buckets._about_this_process()["owner"]
+
+
 def test_a_missing_bucket_is_named(server):
     """Fails when the error is none that the program reports in one line."""
     path = files.as_path("gs://missing/x/lock")

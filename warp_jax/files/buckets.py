@@ -244,9 +244,16 @@ class _Lock:
 def _about_this_process() -> dict[str, str]:
     host, pid = socket.gethostname(), os.getpid()
     job = os.environ.get("SLURM_JOB_ID", "")
-    name = f"process {pid} of {getpass.getuser()} on {host}" + (f" (job {job})" if job else "")
+    name = f"process {pid} of {_user()} on {host}" + (f" (job {job})" if job else "")
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return {"owner": name, "since": since, "machine": _machine(), "process": _process(pid), "pid": str(pid)}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container, its number may have no name; OSError since Python 3.13
+        return f"user {os.getuid()}"
 
 
 def _lives(about: Mapping[str, str]) -> bool | None:
