@@ -73,6 +73,8 @@ def main(argv: Sequence[str]) -> None:
         cli.fail(str(error))
     except (RuntimeError, OSError) as error:
         cli.fail(f"multihost: no connection to the other processes: {error}", cli.TRY_AGAIN)
+    except (files.BucketError, KeyboardInterrupt) as error:
+        cli.end(cli.report(error))
     try:
         stopping.listen()
         _run(CONFIG.value, workdir)

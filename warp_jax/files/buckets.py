@@ -43,7 +43,7 @@ def as_path(text: str) -> Path:
     """The path of a workdir: a local folder, or gs://BUCKET/FOLDER.
 
     A path in a bucket is no pathlib.Path, but has the methods of one that are used for workdirs. Raises ValueError if
-    the text is neither, or if the bucket cannot be reached.
+    the text is neither or the bucket refuses to be read, BucketError if it does not answer.
     """
     if not _OTHER_SCHEME.match(text):
         return Path(text)
@@ -56,6 +56,8 @@ def as_path(text: str) -> Path:
     path = _remote_path(text)
     try:
         path.exists()
+    except BucketError:  # a lost network is no bad input
+        raise
     except Exception as error:
         raise ValueError(f"workdir: cannot read {text}: {error}") from error
     return cast(Path, path)
