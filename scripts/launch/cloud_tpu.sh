@@ -127,8 +127,9 @@ wait_until_active() {
 }
 
 install_script() { # first commands on each host, safe to repeat: arguments of warp_jax.main
-  local argument lock=""
+  local argument lock="" project=.
   for argument; do [[ $argument != --workdir=* ]] || lock=${argument#--workdir=}/requirements.lock; done
+  [[ $lock != gs://* ]] || project='.[gcs]'
   echo 'set -eu'
   if [[ -n $NFS ]]; then
     echo 'command -v mount.nfs >/dev/null || sudo apt-get -o DPkg::Lock::Timeout=300 install -qq -y nfs-common'
@@ -145,7 +146,7 @@ install_script() { # first commands on each host, safe to repeat: arguments of w
   echo 'commit=$(sed -n "s/^# warp_jax.* commit \([0-9a-f]\{40\}\)$/\1/p" pinned)'
   # shellcheck disable=SC2016
   echo 'git checkout --quiet --detach "${commit:-FETCH_HEAD}"'
-  printf '[ -d .venv ] || uv venv --quiet --python %q; uv pip install --quiet -e . "jax[tpu]" --constraint pinned\n' "$PYTHON"
+  printf '[ -d .venv ] || uv venv --quiet --python %q; uv pip install --quiet -e "%s" "jax[tpu]" --constraint pinned\n' "$PYTHON" "$project"
 }
 
 job_script() { # background job on a host; it writes its exit code to a file

@@ -252,9 +252,17 @@ def test_dry_run_of_cloud_tpu(tmp_path):
         "sudo mount -t nfs 10.0.0.2:/share /mnt/warp",
         "git clone --quiet https://example.com/warp_jax.git warp_jax",
         "git fetch --quiet origin v1",
-        'uv pip install --quiet -e . "jax[tpu]" --constraint pinned',
+        'uv pip install --quiet -e "." "jax[tpu]" --constraint pinned',
     ):
         assert command in ssh[3]
+
+
+def test_a_bucket_needs_its_client_on_the_hosts(tmp_path):
+    """Fails when main ends on every host because gcsfs is missing."""
+    done = _cloud_tpu(tmp_path, "--dry_run", "run", CONFIG, "--workdir=gs://bucket/x")
+    assert (done.returncode, done.stderr) == (0, "")
+    run(["bash", "-c", done.stdout], **_programs(tmp_path, gcloud=""))
+    assert 'uv pip install --quiet -e ".[gcs]" "jax[tpu]"' in _calls(tmp_path)[-1][7]
 
 
 def test_dry_run_of_deleting(tmp_path):
