@@ -49,6 +49,9 @@ MOUNT = flags.DEFINE_string("mount", "/warp", "Folder at which the pods mount th
 NAME = flags.DEFINE_string("name", None, "Name of the JobSet: lower-case letters, digits and -.")
 RESTARTS = flags.DEFINE_integer("restarts", 20, "Restarts of a job after failures, per host, before it fails.", 0)
 SPOT = flags.DEFINE_bool("spot", False, "Use spot nodes.")
+ACCEPT = flags.DEFINE_string(
+    "accept", "", "Inputs that may have changed since the workdir was made: see warp_jax.main."
+)
 OUT = flags.DEFINE_string("out", "", "File to write with the manifest; default: stdout.")
 
 
@@ -164,7 +167,8 @@ def main(argv: list[str]) -> None:
     try:
         hosts = count_hosts(ACCELERATOR.value, TOPOLOGY.value)
         check_flags(warp.num_iterations, warp.num_runs, hosts)
-        arguments = [*config_arguments(sys.argv[1:]), f"--workdir={WORKDIR.value}"]
+        accept = [f"--accept={ACCEPT.value}"] if ACCEPT.value else []
+        arguments = [*config_arguments(sys.argv[1:]), f"--workdir={WORKDIR.value}", *accept]
         manifest = json.dumps(make_jobset(arguments, warp.num_iterations, warp.num_runs, hosts), indent=2)  # also YAML
         if OUT.value:
             files.write_text(Path(OUT.value), f"{manifest}\n")

@@ -44,6 +44,7 @@ from warp_jax import cli
 
 config = config_flags.DEFINE_config_file("config")
 flags.DEFINE_string("workdir", None, "")
+flags.DEFINE_string("accept", "", "")
 example = "--config=configs/gemma_7b.py --workdir=runs/gemma_7b"
 cli.parse_flags(sys.argv, required=("config", "workdir"), example=example, load=lambda: config.value and config.value.seed)
 print(config.value.warp.num_iterations, config.value.warp.num_runs)

@@ -54,7 +54,7 @@ def _jobset(*arguments):
 @pytest.fixture(scope="module")
 def jobset(tmp_path_factory):
     out = tmp_path_factory.mktemp("jobset") / "jobset.yaml"
-    values = ["--config.warp.num_runs=3", "--config.front.etas=(0.1, 1.0)"]
+    values = ["--config.warp.num_runs=3", "--config.front.etas=(0.1, 1.0)", "--accept=device"]
     done = _jobset("--accelerator=v5p", "--topology=4x4x8", *values, "--restarts=7", "--spot", f"--out={out}")
     assert (done.returncode, done.stderr) == (0, "")
     return yaml.safe_load(out.read_text())
@@ -90,7 +90,7 @@ def test_commands_of_a_jobset(jobset):
     }.items():
         (container,) = pods[name]["containers"]
         tail = [what, f"--iteration={name[1]}", "--multihost"]
-        assert container["command"] == [*head, "--workdir=/warp/runs/x", *tail]
+        assert container["command"] == [*head, "--workdir=/warp/runs/x", "--accept=device", *tail]
         environment = {entry["name"]: entry["value"] for entry in container["env"]}
         assert environment == {
             "JAX_PLATFORMS": "tpu,cpu",
@@ -418,7 +418,7 @@ def test_slurm_submits_runs_and_merges_in_order(tmp_path):
     (tmp_path / "ids").write_text("101;main\n102;main\n103;main\n104;main\n")
     environment = _programs(tmp_path, sbatch="next ids")
     environment |= {"NODES": "2", "SBATCH_OPTIONS": "--partition=gpu  --time=60"}
-    command = [*SLURM, "--config.warp.num_runs=3"]
+    command = [*SLURM, "--config.warp.num_runs=3", "--accept=device"]
     dry = run([command[0], "--dry_run", *command[1:]], **environment)
     assert (dry.returncode, dry.stderr, _calls(tmp_path)) == (0, "", [])
     done = run(command, **environment)
@@ -431,7 +431,7 @@ def test_slurm_submits_runs_and_merges_in_order(tmp_path):
     expected = []
     for i, what, options in jobs:
         name = f"--job-name=warp_{'runs' if what == 'run' else what}_{i}"
-        job = [str(SLURM[0]), "inside", what, str(i), *ARGUMENTS, "--config.warp.num_runs=3"]
+        job = [str(SLURM[0]), "inside", what, str(i), *ARGUMENTS, "--config.warp.num_runs=3", "--accept=device"]
         expected.append(["sbatch", "--parsable", name, *common, *options, *job])
     assert _calls(tmp_path) == expected
     text = dry.stdout
