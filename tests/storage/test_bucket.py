@@ -23,6 +23,7 @@ from warp_jax import cli, files, main
 from warp_jax.experiment import status
 from warp_jax.files import buckets
 from warp_jax.storage import checkpoint, manifest
+from warp_jax.training import loop
 from warp_jax.training.metric_writer import MetricWriter
 from warp_jax.types import StorageError
 
@@ -266,6 +267,14 @@ def test_weights_without_a_manifest_do_not_exist(folder):
     assert not checkpoint.has_params(folder / "params")
     checkpoint.save_params(folder / "params", TREE)
     assert same(checkpoint.restore_params(folder / "params", LIKE))
+
+
+def test_a_replay_leaves_out_a_state_without_a_manifest(folder):
+    """Fails when a replay reads what a killed save has left."""
+    checkpoint.save_params(folder / "state" / "2", TREE)
+    (folder / "state" / "4" / "x").write_bytes(b"part")
+    state = loop.state_before(lambda state, step: (state, {}), lambda: LIKE, folder, 5)
+    assert same(state)
 
 
 def test_a_folder_begun_to_be_deleted_does_not_exist(folder, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 
 from warp_jax import files
 from warp_jax.storage import checkpoint, manifest, weight_files
+from warp_jax.training import loop
 from warp_jax.types import StorageError
 
 TREE = {"layer": {"kernel": jnp.arange(600.0).reshape(20, 30), "bias": jnp.ones(30)}, "step": jnp.int32(7)}
@@ -185,6 +186,7 @@ def test_states_of_an_earlier_version_are_restored(tmp_path):
     store = checkpoint.StateStore(tmp_path / "state", tmp_path / "log")
     assert store.latest_step() == 4
     equal(store.restore(4, checkpoint.abstract(TREE)), TREE)
+    equal(loop.state_before(None, lambda: TREE, tmp_path, 4), TREE)  # of a replay
 
 
 def test_what_a_killed_save_left_is_deleted(tmp_path):

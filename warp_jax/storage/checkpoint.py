@@ -148,9 +148,7 @@ class StateStore:
 
     def restore(self, step: int, like: Any) -> Any:
         """Restore the state after `step` steps with the structure and shardings of `like` (jax.ShapeDtypeStruct)."""
-        path = self._directory / str(step)
-        older = path / "default"  # where earlier versions saved it
-        return _restore(older if hosts.exists(older) else path, like)
+        return _restore(self._directory / str(step), like)
 
     def close(self) -> None:
         """Wait until saving has finished."""
@@ -188,6 +186,8 @@ class StateStore:
 
 
 def _restore(path: Path, like: Any) -> Any:
+    older = path / "default"  # where earlier versions saved a state
+    path = older if hosts.exists(older) else path
     with _reaching(path), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(_absolute(path), like)
 

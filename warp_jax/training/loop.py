@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from warp_jax import files
 from warp_jax.models import partitioning
 from warp_jax.parallel import hosts, meshes, stopping
-from warp_jax.storage import checkpoint
+from warp_jax.storage import checkpoint, manifest
 from warp_jax.training import metric_writer
 from warp_jax.training.metric_writer import MetricWriter
 from warp_jax.types import GuardError, Params, RewardError
@@ -175,8 +175,8 @@ def state_before(step_fn: StepFn[State], init: Callable[[], State], directory: P
     """State before a step, made from the newest saved state up to that step, or else from init(). Writes nothing."""
 
     def find() -> int:
-        steps = [int(path.name) for path in (directory / "state").glob("*") if path.name.isdigit()]
-        return max((number for number in steps if number <= step), default=0)
+        saved = [path for path in (directory / "state").glob("*") if path.name.isdigit() and manifest.is_complete(path)]
+        return max((number for number in (int(path.name) for path in saved) if number <= step), default=0)
 
     start = hosts.number_of_first(find)
     saved = directory / "state" / str(start)
