@@ -270,12 +270,20 @@ MACRO = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% end
         "{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}",
         "{% for i in range(99999) %}{% for j in range(9) %}{% endfor %}{% endfor %}",
         MACRO,
+        "{% set x = 'a ' * 99999 %}" + "{% set y = x | wordwrap(1) %}" * 99,
     ],
 )
 def test_a_template_that_does_not_end_is_stopped(monkeypatch, source):
     """Fails when loops or macros are not watched, or each loop has a limit of its own: all these end by themselves."""
     monkeypatch.setattr(chat, "RENDER_SECONDS", 0.01)
     with pytest.raises(ValueError, match="computed for more than"):
+        _render(source, FIRST)
+
+
+@pytest.mark.parametrize("source", ["{{ lipsum(n=9) }}", "{{ [1] | slice(9) }}", "{{ [1] | batch(9, 2) }}"])
+def test_loops_inside_jinja_are_refused(source):
+    """Fails when a template can loop where nothing watches: as often as its number says."""
+    with pytest.raises(ValueError, match=r"chat template: .*(lipsum|slice|batch)"):
         _render(source, FIRST)
 
 

@@ -9,7 +9,7 @@ import functools
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -147,7 +147,11 @@ class _Dict:
 @functools.lru_cache(maxsize=8)
 def _compile(source: str) -> Template:
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
-    environment.filters |= {"tojson": _to_json, "stopping": _stopping}
+    for name in ("slice", "batch"):  # loops of jinja2, as long as a number of the template
+        del environment.filters[name]
+    del environment.globals["lipsum"]  # another
+    timed = {name: _timed(function) for name, function in environment.filters.items()}
+    environment.filters |= timed | {"tojson": _to_json, "stopping": _stopping}
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
@@ -166,8 +170,19 @@ def _stopping(items: Iterable[Any]) -> Iterator[Any]:
         yield item
 
 
+def _timed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same filter, called only if there is time."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        _check_time()
+        return function(*args, **kwargs)
+
+    return call
+
+
 def _check_time() -> None:
-    """Raise if the template has computed for too long. Called in each round of a loop and at each call of a macro."""
+    """Raise if the template has computed for too long. Called in each round of a loop, at each call and filter."""
     if time.thread_time() > _limit.end:
         raise TemplateRuntimeError(f"it computed for more than {RENDER_SECONDS:g} seconds; simplify it")
 
