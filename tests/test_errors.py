@@ -216,9 +216,10 @@ def test_a_script_ends_with_one_line(tmp_path, last, code, line):
     assert ("in main" in log) == bool(line)
 
 
-def test_an_output_that_nobody_reads(tmp_path):
+@pytest.mark.parametrize("last", ["return", "sys.exit(0)"])
+def test_an_output_that_nobody_reads(tmp_path, last):
     """Mutation: stdout is flushed by the interpreter only, which prints a traceback."""
-    process = start(_program(tmp_path, "return"), ENV | {"PYTHONUNBUFFERED": ""})
+    process = start(_program(tmp_path, last), ENV | {"PYTHONUNBUFFERED": ""})
     process.stdout.close()
     process.stdout = None
     code, _, errors = finish(process)

@@ -238,12 +238,16 @@ def run(main: Callable[[list[str]], object], **wanted: Any) -> None:
     def run_main(argv: list[str]) -> None:
         keep_quiet()
         try:
-            main(argv)
+            try:
+                main(argv)
+            except SystemExit as ended:
+                if ended.code:
+                    raise
             sys.stdout.flush()
         except SystemExit as ended:
-            if not ended.code or isinstance(ended.code, str):
+            if isinstance(ended.code, str):
                 raise
-            end(int(ended.code))
+            end(int(ended.code or 0))
         except BaseException as error:
             end(report(error))
 

@@ -110,7 +110,7 @@ def _replay(settings: Settings, workdir: Path, path: Path) -> NoReturn:
     inputs.check(settings)
     text, broken = replay.replay(settings, preparation.load_corpora(settings), workdir, path)
     if hosts.is_first():
-        print(text)
+        print(text, flush=True)
     sys.exit(cli.BAD_INPUT if broken else 0)
 
 
