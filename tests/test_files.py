@@ -1,7 +1,10 @@
 """Atomic writes of files and folders."""
 
+import errno
+import fcntl
 import json
 import os
+import time
 
 import pytest
 
@@ -96,3 +99,25 @@ def test_staging_leaves_nothing_after_an_error_and_deletes_what_a_kill_left(tmp_
     with pytest.raises(ZeroDivisionError):
         _publish(tmp_path / "out", then=lambda: 1 / 0)
     assert set(tmp_path.iterdir()) == kept
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):
+    """Fails when a file system that syncs files only is refused, or a file that cannot be synced passes."""
+
+    def refuse(descriptor):
+        raise OSError(errno.EINVAL, "no")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    files.sync(tmp_path)
+    (tmp_path / "x").touch()
+    with pytest.raises(OSError, match="no"):
+        files.sync(tmp_path / "x")
+
+
+def test_a_lock_that_is_held_for_a_moment_is_waited_for(tmp_path, monkeypatch):
+    """Fails when status.py, which looks at a lock, makes a job end as if another one ran."""
+    with (tmp_path / "lock").open("w") as looked_at:
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+        monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(looked_at, fcntl.LOCK_UN) if seconds else None)
+        with files.locked(tmp_path / "lock"):
+            pass

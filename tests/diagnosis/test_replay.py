@@ -8,6 +8,7 @@ import pytest
 
 from tests.settings_of import settings_of
 from warp_jax.diagnosis import replay
+from warp_jax.experiment import workdir
 
 NAN, INF = float("nan"), float("inf")
 
@@ -73,6 +74,6 @@ def test_nothing_is_made_that_is_missing(tmp_path):
     """Fails when a replay trains SFT, or another input of its part, and saves it."""
     for name in ("tokenizer.json", "sft/params", "gold/gold.json", "reward_model/params", "iteration_1/merged"):
         with pytest.raises(ValueError, match=f"{name} is missing, and iteration 2 run 1 needs it"):
-            replay.check_inputs(settings_of(), tmp_path, "iteration 2 run 1", 2)
+            workdir.check_ingredients(settings_of(), tmp_path, "iteration 2 run 1", 2)
         (tmp_path / name).mkdir(parents=True)
-    replay.check_inputs(settings_of(), tmp_path, "iteration 2 run 1", 2)
+    workdir.check_ingredients(settings_of(), tmp_path, "iteration 2 run 1", 2)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import sys
 
 import jax
@@ -107,13 +108,15 @@ OTHERS = {
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_another_library_or_device_is_refused_until_it_is_accepted(tmp_path, monkeypatch, kind):
-    """Fails when one of them is not compared, or is compared with another start than the last."""
+    """Fails when one of them is not compared, or is compared with one start only."""
     _claim(tmp_path, ROWS)
     other, words = OTHERS[kind]
     monkeypatch.setattr(environment, "describe", lambda: other)
     with pytest.raises(ValueError, match=rf"{words}.*--accept={kind}$"):
         _claim(tmp_path, ROWS, accept=set(OTHERS) - {kind})
     _claim(tmp_path, ROWS, accept=[kind])
+    _claim(tmp_path, ROWS)
+    monkeypatch.setattr(environment, "describe", lambda: HERE)  # parts of a job may run on both
     _claim(tmp_path, ROWS)
 
 
@@ -139,6 +142,9 @@ def test_the_first_start_locks_the_requirements(tmp_path, monkeypatch):
     assert lock.read_text().splitlines() == lines
     _claim(tmp_path, ROWS, accept=["versions"])
     assert lock.read_text() == "jax==9.9"
+    lock.write_text("jax==8.8")
+    with pytest.raises(StorageError, match=r"requirements\.lock is not what was written"):
+        _claim(tmp_path, ROWS)
 
 
 def test_a_project_that_is_not_installed_and_the_rest_of_a_package(tmp_path, monkeypatch):
@@ -156,6 +162,21 @@ def test_a_project_that_is_not_installed_and_the_rest_of_a_package(tmp_path, mon
     monkeypatch.setattr(importlib.metadata, "distribution", without)
     assert environment.describe()["versions"] == HERE["versions"] | {"warp_jax": "not installed"}
     assert environment.requirements().startswith("# warp_jax==not installed commit")
+
+
+def test_files_of_a_killed_process_are_noted_or_deleted(tmp_path):
+    """Fails when a tokenizer without a checksum stays unchecked, or a half-written file stays for ever."""
+    _claim(tmp_path, ROWS)
+    folder = tmp_path / "run"
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "sft").mkdir()
+    old, new = folder / "sft" / ".summary.json.1234.partial", folder / ".front.csv.5678.partial"
+    for path in (old, new):
+        path.write_text("half")
+    os.utime(old, (1, 1))
+    _claim(tmp_path, ROWS)
+    assert manifest.is_noted(folder, "tokenizer.json")
+    assert (old.exists(), new.exists()) == (False, True)
 
 
 def test_damaged_starts_are_no_reason_to_refuse(tmp_path):

@@ -133,6 +133,20 @@ def test_files_beside_weights_are_checked_with_them(tmp_path, name):
     assert manifest.damage(tmp_path / "params") == f"{tmp_path / name} is not what was written"
 
 
+def test_names_in_manifests_stay_near_their_folder(tmp_path):
+    """Mutation: a log, or a noted file, may lie anywhere."""
+    checkpoint.save_params(tmp_path / "params", TREE)
+    files.write_text(tmp_path / "x", "x")
+    written = files.read_json(tmp_path / "params" / manifest.NAME)
+    for name in ("../x", "../../../x", str(tmp_path / "x"), "../y/../x", "x/../../x"):
+        logs = {name: manifest.describe(tmp_path / "x")}
+        files.write_json(tmp_path / "params" / manifest.NAME, {**written, "logs": logs})
+        assert bool(manifest.damage(tmp_path / "params")) == (name != "../x")
+    for name in ("../x", str(tmp_path / "x"), "params/../x"):
+        files.write_json(tmp_path / "params" / manifest.CHECKSUMS, {name: manifest.describe(tmp_path / "x")})
+        assert "checksums.json is not what was written" in manifest.changed(tmp_path / "params")
+
+
 def test_a_folder_of_an_earlier_version_has_no_manifest(tmp_path):
     with ocp.StandardCheckpointer() as saver:
         saver.save(tmp_path / "params", TREE)

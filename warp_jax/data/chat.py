@@ -147,11 +147,9 @@ class _Dict:
 @functools.lru_cache(maxsize=8)
 def _compile(source: str) -> Template:
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
-    for name in ("slice", "batch"):  # loops of jinja2, as long as a number of the template
-        del environment.filters[name]
-    del environment.globals["lipsum"]  # another
-    timed = {name: _timed(function) for name, function in environment.filters.items()}
-    environment.filters |= timed | {"tojson": _to_json, "stopping": _stopping}
+    del environment.globals["lipsum"]  # a loop inside jinja2
+    limited = {name: _limited(function) for name, function in environment.filters.items()}
+    environment.filters |= limited | {"tojson": _to_json, "stopping": _stopping}
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
@@ -170,12 +168,15 @@ def _stopping(items: Iterable[Any]) -> Iterator[Any]:
         yield item
 
 
-def _timed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same filter, called only if there is time."""
+def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same filter, called only if there is time; it may not loop or fill up to a number above MOST_ITEMS."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         _check_time()
+        for count in (*args[1:], *kwargs.values()):
+            if isinstance(count, int) and count > MOST_ITEMS:
+                raise SecurityError(f"a filter with a number above {MOST_ITEMS} is refused")
         return function(*args, **kwargs)
 
     return call

@@ -42,7 +42,7 @@ def replay(settings: Settings, corpora: Mapping[str, Corpus], folder: Path, path
     workdir.check_unchanged(settings, folder, corpora)
     part, number = read(path, settings)
     run = RUN.fullmatch(part)
-    check_inputs(settings, folder, part, int(run[1]) if run else 0)
+    workdir.check_ingredients(settings, folder, part, int(run[1]) if run else 0)
     with JobProgress(0, quiet=True) as progress:
         if run:
             step = _rl_step(settings, corpora, folder, progress, (int(run[1]), int(run[2]), number))
@@ -101,22 +101,6 @@ def read(path: Path, settings: Settings) -> tuple[str, int]:
             f"file that this job wrote"
         )
     return part, step
-
-
-def check_inputs(settings: Settings, folder: Path, part: str, iteration: int) -> None:
-    """Raise ValueError if an input of the part is missing: a replay must not make and save it."""
-    needed = [] if settings.model.source else ["tokenizer.json"]
-    if part != "sft" and settings.sft.num_steps:
-        needed.append("sft/params")
-    if iteration:
-        needed += ["gold/gold.json"] * (settings.gold.source == "tfidf")
-        needed += ["reward_model/params"] * settings.needs_reward_model
-        needed += [f"iteration_{before}/merged" for before in range(1, iteration)]
-    for name in needed:
-        if not hosts.exists(folder / name):
-            raise ValueError(
-                f"replay: {folder / name} is missing, and {part} needs it; start the job without --replay first"
-            )
 
 
 def _rl_step(

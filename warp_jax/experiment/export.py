@@ -11,7 +11,7 @@ from warp_jax.data import batches
 from warp_jax.evaluation import measure, statistics
 from warp_jax.experiment import preparation
 from warp_jax.experiment.stages import Workdir
-from warp_jax.experiment.workdir import check_rows_unchanged
+from warp_jax.experiment.workdir import check_ingredients, check_rows_unchanged
 from warp_jax.merging import rounding
 from warp_jax.models import partitioning
 from warp_jax.models.apply import param_shapes
@@ -20,7 +20,7 @@ from warp_jax.parallel import meshes
 from warp_jax.pretrained import hf_config, hf_weights
 from warp_jax.progress import JobProgress
 from warp_jax.storage import model_files, weight_files
-from warp_jax.types import Params
+from warp_jax.types import Params, StorageError
 
 REPORT, GENERATION = model_files.EXPORT_REPORT, "generation_config.json"
 
@@ -94,6 +94,7 @@ def _compared(job: Workdir, policies: dict[str, Params], sft: Params, prompts: i
     try:
         corpora = preparation.load_corpora(settings)
         check_rows_unchanged(settings.data.source, corpora, job.path)
+        check_ingredients(settings, job.path, "an evaluation")
         with JobProgress(0, quiet=True) as progress:
             _, _, examiner = preparation.prepare(settings, corpora, job.path, progress)
         # whole batches draw the completions of the saved evaluations
@@ -104,7 +105,7 @@ def _compared(job: Workdir, policies: dict[str, Params], sft: Params, prompts: i
             frozen_params={},
         )
         found = {name: measure.evaluate(examiner, params) for name, params in policies.items()}
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, StorageError) as error:
         return {"skipped": str(error)}
     result: dict[str, Any] = {"prompts": -(-count // samples), "completions": count}
     for name in ("reward", "sft_kl"):

@@ -1,6 +1,7 @@
 """A workdir: the config that it belongs to, and fingerprints of the models, rows and reward functions used in it."""
 
 import datetime
+import functools
 import hashlib
 import importlib
 import json
@@ -25,6 +26,7 @@ DATA = "data.json"
 STARTS = "starts.jsonl"  # one line per start: time, environment, accepted changes
 REQUIREMENTS = "requirements.lock"  # all packages of the first start, for launchers
 ACCEPTABLE = ("data", "models", "rewards", "versions", "device")  # what --accept lets change
+MADE = ("tokenizer.json", "gold/gold.json", "gold/summary.json")  # single files that a job makes
 LOCK = "lock"  # held while a job claims the workdir, or makes the inputs that all runs share
 # settings that may change on resume; another mesh changes rounding only
 MAY_CHANGE = re.compile(r"checkpoint_(every|minutes) |report\.|front\.|health\.|mesh |(gold|rewards\.[^ ]+)\.timeout ")
@@ -48,6 +50,7 @@ def claim(
         _check_owner(settings, workdir)  # before the lock, which is a file in there
         with files.locked(workdir / LOCK, on_wait):
             _check_owner(settings, workdir)
+            files.delete_litter(workdir)
             check_made(workdir)
             _check_environment(workdir, here, accept)
             models = _model_fingerprints(settings) if "models" in accept else check_models_unchanged(settings, workdir)
@@ -59,6 +62,10 @@ def claim(
                     files.write_json(workdir / name, content)
             if not (workdir / REQUIREMENTS).exists() or "versions" in accept:
                 files.write_text(workdir / REQUIREMENTS, environment.requirements())
+                manifest.note(workdir, REQUIREMENTS, again=True)
+            for name in MADE:
+                if (workdir / name).exists() and not manifest.is_noted(workdir, name):
+                    manifest.note(workdir, name)  # a process was killed before it could
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             start = {"time": now, **here, "accepted": sorted(accept)}
             files.write_text(workdir / STARTS, _starts(workdir) + json.dumps(start) + "\n")
@@ -87,35 +94,61 @@ def _starts(workdir: Path) -> str:
 
 
 def _check_environment(workdir: Path, here: Mapping[str, Any], accept: Collection[str]) -> None:
-    """Compare versions and devices with those of the last start; print differences that leave the results as they are.
+    """Compare versions and device with all starts; print what else has changed since the last one.
 
-    Raises ValueError if libraries or the kind of device have changed and `accept` does not name them: they may round
-    differently.
+    Raises ValueError if no start had these versions, or this kind of device, and `accept` does not name them: they may
+    round differently.
     """
-    try:
-        before = json.loads(_starts(workdir).splitlines()[-1])
-        was = {kind: before[kind] for kind in ("versions", "device")}
-        versions = [f"{name} {was['versions'].get(name, '?')}" for name in here["versions"]]
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError):
-        return  # no start yet, or one of an earlier version of warp_jax
-    found = {"versions": [f"{name} {version}" for name, version in here["versions"].items()], "device": here["device"]}
-    for kind, old in {"versions": versions, "device": was["device"]}.items():
-        if old != found[kind] and kind not in accept:
-            changes = [(old, found[kind])] if kind == "device" else zip(versions, found[kind], strict=True)
-            first = next(f"{a}, now {b}" for a, b in changes if a != b)
-            raise ValueError(
-                f"workdir {workdir} was made with {first}, which may round differently; go back to it, or choose "
-                f"another --workdir{_or_accept(kind)}"
+    starts = [start for line in _starts(workdir).splitlines() if (start := _parsed(line))]
+    if not starts:
+        return
+    for kind in ("versions", "device"):
+        if kind not in accept and here[kind] not in [start[kind] for start in starts]:
+            was, now = (
+                [f"{name} {version}" for name, version in given.items()] if kind == "versions" else [given]
+                for given in (starts[-1][kind], here[kind])
             )
-    noted = [key for key in ("commit", "python", "devices", "processes", "xla_flags") if before.get(key) != here[key]]
-    for key in noted:
-        print(f"note: {key} was {before.get(key)!r} at the last start, now {here[key]!r}", file=sys.stderr)
+            first, then = next(pair for pair in zip(was, now, strict=False) if pair[0] != pair[1])
+            raise ValueError(
+                f"workdir {workdir} was made with {first}, now {then}, which may round differently; go back to it, or "
+                f"choose another --workdir{_or_accept(kind)}"
+            )
+    for key in ("commit", "python", "devices", "processes", "xla_flags"):
+        if starts[-1].get(key) != here[key]:
+            print(f"note: {key} was {starts[-1].get(key)!r} at the last start, now {here[key]!r}", file=sys.stderr)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A line of STARTS; None if it is broken, or of an earlier version of warp_jax."""
+    try:
+        start = json.loads(line)
+        return start if start["versions"].keys() >= {"jaxlib"} and start["device"] else None
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None
 
 
 def check_made(workdir: Path) -> None:
     """Raise StorageError if the tokenizer or the gold reward of the workdir is damaged."""
     if damage := manifest.changed(workdir):
         raise StorageError(f"{damage}; delete it to make it again")
+
+
+def check_ingredients(settings: Settings, workdir: Path, part: str, iteration: int = 1) -> None:
+    """Raise ValueError if something is missing that a part of the job needs, and that a job would make and save.
+
+    part: "sft", "reward_model", or the name of a part that needs both. iteration: it needs the merges of those before.
+    """
+    needed = [] if settings.model.source else ["tokenizer.json"]
+    if part != "sft" and settings.sft.num_steps:
+        needed.append("sft/params")
+    if part not in ("sft", "reward_model"):
+        needed += ["gold/gold.json"] * (settings.gold.source == "tfidf")
+        needed += ["reward_model/params"] * settings.needs_reward_model
+        needed += [f"iteration_{before}/merged" for before in range(1, iteration)]
+    for name in needed:
+        path = workdir / name
+        if not hosts.number_of_first(path.exists if path.suffix else functools.partial(manifest.is_complete, path)):
+            raise ValueError(f"{workdir / name} is missing, and {part} needs it; start the job first, to make it")
 
 
 def read_settings(workdir: Path) -> Settings:

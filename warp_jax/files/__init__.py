@@ -14,10 +14,11 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from warp_jax.files import buckets
 from warp_jax.files.buckets import BucketError as BucketError  # for others
@@ -26,6 +27,7 @@ from warp_jax.files.buckets import is_remote
 
 PIECE = 1 << 16  # bytes per piece of a file in a fingerprint
 ANOTHER = "another process"
+DAY = 86_400.0  # seconds
 _kept: set[Path] = set()
 
 
@@ -60,6 +62,14 @@ def make_folder(folder: Path) -> None:
         sync(folder.parent)
 
 
+def delete_litter(folder: Path) -> None:
+    """Delete files that killed processes of more than a day ago left half-written, in a folder and those below it."""
+    for path in folder.rglob(".*.partial") if not is_remote(folder) else ():
+        with contextlib.suppress(OSError):
+            if path.is_file() and time.time() - path.stat().st_mtime > DAY:
+                path.unlink()
+
+
 def keep(folder: Path) -> None:
     """Note that a folder exists and must stay: if it vanishes, the next write into it raises FileNotFoundError."""
     if not is_remote(folder):
@@ -73,6 +83,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems cannot sync folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -250,14 +263,22 @@ def locked(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator
         return
     make_folder(path.parent)
     with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not (_lock_now(file) or _lock_now(file, after=0.05)):  # status.py holds a lock for a moment, to look
             if on_wait is None:
-                raise
+                raise BlockingIOError(f"{path} is held by {ANOTHER}")
             on_wait(ANOTHER)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _lock_now(file: IO[str], after: float = 0.0) -> bool:
+    """Lock an open file; False if another process holds the lock. after: seconds to wait first."""
+    time.sleep(after)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def owner(path: Path) -> str:

@@ -5,11 +5,12 @@ downloaded to write or check a manifest; a folder without a manifest is unfinish
 """
 
 import base64
-import contextlib
+import functools
 import hashlib
-import mmap
+import io
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,10 +22,12 @@ from warp_jax.types import StorageError
 
 NAME = "manifest.json"
 CHECKSUMS = "checksums.json"  # of single files, in the folder that their names are relative to
-HASHES: dict[str, Callable[[memoryview], str]] = {
-    "xxh3": xxhash.xxh3_128_hexdigest,
-    "md5": lambda content: base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode(),
+HASHES: dict[str, Callable[[], Any]] = {
+    "xxh3": xxhash.xxh3_128,
+    "md5": functools.partial(hashlib.md5, usedforsecurity=False),
 }
+PIECE = 1 << 20  # bytes that are read at a time
+LOG = re.compile(r"(\.\./){1,2}[^/]+")  # beside the folder, or beside the folder that holds it
 
 
 def is_complete(folder: Path) -> bool:
@@ -64,6 +67,8 @@ def damage(folder: Path, *, with_logs: bool = True) -> str:
     try:
         manifest = files.read_json(path)
         wanted, logs = manifest["files"], manifest["logs"] if with_logs else {}
+        if not all(map(LOG.fullmatch, logs)):
+            raise ValueError
         found = _contents(folder)
         if odd := sorted(wanted.keys() ^ found.keys()):
             return f"{folder / odd[0]} is {'missing' if odd[0] in wanted else 'not in its manifest'}"
@@ -79,21 +84,31 @@ def damage(folder: Path, *, with_logs: bool = True) -> str:
     return ""
 
 
-def note(folder: Path, name: str) -> None:
-    """Note the checksum of a complete file, for `changed`. Raises StorageError if it noted another one before."""
+def note(folder: Path, name: str, *, again: bool = False) -> None:
+    """Note the checksum of a complete file, for `changed`.
+
+    Raises StorageError if another one is noted, unless `again` says that the file may have changed.
+    """
     noted = _noted(folder)
     found = describe(folder / name)
-    if noted.get(name, found) != found:
+    if not again and noted.get(name, found) != found:
         raise StorageError(
             f"{folder / name} was made again, and is not what it was; restore it, or choose another --workdir"
         )
     files.write_json(folder / CHECKSUMS, {**noted, name: found})
 
 
+def is_noted(folder: Path, name: str) -> bool:
+    """True if the checksum of a file is noted."""
+    return name in _noted(folder)
+
+
 def changed(folder: Path) -> str:
     """Say which noted file exists but has changed, the first one only; "" = none."""
     try:
         for name, was in _noted(folder).items():
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError
             if (folder / name).exists() and describe(folder / name) != was:
                 return f"{folder / name} is not what was written"
     except (ValueError, OSError):  # a broken file, or impossible names in it
@@ -107,18 +122,24 @@ def _noted(folder: Path) -> dict[str, Any]:
 
 
 def describe(path: Path, size: int | None = None, kind: str = "xxh3") -> dict[str, Any]:
-    """Size in bytes and checksum of a file, or of at most its first `size` bytes."""
-    if not path.is_file() or not files.size(path):  # an empty file cannot be mapped
-        return {"size": 0, kind: HASHES[kind](memoryview(b""))}
-    with contextlib.ExitStack() as stack:
-        content: Any = path.read_bytes() if files.is_remote(path) else _mapped(path, stack)
-        beginning = stack.enter_context(stack.enter_context(memoryview(content))[:size])
-        return {"size": len(beginning), kind: HASHES[kind](beginning)}
+    """Size in bytes and checksum of a file, or of its first `size` bytes, or of what it has of them."""
+    hasher, length = HASHES[kind](), 0
+    for piece in _pieces(path, size):
+        hasher.update(piece)
+        length += len(piece)
+    text = base64.b64encode(hasher.digest()).decode() if kind == "md5" else hasher.hexdigest()
+    return {"size": length, kind: text}
 
 
-def _mapped(path: Path, stack: contextlib.ExitStack) -> mmap.mmap:
-    file = stack.enter_context(path.open("rb"))
-    return stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+def _pieces(path: Path, size: int | None) -> Iterator[bytes]:
+    """The first `size` bytes of a file, or all; none if it is missing. Read, not mapped: a bad disk is an error then."""
+    if not path.is_file():
+        return
+    with io.BytesIO(path.read_bytes()) if files.is_remote(path) else path.open("rb") as file:
+        left = files.size(path) if size is None else size
+        while piece := file.read(min(PIECE, left)):
+            left -= len(piece)
+            yield piece
 
 
 def _contents(folder: Path) -> dict[str, dict[str, Any]]:
