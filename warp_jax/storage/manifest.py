@@ -132,7 +132,7 @@ def describe(path: Path, size: int | None = None, kind: str = "xxh3") -> dict[st
 
 
 def _pieces(path: Path, size: int | None) -> Iterator[bytes]:
-    """The first `size` bytes of a file, or all; none if it is missing. Read, not mapped: a bad disk is an error then."""
+    """The first `size` bytes of a file, or all; none if it is missing. They are read, not mapped: a bad disk may kill."""
     if not path.is_file():
         return
     with io.BytesIO(path.read_bytes()) if files.is_remote(path) else path.open("rb") as file:
