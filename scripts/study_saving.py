@@ -9,6 +9,8 @@ the step during the save. Then it restores the state with and without the check 
 
 import functools
 import itertools
+import os
+import shutil
 import statistics
 import sys
 import time
@@ -55,6 +57,7 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
 
 def measure_saves(trainer: reinforce.Trainer, init_params: Any, folder: Path) -> tuple[dict[str, Any], Path]:
     """Train and save; return durations in seconds, and the folder of the last state."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a measurement before
     ends: list[float] = []
     blocked: list[float] = []
     published: list[float] = []
@@ -78,14 +81,25 @@ def measure_saves(trainer: reinforce.Trainer, init_params: Any, folder: Path) ->
     return result, folder / "state" / str(STEPS.value // EVERY.value * EVERY.value)
 
 
-def measure_restores(path: Path, like: Any) -> dict[str, Any]:
-    """Restore a state with the check and without it, in turn; medians in seconds."""
+def forget(folder: Path) -> None:
+    """Take the files of a folder out of the system's memory, as if the machine had just started."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure_restores(path: Path, like: Any, *, cold: bool) -> dict[str, Any]:
+    """Restore a state with the check and without it, in turn; seconds. cold: from the disk, as after a restart."""
     checked: list[float] = []
     unchecked: list[float] = []
     for _ in range(RESTORES.value):
-        timed(checkpoint.restore_params, checked)(path, like)
-        with mock.patch.object(manifest, "damage", return_value=""):
-            timed(checkpoint.restore_params, unchecked)(path, like)
+        for seconds in (checked, unchecked):
+            if cold:
+                forget(path)
+            check = manifest.damage if seconds is checked else lambda folder: ""
+            with mock.patch.object(manifest, "damage", check):
+                timed(checkpoint.restore_params, seconds)(path, like)
     ratios = [with_check / without for with_check, without in zip(checked, unchecked, strict=True)]
     return {"checked": checked, "unchecked": unchecked, "share": statistics.median(ratios) - 1}
 
@@ -100,11 +114,13 @@ def main(argv: list[str]) -> None:
         saves, state = measure_saves(trainer, examiner.sft_params, workdir / "measured")
     like = checkpoint.abstract(trainer.programs.init(examiner.sft_params))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
-    results = {"bytes": size, "save": saves, "restore": measure_restores(state, like)}
+    results = {"bytes": size, "save": saves}
+    results |= {name: measure_restores(state, like, cold=name == "cold") for name in ("cold", "warm")}
     files.write_json(Path(OUT.value), results)
     print(
         f"{size / 1e6:.0f} MB; a step takes {saves['step']:.2f} s; a save costs {saves['cost_of_a_save']:.3f} s, "
-        f"{saves['share']:.2%} of {PLANNED} steps; the check adds {results['restore']['share']:.2%} to a restore"
+        f"{saves['share']:.2%} of {PLANNED} steps; the check adds {results['cold']['share']:.2%} to a "
+        f"restore from the disk, {results['warm']['share']:.2%} from memory"
     )
 
 

@@ -26,7 +26,7 @@ HASHES: dict[str, Callable[[], Any]] = {
     "xxh3": xxhash.xxh3_128,
     "md5": functools.partial(hashlib.md5, usedforsecurity=False),
 }
-PIECE = 1 << 20  # bytes that are read at a time
+PIECE = 1 << 18  # bytes that are read at a time
 LOG = re.compile(r"(\.\./){1,2}[^/]+")  # beside the folder, or beside the folder that holds it
 
 
@@ -132,7 +132,7 @@ def describe(path: Path, size: int | None = None, kind: str = "xxh3") -> dict[st
 
 
 def _pieces(path: Path, size: int | None) -> Iterator[bytes]:
-    """The first `size` bytes of a file, or all; none if it is missing. They are read, not mapped: a bad disk may kill."""
+    """The first `size` bytes of a file, or all; none if it is missing. Read, not mapped: a bad disk is an error so."""
     if not path.is_file():
         return
     with io.BytesIO(path.read_bytes()) if files.is_remote(path) else path.open("rb") as file:
