@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+ROOT = Path(__file__).parents[2]  # of the repository, if warp_jax is not installed as a copy
 LIBRARIES = ("warp_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
@@ -27,8 +28,9 @@ def describe() -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of warp_jax, with "+" if files differ from it; "" if it is not installed from a git repository."""
-    folder = Path(__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    if not (ROOT / ".git").exists():  # git would look above, and find the repository of another project
+        return ""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
