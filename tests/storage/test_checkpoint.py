@@ -143,8 +143,15 @@ def test_names_in_manifests_stay_near_their_folder(tmp_path):
         files.write_json(tmp_path / "params" / manifest.NAME, {**written, "logs": logs})
         assert bool(manifest.damage(tmp_path / "params")) == (name != "../x")
     for name in ("../x", str(tmp_path / "x"), "params/../x"):
-        files.write_json(tmp_path / "params" / manifest.CHECKSUMS, {name: manifest.describe(tmp_path / "x")})
+        noted = {name: manifest.describe(tmp_path / "x")}
+        content = {"files": noted, "xxh3": manifest._own_checksum(noted)}
+        files.write_json(tmp_path / "params" / manifest.CHECKSUMS, content)
         assert "checksums.json is not what was written" in manifest.changed(tmp_path / "params")
+    manifest.note(tmp_path, "x")
+    text = (tmp_path / manifest.CHECKSUMS).read_text()
+    assert not manifest.changed(tmp_path)
+    (tmp_path / manifest.CHECKSUMS).write_text(text.replace('"x"', '"y"'))
+    assert "checksums.json is not what was written" in manifest.changed(tmp_path)
 
 
 def test_a_folder_of_an_earlier_version_has_no_manifest(tmp_path):

@@ -8,6 +8,7 @@ import base64
 import functools
 import hashlib
 import io
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -95,7 +96,8 @@ def note(folder: Path, name: str, *, again: bool = False) -> None:
         raise StorageError(
             f"{folder / name} was made again, and is not what it was; restore it, or choose another --workdir"
         )
-    files.write_json(folder / CHECKSUMS, {**noted, name: found})
+    noted[name] = found
+    files.write_json(folder / CHECKSUMS, {"files": noted, "xxh3": _own_checksum(noted)})
 
 
 def is_noted(folder: Path, name: str) -> bool:
@@ -117,8 +119,19 @@ def changed(folder: Path) -> str:
 
 
 def _noted(folder: Path) -> dict[str, Any]:
+    """What is noted of each file. Raises ValueError if it is not what was written."""
     path = folder / CHECKSUMS
-    return files.read_json(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    content = files.read_json(path)
+    if content.keys() != {"files", "xxh3"} or content["xxh3"] != _own_checksum(content["files"]):
+        raise ValueError(f"{path} is not what was written; delete it to make it again")
+    noted: dict[str, Any] = content["files"]
+    return noted
+
+
+def _own_checksum(noted: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(noted, sort_keys=True).encode())
 
 
 def describe(path: Path, size: int | None = None, kind: str = "xxh3") -> dict[str, Any]:
