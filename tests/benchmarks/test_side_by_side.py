@@ -10,7 +10,7 @@ import pytest
 from scipy.optimize import minimize
 from sklearn.exceptions import ConvergenceWarning
 
-from warp_jax import cli
+from warp_jax import cli, exit_codes
 from warp_jax.benchmarks import side_by_side
 
 ROOT = Path(__file__).parents[2]
@@ -362,6 +362,7 @@ def test_bad_arguments_give_one_line(tmp_path, argument, message):
     before = (tmp_path / "theirs.jsonl").read_text()
     (tmp_path / "bytes.jsonl").write_bytes(b'{"prompt": "\xff", "completion": ""}\n')
     done = _run(tmp_path, *arguments, argument)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (cli.BAD_INPUT, "", 1)
+    code = exit_codes.USER_FUNCTION if "nosuch'" in message else cli.BAD_INPUT
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
     assert message in done.stderr
     assert (tmp_path / "theirs.jsonl").read_text() == before

@@ -19,6 +19,9 @@ CHANGES = {"data.reward_fraction": 0.3, "data.gold_fraction": 0.3, "data.prompts
 EVALUATION = {"evaluation.num_prompts": 24, "evaluation.samples_per_prompt": 2, "evaluation.batch_size": 16}
 
 
+INGREDIENTS = ("tokenizer.json", "sft/params", "gold/gold.json", "reward_model/params")
+
+
 class _Examiner(types.SimpleNamespace):
     def _replace(self, **changes):
         return _Examiner(**vars(self) | changes)
@@ -34,6 +37,8 @@ def compare(tmp_path, monkeypatch):
     workdir.claim(settings, path, preparation.load_corpora(settings))
     (path / "evaluations").mkdir()
     (path / "evaluations" / "sft.npz").touch()
+    for name in INGREDIENTS:
+        (path / name).mkdir(parents=True)
     prompts = batches.left_pad([np.array([i // 2]) for i in range(48)], 1, 0)
     examiner = _Examiner(eval_prompts=prompts, batch_size=settings.evaluation.batch_size)
     monkeypatch.setattr(preparation, "prepare", lambda *args: (None, None, examiner))
@@ -86,6 +91,13 @@ def test_what_cannot_be_compared_is_skipped_with_the_reason(compare, change, mes
 def test_a_reward_that_fails_skips_the_comparison(compare):
     """Mutation: the export is lost, because a reward function fails while the policies are compared."""
     assert compare(_fail) == {"skipped": "a reward fails"}
+
+
+@pytest.mark.parametrize("name", INGREDIENTS)
+def test_what_was_deleted_skips_the_comparison(compare, tmp_path, name):
+    """Mutation: an export trains again what the workdir lacks, and writes it there."""
+    (tmp_path / "run" / name).rmdir()
+    assert re.search(f"{name} is missing, and an evaluation needs it", compare(_evaluate)["skipped"])
 
 
 def test_other_rows_skip_the_comparison(compare, tmp_path):

@@ -96,7 +96,7 @@ def test_an_adapter_reads_as_the_full_weights(base, tmp_path, kind):
         got = folder.view(name, 0, tensor.size)
         np.testing.assert_allclose(got, want[name].reshape(-1), rtol=1e-12, atol=1e-15, err_msg=name)
         pieces = [folder.view(name, start, min(start + 37, tensor.size)) for start in range(0, tensor.size, 37)]
-        np.testing.assert_array_equal(np.concatenate(pieces), got)
+        np.testing.assert_allclose(np.concatenate(pieces), got, rtol=1e-14, err_msg="a product of other sizes")
         changed += not np.array_equal(got, before[name].reshape(-1))
     assert changed == {"plain": 6, "rslora": 6, "patterns": 6, "whole": 4}[kind]
 

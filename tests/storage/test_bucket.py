@@ -148,7 +148,7 @@ def test_a_lost_connection_at_the_start_is_no_bad_input(server, monkeypatch, cap
     with pytest.raises(SystemExit) as ended:
         main.main([])
     assert ended.value.code == cli.STORAGE
-    assert capsys.readouterr().err.startswith("error: the bucket does not answer as it should (reset)")
+    assert capsys.readouterr().err.startswith("error: a request to the bucket failed (reset)")
 
 
 def test_a_lock_names_its_living_owner_at_once_on_this_machine(folder):

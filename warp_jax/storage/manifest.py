@@ -19,7 +19,6 @@ import xxhash
 
 from warp_jax import files
 from warp_jax.files import buckets
-from warp_jax.types import StorageError
 
 NAME = "manifest.json"
 CHECKSUMS = "checksums.json"  # of single files, in the folder that their names are relative to
@@ -90,6 +89,8 @@ def note(folder: Path, name: str, *, again: bool = False) -> None:
 
     Raises StorageError if another one is noted, unless `again` says that the file may have changed.
     """
+    from warp_jax.types import StorageError  # noqa: PLC0415  it imports JAX, which scripts/merge.py does without
+
     noted = _noted(folder)
     found = describe(folder / name)
     if not again and noted.get(name, found) != found:
