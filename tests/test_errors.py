@@ -98,7 +98,7 @@ def test_an_odd_error_for_want_of_descriptors(monkeypatch):
         raise system(errno.EMFILE)
 
     assert cli.explain(RuntimeError("INTERNAL: unsupported"))[0] == 1
-    monkeypatch.setattr(os, "open", no_more)
+    monkeypatch.setattr(os, "listdir", no_more)
     code, line = cli.explain(RuntimeError("INTERNAL: unsupported"))
     assert (code, "ulimit -n" in line) == (74, True)
 
@@ -303,3 +303,12 @@ def test_a_job_without_descriptors_ends_with_one_line(tmp_path):
     assert "Traceback" not in errors
     assert [line.startswith("error: ") for line in errors.splitlines()].index(True) == errors.count("\n") - 1
     assert "Too many open files; raise the limit of open files: ulimit -n" in errors.splitlines()[-1]
+
+
+def test_a_library_that_fails_near_the_limit_of_files_is_storage(monkeypatch):
+    """Fails when an odd error of a C++ library, for want of a descriptor that is free again by now, is a bug."""
+    error = RuntimeError("INTERNAL: YNNPACK operation failed: unsupported parameter")
+    assert cli.explain(error)[0] == exit_codes.UNEXPECTED
+    most = len(os.listdir("/dev/fd")) + 3
+    monkeypatch.setattr(cli.resource, "getrlimit", lambda kind: (most, most))
+    assert cli.explain(error)[0] == exit_codes.STORAGE

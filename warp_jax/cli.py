@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import resource
 import shlex
 import sys
 import tempfile
@@ -36,6 +37,7 @@ _ADVICE = {  # errors of the machine, not of the input: what to do
     errno.EPIPE: "let the program that reads the output run to its end",
 }
 _STATUS = re.compile(r"[A-Z_]+: ")  # begins the errors of XLA and tensorstore
+FEW_FILES = 8  # that may still be opened
 _LOG, _LOG_CHARACTERS = "error.log", 500_000
 _workdir: Path | None = None  # folder of the error log
 
@@ -62,12 +64,12 @@ def explain(error: BaseException, *, bad_input: bool = False) -> tuple[int, str]
 
 
 def _no_descriptor_left() -> list[OSError]:
-    """Error of opening a file, if the process can open no more: C++ libraries report that in other words."""
+    """The error of opening one file too many, if the process is near its limit: C++ libraries fail in odd ways then."""
     try:
-        os.close(os.open(os.devnull, os.O_RDONLY))
+        left = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
     except OSError as error:
         return [error]
-    return []
+    return [OSError(errno.EMFILE, os.strerror(errno.EMFILE))] if 0 <= left < FEW_FILES else []
 
 
 def _is_in_workdir(path: Path) -> bool:

@@ -179,6 +179,18 @@ def test_files_of_a_killed_process_are_noted_or_deleted(tmp_path):
     assert (old.exists(), new.exists()) == (False, True)
 
 
+def test_a_workdir_that_vanishes_is_not_made_again(tmp_path, monkeypatch):
+    """Fails when the job goes on in a new folder, without the files that it had written before."""
+
+    def move(folder):
+        folder.rename(tmp_path / "away")
+
+    monkeypatch.setattr(workdir, "check_made", move)
+    with pytest.raises(StorageError, match="has vanished"):
+        _claim(tmp_path, ROWS)
+    assert not (tmp_path / "run").exists()
+
+
 def test_damaged_starts_are_no_reason_to_refuse(tmp_path):
     """Fails when a broken line of the log ends in a traceback."""
     for content in (b"", b"\xff\n", b"[]\n", b"{\n", b'{"versions": [], "device": "cpu"}\n', b"null\n"):

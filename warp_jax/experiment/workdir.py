@@ -1,6 +1,7 @@
 """A workdir: the config that it belongs to, and fingerprints of the models, rows and reward functions used in it."""
 
 import datetime
+import errno
 import functools
 import hashlib
 import importlib
@@ -49,6 +50,7 @@ def claim(
     def claim_locked() -> None:
         _check_owner(settings, workdir)  # before the lock, which is a file in there
         with files.locked(workdir / LOCK, on_wait):
+            files.keep(workdir)  # from now on, it must not vanish
             _check_owner(settings, workdir)
             files.delete_litter(workdir)
             check_made(workdir)
@@ -73,6 +75,8 @@ def claim(
     try:
         hosts.on_first_process(claim_locked)
     except OSError as error:
+        if error.errno == errno.ENOENT and files.is_kept(workdir):
+            raise StorageError(f"{workdir} has vanished; mount or restore it, and start the job again") from error
         raise ValueError(
             f"workdir: cannot write to {workdir}: {error.strerror or error}; choose another --workdir"
         ) from error

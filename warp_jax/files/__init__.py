@@ -76,6 +76,11 @@ def keep(folder: Path) -> None:
         _kept.add(folder.absolute())
 
 
+def is_kept(folder: Path) -> bool:
+    """True if `keep` was called for a folder."""
+    return folder.absolute() in _kept
+
+
 def sync(path: Path) -> None:
     """Write a file, or the names in a folder, to disk (fsync): they survive a power cut."""
     if is_remote(path):
