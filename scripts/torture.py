@@ -540,7 +540,7 @@ def try_one(kind: str, number: int, undisturbed: Undisturbed) -> dict[str, objec
         verdict = f"wrong first end, then {verdict}"
     if "Traceback" in first.errors or (first.code == cli.STORAGE and first.errors.count("error: ") != 1):
         verdict = f"more than a line, then {verdict}"
-    if verdict not in ("equal",):
+    if verdict != "equal":
         disturbed += f" | {' '.join(ended.errors.split())[-300:]}"
     return dict(zip(FIELDS, (kind, number, SEED.value, disturbed, ended.code, verdict), strict=True))
 

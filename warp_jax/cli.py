@@ -174,15 +174,16 @@ def end(code: int) -> NoReturn:
     os._exit(code)
 
 
+def version(name: str) -> str:
+    """Version of a package; "not installed" also for warp_jax in the current folder, as in an image for GKE."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def versions() -> str:
     """Versions of warp_jax, of Python and of the libraries that the results depend on, one per line."""
-
-    def version(name: str) -> str:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"
-
     names = ("warp_jax", "jax", "flax", "orbax-checkpoint")
     return "\n".join([*(f"{name} {version(name)}" for name in names), f"Python {platform.python_version()}"])
 

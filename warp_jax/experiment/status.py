@@ -257,8 +257,7 @@ def _running(name: str, folder: Path, lock: Path, steps: int, owner: str) -> Par
 
 def _saved_steps(folder: Path) -> list[int]:
     """Steps of the saved states of a training, newest first."""
-    saved = (path.name for path in folder.glob("state/*") if path.name.isdigit() and manifest.is_complete(path))
-    return sorted(map(int, saved), reverse=True)
+    return manifest.complete_steps(folder / "state")
 
 
 def _time(path: Path) -> float:

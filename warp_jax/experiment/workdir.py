@@ -42,12 +42,12 @@ def claim(
     ValueError if the workdir belongs to another config or to other inputs, holds other files, or cannot be written;
     StorageError if one of its files is damaged.
     """
-    here = environment.describe()
 
     def on_wait(owner: str) -> None:
         print(f"{owner} is preparing {workdir}: waiting for it", file=sys.stderr)
 
     def claim_locked() -> None:
+        here = environment.describe()
         _check_owner(settings, workdir)  # before the lock, which is a file in there
         with files.locked(workdir / LOCK, on_wait):
             files.keep(workdir)  # from now on, it must not vanish

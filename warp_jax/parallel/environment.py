@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from warp_jax import cli
+
 ROOT = Path(__file__).parents[2]  # of the repository, if warp_jax is not installed as a copy
 LIBRARIES = ("warp_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
@@ -16,7 +18,7 @@ LIBRARIES = ("warp_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 def describe() -> dict[str, Any]:
     """Versions of the libraries that results depend on, the commit of warp_jax, Python, devices and XLA's flags."""
     return {
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": {name: cli.version(name) for name in LIBRARIES},
         "commit": commit(),
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
@@ -46,11 +48,4 @@ def requirements() -> str:
 
 
 def _own() -> str:
-    return f"warp_jax=={_version('warp_jax')}"
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # warp_jax in the current folder, as in an image for GKE
-        return "not installed"
+    return f"warp_jax=={cli.version('warp_jax')}"

@@ -154,14 +154,9 @@ class StateStore:
         """Wait until saving has finished."""
         self._saver.wait()
 
-    def _steps(self) -> list[int]:
-        """Steps of the saved states, newest first."""
-        names = (path.name for path in self._directory.iterdir()) if self._directory.is_dir() else ()
-        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
-
     def _find_latest(self) -> int:
         damaged: dict[int, str] = {}
-        for step in self._steps():
+        for step in manifest.complete_steps(self._directory):
             damage = manifest.damage(self._directory / str(step))
             if not damage:
                 for bad, why in damaged.items():
@@ -176,7 +171,7 @@ class StateStore:
         return 0
 
     def _delete_old(self) -> None:
-        for step in self._steps()[KEPT_STATES:]:
+        for step in manifest.complete_steps(self._directory)[KEPT_STATES:]:
             manifest.delete(self._directory / str(step))
 
     def _delete_unfinished(self) -> None:

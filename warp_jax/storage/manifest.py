@@ -35,6 +35,12 @@ def is_complete(folder: Path) -> bool:
     return (folder / NAME if files.is_remote(folder) else folder).exists()
 
 
+def complete_steps(directory: Path) -> list[int]:
+    """Names of the complete folders in a directory that are numbers (steps), the newest first."""
+    folders = [path for path in directory.glob("*") if path.name.isdigit() and is_complete(path)]
+    return sorted((int(path.name) for path in folders), reverse=True)
+
+
 def delete(folder: Path, *, ignore_errors: bool = False) -> None:
     """Delete a folder of weights, or a folder of such folders. In a bucket, manifests go first: no rest is complete."""
     if not files.is_remote(folder):
@@ -120,7 +126,7 @@ def changed(folder: Path) -> str:
 
 
 def _noted(folder: Path) -> dict[str, Any]:
-    """What is noted of each file. Raises ValueError if it is not what was written."""
+    """Noted size and checksum of each file. Raises ValueError if it is not what was written."""
     path = folder / CHECKSUMS
     if not path.exists():
         return {}

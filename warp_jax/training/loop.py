@@ -175,8 +175,7 @@ def state_before(step_fn: StepFn[State], init: Callable[[], State], directory: P
     """State before a step, made from the newest saved state up to that step, or else from init(). Writes nothing."""
 
     def find() -> int:
-        saved = [path for path in (directory / "state").glob("*") if path.name.isdigit() and manifest.is_complete(path)]
-        return max((number for number in (int(path.name) for path in saved) if number <= step), default=0)
+        return next((saved for saved in manifest.complete_steps(directory / "state") if saved <= step), 0)
 
     start = hosts.number_of_first(find)
     saved = directory / "state" / str(start)
