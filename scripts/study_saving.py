@@ -28,7 +28,7 @@ from warp_jax.experiment import preparation
 from warp_jax.progress import JobProgress
 from warp_jax.settings import from_config
 from warp_jax.storage import checkpoint, manifest
-from warp_jax.training import loop, reinforce
+from warp_jax.training import loop, metric_writer, reinforce
 
 sys.path.insert(0, "")  # config files import configs from the folder that the program is started in
 
@@ -55,8 +55,8 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
     return call
 
 
-def measure_saves(trainer: reinforce.Trainer, init_params: Any, folder: Path) -> tuple[dict[str, Any], Path]:
-    """Train and save; return durations in seconds, and the folder of the last state."""
+def measure_saves(trainer: reinforce.Trainer, init_params: Any, folder: Path) -> dict[str, Any]:
+    """Train and save; return durations in seconds."""
     shutil.rmtree(folder, ignore_errors=True)  # of a measurement before
     ends: list[float] = []
     blocked: list[float] = []
@@ -78,7 +78,7 @@ def measure_saves(trainer: reinforce.Trainer, init_params: Any, folder: Path) ->
     result["cost_of_a_save"] = result["blocked"] + max(0.0, result["step_beside_a_save"] - result["step"])
     result["share"] = result["cost_of_a_save"] / (PLANNED * result["step"])
     result |= {"steps": alone, "steps_beside_a_save": beside, "all_blocked": blocked}
-    return result, folder / "state" / str(STEPS.value // EVERY.value * EVERY.value)
+    return result
 
 
 def forget(folder: Path) -> None:
@@ -89,17 +89,18 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure_restores(path: Path, like: Any, *, cold: bool) -> dict[str, Any]:
-    """Restore a state with the check and without it, in turn; seconds. cold: from the disk, as after a restart."""
+def measure_restores(folder: Path, restore: Callable[[], Any], *, cold: bool) -> dict[str, Any]:
+    """Restore with the check and without it, each first in turn; seconds. cold: from the disk, and compile again."""
     checked: list[float] = []
     unchecked: list[float] = []
-    for _ in range(RESTORES.value):
-        for seconds in (checked, unchecked):
+    for number in range(RESTORES.value):
+        for seconds in (checked, unchecked) if number % 2 else (unchecked, checked):
             if cold:
-                forget(path)
+                forget(folder)
+                jax.clear_caches()
             check = manifest.damage if seconds is checked else lambda folder: ""
             with mock.patch.object(manifest, "damage", check):
-                timed(checkpoint.restore_params, seconds)(path, like)
+                timed(restore, seconds)()
     ratios = [with_check / without for with_check, without in zip(checked, unchecked, strict=True)]
     return {"checked": checked, "unchecked": unchecked, "share": statistics.median(ratios) - 1}
 
@@ -111,17 +112,30 @@ def main(argv: list[str]) -> None:
     corpora = preparation.load_corpora(settings)
     with JobProgress(0, quiet=True) as progress:
         _, trainer, examiner = preparation.prepare(settings, corpora, workdir, progress)
-        saves, state = measure_saves(trainer, examiner.sft_params, workdir / "measured")
-    like = checkpoint.abstract(trainer.programs.init(examiner.sft_params))
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
-    results = {"bytes": size, "save": saves}
-    results |= {name: measure_restores(state, like, cold=name == "cold") for name in ("cold", "warm")}
-    files.write_json(Path(OUT.value), results)
+        folder = workdir / "measured"
+        saves = measure_saves(trainer, examiner.sft_params, folder)
+    init = functools.partial(trainer.programs.init, examiner.sft_params)
+    store = checkpoint.StateStore(folder / "state", folder / metric_writer.FILE)
+    checkpoint.save_params(folder / "params", examiner.sft_params)
+    like = checkpoint.abstract(examiner.sft_params)
+    restores = {
+        "state": functools.partial(store.restore, init),
+        "params": functools.partial(checkpoint.restore_params, folder / "params", like),
+    }
+    results: dict[str, Any] = {"save": saves}
     print(
-        f"{size / 1e6:.0f} MB; a step takes {saves['step']:.2f} s; a save costs {saves['cost_of_a_save']:.3f} s, "
-        f"{saves['share']:.2%} of {PLANNED} steps; the check adds {results['cold']['share']:.2%} to a "
-        f"restore from the disk, {results['warm']['share']:.2%} from memory"
+        f"a step takes {saves['step']:.2f} s; a save costs {saves['cost_of_a_save']:.3f} s, {saves['share']:.2%} of "
+        f"{PLANNED} steps"
     )
+    for name, restore in restores.items():
+        for cold in (True, False):
+            measured = measure_restores(folder / name, restore, cold=cold)
+            results[f"{name}_{'cold' if cold else 'warm'}"] = measured
+            print(
+                f"{name}, {'from the disk' if cold else 'from memory'}: restored in "
+                f"{statistics.median(measured['unchecked']):.3f} s; the check adds {measured['share']:.2%}"
+            )
+    files.write_json(Path(OUT.value), results)
 
 
 if __name__ == "__main__":

@@ -315,13 +315,13 @@ def test_no_room_for_two_states_is_asked(tmp_path, monkeypatch):
         )
 
     go_on(1)
-    restore = checkpoint.StateStore.restore
+    restore = checkpoint._restore
 
-    def restore_alone(store, step, like):
+    def restore_alone(path, like):
         assert alive[-1]() is None
-        return restore(store, step, like)
+        return restore(path, like)
 
-    monkeypatch.setattr(checkpoint.StateStore, "restore", restore_alone)
+    monkeypatch.setattr(checkpoint, "_restore", restore_alone)
     assert go_on(3)["w"].tolist() == [5.0] * 3
 
 

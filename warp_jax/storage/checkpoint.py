@@ -12,6 +12,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -135,26 +136,29 @@ class StateStore:
         self._saver = Saver()
         hosts.on_first_process(self._delete_unfinished)
 
-    def latest_step(self) -> int:
-        """Step of the newest saved state, 0 if there is none.
+    def restore(self, init: Callable[[], Any]) -> tuple[int, Any]:
+        """Return the steps done and the newest whole state; 0 and init() if none is saved.
 
-        Damaged states are named, and deleted if an older one is left. Raises StorageError if all are damaged.
+        init gives the structure, dtypes and shardings too. Damaged states are named, and deleted if an older one is
+        left. Raises StorageError if all are damaged.
         """
-        return hosts.number_of_first(self._find_latest)
+        if not hosts.number_of_first(lambda: len(manifest.complete_steps(self._directory))):
+            return 0, init()
+        with futures.ThreadPoolExecutor(max_workers=1) as pool:
+            whole = pool.submit(self._newest_whole) if hosts.is_first() else None  # reads while init is compiled
+            like = abstract(init())  # its arrays are freed here: device memory may not hold two states
+            step = hosts.number_of_first(lambda: whole.result() if whole else 0)
+        return step, _restore(self._directory / str(step), like)
 
     def save(self, step: int, state: Any) -> None:
         """Start saving the state after `step` steps; return before it is on disk."""
         self._saver.start(self._directory / str(step), state, [self._log], self._delete_old)
 
-    def restore(self, step: int, like: Any) -> Any:
-        """Restore the state after `step` steps with the structure and shardings of `like` (jax.ShapeDtypeStruct)."""
-        return _restore(self._directory / str(step), like)
-
     def close(self) -> None:
         """Wait until saving has finished."""
         self._saver.wait()
 
-    def _find_latest(self) -> int:
+    def _newest_whole(self) -> int:
         damaged: dict[int, str] = {}
         for step in manifest.complete_steps(self._directory):
             damage = manifest.damage(self._directory / str(step))
@@ -164,11 +168,9 @@ class StateStore:
                     manifest.delete(self._directory / str(bad))
                 return step
             damaged[step] = damage
-        if damaged:
-            raise StorageError(
-                f"{next(iter(damaged.values()))}; delete {self._directory} to train this part from its start"
-            )
-        return 0
+        raise StorageError(
+            f"{next(iter(damaged.values()))}; delete {self._directory} to train this part from its start"
+        )
 
     def _delete_old(self) -> None:
         for step in manifest.complete_steps(self._directory)[KEPT_STATES:]:

@@ -151,15 +151,19 @@ def describe(path: Path, size: int | None = None, kind: str = "xxh3") -> dict[st
     return {"size": length, kind: text}
 
 
-def _pieces(path: Path, size: int | None) -> Iterator[bytes]:
-    """The first `size` bytes of a file, or all; none if it is missing. Read, not mapped: a bad disk is an error so."""
+def _pieces(path: Path, size: int | None) -> Iterator[memoryview]:
+    """The first `size` bytes of a file, or all; none if it is missing. A piece is valid until the next one is asked.
+
+    They are read, not mapped: so a bad disk is an error.
+    """
     if not path.is_file():
         return
-    with io.BytesIO(path.read_bytes()) if files.is_remote(path) else path.open("rb") as file:
+    buffer = memoryview(bytearray(PIECE))
+    with io.BytesIO(path.read_bytes()) if files.is_remote(path) else path.open("rb", buffering=0) as file:
         left = files.size(path) if size is None else size
-        while piece := file.read(min(PIECE, left)):
-            left -= len(piece)
-            yield piece
+        while count := file.readinto(buffer[:left]):
+            left -= count
+            yield buffer[:count]
 
 
 def _contents(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,6 @@
 """The training loop that SFT, reward model and RL share: step, log metrics, save the state, resume bit-for-bit."""
 
 import contextlib
-import functools
 import math
 import time
 from collections.abc import Callable, Container, Mapping
@@ -121,8 +120,7 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
     """
     directory = schedule.directory
     store = checkpoint.StateStore(directory / "state", log=directory / metric_writer.FILE)
-    start = store.latest_step()
-    state = _first_state(init, start, functools.partial(store.restore, start))
+    start, state = store.restore(init)
     schedule.on_step(start, {})
     writer = MetricWriter(directory, start) if hosts.is_first() else None
     with contextlib.closing(store), contextlib.closing(writer) if writer else contextlib.nullcontext():
@@ -179,20 +177,10 @@ def state_before(step_fn: StepFn[State], init: Callable[[], State], directory: P
 
     start = hosts.number_of_first(find)
     saved = directory / "state" / str(start)
-    state = _first_state(init, start, functools.partial(checkpoint.restore_params, saved))
+    state = checkpoint.restore_params(saved, checkpoint.abstract(init())) if start else init()
     for number in range(start, step):
         state, _ = step_fn(state, number)
     return state
-
-
-def _first_state(init: Callable[[], State], start: int, restore: Callable[[Any], State]) -> State:
-    """State before step `start`: init() if 0, else a restored one with its shapes, dtypes and shardings."""
-    state = init()
-    if not start:
-        return state
-    like = checkpoint.abstract(state)
-    del state  # device memory may not hold two
-    return restore(like)
 
 
 def _log(writer: MetricWriter | None, step: int, metrics: Metrics, schedule: Schedule, newest: int) -> None:
