@@ -25,6 +25,8 @@ StepFn = Callable[[State, int], tuple[State, Metrics]]
 OnStep = Callable[[int, Mapping[str, float]], None]  # steps done, latest metrics
 BAD_ROWS = "bad_rows"  # int32 [B]: rows of the data for which a value is not finite, -1 for the others
 SHOWN_ROWS = 5  # in an error
+# Round bfloat16 values wherever the program says so: then the policy and its anchor round alike, whatever XLA fuses.
+ROUNDING = {"xla_allow_excess_precision": False}
 
 
 class Programs(NamedTuple, Generic[State]):
@@ -53,8 +55,10 @@ def make_programs(
 
     return Programs(
         init=jax.jit(init, out_shardings=layout),
-        update=jax.jit(update, donate_argnums=0, out_shardings=(layout, meshes.replicated(mesh))),
-        trace=jax.jit(trace),
+        update=jax.jit(
+            update, donate_argnums=0, out_shardings=(layout, meshes.replicated(mesh)), compiler_options=ROUNDING
+        ),
+        trace=jax.jit(trace, compiler_options=ROUNDING),
     )
 
 

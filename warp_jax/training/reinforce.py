@@ -14,7 +14,7 @@ from warp_jax import merging, trees
 from warp_jax.data import batches
 from warp_jax.parallel import meshes
 from warp_jax.settings.groups import Rl
-from warp_jax.training import loop, objective, sampling
+from warp_jax.training import loop, microbatches, objective, sampling
 from warp_jax.types import Array, Params, PromptBatch, RewardError, RewardFn, Rewards, Rollout, TrainState
 
 ScoreFn = Callable[[Params, Rollout], Array]  # params of the whole model -> log-probability of each token [B, C], nats
@@ -33,14 +33,24 @@ class Trainer(NamedTuple):
     seed: int  # for the order of prompts and for sampling, together with iteration, run and step
 
 
-class Trace(NamedTuple):
-    """Quantities that a step computes from a rollout, in this order. B completions of C tokens."""
+class Weighed(NamedTuple):
+    """The advantage of each completion and what it is made of, in this order. B completions of C tokens."""
 
     policy_logps: Array  # [B, C], nats
     anchor_logps: Array  # [B, C], nats
     log_ratio: Array  # [B], nats
     shaped_rewards: Array  # [B], reward units
     advantages: Array  # [B], reward units
+
+
+class Trace(NamedTuple):
+    """Quantities that a step computes from a rollout, in this order: those of `Weighed`, then the update's."""
+
+    policy_logps: Array
+    anchor_logps: Array
+    log_ratio: Array
+    shaped_rewards: Array
+    advantages: Array
     losses: Array  # [rl.num_microbatches]
     gradient: Params
     new_policy: Params
@@ -89,71 +99,83 @@ def policy_update(
 ) -> tuple[TrainState, dict[str, Array], Trace]:
     """One training step on a rollout: lines 7 to 9 of Algorithm 1.
 
-    Advantages are computed over the whole batch, gradients over rl.num_microbatches parts and averaged. One function
-    scores policy and anchor, so the KL of the first step is exactly 0. Both are scored in one map, so XLA computes the
-    frozen layers below the first trained one only once.
+    Gradients are accumulated over rl.num_microbatches parts of the batch. One forward pass of the policy gives its
+    log-probabilities, then its gradient, if the advantages of a part depend on its own rows only; else all parts are
+    scored before. One function scores policy and anchor, so they differ by rounding alone while their weights are
+    equal, and XLA computes the frozen layers below the first trained one once for both.
 
     Args:
         state: trained weights, their anchor and the optimizer's state.
         frozen_params: the other leaves of the model, shared by policy and anchor.
-        rollout: completions sampled from the policy.
+        rollout: completions sampled from the policy; those of one prompt are consecutive rows.
         rewards: float32 [B], raw.
         score_fn: see `ScoreFn`.
         optimizer: the one that made state.opt_state.
         rl: settings of the update.
         ema_rate: mu, the weight of the new policy in the anchor; 0 freezes the anchor.
     """
+    parts, group_size = rl.num_microbatches, rl.samples_per_prompt
+    has_whole_groups = len(rewards) % (parts * group_size) == 0
+    cut = microbatches.Cut(parts, group_size if has_whole_groups else 1)
 
     def score(params: Params, rollout: Rollout) -> Array:
         return score_fn(trees.join(params, frozen_params), rollout)
 
-    chunks = _split(rollout, rl.num_microbatches)
-    both = jax.lax.map(lambda chunk: (score(state.params, chunk), score(state.anchor_params, chunk)), chunks)
-    policy_logps, anchor_logps = (_join(logps) for logps in both)
-    ratio = objective.log_ratio(policy_logps, anchor_logps, rollout.completion_mask)
-    shaped = objective.shaped_rewards(rewards, ratio, rl.kl_coef)
-    weights = objective.advantages(shaped, rl.advantage, rl.samples_per_prompt, rl.whiten)
-    sampler_logps, mask = rollout.per_token_logps, rollout.completion_mask
-    if rl.importance_cap:
-        weights *= objective.importance_weights(policy_logps, sampler_logps, mask, rl.importance_cap)
-    grads, losses = _accumulate(score, state.params, chunks, _split(weights, rl.num_microbatches))
+    def weigh(policy_logps: Array, anchor_logps: Array, rollout: Rollout, rewards: Array) -> Weighed:
+        ratio = objective.log_ratio(policy_logps, anchor_logps, rollout.completion_mask)
+        shaped = objective.shaped_rewards(rewards, ratio, rl.kl_coef)
+        weights = objective.advantages(shaped, rl.advantage, group_size, rl.whiten)
+        if rl.importance_cap:
+            sampler_logps, mask = rollout.per_token_logps, rollout.completion_mask
+            weights *= objective.importance_weights(policy_logps, sampler_logps, mask, rl.importance_cap)
+        return Weighed(policy_logps, anchor_logps, ratio, shaped, weights)
+
+    def gradient(chunk: tuple[Rollout, Array, Weighed | None]) -> tuple[Params, tuple[Array, Weighed]]:
+        rollout, rewards, weighed = chunk
+        policy_logps, pull_back = jax.vjp(lambda params: score(params, rollout), state.params)
+        if weighed is None:
+            weighed = weigh(policy_logps, score(state.anchor_params, rollout), rollout, rewards)
+        loss_fn = jax.value_and_grad(objective.reinforce_loss)
+        loss, slopes = loss_fn(policy_logps, rollout.completion_mask, weighed.advantages)
+        return pull_back(slopes)[0], (loss, weighed)
+
+    chunks, weighed = cut.split((rollout, rewards)), None
+    if not _is_local(rl, has_whole_groups):
+        both = jax.lax.map(lambda x: (score(state.params, x[0]), score(state.anchor_params, x[0])), chunks)
+        weighed = cut.split(weigh(*cut.join(both), rollout, rewards))
+    grads, (losses, weighed) = microbatches.mean_gradient(gradient, (*chunks, weighed), state.params)
+    weighed = cut.join(weighed)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     anchor = merging.ema_update(state.anchor_params, params, ema_rate)
+    mask = rollout.completion_mask
     tokens = mask.sum(dtype=jnp.float32)
     metrics = {
         "loss": losses.mean(),
         "reward": rewards.mean(),
-        "shaped_reward": shaped.mean(),
-        "anchor_kl": ratio.mean(),
-        "nats_per_token": -policy_logps.sum() / tokens,
+        "shaped_reward": weighed.shaped_rewards.mean(),
+        "anchor_kl": weighed.log_ratio.mean(),
+        "nats_per_token": -weighed.policy_logps.sum() / tokens,
         "length": tokens / rewards.shape[0],
         "grad_norm": optax.global_norm(grads),
         "param_norm": optax.global_norm(params),  # finite metrics imply a finite new state
-        **objective.sampler_drift(sampler_logps, policy_logps, mask),
-        loop.BAD_ROWS: _bad_rows(rollout, shaped, policy_logps),
+        **objective.sampler_drift(rollout.per_token_logps, weighed.policy_logps, mask),
+        loop.BAD_ROWS: _bad_rows(rollout, weighed.shaped_rewards, weighed.policy_logps),
     }
-    trace = Trace(policy_logps, anchor_logps, ratio, shaped, weights, losses, grads, params)
-    return TrainState(state.step + 1, params, anchor, opt_state), metrics, trace
+    return TrainState(state.step + 1, params, anchor, opt_state), metrics, Trace(*weighed, losses, grads, params)
+
+
+def _is_local(rl: Rl, has_whole_groups: bool) -> bool:
+    """True if the advantages of a microbatch depend on its own rows only."""
+    if rl.num_microbatches == 1 or rl.advantage == "batch_mean" or rl.whiten:
+        return rl.num_microbatches == 1
+    return rl.advantage == "none" or has_whole_groups
 
 
 def _bad_rows(rollout: Rollout, shaped: Array, policy_logps: Array) -> Array:
     """Rows of the data whose reward or log-probabilities are not finite, -1 for the others: int32 [B]."""
     logps = jnp.where(rollout.completion_mask, rollout.per_token_logps + policy_logps, 0.0)
     return jnp.where(jnp.isfinite(shaped + logps.sum(axis=1)), -1, rollout.example_ids)
-
-
-def _accumulate(score: ScoreFn, params: Params, chunks: Rollout, weights: Array) -> tuple[Params, Array]:
-    """Mean gradient of all microbatches, and the loss of each: [rl.num_microbatches]."""
-
-    def loss_fn(params: Params, chunk: Rollout, chunk_weights: Array) -> Array:
-        return objective.reinforce_loss(score(params, chunk), chunk.completion_mask, chunk_weights)
-
-    def add(total: Params, chunk: tuple[Rollout, Array]) -> tuple[Params, Array]:
-        loss, grads = jax.value_and_grad(loss_fn)(params, *chunk)
-        return jax.tree.map(lambda a, b: a + b / len(weights), total, grads), loss
-
-    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (chunks, weights))
 
 
 class Run(NamedTuple):
@@ -196,13 +218,3 @@ def collect(trainer: Trainer, run: Run, state: TrainState, step: int) -> tuple[R
         return rollout, trainer.reward_fn(rollout)
     except RewardError as error:
         raise RewardError(f"{run.name} step {step}: {error}") from error
-
-
-def _split(tree: Any, parts: int) -> Any:
-    """Cut [B, ...] into [parts, B / parts, ...]; row b goes to part b % parts, so rows stay on their devices."""
-    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
-
-
-def _join(chunks: Array) -> Array:
-    """Undo `_split`: [parts, B / parts, ...] -> [B, ...]."""
-    return chunks.swapaxes(0, 1).reshape(-1, *chunks.shape[2:])
