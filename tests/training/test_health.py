@@ -40,8 +40,9 @@ def _score(params, rollout):
     return jnp.where(rollout.completion_mask, logps, 0.0)
 
 
-@jax.jit
-def _sample(params, prompts, key):
+@functools.partial(jax.jit, static_argnums=3)
+def _sample(params, prompts, key, copies):
+    prompts = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), prompts)
     last, drawn = prompts.prompt_ids[:, -1], []
     for number in range(LENGTH):
         last = jax.random.categorical(jax.random.fold_in(key, number), params["embed"]["embedding"][last]).astype(

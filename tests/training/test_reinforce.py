@@ -192,8 +192,13 @@ def test_the_kl_is_in_the_advantage():
 
 @pytest.mark.parametrize(
     ("parts", "advantage", "whiten"),
-    [(4, "none", False), (4, "leave_one_out", False), (8, "leave_one_out", False), (2, "leave_one_out", True)]
-    + [(4, "batch_mean", False)],
+    [
+        (4, "none", False),
+        (4, "leave_one_out", False),
+        (8, "leave_one_out", False),
+        (2, "leave_one_out", True),
+        (4, "batch_mean", False),
+    ],
 )
 def test_microbatches_change_nothing(parts, advantage, whiten):
     """Fails when gradients are summed instead of averaged, a part is weighed alone though its advantages depend on
@@ -350,7 +355,8 @@ def _draws(directory, seed, iteration, run):
     seen = []
     rollout = types.SimpleNamespace()
 
-    def sampler(params, batch, key):
+    def sampler(params, batch, key, copies):
+        assert copies == SETTINGS.rl.samples_per_prompt
         seen.append((np.asarray(batch.example_ids).tolist(), jax.random.key_data(key).tolist()))
         return rollout
 

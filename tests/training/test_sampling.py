@@ -15,8 +15,8 @@ from warp_jax import trees
 from warp_jax.models import partitioning, rope
 from warp_jax.models.transformer import Transformer, TransformerConfig, init_cache
 from warp_jax.parallel import meshes
-from warp_jax.training import sampling, scoring
-from warp_jax.training.sampling import SamplingConfig
+from warp_jax.training import drawing, sampling, scoring
+from warp_jax.training.drawing import SamplingConfig
 from warp_jax.types import PromptBatch, Rollout
 
 PLAIN = TransformerConfig(vocab_size=16, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24)
@@ -125,7 +125,62 @@ def test_sampled_distribution_by_hand(settings, want):
     """Fails if top-p comes before temperature or top-k, or if the kept tokens are not renormalised."""
     config = SamplingConfig(**{"max_new_tokens": 1, "temperature": 1.0, "stop_ids": (), "pad_id": 0, **settings})
     logits = jnp.log(jnp.array([[0.15, 0.5, 0.05, 0.3]])) + 2.0
-    assert_allclose(jnp.exp(sampling.sampled_logps(logits, config)), [want], rtol=1e-5)
+    assert_allclose(jax.nn.softmax(drawing.kept_logits(logits, config)), [want], rtol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [7, 128, 1000])
+def test_draws_of_large_vocabularies_have_the_exact_probabilities(vocab):
+    """Fails if a block or a token in it is drawn with a wrong weight, one random number serves both, or the padding of
+    the last block is drawn. Half of the tokens have no probability.
+    """
+    rng, count = np.random.default_rng(vocab), 20_000
+    logits = np.where(rng.permutation(vocab) % 2, rng.normal(size=vocab) * 2 + 40, -np.inf).astype(np.float32)
+    probabilities = np.exp(logits.astype(np.float64) - 40)
+    probabilities /= probabilities.sum()
+    uniforms = jax.random.uniform(jax.random.key(vocab), (count, 2))
+    tokens, logps = jax.jit(drawing.draw)(jnp.tile(logits, (count, 1)), uniforms)
+    assert tokens.dtype == jnp.int32
+    assert_allclose(np.exp(logps), probabilities[np.asarray(tokens)], rtol=1e-5)
+    counts = np.bincount(tokens, minlength=vocab)
+    likely = probabilities * count >= 5
+    observed, expected = np.append(counts[likely], counts[~likely].sum()), probabilities[likely] * count
+    expected = np.append(expected, count - expected.sum())
+    keep = expected > 1e-6
+    assert observed[~keep].sum() == 0
+    assert stats.chisquare(observed[keep], expected[keep]).pvalue > 0.01
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_unit_interval_draw_tokens_that_exist(uniform):
+    """Fails if rounding at the end of the sums draws a token without probability."""
+    logits = jnp.full((3, 500), -jnp.inf).at[[0, 1, 2], [3, 250, 499]].set(jnp.array([-900.0, 0.0, 5e4]))
+    logits = logits.at[:, 5].set(logits.max(axis=1))
+    tokens, logps = drawing.draw(logits, jnp.full((3, 2), uniform))
+    assert_array_equal(tokens, [3, 5, 5] if uniform == 0 else [5, 250, 499])
+    assert_allclose(logps, [np.log(0.5)] * 3, rtol=1e-5)
+    assert np.isnan(drawing.draw(logits.at[1, 7].set(jnp.nan), jnp.zeros((3, 2)))[1][1])
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "gemma2"])
+def test_samples_of_one_prompt_share_its_prefill(variant):
+    """Fails if a sample continues another prompt, samples are not neighbours or equal, or each is processed anew."""
+    apply_fn, make_cache, params = make(**VARIANTS[variant])
+    rows = []
+
+    def counted_apply(params, token_ids, *args, **kw):
+        rows.append(token_ids.shape)
+        return apply_fn(params, token_ids, *args, **kw)
+
+    prompts, config = PromptBatch(*(x[:4] for x in PROMPTS)), SamplingConfig(6, 0.7, (4,), 0)
+    run = functools.partial(sampling.sample, counted_apply, make_cache, params, config=config)
+    together = run(prompts, jax.random.key(3), copies=3)
+    assert rows == [(4, 5), (12, 1)]
+    repeated = PromptBatch(*(np.repeat(x, 3, axis=0) for x in prompts))
+    alone = run(repeated, jax.random.key(3))
+    assert len(np.unique(np.asarray(together.completion_ids), axis=0)) > 6
+    for name in ("prompt_ids", "prompt_mask", "example_ids", "completion_ids", "completion_mask"):
+        assert_array_equal(getattr(together, name), getattr(alone, name))
+    assert_allclose(together.per_token_logps, alone.per_token_logps, atol=1e-5)
 
 
 def test_per_token_logps_by_hand():

@@ -107,6 +107,14 @@ class Cache(NamedTuple):
     valid: Array  # bool [B, T], True = real token
     length: Array  # int32 [], column of the next token in every row (prompts are left-padded)
 
+    def repeat(self, copies: int) -> "Cache":
+        """Repeat each row; copies of a row are neighbours."""
+        return Cache(
+            *(jnp.repeat(x, copies, axis=1) for x in (self.keys, self.values)),
+            *(jnp.repeat(x, copies, axis=0) for x in (self.positions, self.valid)),
+            self.length,
+        )
+
 
 def init_cache(config: TransformerConfig, batch: int, capacity: int, mesh: Mesh | None = None) -> Cache:
     """An empty cache for `capacity` tokens per row; with a mesh, rows and heads are sharded."""

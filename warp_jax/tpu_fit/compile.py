@@ -127,7 +127,9 @@ class _Planner:
         if COPY in self.resident:  # a new copy is made while the previous one is still in memory
             yield self.program(COPY, functions.sampler.lay_out, self.weights, reads=WHOLE)
             weights, reads = self.resident[COPY], (COPY,)
-        yield from self.generation("", functions.sampler, train, weights, reads)
+        samples = self.settings.rl.samples_per_prompt
+        copies = samples if train // samples % meshes.batch_devices(self.mesh) == 0 else 1  # as in reinforce.collect
+        yield from self.generation("", functions.sampler, train, weights, reads, copies=copies)
         if functions.evaluation_sampler is not functions.sampler:
             copy = self._copy(functions.evaluation_sampler)
             if copy is not None:
@@ -143,12 +145,13 @@ class _Planner:
         yield self.program("KL to SFT", functions.kl_to_sft, *args, reads=(*WHOLE, "SFT"))
 
     def generation(
-        self, suffix: str, sampler: sampling.Sampler, batch: int, weights: Any, reads: Names
+        self, suffix: str, sampler: sampling.Sampler, batch: int, weights: Any, reads: Names, *, copies: int = 1
     ) -> Iterator[Program]:
         """Generation of a batch from `weights`, laid out for the sampler, and the reward of its completions."""
         key = partitioning.shaped(jax.eval_shape(jax.random.key, 0), meshes.replicated(self.mesh))
-        prompts = PromptBatch(*self._rollout(batch)[:3])
-        yield self.program(f"generation{suffix}", sampler.generate, weights, prompts, key, reads=reads)
+        prompts = PromptBatch(*self._rollout(batch // copies)[:3])
+        generate = jax.jit(functools.partial(sampler.generate, copies=copies))
+        yield self.program(f"generation{suffix}", generate, weights, prompts, key, reads=reads)
         if self.reward_model is not None:
             apply_fn = make_apply_fn(self.reward_model, self.mesh)
             score = jax.jit(functools.partial(reward_functions.sequence_scores, apply_fn))

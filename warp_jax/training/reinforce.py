@@ -211,9 +211,11 @@ def collect(trainer: Trainer, run: Run, state: TrainState, step: int) -> tuple[R
     group_size, mesh = trainer.rl.samples_per_prompt, trainer.mesh
     count, num_prompts = len(trainer.train_prompts.example_ids), trainer.rl.batch_size // group_size
     rows = batches.epoch_rows(count, num_prompts, step, seed=trainer.seed, stream=run.name)
-    batch = batches.take(trainer.train_prompts, np.repeat(rows, group_size))
-    key = jax.random.fold_in(run.key, step)
-    rollout = trainer.sampler(trees.join(state.params, trainer.frozen_params), meshes.put_batch(mesh, batch), key)
+    if num_prompts % meshes.batch_devices(mesh):  # fewer prompts than devices: each is processed for each sample
+        rows, group_size = np.repeat(rows, group_size), 1
+    prompts = meshes.put_batch(mesh, batches.take(trainer.train_prompts, rows))
+    params = trees.join(state.params, trainer.frozen_params)
+    rollout = trainer.sampler(params, prompts, jax.random.fold_in(run.key, step), group_size)
     try:
         return rollout, trainer.reward_fn(rollout)
     except RewardError as error:

@@ -1,7 +1,9 @@
 """Sampling completions: all prompt tokens are processed at once (prefill), then one token is drawn per step.
 
+A prompt is processed once for all of its samples.
+
 `apply_fn(params, token_ids, mask, cache, num_outputs=n)` returns the logits of the last n positions and the new cache;
-`make_cache(batch, capacity)` returns an empty cache.
+`make_cache(batch, capacity)` returns an empty cache, whose `repeat(copies)` repeats each row.
 """
 
 import functools
@@ -16,18 +18,9 @@ from jax.sharding import Mesh
 from warp_jax import trees
 from warp_jax.models import partitioning
 from warp_jax.parallel import meshes
+from warp_jax.training import drawing
+from warp_jax.training.drawing import SamplingConfig
 from warp_jax.types import ApplyFn, Array, Params, PromptBatch, Rollout
-
-
-class SamplingConfig(NamedTuple):
-    """Settings of sampling."""
-
-    max_new_tokens: int  # C, the stop token included
-    temperature: float  # > 0, divides the logits
-    stop_ids: tuple[int, ...]  # tokens that end a completion; they are part of it
-    pad_id: int  # fills a completion after its stop token
-    top_k: int = 0  # keep only the k likeliest tokens; 0 = all
-    top_p: float = 1.0  # keep only the smallest set of likeliest tokens with this probability; 1 = all
 
 
 class Sampler(NamedTuple):
@@ -35,14 +28,14 @@ class Sampler(NamedTuple):
 
     lay_out: params -> a copy for generation, in the dtype of the activations and split over the mesh axis `tensor`
     only, so no weight moves between chips for each token. Returns its argument if that already has this form.
-    generate: (that copy, prompts, key) -> Rollout.
+    generate: (that copy, prompts, key, copies=1) -> Rollout of `copies` completions a prompt, in consecutive rows.
     """
 
     lay_out: Callable[[Params], Params]
-    generate: Callable[[Params, PromptBatch, Array], Rollout]
+    generate: Callable[..., Rollout]
 
-    def __call__(self, params: Params, prompts: PromptBatch, key: Array) -> Rollout:
-        return self.generate(self.lay_out(params), prompts, key)
+    def __call__(self, params: Params, prompts: PromptBatch, key: Array, copies: int = 1) -> Rollout:
+        return self.generate(self.lay_out(params), prompts, key, copies=copies)
 
 
 def make_sampler(
@@ -70,7 +63,7 @@ def make_sampler(
     generate = functools.partial(sample, apply_fn, make_cache, config=config)
     return Sampler(
         lay_out=(lambda params: params) if is_laid_out else jax.jit(lay_out, out_shardings=layout),
-        generate=jax.jit(generate, out_shardings=meshes.batch_sharding(mesh)),
+        generate=jax.jit(generate, out_shardings=meshes.batch_sharding(mesh), static_argnames="copies"),
     )
 
 
@@ -91,17 +84,22 @@ def sample(
     key: Array,
     *,
     config: SamplingConfig,
+    copies: int = 1,
 ) -> Rollout:
-    """Sample one completion for each prompt, until all rows have stopped or have max_new_tokens tokens.
+    """Sample `copies` completions of each prompt, until all have stopped or have max_new_tokens tokens.
 
     The same key gives the same completions on any mesh. `per_token_logps` belong to the distribution after temperature,
     top-k and top-p.
     """
     chex.assert_rank([prompts.prompt_ids, prompts.prompt_mask], 2)
-    batch, prompt_length = prompts.prompt_ids.shape
     length = config.max_new_tokens
-    cache = make_cache(batch, prompt_length + length)
+    cache = make_cache(len(prompts.prompt_ids), prompts.prompt_ids.shape[1] + length)
     logits, cache = apply_fn(params, prompts.prompt_ids, prompts.prompt_mask, cache, num_outputs=1)
+    if copies > 1:
+        cache = cache.repeat(copies)
+        logits, prompts = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), (logits, prompts))
+    batch = len(logits)
+    uniforms = jax.random.uniform(key, (batch, length, 2))
     empty = _Loop(
         step=jnp.zeros((), jnp.int32),
         cache=cache,
@@ -114,44 +112,22 @@ def sample(
     def body(loop: _Loop) -> _Loop:
         last = jax.lax.dynamic_slice_in_dim(loop.completion_ids, loop.step - 1, 1, axis=1)
         logits, cache = apply_fn(params, last, ~loop.done[:, None], loop.cache, num_outputs=1)
-        return _draw(loop._replace(cache=cache), logits[:, 0], key, config)
+        return _extend(loop._replace(cache=cache), logits[:, 0], uniforms, config)
 
-    first = _draw(empty, logits[:, 0], key, config)
+    first = _extend(empty, logits[:, 0], uniforms, config)
     final = jax.lax.while_loop(lambda loop: (loop.step < length) & ~loop.done.all(), body, first)
     return Rollout(*prompts, final.completion_ids, final.completion_mask, final.logps)
 
 
-def _draw(loop: _Loop, logits: Array, key: Array, config: SamplingConfig) -> _Loop:
-    """Draw and record the next token of every row that has not stopped; logits [B, V]."""
+def _extend(loop: _Loop, logits: Array, uniforms: Array, config: SamplingConfig) -> _Loop:
+    """Draw and record the next token of every row that has not stopped: logits [B, V], uniforms [B, C, 2]."""
     alive = ~loop.done
-    logps = sampled_logps(logits, config)
-    token = jax.random.categorical(jax.random.fold_in(key, loop.step), logps).astype(jnp.int32)
-    token_logp = jnp.take_along_axis(logps, token[:, None], axis=1)[:, 0]
+    token, logp = drawing.draw(drawing.kept_logits(logits, config), uniforms[:, loop.step])
     token = jnp.where(alive, token, config.pad_id)
     return loop._replace(
         step=loop.step + 1,
         done=loop.done | jnp.isin(token, jnp.array(config.stop_ids, jnp.int32)),
         completion_ids=loop.completion_ids.at[:, loop.step].set(token),
         completion_mask=loop.completion_mask.at[:, loop.step].set(alive),
-        logps=loop.logps.at[:, loop.step].set(jnp.where(alive, token_logp, 0.0)),
+        logps=loop.logps.at[:, loop.step].set(jnp.where(alive, logp, 0.0)),
     )
-
-
-def sampled_logps(logits: Array, config: SamplingConfig) -> Array:
-    """Log-probabilities that tokens are drawn from: temperature, top-k, top-p, then normalisation; [B, V] -> [B, V]."""
-    logits = logits.astype(jnp.float32) / config.temperature
-    if config.top_k:
-        kth = jax.lax.top_k(logits, min(config.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if config.top_p < 1:
-        logits = jnp.where(_outside_nucleus(logits, config.top_p), -jnp.inf, logits)
-    return jax.nn.log_softmax(logits, axis=-1)
-
-
-def _outside_nucleus(logits: Array, top_p: float) -> Array:
-    """Mask of the tokens outside the smallest set of likeliest tokens whose probability reaches top_p: bool [B, V]."""
-    order = jnp.argsort(-logits, axis=-1)
-    probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs
-    ranks = jnp.argsort(order, axis=-1)
-    return jnp.take_along_axis(before >= top_p, ranks, axis=-1)
