@@ -109,11 +109,9 @@ class Cache(NamedTuple):
 
     def repeat(self, copies: int) -> "Cache":
         """Repeat each row; copies of a row are neighbours."""
-        return Cache(
-            *(jnp.repeat(x, copies, axis=1) for x in (self.keys, self.values)),
-            *(jnp.repeat(x, copies, axis=0) for x in (self.positions, self.valid)),
-            self.length,
-        )
+        keys, values = (jnp.repeat(x, copies, axis=1) for x in (self.keys, self.values))
+        positions, valid = (jnp.repeat(x, copies, axis=0) for x in (self.positions, self.valid))
+        return Cache(keys, values, positions, valid, self.length)
 
 
 def init_cache(config: TransformerConfig, batch: int, capacity: int, mesh: Mesh | None = None) -> Cache:

@@ -114,9 +114,9 @@ def policy_update(
         rl: settings of the update.
         ema_rate: mu, the weight of the new policy in the anchor; 0 freezes the anchor.
     """
-    parts, group_size = rl.num_microbatches, rl.samples_per_prompt
-    has_whole_groups = len(rewards) % (parts * group_size) == 0
-    cut = microbatches.Cut(parts, group_size if has_whole_groups else 1)
+    group_size = rl.samples_per_prompt
+    has_whole_groups = len(rewards) % (rl.num_microbatches * group_size) == 0
+    cut = microbatches.Cut(rl.num_microbatches, group_size if has_whole_groups else 1)
 
     def score(params: Params, rollout: Rollout) -> Array:
         return score_fn(trees.join(params, frozen_params), rollout)
@@ -139,12 +139,13 @@ def policy_update(
         loss, slopes = loss_fn(policy_logps, rollout.completion_mask, weighed.advantages)
         return pull_back(slopes)[0], (loss, weighed)
 
-    chunks, weighed = cut.split((rollout, rewards)), None
+    chunks, before = cut.split((rollout, rewards)), None
     if not _is_local(rl, has_whole_groups):
         both = jax.lax.map(lambda x: (score(state.params, x[0]), score(state.anchor_params, x[0])), chunks)
-        weighed = cut.split(weigh(*cut.join(both), rollout, rewards))
-    grads, (losses, weighed) = microbatches.mean_gradient(gradient, (*chunks, weighed), state.params)
-    weighed = cut.join(weighed)
+        policy_logps, anchor_logps = cut.join(both)
+        before = cut.split(weigh(policy_logps, anchor_logps, rollout, rewards))
+    grads, (losses, parts) = microbatches.mean_gradient(gradient, (*chunks, before), state.params)
+    weighed: Weighed = cut.join(parts)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     anchor = merging.ema_update(state.anchor_params, params, ema_rate)

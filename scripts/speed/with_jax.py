@@ -1,0 +1,81 @@
+"""Stages of training in warp_jax, from PYTHONPATH: so scripts/benchmark.py can measure another checkout too.
+
+Weights are random, and no completion ends early: every library computes the same number of tokens.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from protocol import EMA_RATE, KL_COEF, LEARNING_RATE, Work, serve
+
+from warp_jax.models import apply, transformer
+from warp_jax.parallel import meshes
+from warp_jax.settings.groups import Rl
+from warp_jax.training import reinforce, sampling, scoring
+from warp_jax.types import PromptBatch, Rollout
+
+
+def make(work: Work) -> Callable[[], Any]:
+    """Return the stage as a function that ends when the device has finished."""
+    sizes = work.vocab, work.width, work.layers, work.heads, work.kv_heads, work.width // work.heads, work.mlp
+    config = transformer.TransformerConfig(*sizes)
+    mesh, apply_fn = meshes.make_mesh((1, 1, 1), jax.devices()[:1]), apply.make_apply_fn(config)
+    params = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.02, apply.param_shapes(config)
+    )
+    sampler = sampling.make_sampler(
+        mesh,
+        params,
+        apply_fn=apply_fn,
+        make_cache=functools.partial(transformer.init_cache, config),
+        dtype=config.dtype,
+        config=sampling.SamplingConfig(work.new, 1.0, (), 0),
+    )
+    score = functools.partial(scoring.per_token_logps, apply_fn, temperature=1.0)
+    rl = Rl.model_construct(
+        samples_per_prompt=work.samples,
+        num_microbatches=1,
+        advantage="leave_one_out",
+        whiten=False,
+        kl_coef=KL_COEF,
+        importance_cap=0.0,
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(LEARNING_RATE))
+    programs = reinforce.make_programs(mesh, params, optimizer=optimizer, score_fn=score, rl=rl, ema_rate=EMA_RATE)
+    rng = np.random.default_rng(0)
+    ids = np.repeat(rng.integers(0, work.vocab, (work.batch // work.samples, work.prompt)), work.samples, axis=0)
+    prompts = PromptBatch(ids.astype(np.int32), np.ones_like(ids, bool), np.arange(work.batch, dtype=np.int32))
+    completions = rng.integers(0, work.vocab, (work.batch, work.new)).astype(np.int32)
+    rollout = Rollout(*prompts, completions, np.ones_like(completions, bool), np.zeros(completions.shape, np.float32))
+    rewards = jnp.arange(work.batch, dtype=jnp.float32)
+    state = programs.init(params) if work.stage in ("update", "rl_step") else None
+    scored = jax.jit(score)
+    shares_prompts = "copies" in (sampling.sample.__kwdefaults__ or {})
+
+    def generate(params: Any) -> Any:
+        if not shares_prompts:
+            return sampler(params, prompts, jax.random.key(0))
+        distinct = PromptBatch(*(x[:: work.samples] for x in prompts))
+        return sampler(params, distinct, jax.random.key(0), work.samples)
+
+    def update(rollout: Any) -> Any:
+        nonlocal state
+        state, metrics = programs.update(state, {}, rollout, rewards)
+        return metrics
+
+    stages: dict[str, Callable[[], Any]] = {
+        "decode": lambda: generate(params),
+        "score": lambda: scored(params, rollout),
+        "update": lambda: update(rollout),
+        "rl_step": lambda: update(generate(state.params)),
+    }
+    return lambda: jax.block_until_ready(stages[work.stage]())
+
+
+if __name__ == "__main__":
+    serve(make)
