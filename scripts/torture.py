@@ -440,8 +440,9 @@ def vanished(trial: Trial) -> Ended:
         trial.workdir.rename(away)
     ended = job.finish()
     if away.exists():
-        if trial.workdir.exists():
+        if trial.workdir.exists() and ended.code == 0:
             return Ended(1, f"it was made again: {ended}")
+        shutil.rmtree(trial.workdir, ignore_errors=True)  # Orbax makes the folders that it saves into
         away.rename(trial.workdir)
     return ended
 

@@ -228,17 +228,22 @@ def test_an_output_that_nobody_reads(tmp_path, last):
     assert errors.count("\n") == 1
 
 
-def test_a_vanished_workdir_is_not_made_again(tmp_path, monkeypatch):
-    """Mutation: what is written next makes the folder again, without config.json, so that no job can use it."""
-    monkeypatch.setattr(files, "_kept", set())
+@pytest.mark.parametrize("made_again", [False, True])
+def test_a_vanished_workdir_is_not_made_again(tmp_path, monkeypatch, made_again):
+    """Mutation: what is written next makes the folder again, without config.json, so that no job can use it; or goes
+    into a folder that a thread of Orbax has made meanwhile.
+    """
+    monkeypatch.setattr(files, "_kept", {})
     folder = tmp_path / "run"
     files.write_text(folder / "config.json", "{}")
-    files.keep(folder)
+    files.keep(folder, "config.json")
     files.write_text(folder / "a" / "b", "x")
     folder.rename(tmp_path / "gone")
+    if made_again:
+        (folder / "a").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=str(folder)), files.locked(folder / "a" / "lock"):
         pass
-    assert not folder.exists()
+    assert [str(path.relative_to(folder)) for path in folder.rglob("*")] == ["a"] * made_again
 
 
 @pytest.mark.parametrize("at", ["save", "seal"])

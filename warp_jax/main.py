@@ -19,6 +19,7 @@ from warp_jax.data.corpus import Corpus
 from warp_jax.diagnosis import replay
 from warp_jax.experiment import inputs, jobs, preparation
 from warp_jax.experiment.workdir import ACCEPTABLE, claim
+from warp_jax.experiment.workdir import CONFIG as CONFIG_FILE
 from warp_jax.parallel import hosts, stopping, supervisor
 from warp_jax.settings import Settings, from_config
 
@@ -55,7 +56,7 @@ def check(settings: Settings, workdir: Path, accept: Collection[str] = ()) -> Ma
 
     corpora = hosts.all_or_none(read)
     claim(settings, workdir, corpora, accept)
-    files.keep(workdir)
+    files.keep(workdir, CONFIG_FILE)
     return corpora
 
 

@@ -1,8 +1,10 @@
 """A workdir belongs to one config and to one set of rows."""
 
+import errno
 import importlib.metadata
 import json
 import os
+import subprocess
 import sys
 
 import jax
@@ -145,6 +147,27 @@ def test_the_first_start_locks_the_requirements(tmp_path, monkeypatch):
     lock.write_text("jax==8.8")
     with pytest.raises(StorageError, match=r"requirements\.lock is not what was written"):
         _claim(tmp_path, ROWS)
+
+
+def test_requirements_of_a_killed_start_are_noted_by_the_next(tmp_path):
+    """Fails when a kill between the lock file and the note of its checksum leaves it without one for ever."""
+    _claim(tmp_path, ROWS)
+    (tmp_path / "run" / manifest.CHECKSUMS).unlink()
+    _claim(tmp_path, ROWS)
+    assert manifest.is_noted(tmp_path / "run", workdir.REQUIREMENTS)
+
+
+def test_requirements_are_not_written_if_packages_cannot_be_listed(monkeypatch):
+    """Fails when a process without a free descriptor locks few packages, or no commit."""
+
+    def full(*args, **options):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    for place, function in (((os, "listdir"), environment.requirements), ((subprocess, "run"), environment.commit)):
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, full)
+            with pytest.raises(OSError, match="Too many open files"):
+                function()
 
 
 def test_a_project_that_is_not_installed_and_the_rest_of_a_package(tmp_path, monkeypatch):

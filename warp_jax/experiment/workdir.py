@@ -50,7 +50,7 @@ def claim(
         here = environment.describe()
         _check_owner(settings, workdir)  # before the lock, which is a file in there
         with files.locked(workdir / LOCK, on_wait):
-            files.keep(workdir)  # from now on, it must not vanish
+            files.keep(workdir, LOCK)  # from now on, it must not vanish
             _check_owner(settings, workdir)
             files.delete_litter(workdir)
             check_made(workdir)
@@ -65,7 +65,7 @@ def claim(
             if not (workdir / REQUIREMENTS).exists() or "versions" in accept:
                 files.write_text(workdir / REQUIREMENTS, environment.requirements())
                 manifest.note(workdir, REQUIREMENTS, again=True)
-            for name in MADE:
+            for name in (*MADE, REQUIREMENTS):
                 if (workdir / name).exists() and not manifest.is_noted(workdir, name):
                     manifest.note(workdir, name)  # a process was killed before it could
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -28,7 +28,7 @@ from warp_jax.files.buckets import is_remote
 PIECE = 1 << 16  # bytes per piece of a file in a fingerprint
 ANOTHER = "another process"
 DAY = 86_400.0  # seconds
-_kept: set[Path] = set()
+_kept: dict[Path, str] = {}
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -54,9 +54,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents, if missing; on return they are on disk. Raises FileNotFoundError (see `keep`)."""
-    if not is_remote(folder) and not folder.is_dir():  # a bucket has no folders, only names with slashes
-        if folder.absolute() in _kept:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    if is_remote(folder):  # a bucket has no folders, only names with slashes
+        return
+    for kept, file in _kept.items():
+        if folder.absolute().is_relative_to(kept) and not (kept / file).exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(kept))
+    if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         sync(folder.parent)
@@ -70,10 +73,13 @@ def delete_litter(folder: Path) -> None:
                 path.unlink()
 
 
-def keep(folder: Path) -> None:
-    """Note that a folder exists and must stay: if it vanishes, the next write into it raises FileNotFoundError."""
+def keep(folder: Path, file: str) -> None:
+    """Note that a folder must stay. If it vanishes, the next write into it raises FileNotFoundError.
+
+    file: name of a file in it. Without that file, it is another folder: another thread may have made it meanwhile.
+    """
     if not is_remote(folder):
-        _kept.add(folder.absolute())
+        _kept[folder.absolute()] = file
 
 
 def is_kept(folder: Path) -> bool:

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,18 @@ def commit() -> str:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, or no right to use the repository
         return ""
 
 
 def requirements() -> str:
-    """Every installed package with its version, as lines of a requirements file, after a comment with the commit."""
+    """Every installed package with its version, as lines of a requirements file, after a comment with the commit.
+
+    Raises OSError if no file can be opened: importlib leaves out a folder that it cannot list.
+    """
+    for folder in sys.path:
+        if os.path.isdir(folder):
+            os.listdir(folder)
     installed = importlib.metadata.distributions()
     named = [(package.name, package.version) for package in installed if package.metadata]  # {}: a rest of another
     lines = {f"{name}=={version}" for name, version in named} - {_own()}
