@@ -32,6 +32,7 @@ STAGES = flags.DEFINE_list("stages", ["decode", "score", "update", "rl_step"], "
 SHAPES = flags.DEFINE_list("shapes", ["16x32+64"], "Sizes: sequences x tokens of the prompt + new tokens.")
 AGAINST = flags.DEFINE_string("against", "torch", "'torch', or the folder of another checkout of warp_jax.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Pairs of runs.", lower_bound=1)
+TRAINED = flags.DEFINE_integer("trained_layers", 0, "Train the last so many layers; 0 = all weights.", lower_bound=0)
 OUT = flags.DEFINE_string("out", "", "JSON file for the results.")
 MAX_LOAD = flags.DEFINE_float("max_load", 0.2, "Refuse to start if other processes use more than so many cores.")
 ROOT = Path(__file__).parents[1]
@@ -50,8 +51,8 @@ class Worker:
     def start(cls, program: str, folder: Path, stage: str, shape: str) -> "Worker":
         """Start a worker and wait until it has compiled."""
         batch, prompt, new = map(int, SHAPE.fullmatch(shape).groups())  # type: ignore[union-attr]  # checked in main
-        work = {"stage": stage, "batch": batch, "prompt": prompt, "new": new}
-        work["samples"] = 2 if batch > 1 else 1
+        work: dict[str, Any] = {"stage": stage, "batch": batch, "prompt": prompt, "new": new}
+        work |= {"samples": 2 if batch > 1 else 1, "trained_layers": TRAINED.value}
         command = [sys.executable, str(ROOT / "scripts" / "speed" / program), json.dumps(work)]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         worker = cls(subprocess.Popen(command, text=True, env={**os.environ, "PYTHONPATH": str(folder)}, **pipes))

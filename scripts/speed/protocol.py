@@ -13,11 +13,12 @@ LEARNING_RATE, EMA_RATE, KL_COEF = 1e-6, 0.01, 0.1
 class Work(NamedTuple):
     """What is run: sequences of `prompt` + `new` tokens of a model like SmolLM2-135M, in float32."""
 
-    stage: str  # decode, score, update or rl_step
+    stage: str  # decode, score, update, rl_step or evaluate (of 1,024 prompts; warp_jax only)
     batch: int
     prompt: int
     new: int
     samples: int = 2  # completions of each prompt
+    trained_layers: int = 0  # the last so many layers are trained; 0 = all weights (warp_jax only)
     vocab: int = 49152
     width: int = 576
     layers: int = 30

@@ -13,21 +13,28 @@ import numpy as np
 import optax
 from protocol import EMA_RATE, KL_COEF, LEARNING_RATE, Work, serve
 
-from warp_jax.models import apply, transformer
+from warp_jax import trees
+from warp_jax.evaluation import measure
+from warp_jax.models import apply, freezing, transformer
 from warp_jax.parallel import meshes
 from warp_jax.settings.groups import Rl
 from warp_jax.training import reinforce, sampling, scoring
-from warp_jax.types import PromptBatch, Rollout
+from warp_jax.types import PromptBatch, Rewards, Rollout
 
 
 def make(work: Work) -> Callable[[], Any]:
     """Return the stage as a function that ends when the device has finished."""
     sizes = work.vocab, work.width, work.layers, work.heads, work.kv_heads, work.width // work.heads, work.mlp
-    config = transformer.TransformerConfig(*sizes)
+    first = work.layers - work.trained_layers
+    config = transformer.TransformerConfig(
+        *sizes, layer_groups=(first, work.trained_layers) if work.trained_layers else ()
+    )
+    pattern = f"layers/({'|'.join(map(str, range(first, work.layers)))})/" if work.trained_layers else ""
     mesh, apply_fn = meshes.make_mesh((1, 1, 1), jax.devices()[:1]), apply.make_apply_fn(config)
     params = jax.tree.map(
         lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.02, apply.param_shapes(config)
     )
+    trained, frozen = freezing.split(params, pattern)
     sampler = sampling.make_sampler(
         mesh,
         params,
@@ -46,16 +53,31 @@ def make(work: Work) -> Callable[[], Any]:
         importance_cap=0.0,
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(LEARNING_RATE))
-    programs = reinforce.make_programs(mesh, params, optimizer=optimizer, score_fn=score, rl=rl, ema_rate=EMA_RATE)
+    programs = reinforce.make_programs(mesh, trained, optimizer=optimizer, score_fn=score, rl=rl, ema_rate=EMA_RATE)
     rng = np.random.default_rng(0)
     ids = np.repeat(rng.integers(0, work.vocab, (work.batch // work.samples, work.prompt)), work.samples, axis=0)
     prompts = PromptBatch(ids.astype(np.int32), np.ones_like(ids, bool), np.arange(work.batch, dtype=np.int32))
     completions = rng.integers(0, work.vocab, (work.batch, work.new)).astype(np.int32)
     rollout = Rollout(*prompts, completions, np.ones_like(completions, bool), np.zeros(completions.shape, np.float32))
     rewards = jnp.arange(work.batch, dtype=jnp.float32)
-    state = programs.init(params) if work.stage in ("update", "rl_step") else None
+    state = programs.init(trained) if work.stage in ("update", "rl_step") else None
     scored = jax.jit(score)
     shares_prompts = "copies" in (sampling.sample.__kwdefaults__ or {})
+
+    held_out = PromptBatch(*(np.resize(x, (1024, *x.shape[1:])) for x in prompts))
+    score_kl = functools.partial(scoring.sequence_kl, apply_fn, temperature=1.0)
+    examiner = measure.Examiner(
+        mesh=mesh,
+        sampler=sampler,
+        kl_to_sft=measure.make_kl_to_sft(score_kl),
+        reward_fn=lambda rollout: Rewards(rollout.completion_mask.sum(1).astype(jnp.float32), {}),
+        gold_fn=lambda rollout: np.zeros(len(rollout.completion_ids), np.float32),
+        sft_params=jax.tree.map(lambda x: x * 1.001, trained),
+        frozen_params=frozen,
+        eval_prompts=held_out,
+        batch_size=work.batch,
+        seed=0,
+    )
 
     def generate(params: Any) -> Any:
         if not shares_prompts:
@@ -65,14 +87,15 @@ def make(work: Work) -> Callable[[], Any]:
 
     def update(rollout: Any) -> Any:
         nonlocal state
-        state, metrics = programs.update(state, {}, rollout, rewards)
+        state, metrics = programs.update(state, frozen, rollout, rewards)
         return metrics
 
     stages: dict[str, Callable[[], Any]] = {
         "decode": lambda: generate(params),
         "score": lambda: scored(params, rollout),
         "update": lambda: update(rollout),
-        "rl_step": lambda: update(generate(state.params)),
+        "rl_step": lambda: update(generate(trees.join(state.params, frozen))),
+        "evaluate": lambda: measure.evaluate(examiner, trained).reward,
     }
     return lambda: jax.block_until_ready(stages[work.stage]())
 
