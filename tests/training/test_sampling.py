@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 
@@ -15,6 +16,7 @@ from warp_jax import trees
 from warp_jax.models import partitioning, rope
 from warp_jax.models.transformer import Transformer, TransformerConfig, init_cache
 from warp_jax.parallel import meshes
+from warp_jax.tpu_fit import hlo
 from warp_jax.training import drawing, sampling, scoring
 from warp_jax.training.drawing import SamplingConfig
 from warp_jax.types import PromptBatch, Rollout
@@ -159,6 +161,30 @@ def test_the_ends_of_the_unit_interval_draw_tokens_that_exist(uniform):
     assert_array_equal(tokens, [3, 5, 5] if uniform == 0 else [5, 250, 499])
     assert_allclose(logps, [np.log(0.5)] * 3, rtol=1e-5)
     assert np.isnan(drawing.draw(logits.at[1, 7].set(jnp.nan), jnp.zeros((3, 2)))[1][1])
+
+
+def test_rounded_sums_draw_no_token_without_probability():
+    """Fails if a cumulative sum that rounding lifts at a weight of 0 is taken for that weight."""
+    rng = np.random.default_rng(0)
+    weights = (rng.random((50, 2001)) * (rng.random((50, 2001)) > 0.5)).astype(np.float32)
+    sums = np.asarray(jax.jit(functools.partial(jnp.cumsum, axis=1))(weights))
+    rows, columns = np.nonzero((weights[:, 1:] == 0) & (np.diff(sums, axis=1) > 0))
+    assert len(rows) > 100
+    drawn = jax.jit(drawing._invert)(weights[rows], sums[rows, columns] / sums[rows].max(axis=1))
+    assert (weights[rows, drawn] > 0).all()
+
+
+@pytest.mark.parametrize("vocab", [49152, 256128])  # SmolLM2, Gemma 2
+def test_drawing_moves_one_block_of_the_vocabulary_between_chips(vocab):
+    """Fails if blocks do not lie on one chip each: all logits of a row would be gathered for each token."""
+    mesh = meshes.make_mesh((2, 1, 4))
+    logits, uniforms = (
+        jax.ShapeDtypeStruct((16, size), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data", axis)))
+        for size, axis in ((vocab, "tensor"), (2, None))
+    )
+    traffic = hlo.collectives(jax.jit(drawing.draw).lower(logits, uniforms).compile().as_text()).once
+    block = vocab // drawing.BLOCKS
+    assert 0 < sum(kind.bytes for kind in traffic.values()) < 8 * 4 * 2 * (block + drawing.BLOCKS)  # 8 rows a chip
 
 
 @pytest.mark.parametrize("variant", ["qwen3", "gemma2"])
