@@ -103,6 +103,19 @@ def test_an_odd_error_for_want_of_descriptors(monkeypatch):
     assert (code, "ulimit -n" in line) == (74, True)
 
 
+def test_an_odd_error_after_the_workdir_has_vanished(tmp_path, monkeypatch):
+    """Mutation: a library that misses a folder, and says so in words of its own, counts as a bug."""
+    monkeypatch.setattr(files, "_kept", {})
+    monkeypatch.setattr(cli, "_workdir", tmp_path / "run")
+    files.write_text(tmp_path / "run" / "config.json", "{}")
+    files.keep(tmp_path / "run", "config.json")
+    error = ValueError("Checkpoint directory does not exist: 4.saving")
+    assert cli.explain(error)[0] == 1
+    (tmp_path / "run" / "config.json").unlink()
+    assert cli.explain(error)[0] == 74
+    assert str(tmp_path / "run") in cli.explain(error)[1]
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [

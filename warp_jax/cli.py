@@ -50,7 +50,7 @@ def explain(error: BaseException, *, bad_input: bool = False) -> tuple[int, str]
         return code, text
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "stopped by SIGINT"
-    for cause in (*_causes(error), *_no_descriptor_left()):
+    for cause in (*_causes(error), *_no_descriptor_left(), *_workdir_vanished()):
         number, place = _system_error(cause)
         if number == errno.ENOMEM:
             advice = "use a smaller batch_size, more microbatches or a larger mesh"
@@ -70,6 +70,12 @@ def _no_descriptor_left() -> list[OSError]:
     except OSError as error:
         return [error]
     return [OSError(errno.EMFILE, os.strerror(errno.EMFILE))] if 0 <= left < FEW_FILES else []
+
+
+def _workdir_vanished() -> list[OSError]:
+    """The error of writing into the workdir, if that is gone: libraries report it in many ways."""
+    is_gone = _workdir is not None and files.has_vanished(_workdir)
+    return [FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(_workdir))] if is_gone else []
 
 
 def _is_in_workdir(path: Path) -> bool:

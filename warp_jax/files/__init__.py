@@ -56,8 +56,8 @@ def make_folder(folder: Path) -> None:
     """Make a folder and its parents, if missing; on return they are on disk. Raises FileNotFoundError (see `keep`)."""
     if is_remote(folder):  # a bucket has no folders, only names with slashes
         return
-    for kept, file in _kept.items():
-        if folder.absolute().is_relative_to(kept) and not (kept / file).exists():
+    for kept in _kept:
+        if folder.absolute().is_relative_to(kept) and has_vanished(kept):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(kept))
     if not folder.is_dir():
         make_folder(folder.parent)
@@ -80,6 +80,12 @@ def keep(folder: Path, file: str) -> None:
     """
     if not is_remote(folder):
         _kept[folder.absolute()] = file
+
+
+def has_vanished(folder: Path) -> bool:
+    """True if `keep` was called for a folder, and the folder is gone."""
+    file = None if is_remote(folder) else _kept.get(folder.absolute())
+    return file is not None and not (folder / file).exists()
 
 
 def is_kept(folder: Path) -> bool:
