@@ -154,6 +154,19 @@ def test_names_in_manifests_stay_near_their_folder(tmp_path):
     assert "checksums.json is not what was written" in manifest.changed(tmp_path)
 
 
+def test_checksums_do_not_depend_on_the_order_of_the_notes(tmp_path):
+    """Fails when a job that was killed between two notes, and makes them in another order, ends with other bytes."""
+    for name in ("b", "a"):
+        files.write_text(tmp_path / name, name)
+    contents = []
+    for order in ("ab", "ba"):
+        for name in order:
+            manifest.note(tmp_path, name)
+        contents.append((tmp_path / manifest.CHECKSUMS).read_bytes())
+        (tmp_path / manifest.CHECKSUMS).unlink()
+    assert contents[0] == contents[1]
+
+
 def test_a_folder_of_an_earlier_version_has_no_manifest(tmp_path):
     with ocp.StandardCheckpointer() as saver:
         saver.save(tmp_path / "params", TREE)

@@ -104,7 +104,7 @@ def note(folder: Path, name: str, *, again: bool = False) -> None:
             f"{folder / name} was made again, and is not what it was; restore it, or choose another --workdir"
         )
     noted[name] = found
-    files.write_json(folder / CHECKSUMS, {"files": noted, "xxh3": _own_checksum(noted)})
+    files.write_json(folder / CHECKSUMS, {"files": dict(sorted(noted.items())), "xxh3": _own_checksum(noted)})
 
 
 def is_noted(folder: Path, name: str) -> bool:
