@@ -149,10 +149,10 @@ def main(argv: list[str]) -> None:
     """Run all stages and shapes, and print the table."""
     del argv
     if odd := [shape for shape in SHAPES.value if not SHAPE.fullmatch(shape)]:
-        raise ValueError(f"--shapes: got {odd[0]!r}, want such as 16x32+64")
+        cli.fail(f"--shapes: got {odd[0]!r}, want such as 16x32+64")
     load = other_load()
     if load > MAX_LOAD.value:
-        raise ValueError(f"other processes use {load:.1f} cores, want at most --max_load={MAX_LOAD.value}")
+        cli.fail(f"other processes use {load:.1f} cores, want at most --max_load={MAX_LOAD.value}", cli.TRY_AGAIN)
     results: dict[str, Any] = {"against": AGAINST.value, "machine": machine(), "runs": []}
     facts = ", ".join(f"{name} {value:.0f}" for name, value in results["machine"].items())
     table = Table("stage", "size", "warp_jax [s]", f"{AGAINST.value} [s]", "times as fast", "peak GB", title=facts)
