@@ -165,8 +165,9 @@ class _Recorder:
         config = options["config"]
         self.samplers.append(config)
 
-        def generate(params, prompts, key):
-            """Complete every prompt by 'z' and a stop token."""
+        def generate(params, prompts, key, copies=1):
+            """Complete every prompt by 'z' and a stop token, so many times."""
+            prompts = jax.tree.map(lambda x: np.repeat(x, copies, axis=0), prompts)
             self.dtypes.append(options["dtype"])
             self.drawn.append((params, jax.tree.map(np.asarray, prompts), tuple(jax.random.key_data(key).tolist())))
             ids = np.tile(np.int32([ord("z"), config.stop_ids[0], config.pad_id]), (len(prompts.prompt_ids), 1))

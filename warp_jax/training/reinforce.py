@@ -114,27 +114,17 @@ def policy_update(
         rl: settings of the update.
         ema_rate: mu, the weight of the new policy in the anchor; 0 freezes the anchor.
     """
-    group_size = rl.samples_per_prompt
-    has_whole_groups = len(rewards) % (rl.num_microbatches * group_size) == 0
-    cut = microbatches.Cut(rl.num_microbatches, group_size if has_whole_groups else 1)
+    has_whole_groups = len(rewards) % (rl.num_microbatches * rl.samples_per_prompt) == 0
+    cut = microbatches.Cut(rl.num_microbatches, rl.samples_per_prompt if has_whole_groups else 1)
 
     def score(params: Params, rollout: Rollout) -> Array:
         return score_fn(trees.join(params, frozen_params), rollout)
-
-    def weigh(policy_logps: Array, anchor_logps: Array, rollout: Rollout, rewards: Array) -> Weighed:
-        ratio = objective.log_ratio(policy_logps, anchor_logps, rollout.completion_mask)
-        shaped = objective.shaped_rewards(rewards, ratio, rl.kl_coef)
-        weights = objective.advantages(shaped, rl.advantage, group_size, rl.whiten)
-        if rl.importance_cap:
-            sampler_logps, mask = rollout.per_token_logps, rollout.completion_mask
-            weights *= objective.importance_weights(policy_logps, sampler_logps, mask, rl.importance_cap)
-        return Weighed(policy_logps, anchor_logps, ratio, shaped, weights)
 
     def gradient(chunk: tuple[Rollout, Array, Weighed | None]) -> tuple[Params, tuple[Array, Weighed]]:
         rollout, rewards, weighed = chunk
         policy_logps, pull_back = jax.vjp(lambda params: score(params, rollout), state.params)
         if weighed is None:
-            weighed = weigh(policy_logps, score(state.anchor_params, rollout), rollout, rewards)
+            weighed = _weigh(policy_logps, score(state.anchor_params, rollout), rollout, rewards, rl)
         loss_fn = jax.value_and_grad(objective.reinforce_loss)
         loss, slopes = loss_fn(policy_logps, rollout.completion_mask, weighed.advantages)
         return pull_back(slopes)[0], (loss, weighed)
@@ -143,27 +133,45 @@ def policy_update(
     if not _is_local(rl, has_whole_groups):
         both = jax.lax.map(lambda x: (score(state.params, x[0]), score(state.anchor_params, x[0])), chunks)
         policy_logps, anchor_logps = cut.join(both)
-        before = cut.split(weigh(policy_logps, anchor_logps, rollout, rewards))
+        before = cut.split(_weigh(policy_logps, anchor_logps, rollout, rewards, rl))
     grads, (losses, parts) = microbatches.mean_gradient(gradient, (*chunks, before), state.params)
     weighed: Weighed = cut.join(parts)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     anchor = merging.ema_update(state.anchor_params, params, ema_rate)
-    mask = rollout.completion_mask
-    tokens = mask.sum(dtype=jnp.float32)
     metrics = {
         "loss": losses.mean(),
+        "grad_norm": optax.global_norm(grads),
+        "param_norm": optax.global_norm(params),  # finite metrics imply a finite new state
+        **_metrics(rollout, rewards, weighed),
+    }
+    return TrainState(state.step + 1, params, anchor, opt_state), metrics, Trace(*weighed, losses, grads, params)
+
+
+def _weigh(policy_logps: Array, anchor_logps: Array, rollout: Rollout, rewards: Array, rl: Rl) -> Weighed:
+    """The advantage of each completion of these rows."""
+    ratio = objective.log_ratio(policy_logps, anchor_logps, rollout.completion_mask)
+    shaped = objective.shaped_rewards(rewards, ratio, rl.kl_coef)
+    weights = objective.advantages(shaped, rl.advantage, rl.samples_per_prompt, rl.whiten)
+    if rl.importance_cap:
+        sampler_logps, mask = rollout.per_token_logps, rollout.completion_mask
+        weights *= objective.importance_weights(policy_logps, sampler_logps, mask, rl.importance_cap)
+    return Weighed(policy_logps, anchor_logps, ratio, shaped, weights)
+
+
+def _metrics(rollout: Rollout, rewards: Array, weighed: Weighed) -> dict[str, Array]:
+    """Metrics of the completions of a step."""
+    mask, policy_logps = rollout.completion_mask, weighed.policy_logps
+    tokens = mask.sum(dtype=jnp.float32)
+    return {
         "reward": rewards.mean(),
         "shaped_reward": weighed.shaped_rewards.mean(),
         "anchor_kl": weighed.log_ratio.mean(),
-        "nats_per_token": -weighed.policy_logps.sum() / tokens,
+        "nats_per_token": -policy_logps.sum() / tokens,
         "length": tokens / rewards.shape[0],
-        "grad_norm": optax.global_norm(grads),
-        "param_norm": optax.global_norm(params),  # finite metrics imply a finite new state
-        **objective.sampler_drift(rollout.per_token_logps, weighed.policy_logps, mask),
-        loop.BAD_ROWS: _bad_rows(rollout, weighed.shaped_rewards, weighed.policy_logps),
+        **objective.sampler_drift(rollout.per_token_logps, policy_logps, mask),
+        loop.BAD_ROWS: _bad_rows(rollout, weighed.shaped_rewards, policy_logps),
     }
-    return TrainState(state.step + 1, params, anchor, opt_state), metrics, Trace(*weighed, losses, grads, params)
 
 
 def _is_local(rl: Rl, has_whole_groups: bool) -> bool:
