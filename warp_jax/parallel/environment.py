@@ -1,5 +1,6 @@
 """Environment of this process: versions of the code and of the libraries, and the devices."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -36,7 +37,7 @@ def commit() -> str:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, or no right to use the repository
+    except (FileNotFoundError, PermissionError, subprocess.CalledProcessError):  # no git, or not for this user
         return ""
 
 
@@ -45,8 +46,8 @@ def requirements() -> str:
 
     Raises OSError if no file can be opened: importlib leaves out a folder that it cannot list.
     """
-    for folder in sys.path:
-        if os.path.isdir(folder):
+    for folder in filter(os.path.isdir, sys.path):
+        with contextlib.suppress(PermissionError):
             os.listdir(folder)
     installed = importlib.metadata.distributions()
     named = [(package.name, package.version) for package in installed if package.metadata]  # {}: a rest of another
