@@ -1,4 +1,4 @@
-"""What a program for scripts/benchmark.py gets and prints: one stage of training, run again for each line of input."""
+"""Protocol of the programs that scripts/benchmark.py starts: run a stage of training for each line of input."""
 
 import json
 import resource
@@ -11,7 +11,7 @@ LEARNING_RATE, EMA_RATE, KL_COEF = 1e-6, 0.01, 0.1
 
 
 class Work(NamedTuple):
-    """What is run: sequences of `prompt` + `new` tokens of a model like SmolLM2-135M, in float32."""
+    """Work of a program: sequences of `prompt` + `new` tokens of a model like SmolLM2-135M, in float32."""
 
     stage: str  # decode, score, update, rl_step or evaluate (of 1,024 prompts; warp_jax only)
     batch: int

@@ -75,7 +75,7 @@ def claim(
     try:
         hosts.on_first_process(claim_locked)
     except OSError as error:
-        if error.errno == errno.ENOENT and files.is_kept(workdir):
+        if error.errno == errno.ENOENT and files.has_vanished(workdir):
             raise StorageError(f"{workdir} has vanished; mount or restore it, and start the job again") from error
         raise ValueError(
             f"workdir: cannot write to {workdir}: {error.strerror or error}; choose another --workdir"

@@ -88,11 +88,6 @@ def has_vanished(folder: Path) -> bool:
     return file is not None and not (folder / file).exists()
 
 
-def is_kept(folder: Path) -> bool:
-    """True if `keep` was called for a folder."""
-    return folder.absolute() in _kept
-
-
 def sync(path: Path) -> None:
     """Write a file, or the names in a folder, to disk (fsync): they survive a power cut."""
     if is_remote(path):

@@ -24,7 +24,7 @@ from warp_jax.rewards import reward_functions
 from warp_jax.settings import Settings, check_devices
 from warp_jax.settings.groups import RewardModel, Sft
 from warp_jax.tpu_fit import hlo
-from warp_jax.training import optimizers, sampling, supervised
+from warp_jax.training import optimizers, reinforce, sampling, supervised
 from warp_jax.types import Params, PromptBatch, Rollout
 
 Names = tuple[str, ...]  # keys of Plan.resident
@@ -127,8 +127,7 @@ class _Planner:
         if COPY in self.resident:  # a new copy is made while the previous one is still in memory
             yield self.program(COPY, functions.sampler.lay_out, self.weights, reads=WHOLE)
             weights, reads = self.resident[COPY], (COPY,)
-        samples = self.settings.rl.samples_per_prompt
-        copies = samples if train // samples % meshes.batch_devices(self.mesh) == 0 else 1  # as in reinforce.collect
+        copies = reinforce.shared_samples(self.settings.rl, self.mesh)
         yield from self.generation("", functions.sampler, train, weights, reads, copies=copies)
         if functions.evaluation_sampler is not functions.sampler:
             copy = self._copy(functions.evaluation_sampler)

@@ -215,16 +215,21 @@ def train_step(trainer: Trainer, run: Run, state: TrainState, step: int) -> tupl
     return state, {**metrics, **parts}
 
 
+def shared_samples(rl: Rl, mesh: Mesh) -> int:
+    """Samples that share the prefill of their prompt: all, or 1 if the prompts of a step do not divide by devices."""
+    num_prompts = rl.batch_size // rl.samples_per_prompt
+    return 1 if num_prompts % meshes.batch_devices(mesh) else rl.samples_per_prompt
+
+
 def collect(trainer: Trainer, run: Run, state: TrainState, step: int) -> tuple[Rollout, Rewards]:
     """Sample the completions of a step and compute their rewards."""
-    group_size, mesh = trainer.rl.samples_per_prompt, trainer.mesh
-    count, num_prompts = len(trainer.train_prompts.example_ids), trainer.rl.batch_size // group_size
+    rl, mesh, copies = trainer.rl, trainer.mesh, shared_samples(trainer.rl, trainer.mesh)
+    count, num_prompts = len(trainer.train_prompts.example_ids), rl.batch_size // rl.samples_per_prompt
     rows = batches.epoch_rows(count, num_prompts, step, seed=trainer.seed, stream=run.name)
-    if num_prompts % meshes.batch_devices(mesh):  # fewer prompts than devices: each is processed for each sample
-        rows, group_size = np.repeat(rows, group_size), 1
+    rows = np.repeat(rows, rl.samples_per_prompt // copies)
     prompts = meshes.put_batch(mesh, batches.take(trainer.train_prompts, rows))
     params = trees.join(state.params, trainer.frozen_params)
-    rollout = trainer.sampler(params, prompts, jax.random.fold_in(run.key, step), group_size)
+    rollout = trainer.sampler(params, prompts, jax.random.fold_in(run.key, step), copies)
     try:
         return rollout, trainer.reward_fn(rollout)
     except RewardError as error:
