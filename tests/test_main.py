@@ -273,7 +273,8 @@ def _run_with_reward(folder, function, **environment):
     (folder / "users_rewards.py").write_text(REWARDS)
     changes = ["warp.num_iterations=1", "warp.num_runs=1", "warp.steps_per_iteration=(4,)", "evaluation.every=4"]
     changes += ["gold.source=", "data.label_field=", "sft.num_steps=1", "front.etas=(1.0,)"]
-    changes += [f"rewards.sentiment.source=users_rewards:{function}", "rewards.sentiment.timeout=2"]
+    changes += [f"rewards.sentiment.source=users_rewards:{function}"]
+    changes += [f"rewards.sentiment.timeout={2 if function == 'hangs' else 60}"]
     command = main_command(TINY, f"--workdir={folder / 'run'}", *(f"--config.{change}" for change in changes))
     return run(command, PYTHONPATH=str(folder), **environment)
 

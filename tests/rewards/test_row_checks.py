@@ -95,7 +95,8 @@ def test_any_failure_of_a_check_names_the_row_and_the_function(judge, tmp_path, 
     judge.check_row, message = CHECKS[kind]
     split = Corpus(["a", "b"], [0, 0], [{"grade": 1}, {}], ["a.csv line 2", "a.csv line 3"])
     (tmp_path / "a:b").mkdir()
-    limits = {"a_judge:score": 0.2, "judge:score": 0.2, "length": 0.2, str(tmp_path / "a:b"): 0.2}
+    limit = 0.2 if kind == "hangs" else 60.0
+    limits = {"a_judge:score": 60.0, "judge:score": limit, "length": 60.0, str(tmp_path / "a:b"): 60.0}
     row_checks.check(limits, Corpus._make(column[:1] for column in split))
     with pytest.raises(RewardError, match=rf"^a\.csv line 3: judge{message}"):
         row_checks.check(limits, split)

@@ -53,7 +53,7 @@ def folder(server, request):
 def short(monkeypatch):
     """Locks that are stale soon."""
     monkeypatch.setattr(buckets, "HEARTBEAT", 0.05)
-    monkeypatch.setattr(buckets, "STALE", 0.6)
+    monkeypatch.setattr(buckets, "STALE", 2.0)
     monkeypatch.setattr(buckets, "POLL", 0.01)
 
 
@@ -180,7 +180,7 @@ def test_the_lock_of_a_living_owner_elsewhere_is_never_taken(folder, short, monk
             pytest.fail("two owners")
         waiter = threading.Thread(target=take, args=(folder / "lock", told.append, lambda: told.append("taken")))
         waiter.start()
-        waiter.join(3 * buckets.STALE)
+        waiter.join(2 * buckets.STALE)
         assert "taken" not in told
     waiter.join()
     assert told.count("taken") == 1
