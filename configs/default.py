@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     config.model.dtype = "float32"  # of activations: float32 or bfloat16 (TPU); weights are always float32
     # what each layer keeps for the backward pass: "none" = recompute nothing, "dots" = keep matrix products only,
     # "full" = recompute everything (least memory)
-    config.model.remat = "none"
+    config.model.remat = "dots"
     config.model.logits_chunk = 256  # positions per row whose logits are in memory at the same time; 0 = all
 
     config.model.architecture = ConfigDict()  # the transformer that is trained from scratch
