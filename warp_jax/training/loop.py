@@ -25,7 +25,7 @@ StepFn = Callable[[State, int], tuple[State, Metrics]]
 OnStep = Callable[[int, Mapping[str, float]], None]  # steps done, latest metrics
 BAD_ROWS = "bad_rows"  # int32 [B]: rows of the data for which a value is not finite, -1 for the others
 SHOWN_ROWS = 5  # in an error
-# Round bfloat16 values wherever the program says so: then the policy and its anchor round alike, whatever XLA fuses.
+# Round bfloat16 values wherever the program says so: then the policy and its anchor round nearly alike.
 ROUNDING = {"xla_allow_excess_precision": False}
 
 

@@ -10,7 +10,10 @@ from warp_jax.types import Array, Params
 
 
 class Cut(NamedTuple):
-    """Cuts batches into parts of equal size. Group g of rows goes to part g % parts, so rows stay on their devices."""
+    """Cuts batches into parts of equal size. Group g of rows goes to part g % parts.
+
+    Rows stay on their devices if the batch is a multiple of parts * group_size * devices.
+    """
 
     parts: int
     group_size: int  # consecutive rows that stay together

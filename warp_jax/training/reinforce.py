@@ -176,8 +176,10 @@ def _metrics(rollout: Rollout, rewards: Array, weighed: Weighed) -> dict[str, Ar
 
 def _is_local(rl: Rl, has_whole_groups: bool) -> bool:
     """True if the advantages of a microbatch depend on its own rows only."""
-    if rl.num_microbatches == 1 or rl.advantage == "batch_mean" or rl.whiten:
-        return rl.num_microbatches == 1
+    if rl.num_microbatches == 1:
+        return True
+    if rl.whiten or rl.advantage == "batch_mean":
+        return False
     return rl.advantage == "none" or has_whole_groups
 
 
