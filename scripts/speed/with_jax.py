@@ -22,6 +22,7 @@ from warp_jax.training import reinforce, sampling, scoring
 from warp_jax.types import ApplyFn, Params, PromptBatch, Rewards, Rollout
 
 MESH = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
+TRUNK = {}
 HELD_OUT = 1024  # prompts of an evaluation
 RL = Rl.model_construct(
     num_microbatches=1, advantage="leave_one_out", whiten=False, kl_coef=KL_COEF, importance_cap=0.0
@@ -53,7 +54,7 @@ def rollout_of(work: Work) -> Rollout:
 def examiner_of(work: Work, sampler: sampling.Sampler, apply_fn: ApplyFn, trained: Params, frozen: Params) -> Any:
     """Evaluation on HELD_OUT prompts, with rewards that cost nothing."""
     prompts = PromptBatch(*(np.resize(x, (HELD_OUT, *x.shape[1:])) for x in rollout_of(work)[:3]))
-    score_kl = functools.partial(scoring.sequence_kl, apply_fn, temperature=1.0)
+    score_kl = functools.partial(scoring.sequence_kl, apply_fn, temperature=1.0, **TRUNK)
     return measure.Examiner(
         mesh=MESH,
         sampler=sampler,
@@ -71,6 +72,8 @@ def examiner_of(work: Work, sampler: sampling.Sampler, apply_fn: ApplyFn, traine
 def make(work: Work) -> Callable[[], Any]:
     """Return the stage as a function that ends when the device has finished."""
     config, trained, frozen = model_of(work)
+    if hasattr(freezing, "trunk_layers"):
+        TRUNK["trunk_layers"] = freezing.trunk_layers(trained, config.stacks)
     params, apply_fn, rollout = trees.join(trained, frozen), apply.make_apply_fn(config), rollout_of(work)
     sampler = sampling.make_sampler(
         MESH,
@@ -79,6 +82,7 @@ def make(work: Work) -> Callable[[], Any]:
         make_cache=functools.partial(transformer.init_cache, config),
         dtype=config.dtype,
         config=sampling.SamplingConfig(work.new, 1.0, (), 0),
+        **TRUNK,
     )
     score = functools.partial(scoring.per_token_logps, apply_fn, temperature=1.0)
     programs = reinforce.make_programs(

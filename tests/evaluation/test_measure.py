@@ -91,7 +91,11 @@ def test_a_reward_that_fails_names_the_evaluation(tmp_path):
 def _sampler(apply_fn):
     config = sampling.SamplingConfig(LENGTH, TEMPERATURE, (STOP,), 0)
     generate = functools.partial(sampling.sample, apply_fn, lambda batch, capacity: None, config=config)
-    return sampling.Sampler(lay_out=lambda params: params, generate=generate)
+
+    def generate_with_states(*args, num_slots, **options):
+        return generate(*args, **options), None
+
+    return sampling.Sampler(lambda params: params, generate, generate_with_states)
 
 
 def _examiner(sft, frozen, count):

@@ -173,7 +173,10 @@ class _Recorder:
             ids = np.tile(np.int32([ord("z"), config.stop_ids[0], config.pad_id]), (len(prompts.prompt_ids), 1))
             return Rollout(*prompts, ids, ids != config.pad_id, np.zeros(ids.shape, np.float32))
 
-        return sampling.Sampler(lay_out=lambda params: params, generate=generate)
+        def generate_with_states(params, prompts, key, first, num_slots):
+            return generate(params, prompts, jax.random.fold_in(key, first)), None
+
+        return sampling.Sampler(lambda params: params, generate, generate_with_states)
 
     def _text_scores(self, name, prompts, completions, rows):
         self.scored += [(name, prompt, row) for prompt, row in zip(prompts, rows, strict=True)]

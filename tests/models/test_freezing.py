@@ -104,3 +104,12 @@ def test_angles_of_a_later_stack_carry_its_layers():
     """Fails when merging takes the layers of a later stack for one unit, or numbers them from 0."""
     init, first, second = (freezing.split(_random(_cut((3, 2)), seed), "layers/[34]/")[0] for seed in (1, 2, 3))
     assert merging.gram(init, [first, second]).names == ("layers/3", "layers/4")
+
+
+def test_layers_below_the_first_trained_one_by_hand():
+    """Fails when layers count as shared by policy and SFT although the embedding below them is trained."""
+    stacks = (("layers_from_0", 0, 4), ("layers_from_4", 4, 6), ("layers_from_6", 6, 9))
+    assert freezing.trunk_layers({"layers_from_4": {}, "layers_from_6": {}}, stacks) == 4
+    assert freezing.trunk_layers({"embed": {}, "layers_from_6": {}}, stacks) == 0
+    assert freezing.trunk_layers({"layers_from_0": {}, "layers_from_6": {}}, stacks) == 0
+    assert freezing.trunk_layers({"final_norm": {}}, stacks) == 9

@@ -172,6 +172,20 @@ def test_rounded_sums_draw_no_token_without_probability():
     assert len(rows) > 100
     drawn = jax.jit(drawing._invert)(weights[rows], sums[rows, columns] / sums[rows].max(axis=1))
     assert (weights[rows, drawn] > 0).all()
+    weights = rng.random((2000, 2001), np.float32)
+    weights[:, 0] = 0  # what argmax returns if the last sum is below the share of another sum of these weights
+    assert drawing._invert(weights, jnp.full(2000, 1 - 2**-24)).min() > 0
+
+
+def test_no_random_number_draws_the_first_token_whatever_its_probability(monkeypatch):
+    """Fails if a random number can be 0, which is smaller than any probability, or 1."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    for low, token in ((0.0, 1), (1 - 2**-23, 999)):
+        monkeypatch.setattr(jax.random, "uniform", lambda key, shape, low=low: jnp.full(shape, low, jnp.float32))
+        logits = jnp.zeros((3, 1000)).at[:, 0].set(-60.0).at[:, 999].set(3.0)
+        tokens, logps = drawing.draw(logits, drawing.uniforms(keys, jnp.arange(3)))
+        assert tokens.tolist() == [token] * 3
+        assert float(logps.min()) > -10
 
 
 @pytest.mark.parametrize("vocab", [49152, 256128])  # SmolLM2, Gemma 2

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from warp_jax import files, trees
 from warp_jax.data import batches
 from warp_jax.evaluation import statistics
+from warp_jax.models.transformer import States
 from warp_jax.parallel import hosts, meshes, stopping
 from warp_jax.training import sampling
 from warp_jax.types import Array, Params, PromptBatch, RewardError, RewardFn, Rollout, StorageError
@@ -34,7 +35,9 @@ class Evaluation(NamedTuple):
 
 
 EVALUATION_STREAM = 2**31 - 1  # takes the place of the iteration in random keys, so they differ from those of training
-KlFn = Callable[[Params, Params, Params, Rollout], Array]  # trained leaves of policy and SFT, frozen -> [B], nats
+CALL_BATCHES = 8  # batches that one call samples: a row whose completion has ended takes the prompt of a later batch
+# trained leaves of policy and SFT, frozen leaves, completions, the policy's States (or None) -> [B], nats
+KlFn = Callable[[Params, Params, Params, Rollout, States | None], Array]
 
 
 class Examiner(NamedTuple):
@@ -52,16 +55,19 @@ class Examiner(NamedTuple):
     seed: int
 
 
-def make_kl_to_sft(score_kl: Callable[[Params, Params, Rollout], Array]) -> KlFn:
-    """Compile the KL of a policy to SFT from score_kl(policy, SFT, rollout), which takes whole models.
+def make_kl_to_sft(score_kl: Callable[..., Array]) -> KlFn:
+    """Compile the KL of a policy to SFT from score_kl(policy, SFT, rollout, states=states), which takes whole models.
 
     The frozen leaves are joined inside the compiled function, so XLA computes frozen layers below the first trained one
-    only once.
+    only once, and with the policy's states not at all.
     """
 
     @jax.jit
-    def kl_to_sft(params: Params, sft_params: Params, frozen_params: Params, rollout: Rollout) -> Array:
-        return score_kl(trees.join(params, frozen_params), trees.join(sft_params, frozen_params), rollout)
+    def kl_to_sft(
+        params: Params, sft_params: Params, frozen_params: Params, rollout: Rollout, states: States | None = None
+    ) -> Array:
+        models = (trees.join(leaves, frozen_params) for leaves in (params, sft_params))
+        return score_kl(*models, rollout, states=states)
 
     return kl_to_sft
 
@@ -75,11 +81,9 @@ def evaluate(examiner: Examiner, params: Params) -> Evaluation:
         Stopped: a signal asked for it.
     """
     laid_out = examiner.sampler.lay_out(trees.join(params, examiner.frozen_params))
-    count = len(examiner.eval_prompts.example_ids) // examiner.batch_size
     measured = []
-    for number in range(count):
-        stopping.stop_if_requested("an evaluation, which will be made again")
-        measured.append(_evaluate_batch(examiner, params, laid_out, number))
+    for rollout, states in _completions(examiner, laid_out):
+        measured.append(_measure(examiner, params, rollout, states))
     columns = {name: np.concatenate([batch[name] for batch in measured]) for name in measured[0]}
     if bad := np.count_nonzero(~np.isfinite(columns["sft_kl"])):
         raise FloatingPointError(
@@ -97,14 +101,24 @@ def evaluate(examiner: Examiner, params: Params) -> Evaluation:
     )
 
 
-def _evaluate_batch(examiner: Examiner, params: Params, laid_out: Params, number: int) -> dict[str, np.ndarray]:
+def _completions(examiner: Examiner, laid_out: Params) -> Iterator[tuple[Rollout, States]]:
+    """A completion for each prompt, and the policy's states, in batches of examiner.batch_size."""
     key = jax.random.fold_in(jax.random.key(examiner.seed), EVALUATION_STREAM)
-    rows = np.arange(number * examiner.batch_size, (number + 1) * examiner.batch_size)
-    batch = meshes.put_batch(examiner.mesh, batches.take(examiner.eval_prompts, rows))
-    rollout = examiner.sampler.generate(laid_out, batch, jax.random.fold_in(key, number))
+    size, count = examiner.batch_size, len(examiner.eval_prompts.example_ids)
+    calls = CALL_BATCHES if meshes.batch_devices(examiner.mesh) == 1 else 1  # no row moves to another device
+    for first in range(0, count, calls * size):
+        stopping.stop_if_requested("an evaluation, which will be made again")
+        rows = np.arange(first, min(first + calls * size, count))
+        prompts = meshes.put_batch(examiner.mesh, batches.take(examiner.eval_prompts, rows))
+        sampled = examiner.sampler.generate_with_states(laid_out, prompts, key, first=first, num_slots=size)
+        for batch in range(0, len(rows), size):
+            yield jax.tree.map(lambda x, batch=batch: x[batch : batch + size], sampled) if calls > 1 else sampled
+
+
+def _measure(examiner: Examiner, params: Params, rollout: Rollout, states: States) -> dict[str, np.ndarray]:
     measured = {
         "reward": examiner.reward_fn(rollout).total,
-        "sft_kl": examiner.kl_to_sft(params, examiner.sft_params, examiner.frozen_params, rollout),
+        "sft_kl": examiner.kl_to_sft(params, examiner.sft_params, examiner.frozen_params, rollout, states),
         "completion_ids": rollout.completion_ids,
         "completion_mask": rollout.completion_mask,
     }

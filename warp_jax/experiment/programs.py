@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from warp_jax import trees
 from warp_jax.evaluation import measure
+from warp_jax.models import freezing
 from warp_jax.models.apply import make_apply_fn
 from warp_jax.models.transformer import TransformerConfig, init_cache
 from warp_jax.settings import Settings
@@ -36,6 +37,7 @@ def make_programs(
 ) -> Programs:
     """Jit the programs for a policy `model`. trained, frozen: its leaves, or their shapes."""
     temperature, chunk = settings.sampling.temperature, settings.model.logits_chunk
+    trunk_layers = freezing.trunk_layers(trained, model.stacks)
     score: Any = {"temperature": temperature, "chunk": chunk}
 
     def make_sampler(model: TransformerConfig) -> sampling.Sampler:
@@ -46,6 +48,7 @@ def make_programs(
             make_cache=functools.partial(init_cache, model, mesh=mesh),
             dtype=model.dtype,
             config=sampling.SamplingConfig(settings.sampling.max_new_tokens, temperature, stop_ids, pad_id),
+            trunk_layers=trunk_layers,
         )
 
     update = reinforce.make_programs(
@@ -59,7 +62,7 @@ def make_programs(
     )
     sampler = make_sampler(model)
     measured = dataclasses.replace(model, dtype=settings.evaluation.dtype)
-    score_kl = functools.partial(scoring.sequence_kl, make_apply_fn(measured, mesh), **score)
+    score_kl = functools.partial(scoring.sequence_kl, make_apply_fn(measured, mesh), trunk_layers=trunk_layers, **score)
     return Programs(
         sampler=sampler,
         train=update,

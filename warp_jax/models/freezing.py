@@ -7,6 +7,7 @@ so a stack is cut wherever the pattern matches different weights in two neighbou
 
 import itertools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,6 +41,13 @@ def split(params: Params, pattern: str) -> tuple[Params, Params]:
     trained = {name: leaf for name, leaf in leaves.items() if re.search(pattern, _names_of(name, leaf)[0])}
     frozen = {name: leaf for name, leaf in leaves.items() if name not in trained}
     return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
+
+
+def trunk_layers(trained: Params, stacks: Sequence[tuple[str, int, int]]) -> int:
+    """Number of the first layers that are frozen together with the embedding. stacks: as in `TransformerConfig`."""
+    if "embed" in trained:
+        return 0
+    return min((first for name, first, _ in stacks if name in trained), default=stacks[-1][2])
 
 
 def restacked(source: Params, like: Params) -> Params:

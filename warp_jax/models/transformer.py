@@ -113,6 +113,39 @@ class Cache(NamedTuple):
         positions, valid = (jnp.repeat(x, copies, axis=0) for x in (self.positions, self.valid))
         return Cache(keys, values, positions, valid, self.length)
 
+    def take(self, rows: Array) -> "Cache":
+        """Some rows, in this order: int32 [R]."""
+        return Cache(self.keys[:, rows], self.values[:, rows], self.positions[rows], self.valid[rows], self.length)
+
+    def insert(self, rows: Array, other: "Cache", columns: Array) -> "Cache":
+        """Put the R rows of `other`, P columns long, into rows [R] and columns [P]; empty the other columns of these.
+
+        A row number outside the cache is left out.
+        """
+        at = rows[:, None], columns[None]
+
+        def put(old: Array, new: Array) -> Array:
+            return old.at[:, *at].set(new, mode="drop")
+
+        return Cache(
+            keys=put(self.keys, other.keys),
+            values=put(self.values, other.values),
+            positions=self.positions.at[at].set(other.positions, mode="drop"),
+            valid=self.valid.at[rows].set(False, mode="drop").at[at].set(other.valid, mode="drop"),
+            length=self.length,
+        )
+
+    def at(self, column: Array) -> "Cache":
+        """The same cache, in which the next token of every row goes to this column."""
+        return self._replace(length=column)
+
+
+class States(NamedTuple):
+    """Values of each token inside the model [B, S, D]. trunk: after the first `below` layers, None if `below` is 0."""
+
+    trunk: Array | None
+    final: Array  # the input of `head`
+
 
 def init_cache(config: TransformerConfig, batch: int, capacity: int, mesh: Mesh | None = None) -> Cache:
     """An empty cache for `capacity` tokens per row; with a mesh, rows and heads are sharded."""
@@ -289,16 +322,42 @@ class Transformer(nn.Module):
         self, token_ids: Array, mask: Array, cache: Cache | None = None, num_outputs: int = 0
     ) -> tuple[Array, Cache | None]:
         """Normalised states of the last layer [B, S, D], the input of `head`, and the cache; arguments as in a call."""
+        positions, cache = _count_tokens(mask, cache)
+        x, cache = self._run(self._embedded(token_ids), cache, positions, 0, self.config.num_layers)
+        return self.final_norm(x[:, -num_outputs:]), cache
+
+    def states(
+        self, token_ids: Array, mask: Array, cache: Cache | None = None, below: int = 0
+    ) -> tuple[States, Cache | None]:
+        """`States` of all tokens and the cache. below: number of layers, at the end of a stack."""
+        positions, cache = _count_tokens(mask, cache)
+        trunk, cache = self._run(self._embedded(token_ids), cache, positions, 0, below)
+        x, cache = self._run(trunk, cache, positions, below, self.config.num_layers)
+        return States(trunk if below else None, self.final_norm(x)), cache
+
+    def above(self, trunk: Array, mask: Array, below: int, num_outputs: int = 0) -> Array:
+        """What `hidden` returns, from `States.trunk` of whole sequences."""
+        positions, _ = _count_tokens(mask, None)
+        x, _ = self._run(trunk, None, positions, below, self.config.num_layers)
+        return self.final_norm(x[:, -num_outputs:])
+
+    def _embedded(self, token_ids: Array) -> Array:
         cfg = self.config
         x = self.embed(token_ids)
         if cfg.scale_embedding:
             x = x * jnp.asarray(cfg.width**0.5, cfg.dtype)
-        x = meshes.constrain(x, self.mesh, ROWS)
-        positions, cache = _count_tokens(mask, cache)
-        for name, first, end in cfg.stacks:
-            layer_and_local = (jnp.arange(first, end), jnp.array(cfg.is_local[first:end]))
-            (x, cache), _ = getattr(self, name)((x, cache), layer_and_local, positions)
-        return self.final_norm(x[:, -num_outputs:]), cache
+        return meshes.constrain(x, self.mesh, ROWS)
+
+    def _run(
+        self, x: Array, cache: Cache | None, positions: attention.Positions, first: int, end: int
+    ) -> tuple[Array, Cache | None]:
+        """The stacks that hold layers first .. end - 1."""
+        cfg = self.config
+        for name, start, stop in cfg.stacks:
+            if first <= start < end:
+                layer_and_local = (jnp.arange(start, stop), jnp.array(cfg.is_local[start:stop]))
+                (x, cache), _ = getattr(self, name)((x, cache), layer_and_local, positions)
+        return x, cache
 
     def head(self, x: Array) -> Array:
         """Logits [B, S, V], or one number per token [B, S], from the states that `hidden` returns.

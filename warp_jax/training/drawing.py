@@ -35,6 +35,18 @@ def kept_logits(logits: Array, config: SamplingConfig) -> Array:
     return logits
 
 
+def uniforms(keys: Array, numbers: Array) -> Array:
+    """The random numbers of token `numbers` [B] of the sequences with these keys [B]: float32 [B, 2], in (0, 1).
+
+    They are the middles of the 2^23 steps of float32: 0 would draw the first token, however unlikely it is.
+    """
+
+    def pair(key: Array, number: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, number), (2,)) + 2**-24
+
+    return jax.vmap(pair)(keys, numbers)
+
+
 def draw(logits: Array, uniforms: Array) -> tuple[Array, Array]:
     """Draw a token of each row from softmax(logits): int32 [B], and its log-probability: float32 [B], nats.
 
@@ -43,7 +55,7 @@ def draw(logits: Array, uniforms: Array) -> tuple[Array, Array]:
 
     Args:
         logits: float32 [B, V].
-        uniforms: float32 [B, 2], random numbers in [0, 1).
+        uniforms: float32 [B, 2], random numbers in (0, 1).
     """
     batch, vocab = logits.shape
     size = -(-vocab // BLOCKS)
@@ -61,7 +73,7 @@ def draw(logits: Array, uniforms: Array) -> tuple[Array, Array]:
 def _invert(weights: Array, uniform: Array) -> Array:
     """First index of each row whose cumulative weight exceeds this share of the total; its weight is above 0.
 
-    weights: [B, N], >= 0; uniform: [B], in [0, 1).
+    weights: [B, N], >= 0; uniform: [B], in (0, 1).
     """
     cumulative = jnp.where(weights > 0, jnp.cumsum(weights, axis=1), 0.0)  # rounding may lift a weight of 0
     return jnp.argmax(cumulative > uniform[:, None] * cumulative.max(axis=1, keepdims=True), axis=1)

@@ -1,9 +1,9 @@
 """Sampling completions: all prompt tokens are processed at once (prefill), then one token is drawn per step.
 
-A prompt is processed once for all of its samples.
+A prompt is processed once for all of its samples. `slots` tells how the sequences share the rows of the cache.
 
 `apply_fn(params, token_ids, mask, cache, num_outputs=n)` returns the logits of the last n positions and the new cache;
-`make_cache(batch, capacity)` returns an empty cache, whose `repeat(copies)` repeats each row.
+`make_cache(batch, capacity)` returns an empty cache, such as `transformer.Cache`.
 """
 
 import functools
@@ -17,22 +17,25 @@ from jax.sharding import Mesh
 
 from warp_jax import trees
 from warp_jax.models import partitioning
+from warp_jax.models.transformer import States
 from warp_jax.parallel import meshes
-from warp_jax.training import drawing
+from warp_jax.training import slots
 from warp_jax.training.drawing import SamplingConfig
 from warp_jax.types import ApplyFn, Array, Params, PromptBatch, Rollout
 
 
 class Sampler(NamedTuple):
-    """Compiled sampling in two parts; a call with (params, prompts, key) runs both.
+    """Compiled sampling in two parts; a call with (params, prompts, key, copies) runs both.
 
     lay_out: params -> a copy for generation, in the dtype of the activations and split over the mesh axis `tensor`
     only, so no weight moves between chips for each token. Returns its argument if that already has this form.
-    generate: (that copy, prompts, key, copies=1) -> Rollout of `copies` completions a prompt, in consecutive rows.
+    generate: (that copy, prompts, key, other arguments of `sample` by name) -> Rollout.
+    generate_with_states: the same, and the `States` of all tokens [B, P + C, D]; those of masked tokens mean nothing.
     """
 
     lay_out: Callable[[Params], Params]
     generate: Callable[..., Rollout]
+    generate_with_states: Callable[..., tuple[Rollout, States]]
 
     def __call__(self, params: Params, prompts: PromptBatch, key: Array, copies: int = 1) -> Rollout:
         return self.generate(self.lay_out(params), prompts, key, copies=copies)
@@ -46,8 +49,12 @@ def make_sampler(
     make_cache: Callable[[int, int], Any],
     dtype: str,
     config: SamplingConfig,
+    trunk_layers: int = 0,
 ) -> Sampler:
-    """Compile both parts for whole models shaped like `params`, whose activations have `dtype`."""
+    """Compile both parts for whole models shaped like `params`, whose activations have `dtype`.
+
+    trunk_layers: number of layers below `States.trunk`.
+    """
 
     def cast(path: tuple[Any, ...], leaf: Array) -> Array:
         """Cast all weights except the scales of norms, which compute in float32."""
@@ -60,20 +67,17 @@ def make_sampler(
     layout = partitioning.decode_shardings(mesh, shapes)
     same_dtypes = all(jax.tree.leaves(jax.tree.map(lambda x, y: x.dtype == y.dtype, shapes, params)))
     is_laid_out = same_dtypes and mesh.shape["fsdp"] == 1
-    generate = functools.partial(sample, apply_fn, make_cache, config=config)
+    options: Any = {"config": config, "may_halve": meshes.batch_devices(mesh) == 1}
+    compiled = functools.partial(
+        jax.jit, out_shardings=meshes.batch_sharding(mesh), static_argnames=("copies", "num_slots")
+    )
     return Sampler(
         lay_out=(lambda params: params) if is_laid_out else jax.jit(lay_out, out_shardings=layout),
-        generate=jax.jit(generate, out_shardings=meshes.batch_sharding(mesh), static_argnames="copies"),
+        generate=compiled(functools.partial(sample, apply_fn, make_cache, **options)),
+        generate_with_states=compiled(
+            functools.partial(sample_with_states, apply_fn, make_cache, trunk_layers=trunk_layers, **options)
+        ),
     )
-
-
-class _Loop(NamedTuple):
-    step: Array  # tokens drawn so far
-    cache: Any
-    done: Array
-    completion_ids: Array
-    completion_mask: Array
-    logps: Array
 
 
 def sample(
@@ -84,50 +88,66 @@ def sample(
     key: Array,
     *,
     config: SamplingConfig,
-    copies: int = 1,
+    **options: Any,
 ) -> Rollout:
     """Sample `copies` completions of each prompt, until all have stopped or have max_new_tokens tokens.
 
-    The same key gives the same completions on any mesh. `per_token_logps` belong to the distribution after temperature,
-    top-k and top-p.
+    The same key gives the same completions on any mesh, in any number of slots, and for any max_new_tokens up to the
+    length. `per_token_logps` belong to the distribution after temperature, top-k and top-p. options: see `_decode`.
+    """
+
+    def step(token_ids: Array, mask: Array, cache: Any) -> tuple[Array, Any, tuple[()]]:
+        logits, cache = apply_fn(params, token_ids, mask, cache, num_outputs=1)
+        return logits[:, 0], cache, ()
+
+    return _decode(slots.Model(step, make_cache), prompts, key, config, **options)[0]
+
+
+def sample_with_states(
+    apply_fn: ApplyFn,
+    make_cache: Callable[[int, int], Any],
+    params: Params,
+    prompts: PromptBatch,
+    key: Array,
+    *,
+    config: SamplingConfig,
+    trunk_layers: int,
+    **options: Any,
+) -> tuple[Rollout, States]:
+    """As `sample`; return the model's `States` of all tokens too."""
+
+    def step(token_ids: Array, mask: Array, cache: Any) -> tuple[Array, Any, States]:
+        states, cache = apply_fn(params, token_ids, mask, cache, below=trunk_layers, method="states")
+        return apply_fn(params, states.final[:, -1:], method="head")[:, 0], cache, states
+
+    return _decode(slots.Model(step, make_cache), prompts, key, config, **options)
+
+
+def _decode(
+    model: slots.Model,
+    prompts: PromptBatch,
+    key: Array,
+    config: SamplingConfig,
+    *,
+    copies: int = 1,
+    first: Array | int = 0,
+    num_slots: int = 0,
+    may_halve: bool = False,
+) -> tuple[Rollout, Any]:
+    """Completions, and what the model's step keeps of each token.
+
+    copies: completions of each prompt, in neighbouring rows. first: number of the first completion among those of this
+    key. num_slots: rows that decode together; 0 = all. may_halve: see `slots.make_plan`.
     """
     chex.assert_rank([prompts.prompt_ids, prompts.prompt_mask], 2)
-    length = config.max_new_tokens
-    cache = make_cache(len(prompts.prompt_ids), prompts.prompt_ids.shape[1] + length)
-    logits, cache = apply_fn(params, prompts.prompt_ids, prompts.prompt_mask, cache, num_outputs=1)
+    count = copies * len(prompts.prompt_ids)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(first + jnp.arange(count))
+    plan = slots.make_plan(count, copies, num_slots, config.max_new_tokens, may_halve=may_halve)
+    columns, lengths = slots.decode(model, prompts, keys, config, plan)
+    before = prompts.prompt_ids.shape[1]
+    mask = jnp.arange(config.max_new_tokens)[None] < lengths[:, None]
+    ids, logps = (x[:, before:] for x in columns[:2])
     if copies > 1:
-        cache = cache.repeat(copies)
-        logits, prompts = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), (logits, prompts))
-    batch = len(logits)
-    uniforms = jax.random.uniform(key, (batch, length, 2))
-    empty = _Loop(
-        step=jnp.zeros((), jnp.int32),
-        cache=cache,
-        done=jnp.zeros(batch, bool),
-        completion_ids=jnp.full((batch, length), config.pad_id, jnp.int32),
-        completion_mask=jnp.zeros((batch, length), bool),
-        logps=jnp.zeros((batch, length), jnp.float32),
-    )
-
-    def body(loop: _Loop) -> _Loop:
-        last = jax.lax.dynamic_slice_in_dim(loop.completion_ids, loop.step - 1, 1, axis=1)
-        logits, cache = apply_fn(params, last, ~loop.done[:, None], loop.cache, num_outputs=1)
-        return _extend(loop._replace(cache=cache), logits[:, 0], uniforms, config)
-
-    first = _extend(empty, logits[:, 0], uniforms, config)
-    final = jax.lax.while_loop(lambda loop: (loop.step < length) & ~loop.done.all(), body, first)
-    return Rollout(*prompts, final.completion_ids, final.completion_mask, final.logps)
-
-
-def _extend(loop: _Loop, logits: Array, uniforms: Array, config: SamplingConfig) -> _Loop:
-    """Draw and record the next token of every row that has not stopped: logits [B, V], uniforms [B, C, 2]."""
-    alive = ~loop.done
-    token, logp = drawing.draw(drawing.kept_logits(logits, config), uniforms[:, loop.step])
-    token = jnp.where(alive, token, config.pad_id)
-    return loop._replace(
-        step=loop.step + 1,
-        done=loop.done | jnp.isin(token, jnp.array(config.stop_ids, jnp.int32)),
-        completion_ids=loop.completion_ids.at[:, loop.step].set(token),
-        completion_mask=loop.completion_mask.at[:, loop.step].set(alive),
-        logps=loop.logps.at[:, loop.step].set(jnp.where(alive, logp, 0.0)),
-    )
+        prompts = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), prompts)
+    rollout = Rollout(*prompts, jnp.where(mask, ids, config.pad_id), mask, jnp.where(mask, logps, 0.0))
+    return rollout, columns.kept

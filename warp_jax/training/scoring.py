@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from warp_jax.models.transformer import States
 from warp_jax.types import ApplyFn, Array, Params, Rollout
 
 # logits of each policy [B, c, V], targets [B, c] -> [B, c]
@@ -37,18 +38,33 @@ def sequence_kl(
     temperature: float,
     *,
     chunk: int = 0,
+    states: States | None = None,
+    trunk_layers: int = 0,
 ) -> Array:
     """KL(policy || reference) of whole completions, estimated on samples of the policy: float32 [B], nats, >= 0.
 
     Exact KL between the two next-token distributions, summed over the positions of the sampled tokens. This estimate
-    has the same expectation as the sampled log-ratio, and far less variance.
+    has the same expectation as the sampled log-ratio, and far less variance. Rounding may give -1e-6.
+
+    states: of the policy's tokens, from sampling; then only the reference is computed, above the first `trunk_layers`
+    layers, which policy and reference share.
     """
 
     def kl(logits: Sequence[Array], targets: Array) -> Array:
-        logps, reference_logps = (jax.nn.log_softmax(x / temperature) for x in logits)
-        return jnp.sum(jnp.exp(logps) * (logps - reference_logps), axis=-1)
+        return _next_token_kl(logits[0] / temperature, logits[1] / temperature)
 
-    return _map_completion(apply_fn, [params, reference_params], rollout, kl, chunk).sum(axis=1)
+    policies = [params, reference_params]
+    if states is None:
+        return _map_completion(apply_fn, policies, rollout, kl, chunk).sum(axis=1)
+    token_ids, mask = _fed(rollout)
+    length = rollout.completion_ids.shape[1]
+    if states.trunk is None:
+        reference, _ = apply_fn(reference_params, token_ids, mask, None, num_outputs=length, method="hidden")
+    else:
+        reference = apply_fn(reference_params, states.trunk[:, :-1], mask, trunk_layers, length, method="above")
+    hidden, targets = [states.final[:, -length - 1 : -1], reference], jnp.asarray(rollout.completion_ids)
+    values = _map_hidden(apply_fn, policies, hidden, targets, reduce=kl, chunk=chunk)
+    return jnp.where(rollout.completion_mask, values, 0.0).sum(axis=1)
 
 
 def next_token_losses(apply_fn: ApplyFn, params: Params, token_ids: Array, mask: Array, *, chunk: int = 0) -> Array:
@@ -86,7 +102,21 @@ def map_logits(
         logits = [apply_fn(params, token_ids, mask, None, num_outputs=length)[0] for params in policies]
         return reduce(logits, targets)
     hidden = [apply_fn(p, token_ids, mask, None, num_outputs=length, method="hidden")[0] for p in policies]
-    pieces = -(-length // chunk)
+    return _map_hidden(apply_fn, policies, hidden, targets, reduce=reduce, chunk=chunk)
+
+
+def _map_hidden(
+    apply_fn: ApplyFn,
+    policies: Sequence[Params],
+    hidden: list[Array],
+    targets: Array,
+    *,
+    reduce: Reduce,
+    chunk: int,
+) -> Array:
+    """`map_logits` from the inputs of the heads of all policies, each [B, N, D]."""
+    length = targets.shape[1]
+    pieces = -(-length // chunk) if chunk else 1
 
     @jax.checkpoint
     def reduce_piece(piece: tuple[list[Array], Array]) -> Array:
@@ -94,19 +124,40 @@ def map_logits(
         logits = [apply_fn(p, h, method="head") for p, h in zip(policies, states, strict=True)]
         return reduce(logits, piece_targets)
 
+    if pieces == 1:
+        return reduce_piece((hidden, targets))
     results = jax.lax.map(reduce_piece, ([_cut(h, pieces) for h in hidden], _cut(targets, pieces)))
     return results.swapaxes(0, 1).reshape(targets.shape[0], -1)[:, :length]
+
+
+def _next_token_kl(logits: Array, reference: Array) -> Array:
+    """KL of two distributions: logits [..., V] -> [...], nats. It reads the logits once: on a CPU, 5 times as fast."""
+    high, reference_high = (x.max(axis=-1, keepdims=True) for x in (logits, reference))
+    gap = (logits - high) - (reference - reference_high)
+    weights, reference_weights = jnp.exp(logits - high), jnp.exp(reference - reference_high)
+
+    def add(sums: tuple[Array, ...], values: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(x + y for x, y in zip(sums, values, strict=True))
+
+    operands = weights, weights * gap, reference_weights
+    total, weighted, reference_total = jax.lax.reduce(operands, (jnp.float32(0),) * 3, add, (logits.ndim - 1,))
+    return weighted / total - jnp.log(total) + jnp.log(reference_total)
 
 
 def _map_completion(
     apply_fn: ApplyFn, policies: Sequence[Params], rollout: Rollout, reduce: Reduce, chunk: int
 ) -> Array:
     """Apply `map_logits` to the positions that predict the completion tokens: [B, C], 0 where masked."""
-    token_ids = jnp.concatenate([rollout.prompt_ids, rollout.completion_ids], axis=1)[:, :-1]
-    mask = jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)[:, :-1]
+    token_ids, mask = _fed(rollout)
     targets = jnp.asarray(rollout.completion_ids)
     values = map_logits(apply_fn, policies, token_ids, mask, targets, reduce=reduce, chunk=chunk)
     return jnp.where(rollout.completion_mask, values, 0.0)
+
+
+def _fed(rollout: Rollout) -> tuple[Array, Array]:
+    """The tokens that a model reads to predict the completions, and their mask: [B, P + C - 1]."""
+    token_ids = jnp.concatenate([rollout.prompt_ids, rollout.completion_ids], axis=1)[:, :-1]
+    return token_ids, jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)[:, :-1]
 
 
 def _cut(x: Array, pieces: int) -> Array:

@@ -1,0 +1,296 @@
+"""Decoding a queue of sequences in a fixed number of slots, one token of every slot at a time.
+
+A slot is a row of the cache. The tokens of its sequence lie in a ring of T = P + C columns, for P tokens of the prompt
+and C of the completion, and in each step all slots write the same column. A slot whose sequence has ended is free for
+the next prompt, whose tokens go into the columns before the newest one. When no prompt is left, the rows that still
+decode move together, and half as many slots go on. A sequence draws the same tokens in any slot: its random numbers
+depend on its number and the position only.
+
+Axis letters: N sequences, S slots, R slots that are filled together, P, C and T columns, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from warp_jax.training import drawing
+from warp_jax.training.drawing import SamplingConfig
+from warp_jax.types import Array, PromptBatch
+
+MIN_REFILLS = 4  # slots wait for a new prompt until 1 / MIN_REFILLS of them are free: few prompts at a time are slow
+HALVINGS = 2  # times that the number of slots is halved at the end
+MIN_SLOTS = 4  # fewer rows are not faster
+MIN_TOKENS = 32  # shorter completions are not worth another compiled loop
+
+# (token ids [B, S], mask [B, S], cache) -> logits of the last position [B, V], cache, values kept of each [B, S, ...]
+StepFn = Callable[[Array, Array, Any], tuple[Array, Any, Any]]
+
+
+class Model(NamedTuple):
+    """A policy with its weights. A cache has the methods of `transformer.Cache`."""
+
+    step: StepFn
+    make_cache: Callable[[int, int], Any]  # rows, columns -> an empty cache
+
+
+class Plan(NamedTuple):
+    """How many slots decode how many sequences."""
+
+    sequences: int  # N
+    copies: int  # completions of each prompt
+    sizes: tuple[int, ...]  # slots, and what they are halved to at the end
+    block: int  # R, a multiple of copies
+
+    @property
+    def refills(self) -> bool:
+        """True if a slot decodes several sequences."""
+        return self.sizes[0] < self.sequences
+
+
+class Columns(NamedTuple):
+    """Values of each token."""
+
+    token_ids: Array  # int32
+    logps: Array  # float32, nats
+    kept: Any  # what the model's step keeps; a pytree
+
+
+class _Slots(NamedTuple):
+    cache: Any
+    column: Array  # of the newest token of all slots, which is not in the cache yet
+    sequence: Array  # int32 [S], number of the sequence in the queue; N = none
+    key: Array  # [S], of the sequence
+    start: Array  # int32 [S], column of the first token of the completion
+    drawn: Array  # int32 [S], tokens of the completion so far
+    done: Array  # bool [S]
+    ring: Columns  # [S, T, ...]
+
+
+_ROWS = ("sequence", "key", "start", "drawn", "done")  # fields of _Slots [S]
+
+
+class _Queue(NamedTuple):
+    slots: _Slots
+    next: Array  # number of the next sequence
+    lengths: Array  # int32 [N], of the ended completions
+    results: Columns  # of the ended sequences [N, T, ...]; the prompt's columns hold kept values only
+
+
+def make_plan(sequences: int, copies: int, slots: int, max_new_tokens: int, *, may_halve: bool) -> Plan:
+    """Plan for N sequences in `slots` slots (0 = N). may_halve: False where rows should stay on their devices."""
+    slots = min(slots or sequences, sequences)
+    block = slots if slots == sequences else max(slots // MIN_REFILLS // copies, 1) * copies
+    if block > slots:
+        raise ValueError(f"slots: got {slots}, want at least {copies} for the samples of a prompt")
+    halvings = HALVINGS if may_halve and max_new_tokens >= MIN_TOKENS else 0
+    sizes = [slots >> i for i in range(halvings + 1) if i == 0 or slots >> i >= MIN_SLOTS]
+    return Plan(sequences, copies, tuple(sizes), block)
+
+
+def decode(
+    model: Model, prompts: PromptBatch, keys: Array, config: SamplingConfig, plan: Plan
+) -> tuple[Columns, Array]:
+    """Decode a completion for each key: keys [N], of which each prompt has `plan.copies` neighbours.
+
+    Returns the columns of all sequences [N, T, ...], and the length of each completion: int32 [N].
+    """
+    decoder = _Decoder(model, prompts, keys, config, plan)
+    if len(plan.sizes) == 1 and not plan.refills:
+        first = decoder.fill_all()
+        slots = jax.lax.while_loop(lambda slots: ~slots.done.all(), decoder.advance, first)
+        return slots.ring, slots.drawn
+    queue = decoder.store(decoder.empty() if plan.refills else decoder.queue_of(decoder.fill_all()))
+    for size, floor in zip(plan.sizes, (*plan.sizes[1:], 0), strict=True):
+        if size < len(queue.slots.done):
+            queue = queue._replace(slots=_move_together(queue.slots, size))
+        queue = decoder.store(jax.lax.while_loop(functools.partial(decoder.goes_on, floor), decoder.work, queue))
+    return queue.results, queue.lengths
+
+
+class _Decoder(NamedTuple):
+    """What stays the same while a queue is decoded."""
+
+    model: Model
+    prompts: PromptBatch
+    keys: Array
+    config: SamplingConfig
+    plan: Plan
+
+    @property
+    def width(self) -> int:
+        """T, the columns of the ring."""
+        return self.prompts.prompt_ids.shape[1] + self.config.max_new_tokens
+
+    def fill_all(self) -> _Slots:
+        """Slots that hold all sequences, each with its first token."""
+        count, before = self.plan.sequences, self.prompts.prompt_ids.shape[1]
+        logits, cache, kept = self._prefill(self.prompts, self.width)
+        spare = self.config.max_new_tokens
+        empty = _Slots(
+            cache=cache,
+            column=jnp.int32(before),
+            sequence=jnp.arange(count, dtype=jnp.int32),
+            key=self.keys,
+            start=jnp.full(count, before, jnp.int32),
+            drawn=jnp.zeros(count, jnp.int32),
+            done=jnp.zeros(count, bool),
+            ring=self._blank(count)._replace(kept=jax.tree.map(lambda x: _widen(x, spare), kept)),
+        )
+        return self._add_tokens(empty, logits, empty.column)
+
+    def empty(self) -> _Queue:
+        """Free slots, and the whole queue."""
+        count, size = self.plan.sequences, self.plan.sizes[0]
+        _, _, kept = jax.eval_shape(lambda: self._prefill(self._block(jnp.int32(0)), self.width))
+        width = self.width
+
+        def blank(rows: int) -> Columns:
+            return self._blank(rows)._replace(
+                kept=jax.tree.map(lambda x: jnp.zeros((rows, width, *x.shape[2:]), x.dtype), kept)
+            )
+
+        slots = _Slots(
+            cache=self.model.make_cache(size, width),
+            column=jnp.int32(self.prompts.prompt_ids.shape[1]),
+            sequence=jnp.full(size, count, jnp.int32),
+            key=self.keys[:size],
+            start=jnp.zeros(size, jnp.int32),
+            drawn=jnp.zeros(size, jnp.int32),
+            done=jnp.ones(size, bool),
+            ring=blank(size),
+        )
+        return _Queue(slots, jnp.int32(0), jnp.zeros(count, jnp.int32), blank(count))
+
+    def queue_of(self, slots: _Slots) -> _Queue:
+        """An empty queue, whose sequences are all in slots."""
+        results = jax.tree.map(jnp.zeros_like, slots.ring)
+        return _Queue(slots, jnp.int32(self.plan.sequences), jnp.zeros_like(slots.drawn), results)
+
+    def goes_on(self, floor: int, queue: _Queue) -> Array:
+        """True while prompts are left, or more than `floor` slots decode."""
+        return (queue.next < self.plan.sequences) | (jnp.sum(~queue.slots.done) > floor)
+
+    def work(self, queue: _Queue) -> _Queue:
+        """Fill the free slots, then decode a token of each."""
+        if self.plan.refills:
+            queue = jax.lax.while_loop(self._has_room, self._refill, queue)
+        return queue._replace(slots=self.advance(queue.slots))
+
+    def advance(self, slots: _Slots) -> _Slots:
+        """Decode the next token of each slot."""
+        column = slots.column
+        cache = slots.cache.at(column) if self.plan.refills else slots.cache
+        last = jax.lax.dynamic_slice_in_dim(slots.ring.token_ids, column, 1, axis=1)
+        logits, cache, kept = self.model.step(last, ~slots.done[:, None], cache)
+        put = functools.partial(_put, column=column, rows=~slots.done)
+        ring = slots.ring._replace(kept=jax.tree.map(lambda old, new: put(old, new[:, 0]), slots.ring.kept, kept))
+        return self._add_tokens(slots._replace(cache=cache, ring=ring), logits, (column + 1) % self.width)
+
+    def store(self, queue: _Queue) -> _Queue:
+        """Copy the ended sequences into the results."""
+        slots = queue.slots
+        target = jnp.where(slots.done, slots.sequence, self.plan.sequences)  # a row outside is dropped
+
+        def store(results: Array, ring: Array) -> Array:
+            return results.at[target].set(roll(ring, before - slots.start), mode="drop")
+
+        before, roll = self.prompts.prompt_ids.shape[1], jax.vmap(functools.partial(jnp.roll, axis=0))
+        results = jax.tree.map(store, queue.results, slots.ring)
+        return queue._replace(results=results, lengths=queue.lengths.at[target].set(slots.drawn, mode="drop"))
+
+    def _has_room(self, queue: _Queue) -> Array:
+        left = self.plan.sequences - queue.next
+        return (left > 0) & (jnp.sum(queue.slots.done) >= jnp.minimum(self.plan.block, left))
+
+    def _refill(self, queue: _Queue) -> _Queue:
+        """Put the next R sequences into free slots, each with its first token."""
+        queue, plan = self.store(queue), self.plan
+        slots, before = queue.slots, self.prompts.prompt_ids.shape[1]
+        logits, cache, kept = self._prefill(self._block(queue.next // plan.copies), before)
+        sequence = queue.next + jnp.arange(plan.block, dtype=jnp.int32)
+        free = jnp.argsort(~slots.done)[: plan.block]
+        rows = jnp.where(sequence < plan.sequences, free, len(slots.done))  # a row outside is dropped
+        columns = (slots.column - before + jnp.arange(before)) % self.width
+        new = _Slots(
+            cache=cache,
+            column=slots.column,
+            sequence=sequence,
+            key=self.keys[sequence],
+            start=jnp.full(plan.block, slots.column),
+            drawn=jnp.zeros(plan.block, jnp.int32),
+            done=jnp.zeros(plan.block, bool),
+            ring=jax.tree.map(lambda x: x[free], slots.ring._replace(kept=())),
+        )
+        new = self._add_tokens(new, logits, slots.column)
+        put = functools.partial(_put_rows, rows=rows)
+        slots = slots._replace(
+            cache=slots.cache.insert(rows, cache, columns),
+            ring=Columns(
+                put(slots.ring.token_ids, new.ring.token_ids),
+                put(slots.ring.logps, new.ring.logps),
+                jax.tree.map(
+                    lambda x, y: x.at[rows[:, None], columns[None]].set(y, mode="drop"), slots.ring.kept, kept
+                ),
+            ),
+            **{name: put(getattr(slots, name), getattr(new, name)) for name in _ROWS},
+        )
+        return queue._replace(slots=slots, next=jnp.minimum(queue.next + plan.block, plan.sequences))
+
+    def _block(self, first: Array) -> PromptBatch:
+        """The prompts of a block; the last block of the queue is filled up with copies of the last prompt."""
+        rows = jnp.minimum(first + jnp.arange(self.plan.block // self.plan.copies), len(self.prompts.prompt_ids) - 1)
+        return jax.tree.map(lambda x: jnp.asarray(x)[rows], self.prompts)
+
+    def _prefill(self, prompts: PromptBatch, columns: int) -> tuple[Array, Any, Any]:
+        """Logits, cache of so many columns and kept values of the copies of these prompts, which share one pass."""
+        cache = self.model.make_cache(len(prompts.prompt_ids), columns)
+        logits, cache, kept = self.model.step(jnp.asarray(prompts.prompt_ids), jnp.asarray(prompts.prompt_mask), cache)
+        if self.plan.copies == 1:
+            return logits, cache, kept
+        repeat = functools.partial(jnp.repeat, repeats=self.plan.copies, axis=0)
+        return repeat(logits), cache.repeat(self.plan.copies), jax.tree.map(repeat, kept)
+
+    def _add_tokens(self, slots: _Slots, logits: Array, column: Array) -> _Slots:
+        """Draw a token of each slot that decodes, and write it to a column."""
+        alive, config = ~slots.done, self.config
+        token, logp = drawing.draw(drawing.kept_logits(logits, config), drawing.uniforms(slots.key, slots.drawn))
+        ring, drawn = slots.ring, slots.drawn + alive.astype(jnp.int32)
+        put = functools.partial(_put, column=column, rows=alive)
+        is_stop = jnp.isin(token, jnp.array(config.stop_ids, jnp.int32))
+        return slots._replace(
+            column=column,
+            drawn=drawn,
+            done=slots.done | is_stop | (drawn == config.max_new_tokens),
+            ring=ring._replace(token_ids=put(ring.token_ids, token), logps=put(ring.logps, logp)),
+        )
+
+    def _blank(self, rows: int) -> Columns:
+        shape = (rows, self.width)
+        return Columns(jnp.full(shape, self.config.pad_id, jnp.int32), jnp.zeros(shape, jnp.float32), ())
+
+
+def _move_together(slots: _Slots, size: int) -> _Slots:
+    """The slots that still decode, at most `size`, as the first rows."""
+    rows = jnp.argsort(slots.done)[:size]
+    taken = {name: getattr(slots, name)[rows] for name in _ROWS}
+    return slots._replace(cache=slots.cache.take(rows), ring=jax.tree.map(lambda x: x[rows], slots.ring), **taken)
+
+
+def _widen(x: Array, columns: int) -> Array:
+    """Add columns of zeros at the end: [B, S, ...] -> [B, S + columns, ...]."""
+    return jnp.pad(x, [(0, columns if axis == 1 else 0) for axis in range(x.ndim)])
+
+
+def _put(old: Array, new: Array, column: Array, rows: Array) -> Array:
+    """Write a column in some rows: old [S, T, ...], new [S, ...], rows: bool [S]."""
+    before = jax.lax.dynamic_index_in_dim(old, column, axis=1, keepdims=False)
+    mask = rows.reshape(-1, *[1] * (new.ndim - 1))
+    return jax.lax.dynamic_update_index_in_dim(old, jnp.where(mask, new, before), column, axis=1)
+
+
+def _put_rows(old: Array, new: Array, rows: Array) -> Array:
+    """Write some rows; a row number outside is dropped."""
+    return old.at[rows].set(new, mode="drop")
