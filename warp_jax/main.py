@@ -5,6 +5,8 @@ workdir, it resumes. configs/default.py explains every setting. Exit codes: 0 do
 failed, 71 out of memory, 74 storage, 75 try again, 130 SIGINT, 1 an error of this program (docs/reliability.md).
 """
 
+from __future__ import annotations
+
 import functools
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -12,22 +14,25 @@ from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
+from etils import epy
 from ml_collections import ConfigDict, config_flags
 
 from warp_jax import cli, files
-from warp_jax.data.corpus import Corpus
-from warp_jax.diagnosis import replay
-from warp_jax.experiment import inputs, jobs, preparation
-from warp_jax.experiment.workdir import ACCEPTABLE, claim
-from warp_jax.experiment.workdir import CONFIG as CONFIG_FILE
-from warp_jax.parallel import hosts, stopping, supervisor
-from warp_jax.settings import Settings, from_config
+
+with epy.lazy_imports():  # at their first use: --help does not wait for JAX
+    from warp_jax import settings as typed
+    from warp_jax.data import corpus
+    from warp_jax.diagnosis import replay
+    from warp_jax.experiment import inputs, jobs, preparation
+    from warp_jax.experiment import workdir as workdirs
+    from warp_jax.parallel import hosts, stopping, supervisor
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all results; a job in an existing one is resumed.")
 RUN = flags.DEFINE_integer("run", 0, "Train only this run of one iteration, 1 to warp.num_runs; 0 = the whole job.")
 MERGE = flags.DEFINE_bool("merge", False, "Merge the finished runs of one iteration; the last merge writes the report.")
 ITERATION = flags.DEFINE_integer("iteration", 0, "Iteration of --run or --merge; 0 = the first that is not merged.")
+ACCEPTABLE = ("data", "models", "rewards", "versions", "device")
 ACCEPT = flags.DEFINE_list(
     "accept", [], f"Go on although these inputs have changed since the workdir was made: {', '.join(ACCEPTABLE)}."
 )
@@ -43,10 +48,10 @@ flags.DEFINE_bool(
 )
 
 
-def check(settings: Settings, workdir: Path, accept: Collection[str] = ()) -> Mapping[str, Corpus]:
+def check(settings: typed.Settings, workdir: Path, accept: Collection[str] = ()) -> Mapping[str, corpus.Corpus]:
     """Load the data, check all input, then claim the workdir. Bad input raises ValueError, and nothing is written."""
 
-    def read() -> Mapping[str, Corpus]:
+    def read() -> Mapping[str, corpus.Corpus]:
         if unknown := set(accept) - set(ACCEPTABLE):
             raise ValueError(f"accept: got {min(unknown)!r}, want some of {', '.join(ACCEPTABLE)}")
         inputs.check(settings)
@@ -55,8 +60,8 @@ def check(settings: Settings, workdir: Path, accept: Collection[str] = ()) -> Ma
         return corpora
 
     corpora = hosts.all_or_none(read)
-    claim(settings, workdir, corpora, accept)
-    files.keep(workdir, CONFIG_FILE)
+    workdirs.claim(settings, workdir, corpora, accept)
+    files.keep(workdir, workdirs.CONFIG)
     return corpora
 
 
@@ -87,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
 def _run(config: ConfigDict, workdir: Path) -> None:
     """Run the part of the job that the flags name."""
     try:
-        settings = hosts.all_or_none(lambda: from_config(config.to_dict()))
+        settings = hosts.all_or_none(lambda: typed.from_config(config.to_dict()))
         if REPLAY.value:
             _replay(settings, workdir, files.as_path(REPLAY.value))
         part = jobs.choose_part(settings, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
@@ -106,7 +111,7 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         sys.exit(stopped.exit_code)
 
 
-def _replay(settings: Settings, workdir: Path, path: Path) -> NoReturn:
+def _replay(settings: typed.Settings, workdir: Path, path: Path) -> NoReturn:
     """Print the replay of a step, then exit: code 0 if it is finite."""
     inputs.check(settings)
     text, broken = replay.replay(settings, preparation.load_corpora(settings), workdir, path)

@@ -26,7 +26,6 @@ REWARDS = "rewards.json"
 DATA = "data.json"
 STARTS = "starts.jsonl"  # one line per start: time, environment, accepted changes
 REQUIREMENTS = "requirements.lock"  # all packages of the first start, for launchers
-ACCEPTABLE = ("data", "models", "rewards", "versions", "device")  # what --accept lets change
 MADE = ("tokenizer.json", "gold/gold.json", "gold/summary.json")  # single files that a job makes
 LOCK = "lock"  # held while a job claims the workdir, or makes the inputs that all runs share
 # settings that may change on resume; another mesh changes rounding only
@@ -38,7 +37,7 @@ def claim(
 ) -> None:
     """Write config.json, if the workdir is new or belongs to the same inputs and config, apart from MAY_CHANGE.
 
-    Jobs of one workdir may start at the same time. accept: inputs of ACCEPTABLE that may have changed. Raises
+    Jobs of one workdir may start at the same time. accept: inputs that may have changed (see --accept of main). Raises
     ValueError if the workdir belongs to another config or to other inputs, holds other files, or cannot be written;
     StorageError if one of its files is damaged.
     """
