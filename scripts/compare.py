@@ -8,15 +8,22 @@ difference of reward at equal KL, and the KL saved at equal reward (95 % bootstr
 workdirs need the same SFT policy, reward, prompts and seed.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from absl import flags
+from etils import epy
 
 from warp_jax import cli, files
-from warp_jax.evaluation import plots, report, statistics, summary
+
+with epy.lazy_imports():  # at their first use: --help does not wait for JAX
+    import matplotlib
+
+    from warp_jax.evaluation import plots, report, statistics, summary
+
 
 _BASELINE = flags.DEFINE_string("baseline", "", "Finished workdir of a baseline, compared with the last fronts.")
 _PICTURE = flags.DEFINE_string("picture", "", "Path of a PNG to write: the fronts of one workdir, and the baseline.")

@@ -8,6 +8,8 @@ Exit code 0: all programs fit; 3: some do not fit, and the output names them and
 input. Nothing is run, so speed and numbers are not tested. If a model's files are missing, config.model.size is used.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib.metadata
 import os
@@ -23,14 +25,19 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would wait for a meta
 os.environ.setdefault("TPU_LOG_DIR", "disabled")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-import jax
 from absl import flags
-from jax.experimental import topologies
+from etils import epy
 from ml_collections import config_flags
 
 from warp_jax import cli, files
-from warp_jax.settings import from_config
-from warp_jax.tpu_fit import chips, compile, memory, tables
+
+with epy.lazy_imports():  # at their first use: --help does not wait for JAX
+    import jax
+    from jax.experimental import topologies
+
+    from warp_jax import settings as typed
+    from warp_jax.tpu_fit import chips, compile, memory, tables
+
 
 DOES_NOT_FIT = 3  # exit code
 
@@ -69,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     try:
         chip, _ = chips.parse_topology(TOPOLOGY.value)
-        settings = from_config(CONFIG.value.to_dict())
+        settings = typed.from_config(CONFIG.value.to_dict())
         if MESH.value:
             settings = settings.replace({"mesh": tuple(map(int, ["1", *MESH.value][-3:]))})
         devices = get_devices(chip, TOPOLOGY.value, SLICES.value)

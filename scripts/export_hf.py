@@ -6,17 +6,23 @@ The new folder holds the weights, config.json and the tokenizer; transformers an
 warp_export.json says how much of the training the dtype keeps, and compares reward and KL with those of the stage.
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 
 from absl import flags
+from etils import epy
 
 from warp_jax import cli, files
-from warp_jax.experiment import export, stages
 from warp_jax.storage.weight_files import OUTPUT_DTYPES
 
+with epy.lazy_imports():  # at their first use: --help does not wait for JAX
+    from warp_jax.experiment import export
+
+
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a run of warp_jax.main.")
-STAGE = flags.DEFINE_string("stage", None, f"Stage to export: {stages.NAMES}.")
+STAGE = flags.DEFINE_string("stage", None, f"Stage to export: {cli.STAGES}.")
 OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", list(OUTPUT_DTYPES), "Dtype of weights; 16 bits lose a part of training.")
 PROMPTS = flags.DEFINE_integer(

@@ -11,9 +11,12 @@ rows       data files (.jsonl, .json, .csv and their .gz) that are loaded and ch
 manifests  manifests and checksums of saved weights
 """
 
+from __future__ import annotations
+
 import contextlib
 import csv
 import gzip
+import importlib
 import io
 import json
 import os
@@ -29,14 +32,17 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import flags
+from etils import epy
 
 from warp_jax import cli, files
 from warp_jax import main as program
-from warp_jax.experiment import jobs
-from warp_jax.settings import from_config
-from warp_jax.storage import manifest, weight_files
-from warp_jax.storage.model_files import SINGLE
-from warp_jax.types import StorageError
+
+with epy.lazy_imports():  # at their first use: --help does not wait for JAX
+    from warp_jax import settings as typed
+    from warp_jax import types
+    from warp_jax.experiment import jobs
+    from warp_jax.storage import manifest, model_files, weight_files
+
 
 KINDS = flags.DEFINE_list("kinds", ["flags", "headers", "rows", "manifests"], "Kinds of input.", allow_override=True)
 TRIALS = flags.DEFINE_integer("trials", 200, "Trials of each kind.", lower_bound=1, allow_override=True)
@@ -185,7 +191,7 @@ def try_header(folder: Path, chance: random.Random) -> Trial:
     content = length.to_bytes(8, "little") + text + values.tobytes()
     if chance.random() < 0.5:
         content = changed_bytes(content, chance)
-    (folder / SINGLE).write_bytes(content)
+    (folder / model_files.SINGLE).write_bytes(content)
 
     def action() -> None:
         weights = weight_files.open_weights(folder)
@@ -220,7 +226,7 @@ def try_rows(folder: Path, chance: random.Random) -> Trial:
     path = folder / f"rows{suffix}"
     path.write_bytes(content)
     changes = {"data.source": str(path), "evaluation.num_prompts": 32, "evaluation.batch_size": 32}
-    settings = from_config(program.CONFIG.value.to_dict()).replace(changes)
+    settings = typed.from_config(program.CONFIG.value.to_dict()).replace(changes)
     return Trial(f"{path.name}: {rows[place]!r:.200}", lambda: program.check(settings, folder / "run"))
 
 
@@ -242,7 +248,7 @@ def try_manifest(folder: Path, chance: random.Random) -> Trial:
     def action() -> None:
         found = manifest.damage(saved) or manifest.changed(folder)
         if found:
-            raise StorageError(found)
+            raise types.StorageError(found)
         if path.name == manifest.NAME and json.loads(changed)["files"] != parsed["files"]:
             raise AssertionError("another manifest was taken")
 
@@ -271,7 +277,7 @@ def in_child(action: Callable[[], object], folder: Path, errors: Path) -> int:
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)
-        except (ValueError, StorageError) as error:  # what the program reports in one line
+        except (ValueError, types.StorageError) as error:  # what the program reports in one line
             cli.print_error(str(error))
             code = cli.BAD_INPUT
         except BaseException:
@@ -316,6 +322,7 @@ def main(argv: list[str]) -> None:
     del argv
     if unknown := sorted(set(KINDS.value) - MAKE.keys()):
         cli.fail(f"--kinds: got {unknown[0]!r}, want some of {', '.join(MAKE)}")
+    importlib.import_module("warp_jax.diagnosis.replay")  # and by it all that the processes of the trials need
     bad = []
     for kind in KINDS.value:
         counts: dict[str, int] = {}

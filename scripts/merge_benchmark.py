@@ -7,6 +7,8 @@
 Prints a table. Times are medians of paired runs: the programs or operations take turns.
 """
 
+from __future__ import annotations
+
 import functools
 import os
 import shutil
@@ -16,18 +18,23 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.table import Table
+from etils import epy
 
-from warp_jax import cli, files, merging
-from warp_jax.models import apply
-from warp_jax.models.transformer import TransformerConfig
-from warp_jax.pretrained import hf_config, hf_weights
-from warp_jax.storage.weight_files import SafetensorsWriter, Tensor, open_weights
+from warp_jax import cli, files
+
+with epy.lazy_imports():  # at their first use: --help does not wait for JAX
+    import jax
+    import jax.numpy as jnp
+    from rich import console
+    from rich import table as tables
+
+    from warp_jax import merging
+    from warp_jax.models import apply, transformer
+    from warp_jax.pretrained import hf_config, hf_weights
+    from warp_jax.storage import weight_files
+
 
 WHAT = flags.DEFINE_enum("what", "in_memory", ["in_memory", "mergekit", "large"], "Benchmark to run.")
 WORKDIR = flags.DEFINE_string("workdir", "/tmp/merge_benchmark", "Folder for checkpoints and mergekit; not deleted.")
@@ -43,23 +50,24 @@ started = time.perf_counter()
 code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
 print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 sys.exit(code)"""
-# vocabulary, width, layers, heads, key-value heads, head size, mlp width
-SMOLLM2_135M = TransformerConfig(49152, 576, 30, 9, 3, 64, 1536)
-SLICE_OF_7B = TransformerConfig(8192, 4096, 1, 32, 32, 128, 11008)
-HALF_BILLION = TransformerConfig(16384, 1024, 18, 16, 8, 64, 4096)
-BILLION = TransformerConfig(32000, 2048, 20, 16, 4, 128, 6144)
+# sizes of models: vocabulary, width, layers, heads, key-value heads, head size, mlp width
+SMOLLM2_135M = (49152, 576, 30, 9, 3, 64, 1536)
+SLICE_OF_7B = (8192, 4096, 1, 32, 32, 128, 11008)
+HALF_BILLION = (16384, 1024, 18, 16, 8, 64, 4096)
+BILLION = (32000, 2048, 20, 16, 4, 128, 6144)
 
 
-def shapes_of(model: TransformerConfig) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: transformer.TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a model folder."""
     slices = hf_weights.slices_of(apply.param_shapes(model), model)
     return {name: part.stored_shape for name, part in slices.items()}
 
 
-def make_checkpoints(folder: Path, model: TransformerConfig) -> list[Path]:
+def make_checkpoints(folder: Path, model: transformer.TransformerConfig) -> list[Path]:
     """Create the folders init, a and b if missing: random weights, and random task vectors of 1 % of their length."""
     tensors = [
-        Tensor(name, np.dtype(np.float32), shape, "model.safetensors") for name, shape in shapes_of(model).items()
+        weight_files.Tensor(name, np.dtype(np.float32), shape, "model.safetensors")
+        for name, shape in shapes_of(model).items()
     ]
     paths = [folder / name for name in ("init", "a", "b")]
     for number, path in enumerate(paths):
@@ -67,7 +75,7 @@ def make_checkpoints(folder: Path, model: TransformerConfig) -> list[Path]:
             continue
         with files.staged(path) as partial:
             files.write_json(partial / "config.json", hf_config.to_json(model, "float32"))
-            writer = SafetensorsWriter(partial, tensors)
+            writer = weight_files.SafetensorsWriter(partial, tensors)
             for index, tensor in enumerate(tensors):
                 values = np.random.default_rng([0, index]).standard_normal(tensor.size, np.float32) * np.float32(0.02)
                 if number:
@@ -98,7 +106,7 @@ def run_ours(paths: list[Path], out: Path, option: str) -> tuple[float, float]:
 
 def against_mergekit(workdir: Path) -> None:
     """Compare with mergekit's nuslerp, an independent program for the same merge: difference, time and memory."""
-    paths = make_checkpoints(workdir / "smollm2_135m", SMOLLM2_135M)
+    paths = make_checkpoints(workdir / "smollm2_135m", transformer.TransformerConfig(*SMOLLM2_135M))
     programs = workdir / "mergekit" / "bin"
     if not programs.exists():
         subprocess.run([sys.executable, "-m", "venv", programs.parent], check=True)
@@ -125,16 +133,16 @@ def against_mergekit(workdir: Path) -> None:
     runs = np.array(rows)
     seconds, gigabytes, our_seconds, our_gigabytes = np.median(runs, axis=0)
     ratio = np.median(runs[:, 0] / runs[:, 2])
-    table = Table("program", "seconds", "peak GB", title="two policies of 538 MB, float32, one angle per tensor")
+    table = tables.Table("program", "seconds", "peak GB", title="two policies of 538 MB, float32, one angle per tensor")
     table.add_row("mergekit nuslerp", f"{seconds:.2f}", f"{gigabytes:.2f}")
     table.add_row("warp_jax", f"{our_seconds:.2f}", f"{our_gigabytes:.2f}")
     table.add_row("ratio", f"{ratio:.1f} times faster", f"{our_gigabytes / gigabytes:.2f} of the memory")
-    Console().print(table)
+    console.Console().print(table)
 
 
 def difference(init: Path, theirs: Path, ours: Path) -> float:
     """Return |ours - theirs| / |theirs - init| over all weights."""
-    folders = [open_weights(path) for path in (init, theirs, ours)]
+    folders = [weight_files.open_weights(path) for path in (init, theirs, ours)]
     squares = np.zeros(2)
     for name, tensor in folders[0].tensors.items():
         start, a, b = (folder.view(name, 0, tensor.size).astype(np.float64) for folder in folders)
@@ -144,7 +152,7 @@ def difference(init: Path, theirs: Path, ours: Path) -> float:
 
 def large(workdir: Path) -> None:
     """Measure the peak memory of a merge of large folders with --memory_gb=1."""
-    paths = make_checkpoints(workdir / "large", BILLION)
+    paths = make_checkpoints(workdir / "large", transformer.TransformerConfig(*BILLION))
     size = (paths[0] / "model.safetensors").stat().st_size / 1e9
     out = workdir / f"large_{os.getpid()}"
     seconds, memory = run_ours(paths, out, "--memory_gb=1")
@@ -152,7 +160,7 @@ def large(workdir: Path) -> None:
     print(f"two policies of {size:.2f} GB each, --memory_gb=1: {seconds:.1f} s, peak {memory:.2f} GB resident")
 
 
-def in_memory(model: TransformerConfig) -> None:
+def in_memory(model: transformer.TransformerConfig) -> None:
     """Measure the bandwidth (bytes per second) of a merge of two trees of about 1 GB against that of a copy."""
     shapes = {name.replace(".", "/"): shape for name, shape in shapes_of(model).items()}
 
@@ -180,12 +188,12 @@ def in_memory(model: TransformerConfig) -> None:
             times[name].append(time.perf_counter() - started)
             del result, spare
     title = f"trees of {gigabytes:.2f} GB, {len(shapes)} leaves, float32, M = 2"
-    table = Table("operation", "ms", "GB/s", "share of copy", title=title)
+    table = tables.Table("operation", "ms", "GB/s", "share of copy", title=title)
     rates = {name: count * gigabytes / np.array(times[name][1:]) for name, (count, _) in operations.items()}
     for name, rate in rates.items():
         milliseconds, share = 1e3 * np.median(times[name][1:]), np.median(rate / rates["copy"])
         table.add_row(name, f"{milliseconds:.0f}", f"{np.median(rate):.1f}", f"{share:.0%}")
-    Console().print(table)
+    console.Console().print(table)
 
 
 def _copy(source: np.ndarray, target: np.ndarray) -> None:
@@ -204,8 +212,8 @@ def main(argv: list[str]) -> None:
     elif WHAT.value == "large":
         large(Path(WORKDIR.value))
     else:
-        for model in (SLICE_OF_7B, HALF_BILLION):
-            in_memory(model)
+        for sizes in (SLICE_OF_7B, HALF_BILLION):
+            in_memory(transformer.TransformerConfig(*sizes))
 
 
 if __name__ == "__main__":

@@ -6,27 +6,33 @@ Both run in float32 on the CPU. Needs transformers and torch (`pip install 'warp
 differ by more than 1e-4 of their largest value, the perplexities by more than 0.1 %, or any greedy token.
 """
 
+from __future__ import annotations
+
 import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
-from scipy.special import log_softmax
+from etils import epy
 
 from warp_jax import cli
-from warp_jax.benchmarks import answers
-from warp_jax.data import batches, corpus
-from warp_jax.data.tokenizer import Tokenizer
-from warp_jax.models import apply, partitioning
-from warp_jax.models.transformer import init_cache
-from warp_jax.parallel import meshes
-from warp_jax.pretrained import hf_weights, sources
-from warp_jax.training import sampling
-from warp_jax.types import PromptBatch
+
+with epy.lazy_imports():  # at their first use: --help does not wait for JAX
+    import jax
+    from scipy import special
+
+    from warp_jax import types
+    from warp_jax.benchmarks import answers
+    from warp_jax.data import batches, corpus
+    from warp_jax.data import tokenizer as tokenizers
+    from warp_jax.models import apply, partitioning, transformer
+    from warp_jax.parallel import meshes
+    from warp_jax.pretrained import hf_weights, sources
+    from warp_jax.training import sampling
+
 
 SOURCE = flags.DEFINE_string("source", None, "Hugging Face model folder, .gguf file, or package:NAME.")
 NUM_TEXTS = flags.DEFINE_integer("num_texts", 20, "Number of film reviews for the perplexity.", lower_bound=2)
@@ -45,7 +51,7 @@ def main(argv: list[str]) -> None:
         texts = [row["text"] for _, row in corpus.load_rows("movie_reviews", "train")]
         mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
         params = hf_weights.load_params(folder, config, partitioning.with_shardings(mesh, apply.param_shapes(config)))
-        tokenizer = Tokenizer.from_folder(folder)
+        tokenizer = tokenizers.Tokenizer.from_folder(folder)
     except (ValueError, OSError) as error:
         cli.fail(error)
     chosen = [texts[i] for i in np.linspace(0, len(texts) - 1, NUM_TEXTS.value).astype(int)]
@@ -53,7 +59,9 @@ def main(argv: list[str]) -> None:
     apply_fn = apply.make_apply_fn(config)
     forward = jax.jit(lambda params, batch: apply_fn(params, batch.prompt_ids, batch.prompt_mask)[0])
     greedy = sampling.SamplingConfig(NUM_TOKENS.value, 1.0, (), tokenizer.pad_id, top_k=1)
-    sample = jax.jit(functools.partial(sampling.sample, apply_fn, functools.partial(init_cache, config), config=greedy))
+    sample = jax.jit(
+        functools.partial(sampling.sample, apply_fn, functools.partial(transformer.init_cache, config), config=greedy)
+    )
     short = [row[: 16 + 4 * i] for i, row in enumerate(rows[:3])]
     padded = batches.left_pad(short, max(map(len, short)), tokenizer.pad_id)
     tokens = np.asarray(sample(params, padded, jax.random.key(0)).completion_ids)
@@ -62,7 +70,11 @@ def main(argv: list[str]) -> None:
 
 
 def compare(
-    folder: Path, rows: list[np.ndarray], padded: PromptBatch, our_logits: Callable[..., Any], our_tokens: np.ndarray
+    folder: Path,
+    rows: list[np.ndarray],
+    padded: types.PromptBatch,
+    our_logits: Callable[..., Any],
+    our_tokens: np.ndarray,
 ) -> bool:
     """Print the differences; return True if one is above its bound.
 
@@ -73,12 +85,12 @@ def compare(
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
-    def inputs(batch: PromptBatch) -> dict[str, Any]:
+    def inputs(batch: types.PromptBatch) -> dict[str, Any]:
         arrays = {"input_ids": batch.prompt_ids, "attention_mask": batch.prompt_mask}
         return {name: torch.from_numpy(np.asarray(x, np.int64)) for name, x in arrays.items()}
 
     @torch.no_grad()
-    def their_logits(batch: PromptBatch) -> np.ndarray:
+    def their_logits(batch: types.PromptBatch) -> np.ndarray:
         positions = torch.from_numpy(np.maximum(np.cumsum(batch.prompt_mask, axis=1) - 1, 0))
         return model(**inputs(batch), position_ids=positions, use_cache=False).logits.numpy()
 
@@ -106,7 +118,7 @@ def _perplexity(rows: list[np.ndarray], logits_fn: Callable[..., Any]) -> float:
     for row in rows:
         batch = batches.left_pad([row], MAX_TOKENS.value, pad_id=0)
         logits = np.asarray(logits_fn(batch)[0, -len(row) : -1], np.float64)
-        total -= log_softmax(logits, axis=-1)[np.arange(len(row) - 1), row[1:]].sum()
+        total -= special.log_softmax(logits, axis=-1)[np.arange(len(row) - 1), row[1:]].sum()
         count += len(row) - 1
     return float(np.exp(total / count))
 

@@ -6,24 +6,30 @@
 The second command also writes answers/sft.jsonl and answers/liti_1.0.jsonl; compare them with scripts/side_by_side.py.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import sys
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from etils import epy
 
 from warp_jax import cli, files
-from warp_jax.benchmarks import answers
-from warp_jax.data import stop_tokens
-from warp_jax.experiment import export, stages
-from warp_jax.training import sampling
+
+with epy.lazy_imports():  # at their first use: --help does not wait for JAX
+    from rich import console, text
+    from rich import table as tables
+
+    from warp_jax.benchmarks import answers
+    from warp_jax.data import stop_tokens
+    from warp_jax.experiment import export, stages
+    from warp_jax.training import sampling
+
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a run of warp_jax.main.")
-STAGES = flags.DEFINE_list("stages", ["sft"], f"Stages to sample, separated by commas: {stages.NAMES}.")
+STAGES = flags.DEFINE_list("stages", ["sft"], f"Stages to sample, separated by commas: {cli.STAGES}.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text of a prompt; the flag may be repeated.")
 PROMPTS = flags.DEFINE_string("prompts", None, "JSONL file of prompts, one object per line; see --field.")
 FIELD = flags.DEFINE_string("field", "prompt", "Field of --prompts that holds the text or the conversation.")
@@ -53,12 +59,12 @@ def main(argv: list[str]) -> None:
             write(Path(OUT.value), prompts, columns)
     except (ValueError, OSError) as error:
         cli.fail(error)
-    table = Table(show_lines=True)
+    table = tables.Table(show_lines=True)
     for name in ("prompt", *columns):
-        table.add_column(Text(name))
+        table.add_column(text.Text(name))
     for texts in zip(map(str, prompts), *columns.values(), strict=True):
-        table.add_row(*map(Text, texts))  # Text: an answer must not be read as markup
-    Console().print(table)
+        table.add_row(*map(text.Text, texts))  # Text: an answer must not be read as markup
+    console.Console().print(table)
 
 
 def sample_stages(job: stages.Workdir, prompts: list[object]) -> dict[str, list[str]]:

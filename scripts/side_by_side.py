@@ -8,6 +8,8 @@ Lines are matched by prompt, in any order; scripts/sample.py writes such files. 
 score per answer, higher is better. Its module may be a file in the current folder. See docs/evaluation.md.
 """
 
+from __future__ import annotations
+
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,16 +18,19 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from etils import epy
 
 from warp_jax import cli, files
-from warp_jax.benchmarks import side_by_side
-from warp_jax.benchmarks.side_by_side import Comparison
-from warp_jax.evaluation.statistics import MIN_CLUSTERS, Interval
-from warp_jax.parallel import meshes
-from warp_jax.rewards import from_folder, text_reward
+
+with epy.lazy_imports():  # at their first use: --help does not wait for JAX
+    from rich import console, text
+    from rich import table as tables
+
+    from warp_jax.benchmarks import side_by_side
+    from warp_jax.evaluation import statistics
+    from warp_jax.parallel import meshes
+    from warp_jax.rewards import from_folder, text_reward
+
 
 OURS = flags.DEFINE_string("ours", "", "JSONL file of answers; a positive score means these are better.")
 THEIRS = flags.DEFINE_string("theirs", "", "JSONL file of answers to compare with, to the same prompts.")
@@ -37,7 +42,7 @@ MARGINS = flags.DEFINE_list(
     "Three numbers tie,slightly,better: the largest difference of the judge's scores that counts as a tie, as slightly "
     "better and as better. Default: 0.25, 0.75, 1.5 standard deviations of all scores. Set it to compare results.",
 )
-LENGTH_UNIT = flags.DEFINE_enum("length_unit", "characters", list(side_by_side.LENGTHS), "Unit of length.")
+LENGTH_UNIT = flags.DEFINE_enum("length_unit", "characters", ["characters", "words"], "Unit of length.")
 RESAMPLES = flags.DEFINE_integer("resamples", 1000, "Number of bootstrap samples for the intervals.", lower_bound=100)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.", lower_bound=0)
 JUDGE_BATCH = 64  # answers
@@ -61,7 +66,7 @@ def main(argv: list[str]) -> None:
             files.write_json(out, as_json(comparison, options))
     except (ValueError, OSError, SyntaxError) as error:
         cli.fail(error)
-    Console(highlight=False).print(as_table(comparison))
+    console.Console(highlight=False).print(as_table(comparison))
 
 
 def load_judge(source: str) -> text_reward.TextFn:
@@ -81,12 +86,12 @@ def load_judge(source: str) -> text_reward.TextFn:
     return judge
 
 
-def as_json(comparison: Comparison, options: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(comparison: side_by_side.Comparison, options: Mapping[str, Any]) -> dict[str, Any]:
     """All results and settings as JSON values; null for a result that is not defined."""
     settings = {"margins_given": MARGINS.value is not None, **options, "ridge": side_by_side.RIDGE}
     figures = {
         name: {key: x if math.isfinite(x) else None for key, x in value._asdict().items()}
-        if isinstance(value, Interval)
+        if isinstance(value, statistics.Interval)
         else value
         for name, value in comparison._asdict().items()
     }
@@ -95,7 +100,7 @@ def as_json(comparison: Comparison, options: Mapping[str, Any]) -> dict[str, Any
     return {"ours": OURS.value, "theirs": THEIRS.value, "judge": JUDGE.value, "settings": settings, **figures}
 
 
-def as_table(comparison: Comparison) -> Table:
+def as_table(comparison: side_by_side.Comparison) -> tables.Table:
     """Results as a table for the terminal."""
     title = f"ours: {OURS.value}\ntheirs: {THEIRS.value}\njudge: {JUDGE.value}"
     origin = "as given" if MARGINS.value is not None else "from the deviation of these scores; see --margins"
@@ -104,7 +109,8 @@ def as_table(comparison: Comparison) -> Table:
         f"{comparison.answers} pairs of answers to {comparison.prompts} prompts; margins {margins} ({origin}); "
         f"{RESAMPLES.value} resamples, seed {SEED.value}"
     )
-    table = Table(title=Text(title), title_justify="left", caption=Text(caption), caption_justify="left")
+    said = {"title": text.Text(title), "caption": text.Text(caption)}
+    table = tables.Table(**said, title_justify="left", caption_justify="left")
     table.add_column()
     table.add_column("value", justify="right")
     table.add_column()
@@ -120,11 +126,11 @@ def as_table(comparison: Comparison) -> Table:
     return table
 
 
-def _cells(interval: Interval, form: str) -> tuple[str, str]:
+def _cells(interval: statistics.Interval, form: str) -> tuple[str, str]:
     if not math.isfinite(interval.value):
         return "undefined", "every pair has the same length difference"
     if not math.isfinite(interval.low):
-        return f"{interval.value:{form}}", f"no interval: fewer than {MIN_CLUSTERS} prompts"
+        return f"{interval.value:{form}}", f"no interval: fewer than {statistics.MIN_CLUSTERS} prompts"
     return f"{interval.value:{form}}", f"95 %: {interval.low:{form}} .. {interval.high:{form}}"
 
 

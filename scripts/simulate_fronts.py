@@ -6,17 +6,22 @@ Each simulated world draws KL and reward of two fronts and of one policy on the 
 front a, and front a with the policy, as the report does. See docs/results/front_statistics.md.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from absl import flags
+from etils import epy
 
 from warp_jax import cli, files
-from warp_jax.evaluation import fronts, report, statistics
-from warp_jax.evaluation.fronts import Measured
-from warp_jax.progress import JobProgress
+
+with epy.lazy_imports():  # at their first use: --help does not wait for JAX
+    from warp_jax import progress as job_progress
+    from warp_jax.evaluation import fronts, report, statistics
+
 
 COUNT = flags.DEFINE_integer("worlds", 1000, "Simulated worlds of each kind.", lower_bound=2)
 RESAMPLES = flags.DEFINE_integer("resamples", 1000, "Bootstrap resamples of each comparison.", lower_bound=20)
@@ -67,17 +72,17 @@ class Saving(NamedTuple):
 
 def draw(
     world: World, generator: np.random.Generator, policies: Sequence[float] = LOOKS[1:2]
-) -> tuple[Measured, Measured, Measured]:
+) -> tuple[fronts.Measured, fronts.Measured, fronts.Measured]:
     """Front a, front b, and policies (KL in nats) as good as both. Prompts and completions have random effects."""
     etas = np.linspace(0, 1, world.etas)
     kls = LARGEST_KL * etas**2
     prompts = np.repeat(np.arange(world.prompts), world.samples)
     level, scale = generator.normal(0, 0.7, world.prompts)[prompts], generator.gamma(4, 0.25, world.prompts)[prompts]
 
-    def measure(kl: np.ndarray) -> Measured:
+    def measure(kl: np.ndarray) -> fronts.Measured:
         shape = (len(kl), len(prompts))
         reward = np.minimum(kl, world.turn)[:, None] * 0.12 + level + generator.normal(0, 0.7, shape)
-        return Measured(kl[:, None] * scale * generator.gamma(4, 0.25, shape), reward)
+        return fronts.Measured(kl[:, None] * scale * generator.gamma(4, 0.25, shape), reward)
 
     return measure(kls), measure(kls), measure(np.array(policies))
 
@@ -132,7 +137,7 @@ def main(argv: list[str]) -> None:
     """Simulate all kinds of worlds, and print one line each; then one line for each of POLICIES."""
     del argv
     rows = []
-    with JobProgress(len(WORLDS)) as progress:
+    with job_progress.JobProgress(len(WORLDS)) as progress:
         progress.start_phase("worlds", len(WORLDS), finished=False)
         for number, name in enumerate(WORLDS, start=1):
             found = simulate(name, count=COUNT.value, resamples=RESAMPLES.value, seed=SEED.value)

@@ -6,12 +6,18 @@
 It changes nothing. Exit code: 0 all is done, 3 a workdir is unfinished, 2 a workdir is damaged or is none.
 """
 
+from __future__ import annotations
+
 import sys
 
 from absl import flags
+from etils import epy
 
 from warp_jax import cli, files
-from warp_jax.experiment import status
+
+with epy.lazy_imports():  # at their first use: --help does not wait for JAX
+    from warp_jax.experiment import status
+
 
 _VERIFY = flags.DEFINE_bool("verify", False, "Read every file and compare it with its checksum.")
 

@@ -6,6 +6,8 @@ Part 1: the policy is init + noise. Part 2: the same RL run in each arithmetic; 
 run are scored in all of them. Results and their reading are in docs/results/precision.md.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools
@@ -15,23 +17,27 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from etils import epy
 from ml_collections import config_flags
 
-from warp_jax import cli, files, trees
-from warp_jax.data import batches
-from warp_jax.evaluation import measure
-from warp_jax.experiment import architecture, preparation
-from warp_jax.models import attention, transformer
-from warp_jax.models.apply import make_apply_fn
-from warp_jax.parallel import meshes
-from warp_jax.progress import JobProgress
-from warp_jax.settings import Settings, from_config
-from warp_jax.training import loop, reinforce, scoring
-from warp_jax.types import Array, Params, Rollout
+from warp_jax import cli, files
+
+with epy.lazy_imports():  # at their first use: --help does not wait for JAX
+    import jax
+    import jax.numpy as jnp
+
+    from warp_jax import progress as job_progress
+    from warp_jax import settings as typed
+    from warp_jax import trees, types
+    from warp_jax.data import batches
+    from warp_jax.evaluation import measure
+    from warp_jax.experiment import architecture, preparation
+    from warp_jax.models import apply, attention, transformer
+    from warp_jax.parallel import meshes
+    from warp_jax.training import loop, reinforce, scoring
+
 
 sys.path.insert(0, "")  # config files import configs from the folder that the program is started in
 
@@ -53,13 +59,15 @@ def arithmetic(name: str) -> Iterator[None]:
     """
     multiply, plain = transformer._multiply, attention.plain
 
-    def rounded_multiply(x: Array, kernel: Array, dtype: str) -> Array:
+    def rounded_multiply(x: types.Array, kernel: types.Array, dtype: str) -> types.Array:
         return multiply(x, kernel, dtype).astype(jnp.bfloat16).astype(dtype)
 
-    def rounded_plain(query: Array, key: Array, value: Array, mask: Array, softcap: float) -> Array:
+    def rounded_plain(
+        query: types.Array, key: types.Array, value: types.Array, mask: types.Array, softcap: float
+    ) -> types.Array:
         einsum = jnp.einsum
 
-        def rounded_einsum(*args: Any, **kwargs: Any) -> Array:
+        def rounded_einsum(*args: Any, **kwargs: Any) -> types.Array:
             return einsum(*args, **kwargs).astype(jnp.bfloat16)
 
         with mock.patch.object(jnp, "einsum", rounded_einsum):
@@ -73,19 +81,21 @@ def arithmetic(name: str) -> Iterator[None]:
 
 
 def log_ratios(
-    settings: Settings, name: str, policy: Params, reference: Params, rollout: Rollout
+    settings: typed.Settings, name: str, policy: types.Params, reference: types.Params, rollout: types.Rollout
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-ratio of each token [B, C] and exact KL of each completion [B] between two policies, in an arithmetic."""
     config = dataclasses.replace(architecture.policy_config(settings.model, settings.vocab_size), dtype=DTYPES[name])
     options: Any = {"temperature": settings.sampling.temperature, "chunk": settings.model.logits_chunk}
-    score = jax.jit(functools.partial(scoring.per_token_logps, make_apply_fn(config), **options))
-    kl = jax.jit(functools.partial(scoring.sequence_kl, make_apply_fn(config), **options))
+    score = jax.jit(functools.partial(scoring.per_token_logps, apply.make_apply_fn(config), **options))
+    kl = jax.jit(functools.partial(scoring.sequence_kl, apply.make_apply_fn(config), **options))
     with arithmetic(name):
         ratio = score(policy, rollout) - score(reference, rollout)
         return np.asarray(ratio, np.float64), np.asarray(kl(policy, reference, rollout), np.float64)
 
 
-def compare(settings: Settings, policy: Params, reference: Params, rollout: Rollout) -> dict[str, dict[str, float]]:
+def compare(
+    settings: typed.Settings, policy: types.Params, reference: types.Params, rollout: types.Rollout
+) -> dict[str, dict[str, float]]:
     """Log-ratios and KLs in each arithmetic, and the errors against float32 (standard deviations, nats)."""
     mask = np.asarray(rollout.completion_mask)
     found = {name: log_ratios(settings, name, policy, reference, rollout) for name in DTYPES}
@@ -103,7 +113,7 @@ def compare(settings: Settings, policy: Params, reference: Params, rollout: Roll
     return rows
 
 
-def noisy(params: Params, deviation: float) -> Params:
+def noisy(params: types.Params, deviation: float) -> types.Params:
     """The parameters plus normal noise."""
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -111,7 +121,9 @@ def noisy(params: Params, deviation: float) -> Params:
     return jax.tree.unflatten(treedef, [x + n for x, n in zip(leaves, noise, strict=True)])
 
 
-def run(settings: Settings, directory: Path, trainer: reinforce.Trainer, init: Params) -> tuple[Any, list[Any]]:
+def run(
+    settings: typed.Settings, directory: Path, trainer: reinforce.Trainer, init: types.Params
+) -> tuple[Any, list[Any]]:
     """Train one run; return its last state and the metrics of each step."""
     states: list[Any] = []
     metrics: list[Any] = []
@@ -143,14 +155,14 @@ def study(name: str, results: dict[str, Any]) -> None:
         "model.dtype": DTYPES[name],
         "evaluation.dtype": DTYPES[name],
     }
-    settings = from_config(CONFIG.value.to_dict()).replace(changes)
+    settings = typed.from_config(CONFIG.value.to_dict()).replace(changes)
     workdir = files.as_path(WORKDIR.value) / name
-    with JobProgress(STEPS.value) as progress:
+    with job_progress.JobProgress(STEPS.value) as progress:
         _, trainer, examiner = preparation.prepare(settings, preparation.load_corpora(settings), workdir, progress)
     sft, frozen = examiner.sft_params, examiner.frozen_params
     prompts = meshes.put_batch(trainer.mesh, batches.take(examiner.eval_prompts, np.arange(COMPLETIONS.value)))
 
-    def compared(policy: Params, reference: Params) -> dict[str, dict[str, float]]:
+    def compared(policy: types.Params, reference: types.Params) -> dict[str, dict[str, float]]:
         policy, reference = trees.join(policy, frozen), trees.join(reference, frozen)
         return compare(settings, policy, reference, trainer.sampler(policy, prompts, jax.random.key(0)))
 

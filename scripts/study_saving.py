@@ -7,6 +7,8 @@ save is the time for which the run waits (to copy the arrays, and for the end of
 the step during the save. Then it restores the state with and without the check of its manifest, in turn.
 """
 
+from __future__ import annotations
+
 import functools
 import itertools
 import os
@@ -19,16 +21,21 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import jax
 from absl import flags
+from etils import epy
 from ml_collections import config_flags
 
 from warp_jax import cli, files
-from warp_jax.experiment import preparation
-from warp_jax.progress import JobProgress
-from warp_jax.settings import from_config
-from warp_jax.storage import checkpoint, manifest
-from warp_jax.training import loop, metric_writer, reinforce
+
+with epy.lazy_imports():  # at their first use: --help does not wait for JAX
+    import jax
+
+    from warp_jax import progress as job_progress
+    from warp_jax import settings as typed
+    from warp_jax.experiment import preparation
+    from warp_jax.storage import checkpoint, manifest
+    from warp_jax.training import loop, metric_writer, reinforce
+
 
 sys.path.insert(0, "")  # config files import configs from the folder that the program is started in
 
@@ -108,9 +115,9 @@ def measure_restores(folder: Path, restore: Callable[[], Any], *, cold: bool) ->
 def main(argv: list[str]) -> None:
     """Measure, print and write the results."""
     del argv
-    settings, workdir = from_config(CONFIG.value.to_dict()), files.as_path(WORKDIR.value)
+    settings, workdir = typed.from_config(CONFIG.value.to_dict()), files.as_path(WORKDIR.value)
     corpora = preparation.load_corpora(settings)
-    with JobProgress(0, quiet=True) as progress:
+    with job_progress.JobProgress(0, quiet=True) as progress:
         _, trainer, examiner = preparation.prepare(settings, corpora, workdir, progress)
         folder = workdir / "measured"
         saves = measure_saves(trainer, examiner.sft_params, folder)

@@ -23,6 +23,8 @@ full, readonly, descriptors and vanished must end the job with one line and exit
 Linux and root.
 """
 
+from __future__ import annotations
+
 import contextlib
 import csv
 import fcntl
@@ -45,12 +47,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-import jax
 import numpy as np
 from absl import flags
+from etils import epy
 
 from warp_jax import cli, files
-from warp_jax.storage import weight_files
+
+with epy.lazy_imports():  # at their first use: --help does not wait for JAX
+    import jax
+
+    from warp_jax.storage import weight_files
+
 
 KINDS = flags.DEFINE_list("kinds", ["kill", "stop", "preempt", "flip"], "Ways to disturb a job.")
 TRIALS = flags.DEFINE_integer("trials", 20, "Trials of each kind.", lower_bound=1)

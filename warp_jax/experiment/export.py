@@ -30,7 +30,7 @@ def export_stage(workdir: Path, stage: str, out: Path, *, dtype: str = "float32"
 
     Args:
         workdir: a folder that warp_jax.main made.
-        stage: one of `stages.NAMES`.
+        stage: one of those in `cli.STAGES`.
         out: the new folder.
         dtype: of the weights. Fewer bits than float32 undo a part of the training; the report says how much.
         prompts: number of held-out prompts, rounded up to whole batches, on which the exported policy is compared with

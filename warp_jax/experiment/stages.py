@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from warp_jax import merging, trees
+from warp_jax import cli, merging, trees
 from warp_jax.experiment import architecture, preparation, workdir
 from warp_jax.models import apply, freezing, partitioning
 from warp_jax.models.transformer import TransformerConfig
@@ -18,7 +18,6 @@ from warp_jax.pretrained import sources
 from warp_jax.storage import checkpoint, manifest
 from warp_jax.types import Params
 
-NAMES = "sft, reward_model, iteration_I/run_M, iteration_I/merged, or liti:ETA (from sft to the last merge)"
 _SAVED = re.compile(r"sft|reward_model|iteration_\d+/(run_\d+|merged)")
 
 
@@ -81,7 +80,7 @@ class Workdir:
         path = self.path / stage if stage.endswith("merged") else self.path / stage / "params"
         if not _SAVED.fullmatch(stage) or not checkpoint.has_params(path):
             raise ValueError(
-                f"stage: {stage!r} is not in {self.path}, which has {', '.join(self.stages())}; want {NAMES}"
+                f"stage: {stage!r} is not in {self.path}, which has {', '.join(self.stages())}; want {cli.STAGES}"
             )
         return checkpoint.restore_params(path, like)
 
