@@ -26,6 +26,7 @@ with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     from warp_jax.experiment import inputs, jobs, preparation
     from warp_jax.experiment import workdir as workdirs
     from warp_jax.parallel import hosts, stopping, supervisor
+    from warp_jax.storage import program_cache
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all results; a job in an existing one is resumed.")
@@ -38,6 +39,11 @@ ACCEPT = flags.DEFINE_list(
 )
 REPLAY = flags.DEFINE_string(
     "replay", "", "Repeat the step of this file, which a job wrote, and show what was not finite first; save nothing."
+)
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    "auto",
+    "Folder of compiled programs for the next start, or off; auto: .xla_cache beside the workdir.",
 )
 MULTIHOST = flags.DEFINE_bool("multihost", False, "Run as one of several processes, all started with the same command.")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, if JAX does not find it itself.")
@@ -95,8 +101,11 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         settings = hosts.all_or_none(lambda: typed.from_config(config.to_dict()))
         if REPLAY.value:
             _replay(settings, workdir, files.as_path(REPLAY.value))
+        cache = program_cache.choose(COMPILATION_CACHE.value, workdir)
         part = jobs.choose_part(settings, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
         corpora = check(settings, workdir, ACCEPT.value)
+        if cache:
+            program_cache.enable(cache)
     except (ValueError, OSError, hosts.PeerError) as error:
         hosts.end(error, bad_input=True)
     try:
