@@ -56,8 +56,9 @@ def enable(folder: Path) -> None:
     """
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    config: Any = jax.config
     jax_cache: Any = internals  # no public function takes another store
-    if jax.config.jax_compilation_cache_dir or not _is_private(folder) or not hasattr(jax_cache, "get_file_cache"):
+    if config.jax_compilation_cache_dir or not _is_private(folder) or not hasattr(jax_cache, "get_file_cache"):
         return
     jax_cache.get_file_cache = lambda path: (Store(Path(path)), path)
     compilation_cache.reset_cache()
@@ -67,7 +68,7 @@ def enable(folder: Path) -> None:
         "jax_persistent_cache_min_entry_size_bytes": -1,
         "jax_persistent_cache_enable_xla_caches": "",  # files that XLA writes itself
     }.items():
-        jax.config.update(name, value)
+        config.update(name, value)
 
 
 def _is_private(folder: Path) -> bool:
