@@ -28,6 +28,7 @@ def random_params(config: TransformerConfig, mesh: Mesh, seed: int) -> Params:
     return jax.jit(functools.partial(init_params, config), out_shardings=layout)(jax.random.key(seed))
 
 
+@functools.cache
 def param_shapes(config: TransformerConfig) -> Params:
     """Tree of jax.ShapeDtypeStruct: shape and dtype of every parameter, without computing any."""
     return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))

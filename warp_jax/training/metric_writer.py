@@ -1,6 +1,7 @@
 """Metrics of each training step, written to metrics.jsonl and to TensorBoard files."""
 
 import json
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +19,6 @@ class MetricWriter:
     """
 
     def __init__(self, directory: Path, start_step: int = 0):
-        import tensorboardX  # noqa: PLC0415  imports torch where that is installed
-
         kept = read_rows(directory / FILE)[:start_step]
         self._directory, self._temporary = directory, None
         if files.is_remote(directory):
@@ -27,7 +26,7 @@ class MetricWriter:
             directory = Path(self._temporary.name)
         path = directory / FILE
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._tensorboard = tensorboardX.SummaryWriter(str(directory), purge_step=start_step, write_to_disk=True)
+        self._tensorboard = _tensorboard().SummaryWriter(str(directory), purge_step=start_step, write_to_disk=True)
         self._file = path.open("a")
         self.publish()
 
@@ -53,6 +52,19 @@ class MetricWriter:
         self.publish()
         if self._temporary:
             self._temporary.cleanup()
+
+
+def _tensorboard() -> Any:
+    """The package tensorboardX, without torch, which it would import for a second where that is installed."""
+    hides = "torch" not in sys.modules
+    if hides:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # `import torch` raises ImportError
+    try:
+        import tensorboardX  # noqa: PLC0415
+    finally:
+        if hides:
+            del sys.modules["torch"]
+    return tensorboardX
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
