@@ -22,7 +22,7 @@ from warp_jax import cli, files
 with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     from warp_jax import settings as typed
     from warp_jax.data import corpus
-    from warp_jax.diagnosis import replay
+    from warp_jax.diagnosis import profiling, replay
     from warp_jax.experiment import inputs, jobs, preparation
     from warp_jax.experiment import workdir as workdirs
     from warp_jax.parallel import hosts, stopping, supervisor
@@ -39,6 +39,13 @@ ACCEPT = flags.DEFINE_list(
 )
 REPLAY = flags.DEFINE_string(
     "replay", "", "Repeat the step of this file, which a job wrote, and show what was not finite first; save nothing."
+)
+PROFILE = flags.DEFINE_integer(
+    "profile",
+    0,
+    "Trace so many steps of the first run that is trained, and write WORKDIR/profile, for TensorBoard (with the plugin "
+    "xprof); its file .trace.json.gz is for ui.perfetto.dev.",
+    lower_bound=0,
 )
 COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -99,17 +106,22 @@ def _run(config: ConfigDict, workdir: Path) -> None:
     """Run the part of the job that the flags name."""
     try:
         settings = hosts.all_or_none(lambda: typed.from_config(config.to_dict()))
+        cache = hosts.all_or_none(lambda: program_cache.choose(COMPILATION_CACHE.value, workdir))
+        if PROFILE.value and (files.is_remote(workdir) or MERGE.value or REPLAY.value):
+            raise ValueError("profile: got --profile with a bucket, --merge or --replay, want a local job that trains")
         if REPLAY.value:
             _replay(settings, workdir, files.as_path(REPLAY.value))
-        cache = program_cache.choose(COMPILATION_CACHE.value, workdir)
         part = jobs.choose_part(settings, workdir, run=RUN.value, merge=MERGE.value, iteration=ITERATION.value)
         corpora = check(settings, workdir, ACCEPT.value)
-        if cache:
+        if cache is not None:
             program_cache.enable(cache)
     except (ValueError, OSError, hosts.PeerError) as error:
         hosts.end(error, bad_input=True)
     try:
-        line = jobs.run_part(settings, corpora, workdir, part)
+        profile = profiling.Profile(PROFILE.value, workdir / "profile")
+        line = jobs.run_part(settings, corpora, workdir, part, profile.of_run)
+        if PROFILE.value and hosts.is_first():
+            print(f"profile: {profile.folder if profile.written else 'no run trained enough steps'}", file=sys.stderr)
         if line and hosts.is_first():
             print(line)
     except FloatingPointError as error:

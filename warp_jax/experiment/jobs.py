@@ -54,8 +54,14 @@ def choose_part(settings: Settings, workdir: Path, *, run: int, merge: bool, ite
     return Part(iteration, run)
 
 
-def run_part(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, part: Part = WHOLE) -> str:
-    """Run the unfinished part of a job; return a one-line summary."""
+def run_part(
+    settings: Settings,
+    corpora: Mapping[str, Corpus],
+    workdir: Path,
+    part: Part = WHOLE,
+    watch_run: warp.WatchRun = warp.unwatched,
+) -> str:
+    """Run the unfinished part of a job; return a one-line summary. watch_run: see `warp.WatchRun`."""
     with JobProgress(total_steps(settings, part), quiet=not hosts.is_first()) as progress:
 
         def on_wait(owner: str) -> None:
@@ -63,7 +69,7 @@ def run_part(settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, p
 
         with hosts.locked(workdir / LOCK, on_wait):
             tokenizer, trainer, examiner = preparation.prepare(settings, corpora, workdir, progress)
-        job = warp.make_job(settings, trainer, examiner, workdir, progress)
+        job = warp.make_job(settings, trainer, examiner, workdir, progress, watch_run=watch_run)
         if part.run:
             warp.run_one(job, part.iteration, part.run)
             return f"iteration {part.iteration} run {part.run}: finished"

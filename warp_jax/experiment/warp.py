@@ -1,10 +1,11 @@
 """Algorithm 1 of WARP: I iterations of M runs, a spherical merge, and a step towards it; then the front."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -32,6 +33,16 @@ class JobError(Exception):
     exit_code = cli.BAD_INPUT
 
 
+# enter it to train a run -> a function to call with the state after each step
+WatchRun = Callable[[], contextlib.AbstractContextManager[Callable[[Any], None]]]
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[Callable[[Any], None]]:
+    """The WatchRun that does nothing."""
+    yield lambda state: None
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """Algorithm 1 in one workdir. Several processes may share the work: each result is made once, then restored."""
@@ -42,6 +53,7 @@ class Job:
     workdir: Path
     progress: JobProgress
     evaluations: EvaluationStore
+    watch_run: WatchRun
 
     def init_params(self, iteration: int) -> Params:
         """theta_init of an iteration, from the saved merges of all iterations before it (line 13)."""
@@ -120,6 +132,7 @@ class Job:
             guard.on_step(done, values)
 
         def after_step(step: int, state: TrainState) -> None:
+            watch(state)
             if step in evaluated:
                 guard.on_evaluation(step, self.evaluations.get(evaluated[step], lambda: state.params))
             guard.stop()
@@ -135,12 +148,19 @@ class Job:
             name=run_name,
             split="split 'prompts'",
         )
-        params = reinforce.run_policy(self.trainer, init_params, iteration=iteration, run=run, schedule=schedule)
+        with self.watch_run() as watch:
+            params = reinforce.run_policy(self.trainer, init_params, iteration=iteration, run=run, schedule=schedule)
         checkpoint.save_params(directory / "params", params, directory / metric_writer.FILE)
 
 
 def make_job(
-    settings: Settings, trainer: reinforce.Trainer, examiner: measure.Examiner, workdir: Path, progress: JobProgress
+    settings: Settings,
+    trainer: reinforce.Trainer,
+    examiner: measure.Examiner,
+    workdir: Path,
+    progress: JobProgress,
+    *,
+    watch_run: WatchRun = unwatched,
 ) -> Job:
     """The job of a workdir."""
 
@@ -150,7 +170,7 @@ def make_job(
         progress.on_evaluation(f"{name}: {measured}", seconds)
 
     store = EvaluationStore(workdir / "evaluations", functools.partial(measure.evaluate, examiner), on_new)
-    return Job(settings, examiner.sft_params, trainer, workdir, progress, store)
+    return Job(settings, examiner.sft_params, trainer, workdir, progress, store, watch_run)
 
 
 def run_warp(job: Job) -> list[Point]:

@@ -105,6 +105,7 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
+    @functools.partial(jax.profiler.annotate_function, name="saving in the background")
     def _publish(self, unfinished: Path, path: Path, logs: Mapping[str, int], then: Callable[[], None]) -> None:
         try:
             with _reaching(unfinished):

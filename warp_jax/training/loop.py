@@ -1,6 +1,7 @@
 """The training loop that SFT, reward model and RL share: step, log metrics, save the state, resume bit-for-bit."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Container, Mapping
@@ -142,7 +143,8 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
             if start:
                 schedule.after_step(start, state)  # it may have been interrupted in there
             for step in range(start, schedule.num_steps):
-                state, metrics = step_fn(state, step)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = step_fn(state, step)
                 log()
                 done, pending = step + 1, metrics
                 if done in schedule.checked:
@@ -167,6 +169,7 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
     return state
 
 
+@functools.partial(jax.profiler.annotate_function, name="saving")
 def _save(store: checkpoint.StateStore, writer: MetricWriter | None, done: int, state: Any) -> None:
     if writer:
         writer.publish()  # the saved state holds the checksum of the rows up to it
@@ -187,6 +190,7 @@ def state_before(step_fn: StepFn[State], init: Callable[[], State], directory: P
     return state
 
 
+@functools.partial(jax.profiler.annotate_function, name="logging")
 def _log(writer: MetricWriter | None, step: int, metrics: Metrics, schedule: Schedule, newest: int) -> None:
     """Read and write the metrics of a step. newest: steps done in the newest saved state."""
     numbers = {name: value for name, value in metrics.items() if name != BAD_ROWS}

@@ -212,7 +212,8 @@ def train_step(trainer: Trainer, run: Run, state: TrainState, step: int) -> tupl
     """One step of a run: sample, reward, update."""
     rollout, rewards = collect(trainer, run, state, step)
     total = meshes.put_batch(trainer.mesh, rewards.total)
-    state, metrics = trainer.programs.update(state, trainer.frozen_params, rollout, total)
+    with jax.profiler.TraceAnnotation("update"):
+        state, metrics = trainer.programs.update(state, trainer.frozen_params, rollout, total)
     parts = {f"reward/{name}": jnp.mean(values) for name, values in rewards.parts.items()}
     return state, {**metrics, **parts}
 
@@ -231,8 +232,10 @@ def collect(trainer: Trainer, run: Run, state: TrainState, step: int) -> tuple[R
     rows = np.repeat(rows, rl.samples_per_prompt // copies)
     prompts = meshes.put_batch(mesh, batches.take(trainer.train_prompts, rows))
     params = trees.join(state.params, trainer.frozen_params)
-    rollout = trainer.sampler(params, prompts, jax.random.fold_in(run.key, step), copies)
+    with jax.profiler.TraceAnnotation("sample"):
+        rollout = trainer.sampler(params, prompts, jax.random.fold_in(run.key, step), copies)
     try:
-        return rollout, trainer.reward_fn(rollout)
+        with jax.profiler.TraceAnnotation("reward"):
+            return rollout, trainer.reward_fn(rollout)
     except RewardError as error:
         raise RewardError(f"{run.name} step {step}: {error}") from error
