@@ -2,9 +2,31 @@
 
 import importlib.metadata
 import platform
+import sys
 
-from tests.commands import main_command, run
+import pytest
+
+from tests.commands import ROOT, main_command, run
 from warp_jax import cli
+
+HEAVY = "jax flax orbax optax tensorflow_datasets transformers torch pandas scipy sklearn matplotlib"
+PROGRAMS = ["warp_jax/main.py", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("scripts/**/*.py")))]
+NO_PROGRAMS = {"scripts/speed/protocol.py", "scripts/speed/with_jax.py", "scripts/speed/with_torch.py"}
+SHOW_HELP = f"""import runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("imported:", *sorted(sys.modules.keys() & set("{HEAVY}".split())))
+"""
+
+
+@pytest.mark.parametrize("program", sorted(set(PROGRAMS) - NO_PROGRAMS - {"scripts/benchmark.py"}))
+def test_help_waits_for_no_large_library(program):
+    """Fails when a program imports JAX or another large library before its flags are parsed."""
+    result = run([sys.executable, "-c", SHOW_HELP, program])
+    assert "imported:" in result.stdout.splitlines()
+    assert "flags" in result.stdout
 
 
 def test_the_versions_are_printed_without_a_config():
