@@ -127,7 +127,7 @@ class Store:
 
 
 def machine() -> str:
-    """Fingerprint of the processor. XLA (jaxlib 0.10) would run a CPU program with other instructions, and may crash."""
+    """Name of the processor. XLA (jaxlib 0.10) would run a CPU program of other instructions, and may crash."""
     about = f"{platform.machine()} {platform.processor()}"
     with contextlib.suppress(OSError):
         lines = re.findall(r"^(?:model name|flags|Features)\s*:.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
