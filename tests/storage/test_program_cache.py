@@ -37,7 +37,8 @@ def test_a_reader_never_meets_half_an_entry(tmp_path):
 
 
 def test_entries_that_were_not_used_for_longest_are_deleted(tmp_path):
-    """Fails when the size has no limit, or reading an entry does not keep it."""
+    """Fails when the size has no limit, reading an entry does not keep it, or another file in the folder is deleted."""
+    (tmp_path / "thesis.tex").write_bytes(bytes(5000))
     store = Store(tmp_path, max_bytes=3 * (1000 + 32))
     for number, key in enumerate("abc"):
         store.put(key, bytes(1000))
@@ -45,7 +46,7 @@ def test_entries_that_were_not_used_for_longest_are_deleted(tmp_path):
     assert store.get("a") is not None
     store.put("d", bytes(1000))
     assert [store.get(key) is not None for key in "abcd"] == [True, False, True, True]
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_folder_that_cannot_be_used_changes_nothing(tmp_path):
@@ -75,9 +76,9 @@ def test_a_folder_that_others_may_write_into_is_not_used(mode, tmp_path):
 
 def test_the_place_of_the_folder(tmp_path, monkeypatch):
     """Fails when workdirs side by side do not share it, or a bucket is asked for each program."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("WARP_JAX_CACHE", str(tmp_path))
     assert program_cache.choose("auto", tmp_path / "runs" / "x") == tmp_path / "runs" / ".xla_cache"
     assert program_cache.choose("off", tmp_path) is None
     assert program_cache.choose(str(tmp_path / "new"), tmp_path) == tmp_path / "new"
     monkeypatch.setattr(program_cache.files, "is_remote", lambda path: True)
-    assert program_cache.choose("auto", tmp_path) == tmp_path / "warp_jax"
+    assert program_cache.choose("auto", tmp_path) == tmp_path / "xla"

@@ -24,6 +24,7 @@ from warp_jax.files import buckets
 
 NAME = ".xla_cache"
 MAX_BYTES = 2**30
+PROGRAM, PARTIAL = ".program", ".program.partial"  # ends of names; other files in the folder are left alone
 AUTO, OFF = "auto", "off"
 
 
@@ -31,14 +32,14 @@ def choose(choice: str, workdir: Path) -> Path | None:
     """The folder of compiled programs; None: keep none. Writes nothing.
 
     choice: AUTO, OFF or a folder. AUTO is shared by the workdirs of one parent; for a bucket, which answers too slowly,
-    it is the user's cache. Raises ValueError if the choice is neither.
+    it is in WARP_JAX_CACHE (default ~/.cache/warp_jax). Raises ValueError if the choice is neither.
     """
     if choice == OFF:
         return None
     if choice == AUTO:
         if not files.is_remote(workdir):
             return workdir.absolute().parent / NAME
-        return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "warp_jax")
+        return Path(os.path.expanduser(os.environ.get("WARP_JAX_CACHE") or "~/.cache/warp_jax"), "xla")
     try:
         buckets.check_local(Path(choice))
     except ValueError as error:
@@ -101,7 +102,7 @@ class Store:
     def put(self, key: str, value: bytes) -> None:
         """Set the value of a key, if the folder can be written."""
         with contextlib.suppress(OSError):
-            descriptor, temporary = tempfile.mkstemp(".partial", dir=self._path)
+            descriptor, temporary = tempfile.mkstemp(PARTIAL, dir=self._path)
             try:
                 with open(descriptor, "wb") as file:
                     file.write(hashlib.sha256(value).digest() + value)
@@ -112,11 +113,12 @@ class Store:
             self._trim()
 
     def _file(self, key: str) -> Path:
-        return self._path / f"{key}-{machine()}"
+        return self._path / f"{key}-{machine()}{PROGRAM}"
 
     def _trim(self) -> None:
-        """Delete the files that were not used for longest."""
-        found = [(entry.stat(), entry.path) for entry in os.scandir(self._path) if entry.is_file()]
+        """Delete the entries that were not used for longest, and what killed processes left half-written."""
+        entries = (entry for entry in os.scandir(self._path) if entry.name.endswith((PROGRAM, PARTIAL)))
+        found = [(entry.stat(), entry.path) for entry in entries]
         total = sum(status.st_size for status, _ in found)
         for status, path in sorted(found, key=lambda item: item[0].st_mtime_ns):
             if total <= self._max_bytes:
