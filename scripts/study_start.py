@@ -1,12 +1,14 @@
-"""Measure how soon a resumed job trains: seconds from the start of its process to its first new row of metrics.
+"""Measure how soon a resumed job trains: from the start of its process to its first new row of metrics.
 
   python scripts/study_start.py --config=configs/tiny.py --folder=/tmp/start
 
-A job is killed when a run has saved a state; then it is started again, from copies of its workdir.
+A job is killed when a run has saved a state; then it is started again, from copies of its workdir. Seconds by the clock
+and of the processor: the latter hardly depend on what else runs.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import subprocess
@@ -42,16 +44,29 @@ def saved(workdir: Path) -> bool:
     return any(path.name.isdigit() for path in (workdir / RUN / "state").glob("*"))
 
 
+def expect_running(job: subprocess.Popen[bytes]) -> None:
+    """End this program if a job has ended by itself."""
+    if job.poll() is not None:
+        cli.fail(f"the job ended with exit code {job.returncode} before it was killed", cli.UNEXPECTED)
+
+
+def kill(job: subprocess.Popen[bytes]) -> float:
+    """Kill a job; return its seconds of processor time."""
+    job.kill()
+    _, job.returncode, usage = os.wait4(job.pid, 0)
+    return usage.ru_utime + usage.ru_stime
+
+
 def main(argv: list[str]) -> None:
     """Kill a job, start it again and again, and print the times."""
     del argv
     folder = Path(FOLDER.value).absolute()
     folder.mkdir(parents=True)
     job = start(folder / "killed")
-    while not saved(folder / "killed") and job.poll() is None:
+    while not saved(folder / "killed"):
+        expect_running(job)
         time.sleep(0.005)
-    job.kill()
-    job.wait()
+    kill(job)
     seconds = []
     for number in range(REPEATS.value):
         workdir = folder / str(number)
@@ -63,18 +78,16 @@ def main(argv: list[str]) -> None:
         job = start(workdir)
         kept = None
         while True:
-            if job.poll() is not None:
-                cli.fail(f"the job ended with exit code {job.returncode} before its first step", cli.UNEXPECTED)
+            expect_running(job)
             if log.stat().st_ino != inode:
                 kept = size(log) if kept is None else kept
                 if size(log) > kept:
                     break
             time.sleep(0.005)
-        seconds.append(time.monotonic() - began)
-        job.kill()
-        job.wait()
-        print(f"{seconds[-1]:.2f} s", flush=True)
-    print(f"median {statistics.median(seconds):.2f} s")
+        seconds.append((time.monotonic() - began, kill(job)))
+        print("{:.2f} s, {:.2f} s of processor time".format(*seconds[-1]), flush=True)
+    medians = map(statistics.median, zip(*seconds, strict=True))
+    print("median {:.2f} s, {:.2f} s of processor time".format(*medians))
 
 
 if __name__ == "__main__":
