@@ -110,7 +110,7 @@ def test_the_report_gets_the_held_out_prompts(tmp_path, monkeypatch):
     """Fails when the report shows completions beside the prompts of training, or points that are not the job's."""
     trainer, examiner = types.SimpleNamespace(train_prompts="train"), types.SimpleNamespace(eval_prompts="eval")
     monkeypatch.setattr(jobs.preparation, "prepare", lambda *arguments: ("tokenizer", trainer, examiner))
-    monkeypatch.setattr(jobs.warp, "make_job", lambda *arguments: arguments[1:3])
+    monkeypatch.setattr(jobs.warp, "make_job", lambda *arguments, **watched: arguments[1:3])
     monkeypatch.setattr(jobs.warp, "run_warp", lambda job: ["points", *job])
     monkeypatch.setattr(jobs.report, "write_report", lambda settings, *arguments: arguments)
     got = jobs.run_part(settings_of(), {}, tmp_path)
