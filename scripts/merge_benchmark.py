@@ -1,13 +1,11 @@
 """Benchmark merging: time and memory against mergekit, peak memory of a large merge, bandwidth in memory.
 
   python scripts/merge_benchmark.py --what=in_memory                       # against the bandwidth of a copy
-  python scripts/merge_benchmark.py --what=mergekit --workdir=/tmp/merge   # installs mergekit in a virtual environment
+  python scripts/merge_benchmark.py --what=mergekit --workdir=/tmp/merge   # installs mergekit when first used
   python scripts/merge_benchmark.py --what=large --workdir=/tmp/merge      # writes three folders of 4 GB
 
 Prints a table. Times are medians of paired runs: the programs or operations take turns.
 """
-
-from __future__ import annotations
 
 import functools
 import os
@@ -21,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 from etils import epy
+from speed import peers, protocol, sides
 
 from warp_jax import cli, files
 
@@ -35,23 +34,15 @@ with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     from warp_jax.pretrained import hf_config, hf_weights
     from warp_jax.storage import weight_files
 
-
 WHAT = flags.DEFINE_enum("what", "in_memory", ["in_memory", "mergekit", "large"], "Benchmark to run.")
-WORKDIR = flags.DEFINE_string("workdir", "/tmp/merge_benchmark", "Folder for checkpoints and mergekit; not deleted.")
+WORKDIR = flags.DEFINE_string("workdir", "/tmp/merge_benchmark", "Folder for checkpoints; not deleted.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Number of paired runs.")
 ROOT = Path(__file__).parents[1]
-MERGEKIT = ("torch", "mergekit", "pydantic<2.11")
 LOAD = """import sys, transformers
 _, info = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
 assert not info["missing_keys"] and not info["unexpected_keys"], info"""
-# a small parent process, because a child's peak memory includes that of the process it was forked from
-LAUNCH = """import resource, subprocess, sys, time
-started = time.perf_counter()
-code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
-print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-sys.exit(code)"""
 # sizes of models: vocabulary, width, layers, heads, key-value heads, head size, mlp width
-SMOLLM2_135M = (49152, 576, 30, 9, 3, 64, 1536)
+SMOLLM2_135M = protocol.Work("merge", 1, 1, 1, 1).sizes
 SLICE_OF_7B = (8192, 4096, 1, 32, 32, 128, 11008)
 HALF_BILLION = (16384, 1024, 18, 16, 8, 64, 4096)
 BILLION = (32000, 2048, 20, 16, 4, 128, 6144)
@@ -88,29 +79,21 @@ def make_checkpoints(folder: Path, model: transformer.TransformerConfig) -> list
 
 def run(*command: str | Path) -> tuple[float, float]:
     """Run a program; return its seconds and its peak resident memory in GB."""
-    os.sync()  # finish the writes of the run before
-    launcher = [sys.executable, "-S", "-c", LAUNCH, *map(str, command)]
-    env = os.environ | {"HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(launcher, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise RuntimeError(f"failed: {' '.join(launcher[4:])}\n{result.stderr}")
-    seconds, kibibytes = result.stdout.split()[-2:]
-    return float(seconds), float(kibibytes) * 1024 / 1e9
+    seconds, peak = sides.run_command(*command, folder=ROOT)
+    return seconds, peak / 1e9
 
 
 def run_ours(paths: list[Path], out: Path, option: str) -> tuple[float, float]:
     """Run scripts/merge.py; return its seconds and its peak resident memory in GB."""
     init, a, b = paths
-    return run(sys.executable, "scripts/merge.py", f"--init={init}", f"--policies={a},{b}", f"--out={out}", option)
+    command = "scripts/merge.py", f"--init={init}", f"--policies={a},{b}", f"--out={out}", option
+    return run(sys.executable, *command)
 
 
 def against_mergekit(workdir: Path) -> None:
     """Compare with mergekit's nuslerp, an independent program for the same merge: difference, time and memory."""
     paths = make_checkpoints(workdir / "smollm2_135m", transformer.TransformerConfig(*SMOLLM2_135M))
-    programs = workdir / "mergekit" / "bin"
-    if not programs.exists():
-        subprocess.run([sys.executable, "-m", "venv", programs.parent], check=True)
-        subprocess.run([programs / "python", "-m", "pip", "install", "-q", *MERGEKIT], check=True)
+    programs = peers.python_of("mergekit", peers.MERGEKIT, peers.CACHE).parent
     recipe = {
         "merge_method": "nuslerp",
         "base_model": str(paths[0]),

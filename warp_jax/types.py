@@ -36,6 +36,13 @@ class Rollout(NamedTuple):
     per_token_logps: Array  # float32 [B, C], nats, of the distribution sampled from; 0 where masked
 
 
+class States(NamedTuple):
+    """Values of each token inside a model of width D: [B, S, D]. The trunk is the layers that no run trains."""
+
+    trunk: Array | None  # after the trunk's last layer; None without a trunk
+    final: Array  # the input of the head
+
+
 class StorageError(Exception):
     """A saved file is missing or is not what was written: one line, which says what to delete."""
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from warp_jax.models import attention, rope
 from warp_jax.parallel import meshes
-from warp_jax.types import Array
+from warp_jax.types import Array, States
 
 NO_SCALING = rope.RopeScaling()
 REMAT: dict[str, Any] = {  # policies of jax.checkpoint: which values of a layer are kept for the gradient
@@ -138,13 +138,6 @@ class Cache(NamedTuple):
     def at(self, column: Array) -> "Cache":
         """The same cache, in which the next token of every row goes to this column."""
         return self._replace(length=column)
-
-
-class States(NamedTuple):
-    """Values of each token inside the model [B, S, D]. trunk: after the first `below` layers, None if `below` is 0."""
-
-    trunk: Array | None
-    final: Array  # the input of `head`
 
 
 def init_cache(config: TransformerConfig, batch: int, capacity: int, mesh: Mesh | None = None) -> Cache:
@@ -327,18 +320,18 @@ class Transformer(nn.Module):
         return self.final_norm(x[:, -num_outputs:]), cache
 
     def states(
-        self, token_ids: Array, mask: Array, cache: Cache | None = None, below: int = 0
+        self, token_ids: Array, mask: Array, cache: Cache | None = None, trunk_layers: int = 0
     ) -> tuple[States, Cache | None]:
-        """`States` of all tokens and the cache. below: number of layers, at the end of a stack."""
+        """`States` of all tokens and the cache. trunk_layers: layers of the trunk, whole stacks."""
         positions, cache = _count_tokens(mask, cache)
-        trunk, cache = self._run(self._embedded(token_ids), cache, positions, 0, below)
-        x, cache = self._run(trunk, cache, positions, below, self.config.num_layers)
-        return States(trunk if below else None, self.final_norm(x)), cache
+        trunk, cache = self._run(self._embedded(token_ids), cache, positions, 0, trunk_layers)
+        x, cache = self._run(trunk, cache, positions, trunk_layers, self.config.num_layers)
+        return States(trunk if trunk_layers else None, self.final_norm(x)), cache
 
-    def above(self, trunk: Array, mask: Array, below: int, num_outputs: int = 0) -> Array:
+    def above(self, trunk: Array, mask: Array, trunk_layers: int, num_outputs: int = 0) -> Array:
         """What `hidden` returns, from `States.trunk` of whole sequences."""
         positions, _ = _count_tokens(mask, None)
-        x, _ = self._run(trunk, None, positions, below, self.config.num_layers)
+        x, _ = self._run(trunk, None, positions, trunk_layers, self.config.num_layers)
         return self.final_norm(x[:, -num_outputs:])
 
     def _embedded(self, token_ids: Array) -> Array:

@@ -17,11 +17,10 @@ from jax.sharding import Mesh
 
 from warp_jax import trees
 from warp_jax.models import partitioning
-from warp_jax.models.transformer import States
 from warp_jax.parallel import meshes
 from warp_jax.training import slots
 from warp_jax.training.drawing import SamplingConfig
-from warp_jax.types import ApplyFn, Array, Params, PromptBatch, Rollout
+from warp_jax.types import ApplyFn, Array, Params, PromptBatch, Rollout, States
 
 
 class Sampler(NamedTuple):
@@ -53,7 +52,7 @@ def make_sampler(
 ) -> Sampler:
     """Compile both parts for whole models shaped like `params`, whose activations have `dtype`.
 
-    trunk_layers: number of layers below `States.trunk`.
+    trunk_layers: number of layers of the trunk, see `States`.
     """
 
     def cast(path: tuple[Any, ...], leaf: Array) -> Array:
@@ -117,7 +116,7 @@ def sample_with_states(
     """As `sample`; return the model's `States` of all tokens too."""
 
     def step(token_ids: Array, mask: Array, cache: Any) -> tuple[Array, Any, States]:
-        states, cache = apply_fn(params, token_ids, mask, cache, below=trunk_layers, method="states")
+        states, cache = apply_fn(params, token_ids, mask, cache, trunk_layers=trunk_layers, method="states")
         return apply_fn(params, states.final[:, -1:], method="head")[:, 0], cache, states
 
     return _decode(slots.Model(step, make_cache), prompts, key, config, **options)

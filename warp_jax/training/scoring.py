@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from warp_jax.models.transformer import States
-from warp_jax.types import ApplyFn, Array, Params, Rollout
+from warp_jax.types import ApplyFn, Array, Params, Rollout, States
 
 # logits of each policy [B, c, V], targets [B, c] -> [B, c]
 Reduce = Callable[[Sequence[Array], Array], Array]
