@@ -7,6 +7,8 @@
 Prints a table. Times are medians of paired runs: the programs or operations take turns.
 """
 
+from __future__ import annotations
+
 import functools
 import os
 import shutil
