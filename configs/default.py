@@ -135,6 +135,8 @@ def get_config() -> ConfigDict:
     # data.chat, the special token that the chat template writes after an assistant's turn
     config.sampling.stop_tokens = ()
     config.sampling.temperature = 0.9  # of the policy everywhere: sampling, log-probabilities and KL [P s4 Setup]
+    # devices that share the weights while sampling: a multiple of mesh tensor, taken from fsdp; 0 = mesh tensor
+    config.sampling.tensor = 0
 
     config.rl = ConfigDict()  # one run: REINFORCE with the KL in the reward [P Algorithm 1, lines 5 to 9]
     config.rl.batch_size = 128  # completions per step [P s4 Setup]

@@ -15,7 +15,7 @@ from configs import pretrained
 
 def get_config() -> ConfigDict:
     config = pretrained.get_config()
-    config.mesh = (1, -1, 8)  # heads split over 8 chips, the batch over groups of 8, weights over all chips [ours]
+    config.mesh = (1, -1, 4)  # heads split over 4 chips, the batch over groups of 4, weights over all chips [ours]
     config.checkpoint_every = 100  # [ours]
 
     config.model.source = "models/gemma-7b-sft"  # Gemma "7B", 28 layers, fine-tuned [P s4 Setup]
@@ -39,10 +39,11 @@ def get_config() -> ConfigDict:
     config.sampling.prompt_tokens = 512  # [ours]
     config.sampling.max_new_tokens = 512  # [ours; mean outputs have 270 to 315 tokens, P Fig. 18a]
     config.sampling.temperature = 0.9  # [P s4 Setup]
+    config.sampling.tensor = 8  # of the weights, each chip reads an eighth per token [ours]
 
     config.rl.batch_size = 128  # [P s4 Setup]
     config.rl.samples_per_prompt = 4  # [ours]
-    config.rl.num_microbatches = 4  # [ours]
+    config.rl.num_microbatches = 1  # every microbatch gathers all weights three times [ours]
     config.rl.advantage = "leave_one_out"  # [ours; the paper says "a variant of REINFORCE" and no baseline]
     config.rl.kl_coef = 0.1  # beta [P s4 Setup]
     config.rl.learning_rate = 1e-6  # Adam [P s4 Setup]

@@ -1,9 +1,9 @@
-"""The paper's setting on Llama 3 70B, for 512 chips of TPU v5p.
+"""The paper's setting on Llama 3 70B, for 256 chips of TPU v6e or 512 of v5p.
 
   python -m warp_jax.main --config=configs/llama3_70b.py --workdir=runs/llama3_70b --multihost
 
 It needs the same files as configs/gemma_7b.py, with Llama 3 70B as the policy. Never run: run time and result
-are unknown. Its programs compile for v5p:8x8x8 and fit (docs/scaling.md).
+are unknown. Its programs compile for both and fit (docs/scaling.md).
 """
 
 from ml_collections import ConfigDict
@@ -15,5 +15,6 @@ def get_config() -> ConfigDict:
     config = gemma_7b.get_config()
     config.model.source = "models/llama-3-70b-sft"
     config.model.size = "llama3_70b"
-    config.rl.num_microbatches = 2  # 64 sequences each: one per part of the batch (512 chips / 8)
+    config.mesh = (1, -1, 8)  # as few chips along tensor as let 128 sequences divide by the rest (512 chips / 8)
+    config.sampling.tensor = 16  # a copy of the weights that fits v6e
     return config

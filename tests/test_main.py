@@ -197,6 +197,7 @@ BAD = [
     ("data.prompt_template", "{txt}", "want names of fields"),
     ("mesh", (3, 1, 1), "3 devices"),
     ("mesh", (1, 1, 8), "choose a smaller 'tensor' axis"),
+    ("sampling.tensor", 3, "config.sampling.tensor: got 3, want 0, or a multiple of 1"),
     ("rl.batch_size", 12, "multiple of 8"),
     ("data.source", "nowhere.jsonl", "no such file"),
     ("evaluation.num_prompts", 16_000, "split 'eval' has"),

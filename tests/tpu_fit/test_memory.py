@@ -36,7 +36,7 @@ def test_what_the_program_refuses_is_not_planned(path, value):
 
 def test_the_checks_are_of_the_mesh_that_is_planned():
     """Fails when a batch is checked against the devices that are here: 128 completions in 4 parts over 64 chips."""
-    settings = settings_of(module=gemma_7b)
+    settings = settings_of({"rl.num_microbatches": 4}, gemma_7b)
     check_devices(settings, meshes.batch_devices(AbstractMesh((1, 32, 8), meshes.AXES)))
     with pytest.raises(ValueError, match=r"rl.batch_size: got 128, want a multiple of 256"):
         check_devices(settings, meshes.batch_devices(AbstractMesh((1, 64, 8), meshes.AXES)))
@@ -68,7 +68,7 @@ def plan():
 
 
 def _co_resident(plan):
-    return {p.name: sum(compile.chip_bytes(plan.resident[name]) for name in p.co_resident) for p in plan.programs}
+    return {p.name: compile.chip_bytes(p.co_resident) for p in plan.programs}
 
 
 def test_what_is_alive_by_hand(plan):
@@ -82,7 +82,7 @@ def test_co_resident_memory_of_each_program_by_hand(plan):
     between = RESIDENT["SFT"] + RESIDENT["reward model"]
     assert _co_resident(plan) == {
         "start of a run": between,
-        compile.COPY: every - POLICY,
+        compile.COPY: every - max(4 * EMBED / 2, 4 * 2 * 16 * 32 / 2) - 4 * NORMS,
         "generation": every - COPY,
         "reward": every - RESIDENT["reward model"],
         "generation (evaluation)": every - COPY,
@@ -116,7 +116,7 @@ def test_a_supervised_stage_has_moments_of_what_it_trains():
     (step,) = [p for p in plan.programs if p.name in SUPERVISED]
     layer = 4 * ((QO + MLP) / 4 + KV / 2 + 2 * 16)
     assert compile.chip_bytes(step.args) == POLICY + 2 * layer + 8 + 8 / 4 * 16 * 5
-    assert step.co_resident == ("SFT",)
+    assert tuple(step.co_resident) == ("SFT",)
 
 
 def test_frozen_weights_of_the_reward_model_count_once():
@@ -137,7 +137,7 @@ def test_without_a_copy_generation_reads_the_policy_itself():
     plan = _plan(_config(mesh=(4, 1, 2), **{"model.trainable": "layers/1/"}))
     generation = next(p for p in plan.programs if p.name == "generation")
     assert compile.COPY not in plan.resident
-    assert generation.co_resident == ("anchor", "Adam moments", "init", "SFT", *compile.REWARD)
+    assert tuple(generation.co_resident) == ("anchor", "Adam moments", "init", "SFT", *compile.REWARD)
 
 
 def test_names_can_be_given_in_a_list(plan):
@@ -160,10 +160,10 @@ def _search(monkeypatch, settings, needs, names=()):
             raise ValueError("tensor")
         same = config.evaluation.batch_size == config.rl.batch_size
         names = [*MODEL_NAMES, *([] if same else ["generation (evaluation)", "reward (evaluation)"])]
-        programs = tuple(compile.Program(name, config, (), ()) for name in names)
+        programs = tuple(compile.Program(name, config, (), {}) for name in names)
         return compile.Plan(AbstractMesh(tuple(config.mesh), meshes.AXES), programs, {})
 
-    def compile_program(plan, program):
+    def compile_program(program):
         size = needs(program.name, program.call)
         return compile.Compiled(program.name, 0.0, 0, 0, size, 0, compile.NO_TRAFFIC)
 
@@ -315,8 +315,8 @@ def small_plan():
         "whole": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=whole),
     }
     programs = [
-        compile.Program("one", _Fake(), (arrays["split"],), ("whole",)),
-        compile.Program("two", _Fake("RESOURCE_EXHAUSTED: too large"), (arrays["whole"],), ("split", "whole")),
+        compile.Program("one", _Fake(), (arrays["split"],), {"whole": arrays["whole"]}),
+        compile.Program("two", _Fake("RESOURCE_EXHAUSTED: too large"), (arrays["whole"],), arrays),
     ]
     return compile.Plan(mesh, tuple(programs), arrays)
 
@@ -336,7 +336,7 @@ def test_compiled_programs_are_weighed(small_plan):
         memory.check_names(small_plan, ["one", "three"])
 
 
-def test_other_errors_of_the_compiler_are_not_hidden(small_plan):
+def test_other_errors_of_the_compiler_are_not_hidden():
     """Fails when a bug is reported as a program that is too large."""
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        compile.compile_program(small_plan, compile.Program("one", _Fake("INTERNAL"), (), ()))
+        compile.compile_program(compile.Program("one", _Fake("INTERNAL"), (), {}))

@@ -54,9 +54,11 @@ def test_the_head_of_a_reward_model_is_one_number():
 
 
 def test_update_by_hand():
-    """Fails when the anchor's pass or a second forward pass is forgotten, or the head counts at the prompt too."""
+    """Fails when the anchor's pass or a pass of the gradient is forgotten, the policy is scored before its gradient, or
+    the head counts at the prompt too.
+    """
     head = 2 * HEAD * 8 * 5
-    passes = {(True, True): (6, 6), (True, False): (6, 5), (False, True): (5, 6), (False, False): (5, 5)}
+    passes = {(True, True): (5, 5), (True, False): (5, 4), (False, True): (4, 5), (False, False): (4, 4)}
     for (remat, in_pieces), (layer_passes, head_passes) in passes.items():
         model = dataclasses.replace(TINY, remat="full" if remat else "dots")
         work = roofline.update(model, SETTINGS.replace({"model.logits_chunk": 4 if in_pieces else 5}))
@@ -64,17 +66,52 @@ def test_update_by_hand():
         assert work.hbm == 4 * 9 * N / 4  # policy, anchor, two moments: read and written; the gradient: read
 
 
-def test_generation_by_hand():
-    """Fails when the prefill has logits of the whole prompt, or the first token costs a pass of its own."""
-    prefill = 2 * (N - HEAD) * 8 * 3 + 2 * HEAD * 8 + 4 * 8 * 3 * 1.5 * 12 * 2
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, 4),
+        ({"rl.whiten": True}, 5),
+        ({"rl.advantage": "batch_mean"}, 5),
+        ({"rl.num_microbatches": 4}, 5),  # of two rows each, half of a prompt's samples
+        ({"rl.num_microbatches": 4, "rl.advantage": "none"}, 4),
+        ({"rl.num_microbatches": 1, "rl.whiten": True}, 4),
+    ],
+)
+def test_advantages_of_other_microbatches_cost_a_pass(changes, passes):
+    """Fails when the update is taken to score the policy once, or twice, whatever the settings."""
+    settings = SETTINGS.replace({"rl.num_microbatches": 2, "model.logits_chunk": 0, **changes})
+    assert roofline.update(TINY, settings).flops == passes * (LAYERS + 2 * HEAD * 8 * 5) / 4
+
+
+@pytest.mark.parametrize(("mesh", "prompts"), [((2, 1, 2), 2), ((4, 1, 1), 8)])
+def test_generation_by_hand(mesh, prompts):
+    """Fails when the prefill has logits of the whole prompt, the first token costs a pass of its own, or samples of a
+    prompt do not share its prefill; two prompts cannot be split over four chips, so there they do not.
+    """
+    prefill = 2 * (N - HEAD) * prompts * 3 + 2 * HEAD * prompts + 4 * prompts * 3 * 1.5 * 12 * 2
     tokens = 2 * N * 8 * 4 + 4 * 8 * 4 * 5.5 * 12 * 2
-    assert roofline.generation(TINY, SETTINGS).flops == (prefill + tokens) / 4
+    assert roofline.generation(TINY, SETTINGS.replace({"mesh": mesh})).flops == (prefill + tokens) / 4
 
 
 def test_generation_reads_weights_and_cache_for_each_token():
     """Fails when weights are taken as split over the batch's chips too, or the cache as full from the start."""
     weights, cache = 2 * N / 2, 4 * 5.5 * 2 * 2 * 2 * 1 * 6
     assert roofline.generation(TINY, SETTINGS).hbm == pytest.approx(5 * (weights + cache))
+
+
+def test_chips_that_share_the_weights_while_sampling():
+    """Fails when weights and cache are split as in training, or key-value heads that do not divide are split: each chip
+    reads a quarter of the weights and, of all 8 rows, the only key-value head.
+    """
+    settings = SETTINGS.replace({"mesh": (1, 2, 2), "sampling.tensor": 4})
+    weights, cache = 2 * N / 4, 8 * 5.5 * 2 * 2 * 2 * 1 * 6
+    assert roofline.generation(TINY, settings).hbm == pytest.approx(5 * (weights + cache))
+    model = dataclasses.replace(TINY, num_heads=16, num_kv_heads=8)
+    settings = settings.replace({"mesh": (1, 8, 2), "sampling.tensor": 16})
+    whole, split = (roofline.generation(model, settings.replace({"sampling.tensor": t})).hbm for t in (16, 8))
+    weights, head = 2 * roofline.matmul_parameters(model) / 16, 5.5 * 2 * 2 * 2 * 6
+    assert whole == pytest.approx(5 * (weights + 8 * 8 * head))
+    assert split == pytest.approx(5 * (2 * weights + 4 * 1 * head))
 
 
 def test_the_limit_is_the_slowest_resource():

@@ -36,6 +36,7 @@ def check(settings: Settings) -> None:
         shapes.append(param_shapes(architecture.reward_model_config(settings.reward_model, policy)))
     for tree in shapes:
         partitioning.param_shardings(mesh, tree)
+    partitioning.decode_shardings(meshes.regroup(mesh, settings.sampling.tensor), shapes[0])
     if settings.model.source:
         hf_weights.check_weights(sources.find(settings.model.source), policy, shapes[0])
 

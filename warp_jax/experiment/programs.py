@@ -11,6 +11,7 @@ from warp_jax.evaluation import measure
 from warp_jax.models import freezing
 from warp_jax.models.apply import make_apply_fn
 from warp_jax.models.transformer import TransformerConfig, init_cache
+from warp_jax.parallel import meshes
 from warp_jax.settings import Settings
 from warp_jax.training import loop, optimizers, reinforce, sampling, scoring
 from warp_jax.types import Params, TrainState
@@ -39,14 +40,17 @@ def make_programs(
     temperature, chunk = settings.sampling.temperature, settings.model.logits_chunk
     trunk_layers = freezing.trunk_layers(trained, model.stacks)
     score: Any = {"temperature": temperature, "chunk": chunk}
+    tensor = settings.sampling.tensor
+    sampling_mesh = meshes.regroup(mesh, tensor)
 
     def make_sampler(model: TransformerConfig) -> sampling.Sampler:
         return sampling.make_sampler(
             mesh,
             trees.join(trained, frozen),
-            apply_fn=make_apply_fn(model, mesh),
-            make_cache=functools.partial(init_cache, model, mesh=mesh),
+            apply_fn=make_apply_fn(model, sampling_mesh),
+            make_cache=functools.partial(init_cache, model, mesh=sampling_mesh),
             dtype=model.dtype,
+            tensor=tensor,
             config=sampling.SamplingConfig(settings.sampling.max_new_tokens, temperature, stop_ids, pad_id),
             trunk_layers=trunk_layers,
         )

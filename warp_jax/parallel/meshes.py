@@ -29,6 +29,19 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> Mes
     return Mesh(_device_grid(tuple(sizes), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def regroup(mesh: Mesh, tensor: int) -> Mesh:
+    """The same devices in the same order, with `tensor` along that axis and the fewer along `fsdp`; 0 = as they are."""
+    data, fsdp, before = mesh.devices.shape
+    if not tensor:
+        return mesh
+    if tensor % before or fsdp * before % tensor:
+        raise ValueError(
+            f"config.sampling.tensor: got {tensor}, want 0, or a multiple of {before} that divides {fsdp * before}: "
+            "mesh tensor, and fsdp x tensor"
+        )
+    return Mesh(mesh.devices.reshape(data, fsdp * before // tensor, tensor), AXES, axis_types=mesh.axis_types)
+
+
 def _device_grid(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """Arrange the devices as a grid in which neighbouring TPU chips are neighbours.
 

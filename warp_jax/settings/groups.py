@@ -191,12 +191,13 @@ class Gold(Group):
 
 
 class Sampling(Group):
-    """Lengths of prompts and completions, and the temperature of the policy."""
+    """Lengths of prompts and completions, the temperature of the policy, and the chips that share its weights."""
 
     prompt_tokens: Length
     max_new_tokens: Count
     temperature: Temperature
     stop_tokens: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Lax] = ()  # missing in older workdirs
+    tensor: CountOrZero = 0  # missing in older workdirs
 
 
 class Rl(Optimization):

@@ -31,12 +31,12 @@ Names = tuple[str, ...]  # keys of Plan.resident
 
 
 class Program(NamedTuple):
-    """A jitted function, its arguments as shapes with shardings, and the names of its co-resident trees."""
+    """A jitted function, its arguments as shapes with shardings, and its co-resident trees by name."""
 
     name: str
     call: Any
     args: tuple[Any, ...]
-    co_resident: Names
+    co_resident: Mapping[str, Any]
 
 
 class Plan(NamedTuple):
@@ -101,8 +101,8 @@ class _Planner:
         self.state = partitioning.with_shardings(mesh, jax.eval_shape(self.functions.train.init, self.trained))
         self.resident: dict[str, Any] = dict(zip(STATE, self.state[1:], strict=True))  # without the step
         self.resident |= {"init": self.trained, "SFT": self.trained, "frozen weights": self.frozen}
-        if (copy := self._copy(self.functions.sampler)) is not None:
-            self.resident[COPY] = copy
+        if self._copied(self.policy.dtype):
+            self.resident[COPY] = self._laid_out(self.policy.dtype)
         if self.reward_model is not None:
             weights = partitioning.with_shardings(mesh, param_shapes(self.reward_model))
             trained_here = settings.reward_model.trainable if settings.needs_reward_model else ""  # "" matches all
@@ -110,53 +110,70 @@ class _Planner:
 
     def program(self, name: str, call: Any, *args: Any, reads: Names, absent: Names = ()) -> Program:
         """Return a program that gets the resident trees `reads` as arguments, and runs when `absent` do not exist."""
-        return Program(name, call, args, tuple(tree for tree in self.resident if tree not in (*reads, *absent)))
+        gone = (*reads, *absent)
+        return Program(name, call, args, {key: tree for key, tree in self.resident.items() if key not in gone})
 
-    def _copy(self, sampler: sampling.Sampler) -> Any:
-        """Shapes of the weights that a sampler lays out; None if it reads the policy itself."""
-        if not isinstance(sampler.lay_out, jax.stages.Wrapped):
-            return None
-        shapes = jax.eval_shape(sampler.lay_out, self.weights)
-        return partitioning.shaped(shapes, partitioning.decode_shardings(self.mesh, shapes))
+    def _laid_out(self, dtype: str) -> Params:
+        """The weights that a sampler of this dtype lays out."""
+        return sampling.laid_out(meshes.regroup(self.mesh, self.settings.sampling.tensor), self.weights, dtype)
+
+    def _copied(self, dtype: str) -> list[tuple[Any, Any]]:
+        """(leaf, copy) of the leaves that a sampler of this dtype copies, the largest first; the others it reads."""
+        pairs = list(zip(*map(jax.tree.leaves, (self.weights, self._laid_out(dtype))), strict=True))
+        copied = [pair for pair in pairs if isinstance(sampling.make_copier(*pair), jax.stages.Wrapped)]
+        return sorted(copied, key=lambda pair: -chip_bytes(pair[1]))
+
+    def copy(self, suffix: str, dtype: str) -> Program:
+        """The copy of the largest leaf for generation, made last. This leaf of the policy counts twice."""
+        (largest, *rest), name = self._copied(dtype), f"{COPY}{suffix}"
+        program = self.program(name, sampling.make_copier(*largest), largest[0], reads=(), absent=(COPY,))
+        return program._replace(co_resident={**program.co_resident, COPY: [copy for _, copy in rest]})
 
     def rl(self) -> Iterator[Program]:
         """Start of a run, step of RL, and evaluation with its own batch size and dtype."""
         functions, train, evaluation = self.functions, self.settings.rl.batch_size, self.settings.evaluation.batch_size
         yield self.program("start of a run", functions.train.init, self.trained, reads=("init",), absent=RUN_ONLY)
         weights, reads = self.weights, WHOLE
-        if COPY in self.resident:  # a new copy is made while the previous one is still in memory
-            yield self.program(COPY, functions.sampler.lay_out, self.weights, reads=WHOLE)
+        if COPY in self.resident:
+            yield self.copy("", self.policy.dtype)
             weights, reads = self.resident[COPY], (COPY,)
         copies = reinforce.shared_samples(self.settings.rl, self.mesh)
-        yield from self.generation("", functions.sampler, train, weights, reads, copies=copies)
+        yield from self.generation("", functions.sampler.generate, train, weights, reads, copies=copies)
         if functions.evaluation_sampler is not functions.sampler:
-            copy = self._copy(functions.evaluation_sampler)
-            if copy is not None:
-                lay_out = functions.evaluation_sampler.lay_out
-                yield self.program(f"{COPY}{EVALUATION}", lay_out, self.weights, reads=WHOLE)
-            weights, reads = (self.weights, WHOLE) if copy is None else (copy, ())
-            yield from self.generation(EVALUATION, functions.evaluation_sampler, evaluation, weights, reads)
-        elif evaluation != train:
-            yield from self.generation(EVALUATION, functions.sampler, evaluation, weights, reads)
+            dtype = self.settings.evaluation.dtype
+            weights, reads = self.weights, WHOLE
+            if self._copied(dtype):
+                yield self.copy(EVALUATION, dtype)
+                weights, reads = self._laid_out(dtype), ()
+        evaluate = functions.evaluation_sampler.generate_with_states
+        if functions.evaluation_sampler is not functions.sampler or evaluation != train:
+            yield from self.generation(EVALUATION, evaluate, evaluation, weights, reads)
         args = self.state, self.frozen, self._rollout(train), self._rows(jnp.float32, train)
         yield self.program("update", functions.train.update, *args, reads=(*STATE, "frozen weights"))
-        args = self.trained, self.trained, self.frozen, self._rollout(evaluation)
-        yield self.program("KL to SFT", functions.kl_to_sft, *args, reads=(*WHOLE, "SFT"))
+        rollout = self._rollout(evaluation)
+        _, states = jax.eval_shape(evaluate, weights, PromptBatch(*rollout[:3]), self._key())
+        rows = meshes.batch_sharding(self.mesh)
+        states = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), states)
+        models = self.trained, self.trained, self.frozen
+        yield self.program("KL to SFT", functions.kl_to_sft, *models, rollout, states, reads=(*WHOLE, "SFT"))
 
     def generation(
-        self, suffix: str, sampler: sampling.Sampler, batch: int, weights: Any, reads: Names, *, copies: int = 1
+        self, suffix: str, generate: Any, batch: int, weights: Any, reads: Names, *, copies: int = 1
     ) -> Iterator[Program]:
-        """Generation of a batch from `weights`, laid out for the sampler, and the reward of its completions."""
-        key = partitioning.shaped(jax.eval_shape(jax.random.key, 0), meshes.replicated(self.mesh))
+        """Generation of a batch from `weights`, laid out for its sampler, and the reward of its completions."""
         prompts = PromptBatch(*self._rollout(batch // copies)[:3])
-        generate = jax.jit(functools.partial(sampler.generate, copies=copies))
-        yield self.program(f"generation{suffix}", generate, weights, prompts, key, reads=reads)
+        rows = meshes.batch_sharding(self.mesh)
+        call = jax.jit(functools.partial(generate, copies=copies), out_shardings=rows)
+        yield self.program(f"generation{suffix}", call, weights, prompts, self._key(), reads=reads)
         if self.reward_model is not None:
             apply_fn = make_apply_fn(self.reward_model, self.mesh)
             score = jax.jit(functools.partial(reward_functions.sequence_scores, apply_fn))
             length = self.settings.sampling.prompt_tokens + self.settings.sampling.max_new_tokens
             scored = trees.join(*(self.resident[name] for name in REWARD)), *self._texts(batch, length)
             yield self.program(f"reward{suffix}", score, *scored, reads=REWARD)
+
+    def _key(self) -> Any:
+        return partitioning.shaped(jax.eval_shape(jax.random.key, 0), meshes.replicated(self.mesh))
 
     def merges(self) -> Iterator[Program]:
         """Both passes of a merge (the weighted sum is the same for every method) and LITI, on all leaves at once.
@@ -217,9 +234,9 @@ def chip_bytes(tree: Any) -> int:
     )
 
 
-def compile_program(plan: Plan, program: Program) -> Compiled:
-    """Compile one program of a plan."""
-    co_resident = sum(chip_bytes(plan.resident[name]) for name in program.co_resident)
+def compile_program(program: Program) -> Compiled:
+    """Compile one program."""
+    co_resident = chip_bytes(program.co_resident)
     started = time.monotonic()
     try:
         compiled = program.call.lower(*program.args).compile()

@@ -32,7 +32,7 @@ def check(plan: Plan, names: Sequence[str] = (), *, limit: float, on_program: Ca
     compiled = []
     for program in plan.programs:
         if not names or program.name in names:
-            compiled.append(compile_program(plan, program))
+            compiled.append(compile_program(program))
             on_program(compiled[-1])
     resident = {name: chip_bytes(tree) for name, tree in plan.resident.items()}
     return Fit(tuple(compiled), resident, limit, plan.mesh.size)

@@ -8,9 +8,13 @@ products: a tied head counts, the embedding lookup does not. All weights are ass
 import math
 from typing import NamedTuple
 
+from jax.sharding import AbstractMesh
+
 from warp_jax.models.transformer import TransformerConfig
+from warp_jax.parallel import meshes
 from warp_jax.settings import Settings
 from warp_jax.tpu_fit.chips import Chip
+from warp_jax.training import reinforce
 
 
 class Work(NamedTuple):
@@ -40,20 +44,24 @@ def forward_flops(model: TransformerConfig, batch: int, length: int, outputs: in
 
 
 def generation(model: TransformerConfig, settings: Settings) -> Work:
-    """Work of sampling in bfloat16: a prefill gives the first token; each token reads weights, keys and values."""
+    """Work of sampling in bfloat16: a prefill gives the first token; each token reads weights, keys and values.
+
+    Samples of a prompt share its prefill as in training.
+    """
     batch, prompt, completion = (
         settings.rl.batch_size,
         settings.sampling.prompt_tokens,
         settings.sampling.max_new_tokens,
     )
-    data, fsdp, tensor = settings.mesh
+    chips, tensor = math.prod(settings.mesh), settings.sampling.tensor or settings.mesh[2]
     tokens, seen = batch * (completion - 1), prompt + completion / 2
-    flops = forward_flops(model, batch, prompt, 1)
+    prompts = batch // reinforce.shared_samples(settings.rl, AbstractMesh(settings.mesh, meshes.AXES))
+    flops = forward_flops(model, prompts, prompt, 1)
     flops += 2.0 * matmul_parameters(model) * tokens + _attention_flops(model, tokens, seen)
     weights = 2 * matmul_parameters(model) / tensor
-    heads = model.num_kv_heads / min(tensor, model.num_kv_heads)
-    cache = batch / (data * fsdp) * seen * 2 * 2 * model.num_layers * heads * model.head_dim
-    return Work(flops / (data * fsdp * tensor), completion * (weights + cache))
+    heads = model.num_kv_heads / (1 if model.num_kv_heads % tensor else tensor)
+    cache = batch * tensor / chips * seen * 2 * 2 * model.num_layers * heads * model.head_dim
+    return Work(flops / chips, completion * (weights + cache))
 
 
 def scoring(model: TransformerConfig, settings: Settings) -> Work:
@@ -64,17 +72,19 @@ def scoring(model: TransformerConfig, settings: Settings) -> Work:
 
 
 def update(model: TransformerConfig, settings: Settings) -> Work:
-    """Work of the update: log-probs of policy and anchor (2 forward passes), gradient (3 passes), Adam and EMA.
+    """Work of the update: forward passes of policy and anchor, gradient (2 passes more), Adam and EMA.
 
-    Adam and EMA read policy, anchor, two moments and gradient, and write all but the gradient, in float32. The gradient
-    needs one more forward pass of the layers with full remat, and of the head if its logits are made in pieces.
+    The policy has a second forward pass if advantages need other microbatches (`reinforce.scores_once`). The gradient
+    needs one more of the layers with full remat, and of the head if its logits are made in pieces. Adam and EMA read
+    policy, anchor, two moments and gradient, and write all but the gradient, in float32.
     """
     batch, completion, chips = settings.rl.batch_size, settings.sampling.max_new_tokens, math.prod(settings.mesh)
     length = settings.sampling.prompt_tokens + completion
     layers = forward_flops(model, batch, length, 0)
     head = forward_flops(model, batch, length, completion) - layers
     in_pieces = 0 < settings.model.logits_chunk < completion
-    flops = (5 + (model.remat == "full")) * layers + (5 + in_pieces) * head
+    passes = 4 + (not reinforce.scores_once(settings.rl, batch))
+    flops = (passes + (model.remat == "full")) * layers + (passes + in_pieces) * head
     return Work(flops / chips, 4 * 9 * matmul_parameters(model) / chips)
 
 

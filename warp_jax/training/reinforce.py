@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from warp_jax import merging, trees
 from warp_jax.data import batches
@@ -114,8 +114,7 @@ def policy_update(
         rl: settings of the update.
         ema_rate: mu, the weight of the new policy in the anchor; 0 freezes the anchor.
     """
-    has_whole_groups = len(rewards) % (rl.num_microbatches * rl.samples_per_prompt) == 0
-    cut = microbatches.Cut(rl.num_microbatches, rl.samples_per_prompt if has_whole_groups else 1)
+    cut = microbatches.Cut(rl.num_microbatches, rl.samples_per_prompt if _has_whole_groups(rl, len(rewards)) else 1)
 
     def score(params: Params, rollout: Rollout) -> Array:
         return score_fn(trees.join(params, frozen_params), rollout)
@@ -130,7 +129,7 @@ def policy_update(
         return pull_back(slopes)[0], (loss, weighed)
 
     chunks, before = cut.split((rollout, rewards)), None
-    if not _is_local(rl, has_whole_groups):
+    if not scores_once(rl, len(rewards)):
         both = jax.lax.map(lambda x: (score(state.params, x[0]), score(state.anchor_params, x[0])), chunks)
         policy_logps, anchor_logps = cut.join(both)
         before = cut.split(_weigh(policy_logps, anchor_logps, rollout, rewards, rl))
@@ -174,13 +173,18 @@ def _metrics(rollout: Rollout, rewards: Array, weighed: Weighed) -> dict[str, Ar
     }
 
 
-def _is_local(rl: Rl, has_whole_groups: bool) -> bool:
-    """True if the advantages of a microbatch depend on its own rows only."""
+def scores_once(rl: Rl, rows: int) -> bool:
+    """True if an update on `rows` completions scores the policy once: advantages are local to a microbatch."""
     if rl.num_microbatches == 1:
         return True
     if rl.whiten or rl.advantage == "batch_mean":
         return False
-    return rl.advantage == "none" or has_whole_groups
+    return rl.advantage == "none" or _has_whole_groups(rl, rows)
+
+
+def _has_whole_groups(rl: Rl, rows: int) -> bool:
+    """True if `rows` completions can be cut into microbatches that keep the samples of a prompt together."""
+    return rows % (rl.num_microbatches * rl.samples_per_prompt) == 0
 
 
 def _bad_rows(rollout: Rollout, shaped: Array, policy_logps: Array) -> Array:
@@ -218,7 +222,7 @@ def train_step(trainer: Trainer, run: Run, state: TrainState, step: int) -> tupl
     return state, {**metrics, **parts}
 
 
-def shared_samples(rl: Rl, mesh: Mesh) -> int:
+def shared_samples(rl: Rl, mesh: Mesh | AbstractMesh) -> int:
     """Samples that share the prefill of their prompt: all, or 1 if the prompts of a step do not divide by devices."""
     num_prompts = rl.batch_size // rl.samples_per_prompt
     return 1 if num_prompts % meshes.batch_devices(mesh) else rl.samples_per_prompt

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from warp_jax import trees
 from warp_jax.models import partitioning
@@ -26,8 +26,7 @@ from warp_jax.types import ApplyFn, Array, Params, PromptBatch, Rollout, States
 class Sampler(NamedTuple):
     """Compiled sampling in two parts; a call with (params, prompts, key, copies) runs both.
 
-    lay_out: params -> a copy for generation, in the dtype of the activations and split over the mesh axis `tensor`
-    only, so no weight moves between chips for each token. Returns its argument if that already has this form.
+    lay_out: params -> a copy for generation, see `laid_out`. Leaves that already have this form are not copied.
     generate: (that copy, prompts, key, other arguments of `sample` by name) -> Rollout.
     generate_with_states: the same, and the `States` of all tokens [B, P + C, D]; those of masked tokens mean nothing.
     """
@@ -49,34 +48,59 @@ def make_sampler(
     dtype: str,
     config: SamplingConfig,
     trunk_layers: int = 0,
+    tensor: int = 0,
 ) -> Sampler:
-    """Compile both parts for whole models shaped like `params`, whose activations have `dtype`.
+    """Compile both parts for whole models with the shapes and shardings of `params`, whose activations have `dtype`.
 
+    tensor: devices that share the copied weights (see `meshes.regroup`); rollouts are split over `mesh` as it is.
     trunk_layers: number of layers of the trunk, see `States`.
     """
-
-    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-        """Cast all weights except the scales of norms, which compute in float32."""
-        return leaf if trees.path_name(path).endswith("scale") else leaf.astype(dtype)
+    sampling_mesh = meshes.regroup(mesh, tensor)
+    copiers = jax.tree.map(make_copier, params, laid_out(sampling_mesh, params, dtype))
+    inside, outside = map(meshes.batch_sharding, (sampling_mesh, mesh))
+    may_halve = meshes.batch_devices(mesh) == 1
 
     def lay_out(params: Params) -> Params:
-        return jax.tree_util.tree_map_with_path(cast, params)
+        """Copy when all work on `params` is done: then the previous copy is no longer in memory."""
+        if any(isinstance(copier, jax.stages.Wrapped) for copier in jax.tree.leaves(copiers)):
+            jax.block_until_ready(params)
+        return jax.tree.map(lambda copier, leaf: copier(leaf), copiers, params)
 
-    shapes = jax.eval_shape(lay_out, params)
-    layout = partitioning.decode_shardings(mesh, shapes)
-    same_dtypes = all(jax.tree.leaves(jax.tree.map(lambda x, y: x.dtype == y.dtype, shapes, params)))
-    is_laid_out = same_dtypes and mesh.shape["fsdp"] == 1
-    options: Any = {"config": config, "may_halve": meshes.batch_devices(mesh) == 1}
-    compiled = functools.partial(
-        jax.jit, out_shardings=meshes.batch_sharding(mesh), static_argnames=("copies", "num_slots")
-    )
+    def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
+        """Keep rows on their chips until the end: else XLA moves them in each layer."""
+
+        @functools.partial(jax.jit, out_shardings=outside, static_argnames=("copies", "num_slots"))
+        def generate(params: Params, prompts: PromptBatch, key: Array, **options: Any) -> Any:
+            prompts = jax.lax.with_sharding_constraint(prompts, inside)
+            found = run(apply_fn, make_cache, params, prompts, key, config=config, may_halve=may_halve, **options)
+            return jax.lax.with_sharding_constraint(found, inside)
+
+        return generate
+
     return Sampler(
-        lay_out=(lambda params: params) if is_laid_out else jax.jit(lay_out, out_shardings=layout),
-        generate=compiled(functools.partial(sample, apply_fn, make_cache, **options)),
-        generate_with_states=compiled(
-            functools.partial(sample_with_states, apply_fn, make_cache, trunk_layers=trunk_layers, **options)
-        ),
+        lay_out, compiled(sample), compiled(functools.partial(sample_with_states, trunk_layers=trunk_layers))
     )
+
+
+def laid_out(mesh: Mesh, params: Params, dtype: str) -> Params:
+    """Shape, dtype and sharding of each weight of a copy for generation: jax.ShapeDtypeStruct.
+
+    It has the dtype of the activations, except the scales of norms, which compute in float32. It is split over the mesh
+    axis `tensor` only, so no weight moves between chips for each token.
+    """
+
+    def like(path: tuple[Any, ...], leaf: Array, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        is_scale = trees.path_name(path).endswith("scale")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if is_scale else jnp.dtype(dtype), sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(like, params, partitioning.decode_shardings(mesh, params))
+
+
+def make_copier(leaf: Array, like: jax.ShapeDtypeStruct) -> Callable[[Array], Array]:
+    """Compile the copy of one leaf, because XLA makes a temporary of all that a program copies; or return the leaf."""
+    if leaf.dtype == like.dtype and leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim):
+        return lambda leaf: leaf
+    return jax.jit(lambda leaf: leaf.astype(like.dtype), out_shardings=like.sharding)
 
 
 def sample(
