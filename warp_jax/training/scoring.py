@@ -43,7 +43,7 @@ def sequence_kl(
     """KL(policy || reference) of whole completions, estimated on samples of the policy: float32 [B], nats, >= 0.
 
     Exact KL between the two next-token distributions, summed over the positions of the sampled tokens. This estimate
-    has the same expectation as the sampled log-ratio, and far less variance. Rounding may give -1e-6.
+    has the same expectation as the sampled log-ratio, and far less variance.
 
     states: of the policy's tokens, from sampling; then only the reference is computed, above the first `trunk_layers`
     layers, which policy and reference share.
@@ -140,7 +140,7 @@ def _next_token_kl(logits: Array, reference: Array) -> Array:
 
     operands = weights, weights * gap, reference_weights
     total, weighted, reference_total = jax.lax.reduce(operands, (jnp.float32(0),) * 3, add, (logits.ndim - 1,))
-    return weighted / total - jnp.log(total) + jnp.log(reference_total)
+    return jnp.maximum(weighted / total - jnp.log(total) + jnp.log(reference_total), 0.0)  # rounding gives -1e-7 too
 
 
 def _map_completion(
