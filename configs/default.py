@@ -174,7 +174,9 @@ def get_config() -> ConfigDict:
     config.evaluation = ConfigDict()  # reward, gold reward and KL to SFT on held-out prompts
     config.evaluation.num_prompts = 1024  # num_prompts times samples_per_prompt must be a multiple of batch_size
     config.evaluation.samples_per_prompt = 1  # completions of each prompt
-    config.evaluation.batch_size = 256  # completions that are generated at the same time
+    # completions that are decoded at the same time; if data x fsdp = 1, one call decodes 8 times as many prompts in
+    # these rows, one after another, and keeps their hidden states
+    config.evaluation.batch_size = 256
     config.evaluation.every = 250  # steps between two evaluations of a run [P s4 Setup: 100]
     # dtype: bfloat16 takes half of the memory and, on a TPU, about a sixth of the time of float32, but its
     # rounding adds to each KL to SFT (docs/results/precision.md)

@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     config.sampling.prompt_tokens = 512  # [ours]
     config.sampling.max_new_tokens = 512  # [ours; mean outputs have 270 to 315 tokens, P Fig. 18a]
     config.sampling.temperature = 0.9  # [P s4 Setup]
-    config.sampling.tensor = 8  # of the weights, each chip reads an eighth per token [ours]
+    config.sampling.tensor = 8  # each chip reads an eighth of the weights per token [ours]
 
     config.rl.batch_size = 128  # [P s4 Setup]
     config.rl.samples_per_prompt = 4  # [ours]

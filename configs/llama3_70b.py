@@ -15,6 +15,6 @@ def get_config() -> ConfigDict:
     config = gemma_7b.get_config()
     config.model.source = "models/llama-3-70b-sft"
     config.model.size = "llama3_70b"
-    config.mesh = (1, -1, 8)  # as few chips along tensor as let 128 sequences divide by the rest (512 chips / 8)
+    config.mesh = (1, -1, 8)  # on 512 chips, the batch is split over 64, which sft.batch_size = 64 allows
     config.sampling.tensor = 16  # a copy of the weights that fits v6e
     return config

@@ -40,7 +40,8 @@ AGAINST = flags.DEFINE_string(
 STAGES = flags.DEFINE_list(
     "stages",
     [],
-    "Stages to run: decode, score, update, rl_step, merge, evaluate; startup: configs/tiny.py up to its first step; "
+    "Stages to run: decode, score, update, rl_step, merge, evaluate; startup: --config up to its "
+    "first step, by default of configs/tiny.py; "
     "help: main --help; end_to_end: all of --config. Default: those of the other program.",
 )
 SHAPES = flags.DEFINE_list(
@@ -50,7 +51,7 @@ SHAPES = flags.DEFINE_list(
 )
 REPEATS = flags.DEFINE_integer("repeats", 5, "Pairs of runs.", lower_bound=1)
 TRAINED = flags.DEFINE_integer("trained_layers", 0, "Train the last so many layers; 0 = all weights.", lower_bound=0)
-CONFIG = flags.DEFINE_string("config", "", "Config file of the job of end_to_end, in both checkouts.")
+CONFIG = flags.DEFINE_string("config", "", "Config file of the job of startup or end_to_end, in both checkouts.")
 ENVIRONMENTS = flags.DEFINE_string("environments", str(peers.CACHE), "Folder for the other programs; not deleted.")
 OUT = flags.DEFINE_string("out", "", "JSON file for the results.")
 MAX_LOAD = flags.DEFINE_float("max_load", 0.2, "Cores that other processes may use; a pair with more is repeated.")
@@ -169,7 +170,7 @@ def check() -> tuple[str, ...]:
             cli.fail(f"--shapes: got {shape!r}, want one length of completions with --against={against}")
         if against == "llama_cpp" and batch > 1:
             cli.fail(f"--shapes: got {shape!r}, want 1 sequence with --against=llama_cpp")
-        if batch % 2 and {"update", "rl_step"} & {*stages}:
+        if batch % 2 and (batch > 1 or {"update", "rl_step"} & {*stages}):
             cli.fail(f"--shapes: got {shape!r}, want an even number of sequences: a prompt has 2 completions")
     return stages
 

@@ -43,8 +43,8 @@ REPLAY = flags.DEFINE_string(
 PROFILE = flags.DEFINE_integer(
     "profile",
     0,
-    "Trace so many steps of the first run that is trained, and write WORKDIR/profile, for TensorBoard (with the plugin "
-    "xprof); its file .trace.json.gz is for ui.perfetto.dev.",
+    "Trace this many steps of the first run that is trained into WORKDIR/profile. Open it in TensorBoard (with xprof), "
+    "or its .trace.json.gz at ui.perfetto.dev. 0 = off.",
     lower_bound=0,
 )
 COMPILATION_CACHE = flags.DEFINE_string(

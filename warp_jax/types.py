@@ -37,7 +37,10 @@ class Rollout(NamedTuple):
 
 
 class States(NamedTuple):
-    """Values of each token inside a model of width D: [B, S, D]. The trunk is the layers that no run trains."""
+    """Hidden states of each token, in the dtype of the activations: [B, S, D], D the width of the model.
+
+    The trunk is the embedding and the first layers, if all of these are frozen: policy and SFT share it.
+    """
 
     trunk: Array | None  # after the trunk's last layer; None without a trunk
     final: Array  # the input of the head

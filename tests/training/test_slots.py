@@ -136,7 +136,7 @@ def test_plans_by_hand():
     assert slots.make_plan(64, 2, 0, 12, may_halve=True) == slots.Plan(64, 2, (64,), 64)
     assert slots.make_plan(60, 3, 14, 64, may_halve=True) == slots.Plan(60, 3, (14, 7), 3)
     assert slots.make_plan(60, 3, 100, 64, may_halve=False) == slots.Plan(60, 3, (60,), 60)
-    with pytest.raises(ValueError, match="slots: got 2, want at least 3 for the samples of a prompt"):
+    with pytest.raises(ValueError, match="num_slots: got 2, want at least 3, the completions of one prompt"):
         slots.make_plan(60, 3, 2, 64, may_halve=False)
 
 

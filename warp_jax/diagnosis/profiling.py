@@ -22,9 +22,9 @@ class Profile:
 
     @contextlib.contextmanager
     def of_run(self) -> Iterator[Callable[[Any], None]]:
-        """Yield a function to call with the state after each step of a run. The trace ends with the run, at the latest.
+        """Yield a function to call with the state after each step of a run.
 
-        Only for the first run does that function do anything.
+        The trace stops after `steps` steps or at the end of the run. For later runs the function does nothing.
         """
         steps, self._steps = self._steps * hosts.is_first(), 0
         calls = 0

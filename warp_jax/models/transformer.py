@@ -329,7 +329,7 @@ class Transformer(nn.Module):
         return States(trunk if trunk_layers else None, self.final_norm(x)), cache
 
     def above(self, trunk: Array, mask: Array, trunk_layers: int, num_outputs: int = 0) -> Array:
-        """What `hidden` returns, from `States.trunk` of whole sequences."""
+        """Final hidden states [B, S, D], as from `hidden`, computed from `States.trunk` of whole sequences."""
         positions, _ = _count_tokens(mask, None)
         x, _ = self._run(trunk, None, positions, trunk_layers, self.config.num_layers)
         return self.final_norm(x[:, -num_outputs:])

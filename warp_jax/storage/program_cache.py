@@ -1,8 +1,9 @@
 """Compiled programs kept between processes: the store behind JAX's compilation cache.
 
-JAX's own store (jax 0.10) writes its files in place and has no checksums, or with a limit of size only one process at a
-time may read: a kill or a flipped bit leaves an entry that is never replaced, or that runs. Here an entry appears whole
-under its name, is checked when it is read, and is made again if it is damaged. Whatever fails, the program is compiled.
+JAX's own store (jax 0.10) writes files in place, without checksums: a kill or a flipped bit leaves a damaged entry that
+is loaded or never replaced. With a limit of size, it also lets only one process read at a time. Here an entry appears
+whole under its name, is checked when it is read, and is made again if it is damaged. Whatever fails, the program is
+compiled.
 """
 
 import contextlib
@@ -82,7 +83,10 @@ def _is_private(folder: Path) -> bool:
 
 
 class Store:
-    """Entries by key, a file each: the SHA-256 of the value, then the value. Of too many, those used last stay."""
+    """Entries by key, a file each: the SHA-256 of the value, then the value.
+
+    If the folder is too large, the least recently used entries are deleted.
+    """
 
     def __init__(self, folder: Path, max_bytes: int = MAX_BYTES):
         self._path = folder  # JAX asks for it
@@ -129,7 +133,7 @@ class Store:
 
 
 def machine() -> str:
-    """Name of the processor. XLA (jaxlib 0.10) would run a CPU program of other instructions, and may crash."""
+    """Name of the processor. XLA (jaxlib 0.10) would load a program compiled for another CPU, and may crash."""
     about = f"{platform.machine()} {platform.processor()}"
     with contextlib.suppress(OSError):
         lines = re.findall(r"^(?:model name|flags|Features)\s*:.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

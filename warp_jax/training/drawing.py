@@ -35,16 +35,16 @@ def kept_logits(logits: Array, config: SamplingConfig) -> Array:
     return logits
 
 
-def uniforms(keys: Array, numbers: Array) -> Array:
-    """The random numbers of token `numbers` [B] of the sequences with these keys [B]: float32 [B, 2], in (0, 1).
+def uniforms(keys: Array, positions: Array) -> Array:
+    """The random numbers for positions int32 [B] of the sequences with these keys [B]: float32 [B, 2], in (0, 1).
 
     They are the middles of the 2^23 steps of float32: 0 would draw the first token, however unlikely it is.
     """
 
-    def pair(key: Array, number: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(key, number), (2,)) + 2**-24
+    def pair(key: Array, position: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, position), (2,)) + 2**-24
 
-    return jax.vmap(pair)(keys, numbers)
+    return jax.vmap(pair)(keys, positions)
 
 
 def draw(logits: Array, uniforms: Array) -> tuple[Array, Array]:

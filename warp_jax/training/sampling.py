@@ -1,6 +1,6 @@
 """Sampling completions: all prompt tokens are processed at once (prefill), then one token is drawn per step.
 
-A prompt is processed once for all of its samples. `slots` tells how the sequences share the rows of the cache.
+A prompt is processed once for all of its samples. See `slots` for how sequences share the rows of the cache.
 
 `apply_fn(params, token_ids, mask, cache, num_outputs=n)` returns the logits of the last n positions and the new cache;
 `make_cache(batch, capacity)` returns an empty cache, such as `transformer.Cache`.
@@ -115,8 +115,11 @@ def sample(
 ) -> Rollout:
     """Sample `copies` completions of each prompt, until all have stopped or have max_new_tokens tokens.
 
-    The same key gives the same completions on any mesh, in any number of slots, and for any max_new_tokens up to the
-    length. `per_token_logps` belong to the distribution after temperature, top-k and top-p. options: see `_decode`.
+    The same key gives the same completions, up to rounding, on any mesh and in any number of slots; a larger
+    max_new_tokens only adds tokens. `per_token_logps` belong to the distribution after temperature, top-k and top-p.
+
+    options: copies = completions of each prompt, in neighbouring rows; first = index of the first completion among
+    those of this key; num_slots = rows that decode together, 0 = all; may_halve: see `slots.make_plan`.
     """
 
     def step(token_ids: Array, mask: Array, cache: Any) -> tuple[Array, Any, tuple[()]]:
@@ -137,7 +140,7 @@ def sample_with_states(
     trunk_layers: int,
     **options: Any,
 ) -> tuple[Rollout, States]:
-    """As `sample`; return the model's `States` of all tokens too."""
+    """Sample as `sample`, and return the `States` of all tokens too: [B, P + C, D]."""
 
     def step(token_ids: Array, mask: Array, cache: Any) -> tuple[Array, Any, States]:
         states, cache = apply_fn(params, token_ids, mask, cache, trunk_layers=trunk_layers, method="states")
@@ -157,11 +160,7 @@ def _decode(
     num_slots: int = 0,
     may_halve: bool = False,
 ) -> tuple[Rollout, Any]:
-    """Completions, and what the model's step keeps of each token.
-
-    copies: completions of each prompt, in neighbouring rows. first: number of the first completion among those of this
-    key. num_slots: rows that decode together; 0 = all. may_halve: see `slots.make_plan`.
-    """
+    """Completions, and what the model's step keeps of each token. Options as in `sample`."""
     chex.assert_rank([prompts.prompt_ids, prompts.prompt_mask], 2)
     count = copies * len(prompts.prompt_ids)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(first + jnp.arange(count))

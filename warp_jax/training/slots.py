@@ -1,12 +1,11 @@
-"""Decoding a queue of sequences in a fixed number of slots, one token of every slot at a time.
+"""Continuous batching: decode a queue of sequences in a fixed number of slots, the rows of the KV cache.
 
-A slot is a row of the cache. The tokens of its sequence lie in a ring of T = P + C columns, for P tokens of the prompt
-and C of the completion, and in each step all slots write the same column. A slot whose sequence has ended is free for
-the next prompt, whose tokens go into the columns before the newest one. When no prompt is left, the rows that still
-decode move together, and half as many slots go on. A sequence draws the same tokens in any slot: its random numbers
-depend on its number and the position only.
+A slot is a ring buffer of T = P + C columns, for P tokens of the prompt and C of the completion, and in each step all
+slots write the same column. When a sequence has ended, its slot takes the next prompt, whose P tokens are written just
+before the current column. When no prompt is left, the active rows are compacted into half as many slots, at most twice.
+A sequence gets the same completion in any slot, up to rounding: its random numbers depend on its key and the position.
 
-Axis letters: N sequences, S slots, R slots that are filled together, P, C and T columns, V vocabulary.
+Axis letters: Q sequences (the queue), N slots, R slots that are filled together; B rows, S tokens, V vocabulary.
 """
 
 import functools
@@ -20,7 +19,7 @@ from warp_jax.training import drawing
 from warp_jax.training.drawing import SamplingConfig
 from warp_jax.types import Array, PromptBatch
 
-MIN_REFILLS = 4  # slots wait for a new prompt until 1 / MIN_REFILLS of them are free: few prompts at a time are slow
+MIN_REFILLS = 4  # refill when 1 / MIN_REFILLS of the slots is free: a prefill of few prompts is inefficient
 HALVINGS = 2  # times that the number of slots is halved at the end
 MIN_SLOTS = 4  # fewer rows are not faster
 MIN_TOKENS = 32  # shorter completions are not worth another compiled loop
@@ -30,7 +29,7 @@ StepFn = Callable[[Array, Array, Any], tuple[Array, Any, Any]]
 
 
 class Model(NamedTuple):
-    """A policy with its weights. A cache has the methods of `transformer.Cache`."""
+    """A policy: its weights are bound in `step`, and its cache has the methods of `transformer.Cache`."""
 
     step: StepFn
     make_cache: Callable[[int, int], Any]  # rows, columns -> an empty cache
@@ -39,9 +38,9 @@ class Model(NamedTuple):
 class Plan(NamedTuple):
     """How many slots decode how many sequences."""
 
-    sequences: int  # N
+    sequences: int  # Q
     copies: int  # completions of each prompt
-    sizes: tuple[int, ...]  # slots, and what they are halved to at the end
+    sizes: tuple[int, ...]  # N: number of slots, then the smaller numbers at the end
     block: int  # R, a multiple of copies
 
     @property
@@ -51,7 +50,7 @@ class Plan(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Values of each token."""
+    """Values of each token: [rows, T, ...]."""
 
     token_ids: Array  # int32
     logps: Array  # float32, nats
@@ -61,30 +60,30 @@ class Columns(NamedTuple):
 class _Slots(NamedTuple):
     cache: Any
     column: Array  # of the newest token of all slots, which is not in the cache yet
-    sequence: Array  # int32 [S], number of the sequence in the queue; N = none
-    key: Array  # [S], of the sequence
-    start: Array  # int32 [S], column of the first token of the completion
-    drawn: Array  # int32 [S], tokens of the completion so far
-    done: Array  # bool [S]
-    ring: Columns  # [S, T, ...]
+    sequence: Array  # int32 [N], index of the sequence in the queue; Q = none
+    key: Array  # [N], of the sequence
+    start: Array  # int32 [N], column of the first token of the completion
+    drawn: Array  # int32 [N], tokens of the completion so far
+    done: Array  # bool [N]
+    ring: Columns  # [N, T, ...]
 
 
-_ROWS = ("sequence", "key", "start", "drawn", "done")  # fields of _Slots [S]
+_ROWS = ("sequence", "key", "start", "drawn", "done")  # fields of _Slots [N]
 
 
 class _Queue(NamedTuple):
     slots: _Slots
-    next: Array  # number of the next sequence
-    lengths: Array  # int32 [N], of the ended completions
-    results: Columns  # of the ended sequences [N, T, ...]; the prompt's columns hold kept values only
+    next: Array  # index of the next sequence
+    lengths: Array  # int32 [Q], of the ended completions
+    results: Columns  # of the ended sequences [Q, T, ...]; token ids and logps of the prompt are undefined
 
 
 def make_plan(sequences: int, copies: int, slots: int, max_new_tokens: int, *, may_halve: bool) -> Plan:
-    """Plan for N sequences in `slots` slots (0 = N). may_halve: False where rows should stay on their devices."""
+    """Plan for Q sequences in `slots` slots (0 = Q). may_halve: False where rows should stay on their devices."""
     slots = min(slots or sequences, sequences)
     block = slots if slots == sequences else max(slots // MIN_REFILLS // copies, 1) * copies
     if block > slots:
-        raise ValueError(f"slots: got {slots}, want at least {copies} for the samples of a prompt")
+        raise ValueError(f"num_slots: got {slots}, want at least {copies}, the completions of one prompt")
     halvings = HALVINGS if may_halve and max_new_tokens >= MIN_TOKENS else 0
     sizes = [slots >> i for i in range(halvings + 1) if i == 0 or slots >> i >= MIN_SLOTS]
     return Plan(sequences, copies, tuple(sizes), block)
@@ -93,25 +92,27 @@ def make_plan(sequences: int, copies: int, slots: int, max_new_tokens: int, *, m
 def decode(
     model: Model, prompts: PromptBatch, keys: Array, config: SamplingConfig, plan: Plan
 ) -> tuple[Columns, Array]:
-    """Decode a completion for each key: keys [N], of which each prompt has `plan.copies` neighbours.
+    """Decode a completion for each key: keys [Q], of which each prompt has `plan.copies` neighbours.
 
-    Returns the columns of all sequences [N, T, ...], and the length of each completion: int32 [N].
+    Returns the columns of all sequences [Q, T, ...], and the length of each completion: int32 [Q].
     """
     decoder = _Decoder(model, prompts, keys, config, plan)
     if len(plan.sizes) == 1 and not plan.refills:
         first = decoder.fill_all()
         slots = jax.lax.while_loop(lambda slots: ~slots.done.all(), decoder.advance, first)
         return slots.ring, slots.drawn
-    queue = decoder.store(decoder.empty() if plan.refills else decoder.queue_of(decoder.fill_all()))
+    queue = decoder.store(decoder.empty() if plan.refills else decoder.queue_from(decoder.fill_all()))
     for size, floor in zip(plan.sizes, (*plan.sizes[1:], 0), strict=True):
         if size < len(queue.slots.done):
             queue = queue._replace(slots=_move_together(queue.slots, size))
-        queue = decoder.store(jax.lax.while_loop(functools.partial(decoder.goes_on, floor), decoder.work, queue))
+        queue = decoder.store(
+            jax.lax.while_loop(functools.partial(decoder.should_continue, floor), decoder.work, queue)
+        )
     return queue.results, queue.lengths
 
 
 class _Decoder(NamedTuple):
-    """What stays the same while a queue is decoded."""
+    """Constants of one decode, and its steps."""
 
     model: Model
     prompts: PromptBatch
@@ -121,7 +122,7 @@ class _Decoder(NamedTuple):
 
     @property
     def width(self) -> int:
-        """T, the columns of the ring."""
+        """T, the columns of a ring."""
         return self.prompts.prompt_ids.shape[1] + self.config.max_new_tokens
 
     def fill_all(self) -> _Slots:
@@ -164,12 +165,12 @@ class _Decoder(NamedTuple):
         )
         return _Queue(slots, jnp.int32(0), jnp.zeros(count, jnp.int32), blank(count))
 
-    def queue_of(self, slots: _Slots) -> _Queue:
+    def queue_from(self, slots: _Slots) -> _Queue:
         """An empty queue, whose sequences are all in slots."""
         results = jax.tree.map(jnp.zeros_like, slots.ring)
         return _Queue(slots, jnp.int32(self.plan.sequences), jnp.zeros_like(slots.drawn), results)
 
-    def goes_on(self, floor: int, queue: _Queue) -> Array:
+    def should_continue(self, floor: int, queue: _Queue) -> Array:
         """True while prompts are left, or more than `floor` slots decode."""
         return (queue.next < self.plan.sequences) | (jnp.sum(~queue.slots.done) > floor)
 
@@ -192,7 +193,7 @@ class _Decoder(NamedTuple):
     def store(self, queue: _Queue) -> _Queue:
         """Copy the ended sequences into the results."""
         slots = queue.slots
-        target = jnp.where(slots.done, slots.sequence, self.plan.sequences)  # a row outside is dropped
+        target = jnp.where(slots.done, slots.sequence, self.plan.sequences)  # rows out of range are dropped
 
         def store(results: Array, ring: Array) -> Array:
             return results.at[target].set(roll(ring, before - slots.start), mode="drop")
@@ -212,7 +213,7 @@ class _Decoder(NamedTuple):
         logits, cache, kept = self._prefill(self._block(queue.next // plan.copies), before)
         sequence = queue.next + jnp.arange(plan.block, dtype=jnp.int32)
         free = jnp.argsort(~slots.done)[: plan.block]
-        rows = jnp.where(sequence < plan.sequences, free, len(slots.done))  # a row outside is dropped
+        rows = jnp.where(sequence < plan.sequences, free, len(slots.done))  # rows out of range are dropped
         columns = (slots.column - before + jnp.arange(before)) % self.width
         new = _Slots(
             cache=cache,
@@ -285,12 +286,12 @@ def _widen(x: Array, columns: int) -> Array:
 
 
 def _put(old: Array, new: Array, column: Array, rows: Array) -> Array:
-    """Write a column in some rows: old [S, T, ...], new [S, ...], rows: bool [S]."""
+    """Write a column in some rows: old [N, T, ...], new [N, ...], rows: bool [N]."""
     before = jax.lax.dynamic_index_in_dim(old, column, axis=1, keepdims=False)
     mask = rows.reshape(-1, *[1] * (new.ndim - 1))
     return jax.lax.dynamic_update_index_in_dim(old, jnp.where(mask, new, before), column, axis=1)
 
 
 def _put_rows(old: Array, new: Array, rows: Array) -> Array:
-    """Write some rows; a row number outside is dropped."""
+    """Write some rows; rows out of range are dropped."""
     return old.at[rows].set(new, mode="drop")
