@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import logsumexp
 
 from warp_jax.models import apply
 from warp_jax.models.transformer import TransformerConfig
@@ -96,3 +97,16 @@ def test_logits_are_never_whole():
     assert "f32[3,7,50]" in shapes(0)
     assert "f32[3,7,50]" not in shapes(3)
     assert "f32[3,3,50]" in shapes(3)
+
+
+@pytest.mark.parametrize(("spread", "noise"), [(0.3, 0.01), (3.0, 0.01), (3.0, 1.0)])
+def test_the_kl_of_large_vocabularies_keeps_its_digits(spread, noise):
+    """Fails if the sums over the vocabulary round as one long sum does (1e-5 nats), or large logits are subtracted."""
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(4, 49152)) * spread + 60).astype(np.float32)
+    reference = (logits + rng.normal(size=logits.shape) * noise).astype(np.float32)
+    exact = (x.astype(np.float64) for x in (logits, reference))
+    logps, reference_logps = (x - logsumexp(x, 1, keepdims=True) for x in exact)
+    want = (np.exp(logps) * (logps - reference_logps)).sum(1)
+    found = jax.jit(scoring._next_token_kl)(logits, reference)
+    np.testing.assert_allclose(found, want, rtol=2e-6, atol=1e-7)

@@ -116,6 +116,13 @@ def test_samples_of_a_prompt_wait_for_as_many_slots():
     assert passes == 4  # 2 slots: 3 tokens, then 2 in the place of the first prompt; 2 slots: 5 tokens
 
 
+def test_more_samples_of_a_prompt_than_slots_are_left(short):
+    """Fails if a loop that has no prompt left still wants room for all samples of one."""
+    assert (
+        _decode(np.array([7, 3, 5], np.int32), copies=4, num_slots=4, may_halve=True)[0] == [7] * 4 + [3] * 4 + [5] * 4
+    )
+
+
 @pytest.mark.parametrize("count", [5, 8, 11])
 def test_halved_slots_keep_every_completion(short, count):
     """Fails if a row that still decodes is dropped, or an ended one is not stored, when slots are halved."""

@@ -28,8 +28,11 @@ STARTS = "starts.jsonl"  # one line per start: time, environment, accepted chang
 REQUIREMENTS = "requirements.lock"  # all packages of the first start, for launchers
 MADE = ("tokenizer.json", "gold/gold.json", "gold/summary.json")  # single files that a job makes
 LOCK = "lock"  # held while a job claims the workdir, or makes the inputs that all runs share
-# settings that may change on resume; another mesh changes rounding only
-MAY_CHANGE = re.compile(r"checkpoint_(every|minutes) |report\.|front\.|health\.|mesh |(gold|rewards\.[^ ]+)\.timeout ")
+# settings that may change on resume; another mesh or remat changes rounding only
+MAY_CHANGE = re.compile(
+    r"checkpoint_(every|minutes) |report\.|front\.|health\.|mesh |sampling\.tensor |model\.remat |"
+    r"(gold|rewards\.[^ ]+)\.timeout "
+)
 
 
 def claim(

@@ -60,6 +60,10 @@ def enable(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     config: Any = jax.config
     jax_cache: Any = internals  # no public function takes another store
+    if (
+        jax.process_count() > 1 and jax.default_backend() == "gpu"
+    ):  # a process that finds all would not tune with the others
+        return
     if config.jax_compilation_cache_dir or not _is_private(folder) or not hasattr(jax_cache, "get_file_cache"):
         return
     jax_cache.get_file_cache = lambda path: (Store(Path(path)), path)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from warp_jax import merging, trees
+from warp_jax.evaluation import measure
 from warp_jax.experiment import architecture, ingredients
 from warp_jax.experiment.programs import make_programs
 from warp_jax.models import freezing, partitioning
@@ -138,7 +139,9 @@ class _Planner:
             yield self.copy("", self.policy.dtype)
             weights, reads = self.resident[COPY], (COPY,)
         copies = reinforce.shared_samples(self.settings.rl, self.mesh)
-        yield from self.generation("", functions.sampler.generate, train, weights, reads, copies=copies)
+        generate = functools.partial(functions.sampler.generate, copies=copies)
+        yield self.generation("", generate, train // copies, weights, reads)
+        yield from self.reward("", train)
         if functions.evaluation_sampler is not functions.sampler:
             dtype = self.settings.evaluation.dtype
             weights, reads = self.weights, WHOLE
@@ -146,25 +149,28 @@ class _Planner:
                 yield self.copy(EVALUATION, dtype)
                 weights, reads = self._laid_out(dtype), ()
         evaluate = functions.evaluation_sampler.generate_with_states
-        if functions.evaluation_sampler is not functions.sampler or evaluation != train:
-            yield from self.generation(EVALUATION, evaluate, evaluation, weights, reads)
+        settings = self.settings.evaluation
+        rows = measure.rows_per_call(self.mesh, evaluation, settings.num_prompts * settings.samples_per_prompt)
+        yield self.generation(EVALUATION, functools.partial(evaluate, num_slots=evaluation), rows, weights, reads)
+        if evaluation != train:
+            yield from self.reward(EVALUATION, evaluation)
         args = self.state, self.frozen, self._rollout(train), self._rows(jnp.float32, train)
         yield self.program("update", functions.train.update, *args, reads=(*STATE, "frozen weights"))
         rollout = self._rollout(evaluation)
         _, states = jax.eval_shape(evaluate, weights, PromptBatch(*rollout[:3]), self._key())
-        rows = meshes.batch_sharding(self.mesh)
-        states = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), states)
+        split = meshes.batch_sharding(self.mesh)
+        states = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), states)
         models = self.trained, self.trained, self.frozen
         yield self.program("KL to SFT", functions.kl_to_sft, *models, rollout, states, reads=(*WHOLE, "SFT"))
 
-    def generation(
-        self, suffix: str, generate: Any, batch: int, weights: Any, reads: Names, *, copies: int = 1
-    ) -> Iterator[Program]:
-        """Generation of a batch from `weights`, laid out for its sampler, and the reward of its completions."""
-        prompts = PromptBatch(*self._rollout(batch // copies)[:3])
-        rows = meshes.batch_sharding(self.mesh)
-        call = jax.jit(functools.partial(generate, copies=copies), out_shardings=rows)
-        yield self.program(f"generation{suffix}", call, weights, prompts, self._key(), reads=reads)
+    def generation(self, suffix: str, generate: Any, prompts: int, weights: Any, reads: Names) -> Program:
+        """Generation for so many prompts from `weights`, laid out for its sampler."""
+        call = jax.jit(generate, out_shardings=meshes.batch_sharding(self.mesh))
+        batch = PromptBatch(*self._rollout(prompts)[:3])
+        return self.program(f"generation{suffix}", call, weights, batch, self._key(), reads=reads)
+
+    def reward(self, suffix: str, batch: int) -> Iterator[Program]:
+        """The reward of so many completions, if a model computes it."""
         if self.reward_model is not None:
             apply_fn = make_apply_fn(self.reward_model, self.mesh)
             score = jax.jit(functools.partial(reward_functions.sequence_scores, apply_fn))

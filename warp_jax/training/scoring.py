@@ -4,6 +4,7 @@ Logits [B, S, V] are the largest array of a language model. To save memory, only
 have logits at a time: the head is applied to one piece of the sequence after another, also in the backward pass.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from warp_jax.types import ApplyFn, Array, Params, Rollout, States
+
+BLOCKS = 128  # pieces of the vocabulary that are summed apart: one sum of so many terms loses digits
 
 # logits of each policy [B, c, V], targets [B, c] -> [B, c]
 Reduce = Callable[[Sequence[Array], Array], Array]
@@ -138,9 +141,11 @@ def _next_token_kl(logits: Array, reference: Array) -> Array:
     def add(sums: tuple[Array, ...], values: tuple[Array, ...]) -> tuple[Array, ...]:
         return tuple(x + y for x, y in zip(sums, values, strict=True))
 
-    operands = weights, weights * gap, reference_weights
-    total, weighted, reference_total = jax.lax.reduce(operands, (jnp.float32(0),) * 3, add, (logits.ndim - 1,))
-    return jnp.maximum(weighted / total - jnp.log(total) + jnp.log(reference_total), 0.0)  # rounding gives -1e-7 too
+    blocks = math.gcd(logits.shape[-1], BLOCKS)
+    terms = (x.reshape(*x.shape[:-1], blocks, -1) for x in (weights, weights * gap, reference_weights - weights))
+    sums = jax.lax.reduce(tuple(terms), (jnp.float32(0),) * 3, add, (logits.ndim,))
+    total, weighted, change = (x.sum(axis=-1) for x in sums)
+    return jnp.maximum(weighted / total + jnp.log1p(change / total), 0.0)  # rounding gives -1e-7 too
 
 
 def _map_completion(

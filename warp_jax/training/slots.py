@@ -103,11 +103,11 @@ def decode(
         return slots.ring, slots.drawn
     queue = decoder.store(decoder.empty() if plan.refills else decoder.queue_from(decoder.fill_all()))
     for size, floor in zip(plan.sizes, (*plan.sizes[1:], 0), strict=True):
-        if size < len(queue.slots.done):
+        is_first = size == plan.sizes[0]  # later, no prompt is left
+        if not is_first:
             queue = queue._replace(slots=_move_together(queue.slots, size))
-        queue = decoder.store(
-            jax.lax.while_loop(functools.partial(decoder.should_continue, floor), decoder.work, queue)
-        )
+        body = decoder.refill_and_advance if plan.refills and is_first else decoder.advance_slots
+        queue = decoder.store(jax.lax.while_loop(functools.partial(decoder.should_continue, floor), body, queue))
     return queue.results, queue.lengths
 
 
@@ -174,10 +174,12 @@ class _Decoder(NamedTuple):
         """True while prompts are left, or more than `floor` slots decode."""
         return (queue.next < self.plan.sequences) | (jnp.sum(~queue.slots.done) > floor)
 
-    def work(self, queue: _Queue) -> _Queue:
+    def refill_and_advance(self, queue: _Queue) -> _Queue:
         """Fill the free slots, then decode a token of each."""
-        if self.plan.refills:
-            queue = jax.lax.while_loop(self._has_room, self._refill, queue)
+        return self.advance_slots(jax.lax.while_loop(self._has_room, self._refill, queue))
+
+    def advance_slots(self, queue: _Queue) -> _Queue:
+        """Decode a token of each slot."""
         return queue._replace(slots=self.advance(queue.slots))
 
     def advance(self, slots: _Slots) -> _Slots:
