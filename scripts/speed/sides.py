@@ -172,7 +172,10 @@ def run_pairs(sides: Sequence[Side], repeats: int, max_load: float) -> int:
     while done < repeats:
         for side in sides if done % 2 == 0 else sides[::-1]:
             side.run()
-        if max(side.runs[-1]["others"] for side in sides) <= max_load:
+        seconds = " and ".join(f"{side.runs[-1]['seconds']:.3f}" for side in sides)
+        others = max(side.runs[-1]["others"] for side in sides)
+        print(f"pair {done + 1}: {seconds} s, others used {others:.2f} cores", file=sys.stderr, flush=True)
+        if others <= max_load:
             done += 1
             continue
         disturbed += 1

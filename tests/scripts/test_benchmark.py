@@ -216,7 +216,7 @@ def test_disturbed_pairs_are_repeated(programs):
 
         def run(self):
             order.append(self.name)
-            self.runs.append({"others": next(self.loads), "number": len(order)})
+            self.runs.append({"seconds": 1.0, "others": next(self.loads), "number": len(order)})
 
     ours, theirs = Fake("ours", [0, 0.1, 0.3, 0]), Fake("theirs", [0, 0.9, 0, 0.2])
     assert sides.run_pairs([ours, theirs], 2, 0.2) == 2
