@@ -125,6 +125,10 @@ def measure(stage: str, shape: str) -> dict[str, Any]:
         disturbed = sides.run_pairs(both, REPEATS.value, MAX_LOAD.value)
     result: dict[str, Any] = {"stage": stage, "shape": shape, "disturbed": disturbed}
     result |= {name: side.runs for name, side in zip(("ours", "theirs"), both, strict=False)}
+    _, _, shortest, longest = protocol.parse_shape(shape) or (1, 1, 1, 1)
+    counts = {run["tokens"] for side in both for run in side.runs if "tokens" in run}
+    if len(counts) > 1 and shortest == longest:
+        raise RuntimeError(f"{stage} {shape}: runs have {min(counts)} and {max(counts)} tokens; please report it")
     if len(both) > 1:
         ratios = [b["seconds"] / a["seconds"] for a, b in zip(*(side.runs for side in both), strict=True)]
         result["times_as_fast"] = statistics.median(ratios)

@@ -18,11 +18,12 @@ PROMPTS, STEPS = 1000, 1_000_000  # more than any benchmark needs
 
 
 def make_tokenizer(work: Work) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer whose words are the numbers of the tokens."""
-    model = tokenizers.models.WordLevel({str(number): number for number in range(work.vocab)}, unk_token=str(STOP))
+    """A tokenizer whose words are named by the numbers of the tokens. None contains the name of the stop token."""
+    words = {f"word{number}": number for number in range(work.vocab) if number != STOP}
+    model = tokenizers.models.WordLevel({"<stop>": STOP, **words}, unk_token="<stop>")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    names = {"eos_token": str(STOP), "pad_token": str(STOP)}
+    names = {"eos_token": "<stop>", "pad_token": "<stop>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)
 
 
@@ -55,8 +56,8 @@ def make_config(work: Work, folder: Path) -> trl.RLOOConfig:
 class EndsOfSteps(transformers.TrainerCallback):  # type: ignore[misc]  # the base class has no types
     """Reports each step, and waits for the next line of input before the next one."""
 
-    def __init__(self) -> None:
-        self._clock, self.tokens, self.generate_s = Clock(), 0, 0.0
+    def __init__(self, work: Work) -> None:
+        self._work, self._clock, self.tokens, self.generate_s = work, Clock(), 0, 0.0
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """End a step."""
@@ -68,11 +69,13 @@ class EndsOfSteps(transformers.TrainerCallback):  # type: ignore[misc]  # the ba
         return [float(number) for number in range(len(completion_ids))]
 
     def timed(self, generate: Callable[..., Any], **more: Any) -> Callable[..., Any]:
-        """Generate with more arguments, and note the seconds."""
+        """Generate with more arguments, and note the seconds. Raises ValueError for prompts of another size."""
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            if input_ids.shape != (self._work.batch, self._work.prompt):
+                raise ValueError(f"prompts: got {tuple(input_ids.shape)} tokens, want those of {self._work}")
             began = time.perf_counter()
-            result = generate(*args, **kwargs, **more)
+            result = generate(input_ids=input_ids, **kwargs, **more)
             self.generate_s = time.perf_counter() - began
             return result
 
@@ -83,8 +86,8 @@ def train(work: Work, folder: Path) -> None:
     """Train until there is no more input."""
     make_model(work).save_pretrained(folder / "model")
     numbers = torch.randint(1, work.vocab, (PROMPTS, work.prompt)).tolist()
-    prompts = [" ".join(map(str, row)) for row in numbers]
-    steps = EndsOfSteps()
+    prompts = [" ".join(f"word{number}" for number in row) for row in numbers]
+    steps = EndsOfSteps(work)
     trainer = trl.RLOOTrainer(
         model=str(folder / "model"),
         reward_funcs=steps.reward,
