@@ -112,7 +112,9 @@ def machine() -> dict[str, float]:
 
     return {
         "cores": os.cpu_count() or 0,
-        "copy_gb_s": 2 * big.nbytes / best(lambda: np.copyto(big[: 1 << 25], big[1 << 25 :])) / 2e9,
+        "copy_gb_s": big.nbytes
+        / best(lambda: np.copyto(big[: 1 << 25], big[1 << 25 :]))
+        / 1e9,  # half read, half written
         "numpy_gflop_s": flops / best(lambda: left @ right.T) / 1e9,
         "xla_gflop_s": flops / best(lambda: product(*on_device).block_until_ready()) / 1e9,
     }
@@ -137,10 +139,10 @@ def measure(stage: str, shape: str) -> dict[str, Any]:
 
 def row(result: dict[str, Any]) -> list[str]:
     """The row of the table: medians of both sides, the largest peaks, and the mean number of tokens a sequence."""
-    sides = [result[name] for name in ("ours", "theirs") if name in result]
+    both = [result[name] for name in ("ours", "theirs") if name in result]
 
     def each(name: str, form: str, reduce: Any = statistics.median, unit: float = 1.0) -> list[str]:
-        return [f"{reduce(run[name] for run in runs) / unit:{form}}" for runs in sides if name in runs[0]]
+        return [f"{reduce(run[name] for run in runs) / unit:{form}}" for runs in both if name in runs[0]]
 
     batch = (protocol.parse_shape(result["shape"]) or (1,))[0]
     seconds = [*each("seconds", ".3f"), "", ""][:2]

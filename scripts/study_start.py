@@ -23,7 +23,7 @@ from warp_jax import cli
 CONFIG = flags.DEFINE_string("config", None, "Config file.")
 FOLDER = flags.DEFINE_string("folder", None, "Folder for the workdirs; must not exist.")
 PROGRAM = flags.DEFINE_string("program", ".", "Folder of the checkout of warp_jax to measure.")
-CACHE = flags.DEFINE_bool("cache", True, "Whether the job before has left its compiled programs.")
+CACHE = flags.DEFINE_bool("cache", True, "Keep the compiled programs of the killed job.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Starts.", lower_bound=1)
 RUN = "iteration_1/run_1"
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from speed.sides import last_line
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "warp_jax" / "peers"
 
 
@@ -46,7 +48,7 @@ def python_of(name: str, requirements: tuple[str, ...], folder: Path) -> Path:
     for command in ([sys.executable, "-m", "venv", environment], *([install] if requirements else [])):
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode:
-            last = (ended.stderr.strip() or ended.stdout.strip() or "no message").splitlines()[-1]
+            last = last_line(ended.stderr.strip() or ended.stdout)
             raise RuntimeError(f"{name}: {' '.join(map(str, command))} failed: {last}")
     marker.write_text(content)
     return python

@@ -48,7 +48,7 @@ def run_command(*command: str | Path, folder: Path, until: Path | None = None) -
     env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(folder)}
     ended = subprocess.run(launcher, cwd=folder, env=env, capture_output=True, text=True, check=False)
     if ended.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed: {_last_line(ended.stderr)}")
+        raise RuntimeError(f"{' '.join(map(str, command))} failed: {last_line(ended.stderr)}")
     seconds, kibibytes = ended.stdout.split()[-2:]
     return float(seconds), float(kibibytes) * 1024
 
@@ -157,7 +157,7 @@ class Worker(Side):
                 facts: dict[str, Any] = json.loads(line)
                 return facts
         self._errors.seek(0)
-        message = f"{Path(self._command[1]).name} ended: {_last_line(self._errors.read())}"
+        message = f"{Path(self._command[1]).name} ended: {last_line(self._errors.read())}"
         self.__exit__()
         raise RuntimeError(message)
 
@@ -186,5 +186,6 @@ def run_pairs(sides: Sequence[Side], repeats: int, max_load: float) -> int:
     return disturbed
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
+    """The last line of what a program printed."""
     return (text.strip() or "no message").splitlines()[-1]

@@ -80,9 +80,7 @@ def evaluate(examiner: Examiner, params: Params) -> Evaluation:
         Stopped: a signal asked for it.
     """
     laid_out = examiner.sampler.lay_out(trees.join(params, examiner.frozen_params))
-    measured = []
-    for rollout, states in _completions(examiner, laid_out):
-        measured.append(_measure(examiner, params, rollout, states))
+    measured = [_measure(examiner, params, *batch) for batch in _completions(examiner, laid_out)]
     columns = {name: np.concatenate([batch[name] for batch in measured]) for name in measured[0]}
     if bad := np.count_nonzero(~np.isfinite(columns["sft_kl"])):
         raise FloatingPointError(

@@ -40,8 +40,7 @@ def make_programs(
     temperature, chunk = settings.sampling.temperature, settings.model.logits_chunk
     trunk_layers = freezing.trunk_layers(trained, model.stacks)
     score: Any = {"temperature": temperature, "chunk": chunk}
-    tensor = settings.sampling.tensor
-    sampling_mesh = meshes.regroup(mesh, tensor)
+    sampling_mesh = meshes.regroup(mesh, settings.sampling.tensor)
 
     def make_sampler(model: TransformerConfig) -> sampling.Sampler:
         return sampling.make_sampler(
@@ -50,9 +49,9 @@ def make_programs(
             apply_fn=make_apply_fn(model, sampling_mesh),
             make_cache=functools.partial(init_cache, model, mesh=sampling_mesh),
             dtype=model.dtype,
-            tensor=tensor,
             config=sampling.SamplingConfig(settings.sampling.max_new_tokens, temperature, stop_ids, pad_id),
             trunk_layers=trunk_layers,
+            sampling_mesh=sampling_mesh,
         )
 
     update = reinforce.make_programs(

@@ -48,14 +48,14 @@ def make_sampler(
     dtype: str,
     config: SamplingConfig,
     trunk_layers: int = 0,
-    tensor: int = 0,
+    sampling_mesh: Mesh | None = None,
 ) -> Sampler:
     """Compile both parts for whole models with the shapes and shardings of `params`, whose activations have `dtype`.
 
-    tensor: devices that share the copied weights (see `meshes.regroup`); rollouts are split over `mesh` as it is.
+    sampling_mesh: mesh of the copied weights, a `meshes.regroup` of `mesh`, over which rollouts are split; None = mesh.
     trunk_layers: number of layers of the trunk, see `States`.
     """
-    sampling_mesh = meshes.regroup(mesh, tensor)
+    sampling_mesh = sampling_mesh or mesh
     copiers = jax.tree.map(make_copier, params, laid_out(sampling_mesh, params, dtype))
     inside, outside = map(meshes.batch_sharding, (sampling_mesh, mesh))
     may_halve = meshes.batch_devices(mesh) == 1

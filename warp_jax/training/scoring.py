@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from warp_jax.training import drawing
 from warp_jax.types import ApplyFn, Array, Params, Rollout, States
-
-BLOCKS = 128  # pieces of the vocabulary that are summed apart: one sum of so many terms loses digits
 
 # logits of each policy [B, c, V], targets [B, c] -> [B, c]
 Reduce = Callable[[Sequence[Array], Array], Array]
@@ -141,7 +140,7 @@ def _next_token_kl(logits: Array, reference: Array) -> Array:
     def add(sums: tuple[Array, ...], values: tuple[Array, ...]) -> tuple[Array, ...]:
         return tuple(x + y for x, y in zip(sums, values, strict=True))
 
-    blocks = math.gcd(logits.shape[-1], BLOCKS)
+    blocks = math.gcd(logits.shape[-1], drawing.BLOCKS)  # summed apart: one sum of so many terms loses digits
     terms = (x.reshape(*x.shape[:-1], blocks, -1) for x in (weights, weights * gap, reference_weights - weights))
     sums = jax.lax.reduce(tuple(terms), (jnp.float32(0),) * 3, add, (logits.ndim,))
     total, weighted, change = (x.sum(axis=-1) for x in sums)

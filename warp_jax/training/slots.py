@@ -36,7 +36,7 @@ class Model(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How many slots decode how many sequences."""
+    """Numbers of slots and of the sequences that they decode."""
 
     sequences: int  # Q
     copies: int  # completions of each prompt
@@ -101,7 +101,7 @@ def decode(
         first = decoder.fill_all()
         slots = jax.lax.while_loop(lambda slots: ~slots.done.all(), decoder.advance, first)
         return slots.ring, slots.drawn
-    queue = decoder.store(decoder.empty() if plan.refills else decoder.queue_from(decoder.fill_all()))
+    queue = decoder.empty() if plan.refills else decoder.queue_from(decoder.fill_all())
     for size, floor in zip(plan.sizes, (*plan.sizes[1:], 0), strict=True):
         is_first = size == plan.sizes[0]  # later, no prompt is left
         if not is_first:
@@ -129,18 +129,10 @@ class _Decoder(NamedTuple):
         """Slots that hold all sequences, each with its first token."""
         count, before = self.plan.sequences, self.prompts.prompt_ids.shape[1]
         logits, cache, kept = self._prefill(self.prompts, self.width)
-        spare = self.config.max_new_tokens
-        empty = _Slots(
-            cache=cache,
-            column=jnp.int32(before),
-            sequence=jnp.arange(count, dtype=jnp.int32),
-            key=self.keys,
-            start=jnp.full(count, before, jnp.int32),
-            drawn=jnp.zeros(count, jnp.int32),
-            done=jnp.zeros(count, bool),
-            ring=self._blank(count)._replace(kept=jax.tree.map(lambda x: _widen(x, spare), kept)),
-        )
-        return self._add_tokens(empty, logits, empty.column)
+        kept = jax.tree.map(lambda x: _widen(x, self.config.max_new_tokens), kept)
+        column, sequence = jnp.int32(before), jnp.arange(count, dtype=jnp.int32)
+        new = _new_slots(cache, column, sequence, self.keys, self._blank(count)._replace(kept=kept))
+        return self._add_tokens(new, logits, column)
 
     def empty(self) -> _Queue:
         """Free slots, and the whole queue."""
@@ -153,16 +145,9 @@ class _Decoder(NamedTuple):
                 kept=jax.tree.map(lambda x: jnp.zeros((rows, width, *x.shape[2:]), x.dtype), kept)
             )
 
-        slots = _Slots(
-            cache=self.model.make_cache(size, width),
-            column=jnp.int32(self.prompts.prompt_ids.shape[1]),
-            sequence=jnp.full(size, count, jnp.int32),
-            key=self.keys[:size],
-            start=jnp.zeros(size, jnp.int32),
-            drawn=jnp.zeros(size, jnp.int32),
-            done=jnp.ones(size, bool),
-            ring=blank(size),
-        )
+        cache, column = self.model.make_cache(size, width), jnp.int32(self.prompts.prompt_ids.shape[1])
+        slots = _new_slots(cache, column, jnp.full(size, count, jnp.int32), self.keys[:size], blank(size))
+        slots = slots._replace(done=jnp.ones(size, bool))
         return _Queue(slots, jnp.int32(0), jnp.zeros(count, jnp.int32), blank(count))
 
     def queue_from(self, slots: _Slots) -> _Queue:
@@ -198,11 +183,11 @@ class _Decoder(NamedTuple):
         target = jnp.where(slots.done, slots.sequence, self.plan.sequences)  # rows out of range are dropped
 
         def store(results: Array, ring: Array) -> Array:
-            return results.at[target].set(roll(ring, before - slots.start), mode="drop")
+            return _put_rows(results, roll(ring, before - slots.start), target)
 
         before, roll = self.prompts.prompt_ids.shape[1], jax.vmap(functools.partial(jnp.roll, axis=0))
         results = jax.tree.map(store, queue.results, slots.ring)
-        return queue._replace(results=results, lengths=queue.lengths.at[target].set(slots.drawn, mode="drop"))
+        return queue._replace(results=results, lengths=_put_rows(queue.lengths, slots.drawn, target))
 
     def _has_room(self, queue: _Queue) -> Array:
         left = self.plan.sequences - queue.next
@@ -217,16 +202,8 @@ class _Decoder(NamedTuple):
         free = jnp.argsort(~slots.done)[: plan.block]
         rows = jnp.where(sequence < plan.sequences, free, len(slots.done))  # rows out of range are dropped
         columns = (slots.column - before + jnp.arange(before)) % self.width
-        new = _Slots(
-            cache=cache,
-            column=slots.column,
-            sequence=sequence,
-            key=self.keys[sequence],
-            start=jnp.full(plan.block, slots.column),
-            drawn=jnp.zeros(plan.block, jnp.int32),
-            done=jnp.zeros(plan.block, bool),
-            ring=jax.tree.map(lambda x: x[free], slots.ring._replace(kept=())),
-        )
+        ring = jax.tree.map(lambda x: x[free], slots.ring._replace(kept=()))
+        new = _new_slots(cache, slots.column, sequence, self.keys[sequence], ring)
         new = self._add_tokens(new, logits, slots.column)
         put = functools.partial(_put_rows, rows=rows)
         slots = slots._replace(
@@ -273,6 +250,12 @@ class _Decoder(NamedTuple):
     def _blank(self, rows: int) -> Columns:
         shape = (rows, self.width)
         return Columns(jnp.full(shape, self.config.pad_id, jnp.int32), jnp.zeros(shape, jnp.float32), ())
+
+
+def _new_slots(cache: Any, column: Array, sequence: Array, key: Array, ring: Columns) -> _Slots:
+    """Slots whose sequences have no token of a completion yet; the first one goes to `column`."""
+    start, drawn = jnp.full_like(sequence, column), jnp.zeros_like(sequence)
+    return _Slots(cache, column, sequence, key, start, drawn, jnp.zeros(len(sequence), bool), ring)
 
 
 def _move_together(slots: _Slots, size: int) -> _Slots:
