@@ -28,10 +28,10 @@ with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     from warp_jax.benchmarks import answers
     from warp_jax.data import batches, corpus
     from warp_jax.data import tokenizer as tokenizers
+    from warp_jax.generation import sampling
     from warp_jax.models import apply, partitioning, transformer
     from warp_jax.parallel import meshes
     from warp_jax.pretrained import hf_weights, sources
-    from warp_jax.training import sampling
 
 
 SOURCE = flags.DEFINE_string("source", None, "Hugging Face model folder, .gguf file, or package:NAME.")

@@ -25,7 +25,7 @@ with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     from warp_jax.benchmarks import answers
     from warp_jax.data import stop_tokens
     from warp_jax.experiment import export, stages
-    from warp_jax.training import sampling
+    from warp_jax.generation import sampling
 
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a run of warp_jax.main.")

@@ -20,9 +20,13 @@ MAY_IMPORT = {  # folder, or file at the top: the folders and files that it may 
     "merging": {"storage", "trees", "naming", "types", "files", "progress"},
     "pretrained": {"models", "storage", "data", "trees", "naming", "types", "files"},
     "rewards": {"settings", "pretrained", "models", "data", "parallel", "types", "files", "exit_codes"},
-    "training": {"settings", "rewards", "merging", "models", "data", "storage", "parallel", "trees", "types", "files"},
-    "evaluation": {"settings", "training", "merging", "data", "parallel", "trees", "types", "files"},
-    "benchmarks": {"evaluation", "training", "rewards", "models", "data", "parallel", "types", "files"},
+    "generation": {"models", "parallel", "trees", "types"},
+    "training": {
+        *("settings", "generation", "rewards", "merging", "models", "data", "storage", "parallel"),
+        *("trees", "types", "files"),
+    },
+    "evaluation": {"settings", "generation", "training", "merging", "data", "parallel", "trees", "types", "files"},
+    "benchmarks": {"evaluation", "generation", "training", "rewards", "models", "data", "parallel", "types", "files"},
 }
 MAY_IMPORT["experiment"] = {name for name in MAY_IMPORT if name != "benchmarks"}
 MAY_IMPORT["tpu_fit"] = {*MAY_IMPORT["experiment"], "experiment"}

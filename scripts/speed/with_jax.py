@@ -22,8 +22,13 @@ from warp_jax.evaluation import measure
 from warp_jax.models import apply, freezing, transformer
 from warp_jax.parallel import meshes
 from warp_jax.settings.groups import Rl
-from warp_jax.training import reinforce, sampling, scoring
+from warp_jax.training import reinforce, scoring
 from warp_jax.types import ApplyFn, Params, PromptBatch, Rewards, Rollout
+
+try:
+    from warp_jax.generation import sampling
+except ImportError:  # a checkout from before that folder
+    from warp_jax.training import sampling
 
 MESH = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
 HELD_OUT = 1024  # prompts of an evaluation

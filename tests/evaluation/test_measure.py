@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from warp_jax.evaluation import measure, points
+from warp_jax.generation import sampling
 from warp_jax.parallel import meshes
 from warp_jax.rewards import reward_functions
-from warp_jax.training import sampling, scoring
+from warp_jax.training import scoring
 from warp_jax.types import PromptBatch, RewardError, Rewards, Rollout, StorageError
 
 # a model of order 1: a table gives the logits of the next token from the last one

@@ -8,10 +8,11 @@ import pytest
 from tests.settings_of import settings_of
 from warp_jax.evaluation import measure
 from warp_jax.experiment import architecture, programs
+from warp_jax.generation import sampling
 from warp_jax.models import apply
 from warp_jax.parallel import meshes
 from warp_jax.settings import from_config
-from warp_jax.training import reinforce, sampling
+from warp_jax.training import reinforce
 from warp_jax.types import PromptBatch
 
 SETTINGS = settings_of()

@@ -22,10 +22,11 @@ from warp_jax.data import corpus
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.evaluation import measure
 from warp_jax.experiment import preparation
+from warp_jax.generation import sampling
 from warp_jax.models import apply, partitioning
 from warp_jax.progress import JobProgress
 from warp_jax.rewards import reward_functions, tfidf
-from warp_jax.training import loop, optimizers, reinforce, sampling, supervised
+from warp_jax.training import loop, optimizers, reinforce, supervised
 from warp_jax.types import RewardError, Rollout, TrainState
 
 MARKS = {"reward": "AB", "gold": "CD", "prompts": "EF", "eval": "GH"}  # of the texts with label 0 and with label 1

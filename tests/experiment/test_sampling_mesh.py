@@ -6,9 +6,9 @@ import pytest
 
 from tests.settings_of import settings_of
 from warp_jax.experiment import architecture, programs
+from warp_jax.generation import sampling
 from warp_jax.models import apply
 from warp_jax.parallel import meshes
-from warp_jax.training import sampling
 from warp_jax.types import PromptBatch
 
 MESH = meshes.make_mesh((1, 8, 1))

@@ -15,13 +15,13 @@ from hf_models import ALL, FAMILIES, IDS, LENGTH, MASK, REWARD_MODELS
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.torch import load_file, save_file
 
+from warp_jax.generation import sampling
 from warp_jax.models import partitioning
 from warp_jax.models.transformer import Transformer, TransformerConfig, init_cache
 from warp_jax.parallel import meshes
 from warp_jax.pretrained import hf_weights
 from warp_jax.pretrained.hf_config import read_config
 from warp_jax.rewards import reward_functions
-from warp_jax.training import sampling
 from warp_jax.types import PromptBatch
 
 NUM_TOKENS = 64

@@ -16,12 +16,13 @@ import pytest
 from tests.settings_of import settings_of
 from warp_jax import cli, trees
 from warp_jax.data import batches
+from warp_jax.generation import sampling
 from warp_jax.models import apply, freezing, partitioning
 from warp_jax.models.transformer import TransformerConfig, init_cache
 from warp_jax.parallel import hosts, meshes
 from warp_jax.rewards import reward_functions
 from warp_jax.storage import checkpoint
-from warp_jax.training import loop, metric_writer, optimizers, reinforce, sampling, scoring
+from warp_jax.training import loop, metric_writer, optimizers, reinforce, scoring
 from warp_jax.types import RewardError, Rollout
 
 CONFIG = TransformerConfig(

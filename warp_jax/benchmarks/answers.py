@@ -11,10 +11,10 @@ import numpy as np
 from warp_jax import files
 from warp_jax.data import batches, chat, fields
 from warp_jax.data.tokenizer import Tokenizer
+from warp_jax.generation import sampling
 from warp_jax.models.apply import make_apply_fn
 from warp_jax.models.transformer import TransformerConfig, init_cache
 from warp_jax.parallel import meshes
-from warp_jax.training import sampling
 from warp_jax.types import Params
 
 BATCH = 32  # prompts per batch

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from warp_jax import files, trees
 from warp_jax.data import batches
 from warp_jax.evaluation import statistics
+from warp_jax.generation import sampling
 from warp_jax.parallel import hosts, meshes, stopping
-from warp_jax.training import sampling
 from warp_jax.types import Array, Params, PromptBatch, RewardError, RewardFn, Rollout, States, StorageError
 
 

@@ -8,12 +8,13 @@ from jax.sharding import Mesh
 
 from warp_jax import trees
 from warp_jax.evaluation import measure
+from warp_jax.generation import sampling
 from warp_jax.models import freezing
 from warp_jax.models.apply import make_apply_fn
 from warp_jax.models.transformer import TransformerConfig, init_cache
 from warp_jax.parallel import meshes
 from warp_jax.settings import Settings
-from warp_jax.training import loop, optimizers, reinforce, sampling, scoring
+from warp_jax.training import loop, optimizers, reinforce, scoring
 from warp_jax.types import Params, TrainState
 
 

@@ -18,6 +18,7 @@ from warp_jax import merging, trees
 from warp_jax.evaluation import measure
 from warp_jax.experiment import architecture, ingredients
 from warp_jax.experiment.programs import make_programs
+from warp_jax.generation import sampling
 from warp_jax.models import freezing, partitioning
 from warp_jax.models.apply import make_apply_fn, param_shapes
 from warp_jax.parallel import meshes
@@ -25,7 +26,7 @@ from warp_jax.rewards import reward_functions
 from warp_jax.settings import Settings, check_devices
 from warp_jax.settings.groups import RewardModel, Sft
 from warp_jax.tpu_fit import hlo
-from warp_jax.training import optimizers, reinforce, sampling, supervised
+from warp_jax.training import optimizers, reinforce, supervised
 from warp_jax.types import Params, PromptBatch, Rollout
 
 Names = tuple[str, ...]  # keys of Plan.resident

@@ -1,1 +1,1 @@
-"""Training policies: sampling, scoring, policy gradient, supervised fine-tuning."""
+"""Training policies: scoring, policy gradient, supervised fine-tuning."""

@@ -12,9 +12,10 @@ from jax.sharding import AbstractMesh, Mesh
 
 from warp_jax import merging, trees
 from warp_jax.data import batches
+from warp_jax.generation import sampling
 from warp_jax.parallel import meshes
 from warp_jax.settings.groups import Rl
-from warp_jax.training import loop, microbatches, objective, sampling
+from warp_jax.training import loop, microbatches, objective
 from warp_jax.types import Array, Params, PromptBatch, RewardError, RewardFn, Rewards, Rollout, TrainState
 
 ScoreFn = Callable[[Params, Rollout], Array]  # params of the whole model -> log-probability of each token [B, C], nats

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from warp_jax.training import drawing
+from warp_jax.generation import drawing
 from warp_jax.types import ApplyFn, Array, Params, Rollout, States
 
 # logits of each policy [B, c, V], targets [B, c] -> [B, c]

@@ -13,12 +13,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 
 from warp_jax import trees
+from warp_jax.generation import drawing, sampling
+from warp_jax.generation.drawing import SamplingConfig
 from warp_jax.models import partitioning, rope
 from warp_jax.models.transformer import Transformer, TransformerConfig, init_cache
 from warp_jax.parallel import meshes
 from warp_jax.tpu_fit import hlo
-from warp_jax.training import drawing, sampling, scoring
-from warp_jax.training.drawing import SamplingConfig
+from warp_jax.training import scoring
 from warp_jax.types import PromptBatch, Rollout
 
 PLAIN = TransformerConfig(vocab_size=16, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24)

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from warp_jax.training import drawing
-from warp_jax.training.drawing import SamplingConfig
+from warp_jax.generation import drawing
+from warp_jax.generation.drawing import SamplingConfig
 from warp_jax.types import Array, PromptBatch
 
 MIN_REFILLS = 4  # refill when 1 / MIN_REFILLS of the slots is free: a prefill of few prompts is inefficient

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from warp_jax import trees
+from warp_jax.generation import slots
+from warp_jax.generation.drawing import SamplingConfig
 from warp_jax.models import partitioning
 from warp_jax.parallel import meshes
-from warp_jax.training import slots
-from warp_jax.training.drawing import SamplingConfig
 from warp_jax.types import ApplyFn, Array, Params, PromptBatch, Rollout, States
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from tests.training.test_sampling import VARIANTS, make
-from warp_jax.training import sampling, scoring, slots
-from warp_jax.training.drawing import SamplingConfig
+from tests.generation.test_sampling import VARIANTS, make
+from warp_jax.generation import sampling, slots
+from warp_jax.generation.drawing import SamplingConfig
+from warp_jax.training import scoring
 from warp_jax.types import PromptBatch
 
 STOP, GO_ON = 1, 2

@@ -1,0 +1,1 @@
+"""Sampling completions: drawing of tokens, prefill and decoding, continuous batching."""
