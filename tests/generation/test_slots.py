@@ -72,6 +72,9 @@ class _Countdown(NamedTuple):
     def insert(self, rows, other, columns):
         return self._replace(left=self.left.at[rows].set(other.left, mode="drop"))
 
+    def widen(self, capacity):
+        return self
+
     def at(self, column):
         return self
 

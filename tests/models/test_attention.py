@@ -19,7 +19,7 @@ def _inputs(groups):
     generator = np.random.default_rng(3)
     shapes = [(BATCH, LENGTH, heads, SIZE) for heads in (HEADS, groups, groups)]
     query, key, value = (jnp.asarray(generator.normal(size=shape), jnp.float32) for shape in shapes)
-    return query * SIZE**-0.5 * 3, key, value
+    return query * SIZE**-0.5 * 3, key.swapaxes(1, 2), jnp.transpose(value, (0, 2, 3, 1))
 
 
 def _plain(query, key, value, window, softcap):
@@ -104,5 +104,5 @@ class _TpuMesh:
 def test_shapes_that_the_kernel_supports(shape, tensor, dtype, fits):
     """Fails when the kernel gets a shape that it does not support, or float32, which it would round."""
     groups, size, queries = shape
-    query, key = jnp.zeros((BATCH, queries, HEADS, size), dtype), jnp.zeros((BATCH, LENGTH, groups, size))
+    query, key = jnp.zeros((BATCH, queries, HEADS, size), dtype), jnp.zeros((BATCH, groups, LENGTH, size))
     assert attention.splash_fits(query, key, _TpuMesh(tensor)) is fits

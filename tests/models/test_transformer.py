@@ -173,9 +173,9 @@ def test_attention_scale(scaling, want):
 
 def attend_one(keys, *, softcap=0.0):
     """One query of 1, values 8, 4 and an invisible 100."""
-    key = jnp.asarray([*keys, 9.0], jnp.float32).reshape(1, 3, 1, 1)
+    key = jnp.asarray([*keys, 9.0], jnp.float32).reshape(1, 1, 3, 1)
     positions = attention.Positions(jnp.array([[1]]), jnp.array([[0, 1, 0]]), jnp.array([[True, True, False]]))
-    value = jnp.array([8.0, 4.0, 100.0]).reshape(1, 3, 1, 1)
+    value = jnp.array([8.0, 4.0, 100.0]).reshape(1, 1, 1, 3)
     query = jnp.ones((1, 1, 1, 1))
     mixed = attention.attend(query, key, value, positions, local=None, window=0, softcap=softcap, mesh=None)
     return mixed.item()

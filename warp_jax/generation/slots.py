@@ -3,6 +3,7 @@
 A slot is a ring buffer of T = P + C columns, for P tokens of the prompt and C of the completion, and in each step all
 slots write the same column. When a sequence has ended, its slot takes the next prompt, whose P tokens are written just
 before the current column. When no prompt is left, the active rows are compacted into half as many slots, at most twice.
+If all sequences have a slot from the start, long ones begin in a cache of the prompt and half of the completion.
 A sequence gets the same completion in any slot, up to rounding: its random numbers depend on its key and the position.
 
 Axis letters: Q sequences (the queue), N slots, R slots that are filled together; B rows, S tokens, V vocabulary.
@@ -97,12 +98,12 @@ def decode(
     Returns the columns of all sequences [Q, T, ...], and the length of each completion: int32 [Q].
     """
     decoder = _Decoder(model, prompts, keys, config, plan)
+    floors = *plan.sizes[1:], 0
     if len(plan.sizes) == 1 and not plan.refills:
-        first = decoder.fill_all()
-        slots = jax.lax.while_loop(lambda slots: ~slots.done.all(), decoder.advance, first)
+        slots = jax.lax.while_loop(lambda slots: ~slots.done.all(), decoder.advance, decoder.fill_all(decoder.width))
         return slots.ring, slots.drawn
-    queue = decoder.empty() if plan.refills else decoder.queue_from(decoder.fill_all())
-    for size, floor in zip(plan.sizes, (*plan.sizes[1:], 0), strict=True):
+    queue = decoder.empty() if plan.refills else decoder.queue_from(decoder.begin(floors[0]))
+    for size, floor in zip(plan.sizes, floors, strict=True):
         is_first = size == plan.sizes[0]  # later, no prompt is left
         if not is_first:
             queue = queue._replace(slots=_move_together(queue.slots, size))
@@ -125,10 +126,23 @@ class _Decoder(NamedTuple):
         """T, the columns of a ring."""
         return self.prompts.prompt_ids.shape[1] + self.config.max_new_tokens
 
-    def fill_all(self) -> _Slots:
-        """Slots that hold all sequences, each with its first token."""
+    def begin(self, floor: int) -> _Slots:
+        """Fill the slots, and decode half of the tokens in a cache without room for the others, as attention reads all.
+
+        It ends early if no more than `floor` slots decode.
+        """
+        columns = self.width - self.config.max_new_tokens // 2
+        slots = jax.lax.while_loop(
+            lambda slots: (jnp.sum(~slots.done) > floor) & (slots.column < columns),
+            self.advance,
+            self.fill_all(columns),
+        )
+        return slots._replace(cache=slots.cache.widen(self.width))
+
+    def fill_all(self, columns: int) -> _Slots:
+        """Slots that hold all sequences, each with its first token, and a cache of so many columns."""
         count, before = self.plan.sequences, self.prompts.prompt_ids.shape[1]
-        logits, cache, kept = self._prefill(self.prompts, self.width)
+        logits, cache, kept = self._prefill(self.prompts, columns)
         kept = jax.tree.map(lambda x: _widen(x, self.config.max_new_tokens), kept)
         column, sequence = jnp.int32(before), jnp.arange(count, dtype=jnp.int32)
         new = _new_slots(cache, column, sequence, self.keys, self._blank(count)._replace(kept=kept))

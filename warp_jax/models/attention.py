@@ -72,16 +72,14 @@ def visible(positions: Positions, local: Array | None, window: int) -> Array:
 
 def plain(query: Array, key: Array, value: Array, mask: Array, softcap: float) -> Array:
     """Attention of queries that are scaled already, with all scores in memory; mask: bool [B, S, T]."""
-    batch, length, heads, size = query.shape
-    groups = key.shape[2]
-    query = query.reshape(batch, length, groups, heads // groups, size)
+    grouped = query.reshape(*query.shape[:2], key.shape[1], -1, query.shape[3])
     exact = precision(query.dtype)
-    scores = jnp.einsum("bsgqk,btgk->bgqst", query, key, precision=exact, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bsgqk,bgtk->bgqst", grouped, key, precision=exact, preferred_element_type=jnp.float32)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bgqst,btgk->bsgqk", weights, value, precision=exact).reshape(batch, length, heads, size)
+    return jnp.einsum("bgqst,bgkt->bsgqk", weights, value, precision=exact).reshape(query.shape)
 
 
 def splash_fits(query: Array, key: Array, mesh: Mesh | None) -> bool:
@@ -91,10 +89,10 @@ def splash_fits(query: Array, key: Array, mesh: Mesh | None) -> bool:
     """
     if mesh is None or mesh.devices.flat[0].platform != "tpu" or query.dtype != jnp.bfloat16:
         return False
-    groups, tensor = key.shape[2], mesh.shape["tensor"]
+    groups, tensor = key.shape[1], mesh.shape["tensor"]
     whole_heads = query.shape[2] % tensor == 0 and (groups % tensor == 0 or groups == 1)
     whole_rows = query.shape[0] % meshes.batch_devices(mesh) == 0
-    return query.shape[1] == key.shape[1] > 1 and query.shape[3] % LANES == 0 and whole_heads and whole_rows
+    return query.shape[1] == key.shape[2] > 1 and query.shape[3] % LANES == 0 and whole_heads and whole_rows
 
 
 def splash(
@@ -115,20 +113,19 @@ def splash(
     """
     length = query.shape[1]
     padding = -length % LANES
-    query, key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
+    heads_first = [x.swapaxes(*axes) for x, axes in ((query, (1, 2)), (key, (2, 2)), (value, (2, 3)))]
+    query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in heads_first)
     segments = jnp.pad(valid, ((0, 0), (0, padding))).astype(jnp.int32)
-    key_axis = "tensor" if key.shape[2] % mesh.shape["tensor"] == 0 else None
-    query_spec, key_spec = (PartitionSpec(meshes.BATCH, None, axis, None) for axis in ("tensor", key_axis))
+    key_axis = "tensor" if key.shape[1] % mesh.shape["tensor"] == 0 else None
+    query_spec, key_spec = (PartitionSpec(meshes.BATCH, axis, None, None) for axis in ("tensor", key_axis))
     in_specs = (query_spec, key_spec, key_spec, PartitionSpec(meshes.BATCH, None))
 
     def on_chip(query: Array, key: Array, value: Array, segments: Array) -> Array:
-        attention = _kernel(query.shape[2], length + padding, window, softcap, interpret)
-        heads_first = (x.swapaxes(1, 2) for x in (query, key, value))
-        mixed = jax.vmap(attention)(*heads_first, splash_attention.SegmentIds(segments, segments))
-        return mixed.swapaxes(1, 2)
+        attention = _kernel(query.shape[1], length + padding, window, softcap, interpret)
+        return jax.vmap(attention)(query, key, value, splash_attention.SegmentIds(segments, segments))
 
     on_all_chips = jax.shard_map(on_chip, mesh=mesh, in_specs=in_specs, out_specs=query_spec, check_vma=False)
-    return on_all_chips(query, key, value, segments)[:, :length]
+    return on_all_chips(query, key, value, segments).swapaxes(1, 2)[:, :length]
 
 
 def _kernel(heads: int, length: int, window: int, softcap: float, interpret: bool) -> Any:

@@ -95,14 +95,14 @@ class TransformerConfig:
 ROWS = PartitionSpec(meshes.BATCH, None, None)
 HEADS = PartitionSpec(meshes.BATCH, None, "tensor", None)
 LOGITS = PartitionSpec(meshes.BATCH, None, "tensor")
-CACHE = PartitionSpec(None, meshes.BATCH, None, "tensor", None)
+CACHE = PartitionSpec(None, meshes.BATCH, "tensor", None, None)
 
 
 class Cache(NamedTuple):
     """Keys and values of the tokens so far; T is the capacity."""
 
-    keys: Array  # [L, B, T, G, K]
-    values: Array  # [L, B, T, G, K]
+    keys: Array  # [L, B, G, T, K]
+    values: Array  # [L, B, G, K, T]
     positions: Array  # int32 [B, T]
     valid: Array  # bool [B, T], True = real token
     length: Array  # int32 [], column of the next token in every row (prompts are left-padded)
@@ -117,6 +117,14 @@ class Cache(NamedTuple):
         """Some rows, in this order: int32 [R]."""
         return Cache(self.keys[:, rows], self.values[:, rows], self.positions[rows], self.valid[rows], self.length)
 
+    def widen(self, capacity: int) -> "Cache":
+        """Room for more tokens: `capacity` columns, of which the new ones are empty."""
+        keys, values, positions, valid = (
+            jnp.pad(x, [(0, capacity - x.shape[axis] if axis == columns else 0) for axis in range(x.ndim)])
+            for x, columns in ((self.keys, 3), (self.values, 4), (self.positions, 1), (self.valid, 1))
+        )
+        return Cache(keys, values, positions, valid, self.length)
+
     def insert(self, rows: Array, other: "Cache", columns: Array) -> "Cache":
         """Put the R rows of `other`, P columns long, into rows [R] and columns [P]; empty the other columns of these.
 
@@ -125,13 +133,13 @@ class Cache(NamedTuple):
         at = rows[:, None], columns[None]
 
         def put(old: Array, new: Array) -> Array:
-            return old.at[:, *at].set(new, mode="drop")
+            return old.at[at].set(new, mode="drop")
 
         return Cache(
-            keys=put(self.keys, other.keys),
-            values=put(self.values, other.values),
-            positions=self.positions.at[at].set(other.positions, mode="drop"),
-            valid=self.valid.at[rows].set(False, mode="drop").at[at].set(other.valid, mode="drop"),
+            keys=self.keys.at[:, at[0], :, at[1]].set(jnp.transpose(other.keys, (1, 3, 0, 2, 4)), mode="drop"),
+            values=self.values.at[:, at[0], :, :, at[1]].set(jnp.transpose(other.values, (1, 4, 0, 2, 3)), mode="drop"),
+            positions=put(self.positions, other.positions),
+            valid=put(self.valid.at[rows].set(False, mode="drop"), other.valid),
             length=self.length,
         )
 
@@ -142,8 +150,9 @@ class Cache(NamedTuple):
 
 def init_cache(config: TransformerConfig, batch: int, capacity: int, mesh: Mesh | None = None) -> Cache:
     """An empty cache for `capacity` tokens per row; with a mesh, rows and heads are sharded."""
-    shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
-    keys, values = (meshes.constrain(jnp.zeros(shape, config.dtype), mesh, CACHE) for _ in range(2))
+    heads = config.num_layers, batch, config.num_kv_heads
+    shapes = (*heads, capacity, config.head_dim), (*heads, config.head_dim, capacity)
+    keys, values = (meshes.constrain(jnp.zeros(shape, config.dtype), mesh, CACHE) for shape in shapes)
     positions, valid = (jnp.zeros((batch, capacity), dtype) for dtype in (jnp.int32, bool))
     return Cache(keys, values, positions, valid, length=jnp.zeros((), jnp.int32))
 
@@ -217,7 +226,8 @@ class Attention(nn.Module):
             query, key = RMSNorm(cfg, name="q_norm")(query), RMSNorm(cfg, name="k_norm")(key)
         frequencies, scale = _rotary(cfg, local)
         query = rope.rotate(query, positions.query, frequencies, scale)
-        key = rope.rotate(key, positions.query, frequencies, scale)
+        key = rope.rotate(key, positions.query, frequencies, scale).swapaxes(1, 2)
+        value = jnp.transpose(value, (0, 2, 3, 1))
         if cache is not None:
             cache = _write(cache, layer, key, value)
             key = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
@@ -392,10 +402,12 @@ def _count_tokens(mask: Array, cache: Cache | None) -> tuple[attention.Positions
 
 def _write(cache: Cache, layer: Array, key: Array, value: Array) -> Cache:
     """Store the newest keys and values of one layer. `length` includes them already (see `_count_tokens`)."""
-    start = (layer, 0, cache.length - key.shape[1], 0, 0)
+    column = cache.length - key.shape[2]
     return cache._replace(
-        keys=jax.lax.dynamic_update_slice(cache.keys, key[None].astype(cache.keys.dtype), start),
-        values=jax.lax.dynamic_update_slice(cache.values, value[None].astype(cache.values.dtype), start),
+        keys=jax.lax.dynamic_update_slice(cache.keys, key[None].astype(cache.keys.dtype), (layer, 0, 0, column, 0)),
+        values=jax.lax.dynamic_update_slice(
+            cache.values, value[None].astype(cache.values.dtype), (layer, 0, 0, 0, column)
+        ),
     )
 
 
