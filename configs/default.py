@@ -93,8 +93,12 @@ def get_config() -> ConfigDict:
     config.sft.num_steps = 4000  # optimiser steps; 0 = theta_sft is the pretrained model as it is
     config.sft.batch_size = 64  # sequences per step
     config.sft.sequence_tokens = 64  # tokens per sequence
-    config.sft.learning_rate = 2e-3  # Adam, constant after the warm-up
+    config.sft.learning_rate = 2e-3  # Adam, after the warm-up
     config.sft.warmup_steps = 100  # steps of linear warm-up
+    config.sft.learning_rate_schedule = "constant"  # after the warm-up, as in config.rl
+    config.sft.learning_rate_steps = 0
+    config.sft.learning_rate_end = 0.0
+    config.sft.weight_decay = 0.0
     config.sft.clip_norm = 1.0  # largest norm of the gradient; 0 = no clipping
 
     # the learned reward r(x, y): the SFT model with a scalar head, trained on the labels of the reward split [ours]
@@ -105,8 +109,12 @@ def get_config() -> ConfigDict:
     config.reward_model.num_steps = 1500  # optimiser steps
     config.reward_model.batch_size = 64  # sequences per step, half of them with label 1
     config.reward_model.sequence_tokens = 32  # tokens per sequence; best equal to prompt + completion, which it scores
-    config.reward_model.learning_rate = 3e-4  # Adam, constant after the warm-up
+    config.reward_model.learning_rate = 3e-4  # Adam, after the warm-up
     config.reward_model.warmup_steps = 50  # steps of linear warm-up
+    config.reward_model.learning_rate_schedule = "constant"  # after the warm-up, as in config.rl
+    config.reward_model.learning_rate_steps = 0
+    config.reward_model.learning_rate_end = 0.0
+    config.reward_model.weight_decay = 0.0
     config.reward_model.clip_norm = 1.0  # largest norm of the gradient; 0 = no clipping
 
     # The reward r(x, y) is the sum of weight * part. The names are free; a config file adds a part inside
@@ -142,16 +150,45 @@ def get_config() -> ConfigDict:
     config.rl.batch_size = 128  # completions per step [P s4 Setup]
     config.rl.samples_per_prompt = 4  # completions of the same prompt in a batch [ours]
     config.rl.num_microbatches = 1  # pieces of the batch whose gradients are accumulated: more = less memory
-    # baseline that is subtracted from the reward: none, batch_mean, or leave_one_out (mean of the other completions of
-    # the prompt) [ours; the paper states none]
+    # baseline that is subtracted from the reward: none, batch_mean, leave_one_out (mean of the other completions of the
+    # prompt), or group_norm (mean of its completions, then divided by their standard deviation: GRPO, arXiv 2402.03300)
+    # [ours; the paper states none]
     config.rl.advantage = "leave_one_out"
     config.rl.whiten = False  # divide advantages by their standard deviation over the batch [ours]
     config.rl.kl_coef = 0.1  # beta: penalty on the KL to the EMA anchor, reward units per nat [P s4 Setup]
+    # where the KL is: "reward" = the KL of a completion is taken from its reward [P line 7]; "token_reward" = for each
+    # token, only the KL of it and of those after it: the same mean gradient, less variance; "loss" = a term of the loss
+    config.rl.kl_in = "reward"
+    # estimate of the KL from the log-ratio d of policy and anchor at each token: k1 = d [P line 7], k2 = d^2 / 2,
+    # k3 = exp(-d) - 1 + d. docs/methods.md says which gradient each has; k1 in the loss has none
+    config.rl.kl_estimator = "k1"
+    # kl_coef during a run: "constant", "linear" or "cosine" (to kl_coef_end in kl_steps steps, then constant), or
+    # "adaptive" (a step multiplies it by 1 + kl_gain * e, e = KL to the anchor / kl_target - 1 within [-0.2, 0.2])
+    config.rl.kl_schedule = "constant"
+    config.rl.kl_steps = 0  # steps
+    config.rl.kl_coef_end = 0.0  # reward units per nat
+    config.rl.kl_target = 0.0  # nats per completion
+    config.rl.kl_gain = 0.1
+    # optimiser steps on the completions of a step. With more than 1, the loss is the clipped surrogate: clip_ratio
+    # "token" = PPO (arXiv 1707.06347), "sequence" = GSPO (arXiv 2507.18071)
+    config.rl.updates_per_rollout = 1
+    config.rl.clip_ratio = "token"
+    config.rl.clip_low = 0.2  # probability ratios are clipped to [1 - clip_low, 1 + clip_high]
+    config.rl.clip_high = 0.2
+    # completions that max_new_tokens cut off: True = they have no gradient; their reward is less by the penalty
+    config.rl.mask_truncated = False
+    config.rl.truncation_penalty = 0.0  # reward units
     # weigh each completion by its probability ratio policy / sampler, at most this (1 or more); 0 = off. The two differ
     # by rounding (bfloat16) [ours]
     config.rl.importance_cap = 0.0
-    config.rl.learning_rate = 1e-4  # Adam, constant after the warm-up [ours; the paper's 7B model: 1e-6]
+    config.rl.learning_rate = 1e-4  # Adam, after the warm-up [ours; the paper's 7B model: 1e-6]
     config.rl.warmup_steps = 100  # steps of linear warm-up [P s4 Setup]
+    # after the warm-up: "constant", or "linear" or "cosine" to learning_rate_end times learning_rate in
+    # learning_rate_steps steps, then constant
+    config.rl.learning_rate_schedule = "constant"
+    config.rl.learning_rate_steps = 0  # steps
+    config.rl.learning_rate_end = 0.0  # share (0 to 1) of learning_rate
+    config.rl.weight_decay = 0.0  # share of a weight that decays in a step of rate 1 (AdamW); norms and biases do not
     config.rl.clip_norm = 1.0  # largest norm of the gradient; 0 = no clipping [ours]
 
     config.warp = ConfigDict()  # the three averages of WARP [P Algorithm 1]
@@ -161,6 +198,13 @@ def get_config() -> ConfigDict:
     config.warp.steps_per_iteration = (1000, 1000)
     # mu: weight of the policy in the EMA anchor, per step; 0 = the anchor stays at the start of the run [P s4 Setup]
     config.warp.ema_rate = 0.01
+    # "ema", or "bema" = an average without its lag (arXiv 2508.00180), with rates from warp.bema instead of ema_rate
+    config.warp.anchor = "ema"
+    config.warp.anchor_every = 1  # steps between two moves of the anchor; with ema_rate 1, it is reset to the policy
+    config.warp.bema = ConfigDict()  # after t steps: the average moves by (lag + t) ** -ema_power towards the policy,
+    config.warp.bema.ema_power = 0.5
+    config.warp.bema.bias_power = 0.2  # the anchor is the average + (lag + t) ** -bias_power * (policy - start)
+    config.warp.bema.lag = 10.0  # steps
     # how the M policies are merged: a name in warp_jax.merging.METHODS. "slerp" [P s3.2] and "lerp" (linear, the
     # baseline in [P App. B]) weigh the policies by lambda = 1/M
     config.warp.merge = "slerp"

@@ -80,9 +80,9 @@ RewardFn = Callable[[Rollout], Rewards]
 
 
 class TrainState(NamedTuple):
-    """State of one RL run. anchor_params: float32 EMA of params, the same tree."""
+    """State of one RL run."""
 
     step: Array
     params: Params
-    anchor_params: Params
-    opt_state: Any
+    anchor_params: Any  # state of the anchor (`training.anchors`); for an EMA its weights, float32, the same tree
+    opt_state: Any  # of the optimizer; with rl.kl_schedule "adaptive": (that, kl_coef of the next step, float32 [])

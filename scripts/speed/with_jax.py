@@ -27,7 +27,8 @@ from warp_jax.types import ApplyFn, Params, PromptBatch, Rewards, Rollout
 
 try:
     from warp_jax.generation import sampling
-except ImportError:  # a checkout from before that folder
+    from warp_jax.training import anchors
+except ImportError:  # a checkout from before these modules
     from warp_jax.training import sampling
 
 MESH = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
@@ -120,14 +121,15 @@ def make_update(work: Work, model: Model) -> tuple[Any, Callable[[Any, Rollout],
     """The first state of training, and one step on a rollout: (state, rollout) -> (state, facts)."""
     if work.is_plain:  # XLA computes the average at rate 0 too
         merging.ema_update = lambda anchor, params, rate: anchor
-    programs = reinforce.make_programs(
-        MESH,
-        model.trained,
-        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(LEARNING_RATE)),
-        score_fn=functools.partial(scoring.per_token_logps, model.apply_fn, temperature=1.0),
-        rl=RL.model_copy(update={"samples_per_prompt": work.samples}),
-        ema_rate=EMA_RATE,
-    )
+    parts: dict[str, Any] = {
+        "score_fn": functools.partial(scoring.per_token_logps, model.apply_fn, temperature=1.0),
+        "optimizer": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(LEARNING_RATE)),
+        "rl": RL.model_copy(update={"samples_per_prompt": work.samples}),
+    }
+    if hasattr(reinforce, "Rule"):
+        programs = reinforce.make_programs(MESH, model.trained, reinforce.Rule(**parts, anchor=anchors.ema(EMA_RATE)))
+    else:  # a checkout from before the other anchors
+        programs = reinforce.make_programs(MESH, model.trained, ema_rate=EMA_RATE, **parts)
     frozen, rewards = model.frozen, jnp.arange(work.batch, dtype=jnp.float32)
 
     def update(state: Any, rollout: Rollout) -> tuple[Any, Facts]:

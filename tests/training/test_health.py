@@ -18,7 +18,7 @@ from warp_jax.data import batches
 from warp_jax.diagnosis import replay
 from warp_jax.parallel import meshes, stopping
 from warp_jax.storage import checkpoint
-from warp_jax.training import loop, metric_writer, reinforce, supervised
+from warp_jax.training import anchors, loop, metric_writer, reinforce, supervised
 from warp_jax.types import GuardError, RewardError, Rewards, Rollout
 
 VOCABULARY, LENGTH, BATCH, STEPS = 5, 3, 8, 7
@@ -64,9 +64,8 @@ def _table(params):
 
 
 def _trainer():
-    programs = reinforce.make_programs(
-        MESH, START, optimizer=optax.adam(0.05), score_fn=_score, rl=SETTINGS.rl, ema_rate=0.1, stop_ids=(3,)
-    )
+    rule = reinforce.Rule(_score, optax.adam(0.05), SETTINGS.rl, anchors.ema(0.1), stop_ids=(3,))
+    programs = reinforce.make_programs(MESH, START, rule)
     return reinforce.Trainer(programs, _sample, _reward, PROMPTS, {}, MESH, SETTINGS.rl, seed=1)
 
 

@@ -99,7 +99,7 @@ def expected_gradient_of_a_sampler(params, anchor, sampler, *, kind, size, cap):
         ratio = objective.log_ratio(policy_logps, token_logps(anchor, rows), mask)
         shaped = objective.shaped_rewards(jnp.asarray(REWARDS)[rows], ratio, KL_COEF)
         weights = objective.advantages(shaped, kind, size, whiten=False)
-        weights *= objective.importance_weights(policy_logps, token_logps(sampler, rows), mask, cap)
+        weights *= objective.importance_weights(policy_logps, token_logps(sampler, rows), mask, cap)[:, None]
         return objective.reinforce_loss(policy_logps, mask, weights)
 
     return jax.grad(lambda p: probabilities @ jax.vmap(lambda rows: loss(p, rows))(batches))(params)
@@ -166,27 +166,29 @@ def test_shaped_rewards_by_hand():
         ("batch_mean", 1, [-1.0, 0.0, 4.0, -3.0]),
         ("leave_one_out", 2, [-1.0, 1.0, 7.0, -7.0]),
         ("leave_one_out", 4, [-4 / 3, 0.0, 16 / 3, -4.0]),
+        ("group_norm", 2, [-0.5 / 0.5001, 0.5 / 0.5001, 3.5 / 3.5001, -3.5 / 3.5001]),
+        ("group_norm", 4, np.array([-1.0, 0.0, 4.0, -3.0]) / (26**0.5 / 2 + 1e-4)),
     ],
 )
 def test_advantages_by_hand(kind, group_size, want):
     """Fails if a sample stays in its own leave-one-out mean, or if groups take every group_size-th row."""
     shaped = jnp.array([1.0, 2.0, 6.0, -1.0])
-    assert_allclose(objective.advantages(shaped, kind, group_size, whiten=False), want, rtol=1e-6, atol=1e-6)
+    assert_allclose(objective.advantages(shaped, kind, group_size, whiten=False)[:, 0], want, rtol=1e-6, atol=1e-6)
 
 
 def test_whiten_divides_by_the_standard_deviation():
     """Fails if whitening divides by the variance, or centres a second time."""
     std = (14 / 3) ** 0.5
-    centred = objective.advantages(jnp.array([1.0, 2.0, 6.0]), "batch_mean", 1, whiten=True)
+    centred = objective.advantages(jnp.array([1.0, 2.0, 6.0]), "batch_mean", 1, whiten=True)[:, 0]
     assert_allclose(centred, np.array([-2.0, -1.0, 3.0]) / std, rtol=1e-4)
-    kept = objective.advantages(jnp.array([1.0, 2.0, 6.0]), "none", 1, whiten=True)
+    kept = objective.advantages(jnp.array([1.0, 2.0, 6.0]), "none", 1, whiten=True)[:, 0]
     assert_allclose(kept, np.array([1.0, 2.0, 6.0]) / std, rtol=1e-4)
 
 
 def test_whiten_of_equal_rewards_is_zero():
     """Fails if the division by a standard deviation of 0 is not guarded."""
     equal = jnp.full(128, 0.7)  # 128: their mean has a rounding error, which must not be amplified
-    assert_allclose(objective.advantages(equal, "batch_mean", 1, whiten=True), np.zeros(128), atol=2e-3)
+    assert_allclose(objective.advantages(equal, "batch_mean", 1, whiten=True)[:, 0], np.zeros(128), atol=2e-3)
 
 
 def test_unknown_advantage_is_refused():
@@ -199,14 +201,14 @@ def test_reinforce_loss_by_hand():
     """Fails if the loss averages over tokens instead of summing them, or counts the masked token."""
     logps = jnp.array([[-1.0, -2.0, -4.0], [-0.5, -8.0, -16.0]])
     mask = jnp.array([[True, True, True], [True, False, False]])
-    loss = objective.reinforce_loss(logps, mask, jnp.array([2.0, -3.0]))
+    loss = objective.reinforce_loss(logps, mask, jnp.array([[2.0, -3.0]]).T)
     assert_allclose(loss, -(2.0 * -7.0 + -3.0 * -0.5) / 2, rtol=1e-6)
 
 
 def test_masked_token_gets_no_gradient():
     """Fails if the loss sums over the tokens after the stop token too."""
     mask = jnp.array([[True, True, False]])
-    grad = jax.grad(objective.reinforce_loss)(jnp.array([[-1.0, -2.0, -4.0]]), mask, jnp.array([3.0]))
+    grad = jax.grad(objective.reinforce_loss)(jnp.array([[-1.0, -2.0, -4.0]]), mask, jnp.array([[3.0]]))
     assert_allclose(grad, [[-3.0, -3.0, 0.0]])
 
 
@@ -214,7 +216,7 @@ def test_masked_token_may_be_infinite():
     """Fails if the mask multiplies: 0 times infinity is not a number."""
     logps, mask = jnp.array([[-1.0, -jnp.inf]]), jnp.array([[True, False]])
     assert_allclose(objective.log_ratio(logps, jnp.array([[-3.0, -5.0]]), mask), [2.0])
-    assert_allclose(objective.reinforce_loss(logps, mask, jnp.array([0.5])), 0.5)
+    assert_allclose(objective.reinforce_loss(logps, mask, jnp.array([[0.5]]).T), 0.5)
 
 
 def test_no_gradient_through_the_shaped_reward():
@@ -233,8 +235,8 @@ def test_no_gradient_through_the_importance_weights():
 def test_no_gradient_through_the_advantage():
     """Fails without stop_gradient in reinforce_loss."""
     logps, mask = jnp.array([[-1.0], [-2.0]]), jnp.ones((2, 1), bool)
-    grad = jax.grad(objective.reinforce_loss, argnums=2)(logps, mask, jnp.array([0.5, -0.2]))
-    assert_allclose(grad, [0.0, 0.0])
+    grad = jax.grad(objective.reinforce_loss, argnums=2)(logps, mask, jnp.array([[0.5], [-0.2]]))
+    assert_allclose(grad, [[0.0], [0.0]])
 
 
 @pytest.mark.parametrize(("advantage", "sign"), [(0.8, 1), (-0.8, -1)])
@@ -244,7 +246,7 @@ def test_a_step_raises_what_was_rewarded_and_lowers_what_was_punished(advantage,
 
     @jax.jit
     def loss(params):
-        return objective.reinforce_loss(token_logps(params, row), jnp.asarray(MASK)[row], jnp.array([advantage]))
+        return objective.reinforce_loss(token_logps(params, row), jnp.asarray(MASK)[row], jnp.array([[advantage]]).T)
 
     stepped = jax.tree.map(lambda x, g: x - 0.1 * g, params, jax.grad(loss)(params))
     change = completion_logps(stepped)[4] - completion_logps(params)[4]

@@ -54,3 +54,30 @@ def test_the_global_norm_is_clipped():
     found = _run(large, warmup_steps=0, clip_norm=1.0)
     np.testing.assert_allclose(found, _adam(clipped, [0.02] * 4), rtol=1e-5)
     assert np.abs(found - _run(large, warmup_steps=0, clip_norm=0.0)).max() > 1e-3
+
+
+@pytest.mark.parametrize(("kind", "end"), [("linear", 0.1), ("cosine", 0.1), ("linear", 0.0)])
+def test_the_rate_decays_after_the_warmup(kind, end):
+    """Fails when the decay starts before the end of the warm-up or a step late, ends elsewhere, or goes on after it."""
+    gradients = [*GRADIENTS, [0.1, -0.3], [0.2, 0.5]]
+    passed = np.clip((np.arange(6) - 1) / 3, 0, 1)  # of the decay's three steps; the warm-up ends with step 1
+    share = 1 - passed if kind == "linear" else (1 + np.cos(np.pi * passed)) / 2
+    rates = 0.02 * np.array([0.5, *(end + (1 - end) * share[1:])])
+    decay = {"learning_rate_schedule": kind, "learning_rate_steps": 3, "learning_rate_end": end}
+    found = _run(gradients, warmup_steps=2, clip_norm=0.0, **decay)
+    np.testing.assert_allclose(found, _adam(gradients, rates), rtol=1e-5, atol=1e-9)
+
+
+def test_matrices_decay_and_norms_do_not():
+    """Fails when the decay is left out, is part of the gradient, or reaches the scale of a norm or a bias."""
+    params = {"mlp": {"kernel": jnp.full(2, 3.0), "bias": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
+    moves = []
+    for decay in (0.0, 0.1):
+        optimizer = optimizers.make_optimizer(TINY.rl.model_copy(update={"weight_decay": decay}), TINY.adam)
+        gradients = jax.tree.map(jnp.ones_like, params)
+        moves.append(optimizer.update(gradients, optimizer.init(params), params)[0])
+    change = jax.tree.map(lambda new, old: new - old, moves[1], moves[0])
+    rate = 0.02 / TINY.rl.warmup_steps
+    np.testing.assert_allclose(change["mlp"]["kernel"], -rate * 0.1 * 3.0, rtol=1e-4)
+    assert not np.any(change["mlp"]["bias"])
+    assert not np.any(change["norm"]["scale"])

@@ -22,7 +22,7 @@ from warp_jax.models.transformer import TransformerConfig, init_cache
 from warp_jax.parallel import hosts, meshes
 from warp_jax.rewards import reward_functions
 from warp_jax.storage import checkpoint
-from warp_jax.training import loop, metric_writer, optimizers, reinforce, scoring
+from warp_jax.training import anchors, loop, metric_writer, optimizers, reinforce, scoring
 from warp_jax.types import RewardError, Rollout
 
 CONFIG = TransformerConfig(
@@ -70,14 +70,12 @@ def _score_fn(apply_fn):
 @functools.lru_cache
 def _programs(mesh, ema_rate=0.01, **rl):
     """Compiled once for each mesh and setting."""
-    return reinforce.make_programs(
-        mesh,
-        _params(mesh),
-        optimizer=optimizers.make_optimizer(SETTINGS.rl, SETTINGS.adam),
-        score_fn=_score_fn(_apply_fn(mesh)),
-        rl=SETTINGS.rl.model_copy(update=rl),
-        ema_rate=ema_rate,
-    )
+    return reinforce.make_programs(mesh, _params(mesh), _rule(_score_fn(_apply_fn(mesh)), anchors.ema(ema_rate), **rl))
+
+
+def _rule(score_fn, anchor, **rl):
+    optimizer = optimizers.make_optimizer(SETTINGS.rl, SETTINGS.adam)
+    return reinforce.Rule(score_fn, optimizer, SETTINGS.rl.model_copy(update=rl), anchor, SAMPLING.stop_ids)
 
 
 def _prompt_batch():
@@ -229,11 +227,10 @@ def test_the_policy_is_scored_once(advantage, whiten, forwards):
         calls.append(rollout.completion_ids.shape)
         return _score_fn(_apply_fn())(params, rollout)
 
-    rl = SETTINGS.rl.model_copy(update={"num_microbatches": 2, "advantage": advantage, "whiten": whiten})
-    optimizer = optimizers.make_optimizer(SETTINGS.rl, SETTINGS.adam)
-    update = functools.partial(reinforce.policy_update, score_fn=score_fn, optimizer=optimizer, rl=rl, ema_rate=0.01)
+    rule = _rule(score_fn, anchors.ema(0.01), num_microbatches=2, advantage=advantage, whiten=whiten)
     params, *_, rollout = _one_update()
-    jax.make_jaxpr(update)(reinforce.init_state(optimizer, params), {}, rollout, jnp.ones(BATCH))
+    update = functools.partial(reinforce.policy_update, rule)
+    jax.make_jaxpr(update)(reinforce.init_state(rule, params), {}, rollout, jnp.ones(BATCH))
     assert len(calls) == forwards
     assert {rows for rows, _ in calls} == {BATCH // 2}
 
@@ -420,12 +417,7 @@ def _partly_frozen(pattern):
     trained, frozen = freezing.split(params, pattern)
     apply_fn = apply.make_apply_fn(config)
     programs = reinforce.make_programs(
-        ONE_DEVICE,
-        trained,
-        optimizer=optax.sgd(0.1),
-        score_fn=_score_fn(apply_fn),
-        rl=SETTINGS.rl,
-        ema_rate=0.01,
+        ONE_DEVICE, trained, _rule(_score_fn(apply_fn), anchors.ema(0.01))._replace(optimizer=optax.sgd(0.1))
     )
     batch = batches.take(_prompt_batch(), np.repeat(np.arange(BATCH // 2), 2))
     batch = meshes.put_batch(ONE_DEVICE, batch)
@@ -466,9 +458,8 @@ def test_an_update_rounds_every_bfloat16_value():
     """
     config = dataclasses.replace(CONFIG, num_layers=4, width=64, dtype="bfloat16", remat="dots")
     params = jax.tree.map(lambda x: x * 2, apply.init_params(config, jax.random.key(0)))
-    score_fn, optimizer = _score_fn(apply.make_apply_fn(config)), optimizers.make_optimizer(SETTINGS.rl, SETTINGS.adam)
-    options = {"optimizer": optimizer, "score_fn": score_fn, "rl": SETTINGS.rl, "ema_rate": 0.01}
-    programs = reinforce.make_programs(ONE_DEVICE, params, **options)
+    score_fn = _score_fn(apply.make_apply_fn(config))
+    programs = reinforce.make_programs(ONE_DEVICE, params, _rule(score_fn, anchors.ema(0.01)))
     rng = np.random.default_rng(0)
     ids, mask = rng.integers(3, 16, (2, BATCH, 5), np.int32), np.ones((BATCH, 5), bool)
     rollout = Rollout(ids[0], mask, np.arange(BATCH), ids[1], mask, np.zeros(mask.shape, np.float32))

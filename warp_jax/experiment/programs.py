@@ -14,7 +14,7 @@ from warp_jax.models.apply import make_apply_fn
 from warp_jax.models.transformer import TransformerConfig, init_cache
 from warp_jax.parallel import meshes
 from warp_jax.settings import Settings
-from warp_jax.training import loop, optimizers, reinforce, scoring
+from warp_jax.training import anchors, loop, optimizers, reinforce, scoring
 from warp_jax.types import Params, TrainState
 
 
@@ -55,13 +55,11 @@ def make_programs(
             sampling_mesh=sampling_mesh,
         )
 
-    update = reinforce.make_programs(
-        mesh,
-        trained,
-        optimizer=optimizers.make_optimizer(settings.rl, settings.adam),
+    rule = reinforce.Rule(
         score_fn=functools.partial(scoring.per_token_logps, make_apply_fn(model, mesh), **score),
+        optimizer=optimizers.make_optimizer(settings.rl, settings.adam),
         rl=settings.rl,
-        ema_rate=settings.warp.ema_rate,
+        anchor=anchors.make_anchor(settings.warp),
         stop_ids=stop_ids,
     )
     sampler = make_sampler(model)
@@ -69,7 +67,7 @@ def make_programs(
     score_kl = functools.partial(scoring.sequence_kl, make_apply_fn(measured, mesh), trunk_layers=trunk_layers, **score)
     return Programs(
         sampler=sampler,
-        train=update,
+        train=reinforce.make_programs(mesh, trained, rule),
         evaluation_sampler=sampler if measured == model else make_sampler(measured),
         kl_to_sft=measure.make_kl_to_sft(score_kl),
     )

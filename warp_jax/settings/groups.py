@@ -147,12 +147,24 @@ class Adam(Group):
 
 
 class Optimization(Group):
-    """Learning rate, warm-up and clipping of one optimisation."""
+    """Learning rate, its schedule, weight decay and clipping of one optimisation."""
 
     batch_size: Count
     learning_rate: LearningRate
     warmup_steps: CountOrZero
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"  # missing in older workdirs
+    learning_rate_steps: CountOrZero = 0  # missing in older workdirs
+    learning_rate_end: Rate = 0.0  # missing in older workdirs
+    weight_decay: NotNegative = 0.0  # missing in older workdirs
     clip_norm: NotNegative
+
+    @model_validator(mode="after")
+    def _schedule_has_a_length(self) -> "Optimization":
+        if self.learning_rate_schedule != "constant" and not self.learning_rate_steps:
+            raise ValueError(
+                f"learning_rate_steps: got 0, want at least 1 for learning_rate_schedule {self.learning_rate_schedule}"
+            )
+        return self
 
 
 class Sft(Optimization):
@@ -205,9 +217,22 @@ class Rl(Optimization):
 
     samples_per_prompt: Count
     num_microbatches: Count
-    advantage: Literal["none", "batch_mean", "leave_one_out"]
+    advantage: Literal["none", "batch_mean", "leave_one_out", "group_norm"]
     whiten: bool
     kl_coef: NotNegative
+    kl_in: Literal["reward", "token_reward", "loss"] = "reward"  # missing in older workdirs
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # missing in older workdirs
+    kl_schedule: Literal["constant", "linear", "cosine", "adaptive"] = "constant"  # missing in older workdirs
+    kl_steps: CountOrZero = 0  # missing in older workdirs
+    kl_coef_end: NotNegative = 0.0  # missing in older workdirs
+    kl_target: NotNegative = 0.0  # missing in older workdirs
+    kl_gain: NotNegative = 0.1  # missing in older workdirs
+    updates_per_rollout: Count = 1  # missing in older workdirs
+    clip_ratio: Literal["token", "sequence"] = "token"  # missing in older workdirs
+    clip_low: Rate = 0.2  # missing in older workdirs
+    clip_high: NotNegative = 0.2  # missing in older workdirs
+    mask_truncated: bool = False  # missing in older workdirs
+    truncation_penalty: NotNegative = 0.0  # missing in older workdirs
     importance_cap: NotNegative = 0.0  # missing in older workdirs
 
     @model_validator(mode="after")
@@ -216,14 +241,40 @@ class Rl(Optimization):
             raise ValueError(
                 f"batch_size: got {self.batch_size}, want a multiple of samples_per_prompt = {self.samples_per_prompt}"
             )
-        if self.advantage == "leave_one_out" and self.samples_per_prompt < 2:
-            raise ValueError("samples_per_prompt: got 1, want at least 2 for advantage leave_one_out")
+        if self.advantage in ("leave_one_out", "group_norm") and self.samples_per_prompt < 2:
+            raise ValueError(f"samples_per_prompt: got 1, want at least 2 for advantage {self.advantage}")
         if 0 < self.importance_cap < 1:
             raise ValueError(
                 f"importance_cap: got {self.importance_cap}, want 0 (off) or at least 1: a smaller cap shrinks all "
                 "gradients"
             )
+        if self.updates_per_rollout > 1 and self.importance_cap:
+            raise ValueError(
+                f"importance_cap: got {self.importance_cap}, want 0 with rl.updates_per_rollout above 1, which clips "
+                "probability ratios"
+            )
+        if self.updates_per_rollout > 1 and self.clip_ratio == "sequence" and self.kl_in == "token_reward":
+            raise ValueError('kl_in: got "token_reward", want another for rl.clip_ratio "sequence"')
         return self
+
+    @model_validator(mode="after")
+    def _kl_schedule_is_whole(self) -> "Rl":
+        kind = self.kl_schedule
+        if kind in ("linear", "cosine") and not self.kl_steps:
+            raise ValueError(f"kl_steps: got 0, want at least 1 for kl_schedule {kind}")
+        if kind == "adaptive" and not self.kl_target:
+            raise ValueError("kl_target: got 0.0, want more than 0 nats for kl_schedule adaptive")
+        if kind in ("cosine", "adaptive") and not self.kl_coef:
+            raise ValueError(f"kl_coef: got 0.0, want more than 0 for kl_schedule {kind}")
+        return self
+
+
+class Bema(Group):
+    """Powers and lag of the anchor `bema`; see `warp_jax.training.anchors.bema`."""
+
+    ema_power: NotNegative = 0.5
+    bias_power: NotNegative = 0.2
+    lag: Annotated[float, Field(ge=1)] = 10.0
 
 
 class Warp(Group):
@@ -233,6 +284,9 @@ class Warp(Group):
     num_runs: Count
     steps_per_iteration: Annotated[tuple[Count, ...], Lax]
     ema_rate: Rate
+    anchor: Literal["ema", "bema"] = "ema"  # missing in older workdirs
+    anchor_every: Count = 1  # missing in older workdirs
+    bema: Bema = Bema()  # missing in older workdirs
     merge: Literal["slerp", "slerp_symmetric", "lerp", "task_arithmetic", "model_stock", "slerp_full_weights"]
     unit: Literal["layer", "tensor", "model"]
     liti_rate: Rate

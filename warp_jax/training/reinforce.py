@@ -10,12 +10,12 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from warp_jax import merging, trees
+from warp_jax import trees
 from warp_jax.data import batches
 from warp_jax.generation import sampling
 from warp_jax.parallel import meshes
 from warp_jax.settings.groups import Rl
-from warp_jax.training import loop, microbatches, objective
+from warp_jax.training import anchors, loop, microbatches, objective, optimizers
 from warp_jax.types import Array, Params, PromptBatch, RewardError, RewardFn, Rewards, Rollout, TrainState
 
 ScoreFn = Callable[[Params, Rollout], Array]  # params of the whole model -> log-probability of each token [B, C], nats
@@ -41,7 +41,7 @@ class Weighed(NamedTuple):
     anchor_logps: Array  # [B, C], nats
     log_ratio: Array  # [B], nats
     shaped_rewards: Array  # [B], reward units
-    advantages: Array  # [B], reward units
+    advantages: Array  # [B, 1], reward units; [B, C] with rl.kl_in "token_reward"
 
 
 class Trace(NamedTuple):
@@ -57,46 +57,33 @@ class Trace(NamedTuple):
     new_policy: Params
 
 
-def make_programs(
-    mesh: Mesh,
-    params: Params,
-    *,
-    optimizer: optax.GradientTransformation,
-    stop_ids: tuple[int, ...] = (),
-    **options: Any,
-) -> loop.Programs[TrainState]:
-    """Compile init and update for trained params shaped like `params`.
+class Rule(NamedTuple):
+    """What an update consists of."""
 
-    stop_ids: tokens that end a completion, for the metric `truncated`. options: other arguments of `policy_update`.
-    """
-
-    def update(
-        state: TrainState, frozen_params: Params, rollout: Rollout, rewards: Array
-    ) -> tuple[TrainState, dict[str, Array], Trace]:
-        state, metrics, trace = policy_update(state, frozen_params, rollout, rewards, optimizer=optimizer, **options)
-        share = objective.truncated(rollout.completion_ids, rollout.completion_mask, stop_ids).mean(dtype=jnp.float32)
-        return state, {**metrics, "truncated": share}, trace
-
-    return loop.make_programs(mesh, params, functools.partial(init_state, optimizer), update)
+    score_fn: ScoreFn
+    optimizer: optax.GradientTransformation
+    rl: Rl
+    anchor: anchors.Anchor
+    stop_ids: tuple[int, ...] = ()  # tokens that end a completion
 
 
-def init_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+def make_programs(mesh: Mesh, params: Params, rule: Rule) -> loop.Programs[TrainState]:
+    """Compile init and update for trained params shaped like `params`."""
+    update = functools.partial(policy_update, rule)
+    return loop.make_programs(mesh, params, functools.partial(init_state, rule), update)
+
+
+def init_state(rule: Rule, params: Params) -> TrainState:
     """Make the first state. Policy and anchor are copies: `params` stay valid when the state's buffers are reused."""
     policy = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-    anchor = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
-    return TrainState(jnp.zeros((), jnp.int32), policy, anchor, optimizer.init(policy))
+    opt_state: Any = rule.optimizer.init(policy)
+    if rule.rl.kl_schedule == "adaptive":
+        opt_state = opt_state, jnp.float32(rule.rl.kl_coef)
+    return TrainState(jnp.zeros((), jnp.int32), policy, rule.anchor.init(params), opt_state)
 
 
 def policy_update(
-    state: TrainState,
-    frozen_params: Params,
-    rollout: Rollout,
-    rewards: Array,
-    *,
-    score_fn: ScoreFn,
-    optimizer: optax.GradientTransformation,
-    rl: Rl,
-    ema_rate: float,
+    rule: Rule, state: TrainState, frozen_params: Params, rollout: Rollout, rewards: Array
 ) -> tuple[TrainState, dict[str, Array], Trace]:
     """One training step on a rollout: lines 7 to 9 of Algorithm 1.
 
@@ -106,61 +93,108 @@ def policy_update(
     equal, and XLA computes the frozen layers below the first trained one once for both.
 
     Args:
+        rule: see `Rule`.
         state: trained weights, their anchor and the optimizer's state.
         frozen_params: the other leaves of the model, shared by policy and anchor.
         rollout: completions sampled from the policy; those of one prompt are consecutive rows.
         rewards: float32 [B], raw.
-        score_fn: see `ScoreFn`.
-        optimizer: the one that made state.opt_state.
-        rl: settings of the update.
-        ema_rate: mu, the weight of the new policy in the anchor; 0 freezes the anchor.
     """
+    rl, anchor_params = rule.rl, rule.anchor.weights(state.anchor_params)
+    opt_state, kl_coef = _kl_coef(rl, state)
     cut = microbatches.Cut(rl.num_microbatches, rl.samples_per_prompt if _has_whole_groups(rl, len(rewards)) else 1)
+    weigh = functools.partial(_weigh, rule, kl_coef)
 
     def score(params: Params, rollout: Rollout) -> Array:
-        return score_fn(trees.join(params, frozen_params), rollout)
+        return rule.score_fn(trees.join(params, frozen_params), rollout)
 
-    def gradient(chunk: tuple[Rollout, Array, Weighed | None]) -> tuple[Params, tuple[Array, Weighed]]:
+    def gradient(params: Params, chunk: tuple[Rollout, Array, Weighed | None]) -> tuple[Params, tuple[Array, Weighed]]:
         rollout, rewards, weighed = chunk
-        policy_logps, pull_back = jax.vjp(lambda params: score(params, rollout), state.params)
+        policy_logps, pull_back = jax.vjp(lambda params: score(params, rollout), params)
         if weighed is None:
-            weighed = _weigh(policy_logps, score(state.anchor_params, rollout), rollout, rewards, rl)
-        loss_fn = jax.value_and_grad(objective.reinforce_loss)
-        loss, slopes = loss_fn(policy_logps, rollout.completion_mask, weighed.advantages)
+            weighed = weigh((policy_logps, score(anchor_params, rollout)), rollout, rewards)
+        loss, slopes = jax.value_and_grad(_loss)(policy_logps, weighed, rollout.completion_mask, kl_coef, rl)
         return pull_back(slopes)[0], (loss, weighed)
 
     chunks, before = cut.split((rollout, rewards)), None
     if not scores_once(rl, len(rewards)):
-        both = jax.lax.map(lambda x: (score(state.params, x[0]), score(state.anchor_params, x[0])), chunks)
-        policy_logps, anchor_logps = cut.join(both)
-        before = cut.split(_weigh(policy_logps, anchor_logps, rollout, rewards, rl))
-    grads, (losses, parts) = microbatches.mean_gradient(gradient, (*chunks, before), state.params)
+        both = jax.lax.map(lambda x: (score(state.params, x[0]), score(anchor_params, x[0])), chunks)
+        before = cut.split(weigh(cut.join(both), rollout, rewards))
+
+    def descend(carry: tuple[Params, Any]) -> tuple[tuple[Params, Any], tuple[Params, Any]]:
+        params, opt_state = carry
+        grads, found = microbatches.mean_gradient(functools.partial(gradient, params), (*chunks, before), params)
+        updates, opt_state = rule.optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), (grads, found)
+
+    (params, opt_state), (grads, (losses, parts)) = _repeat(descend, (state.params, opt_state), rl.updates_per_rollout)
     weighed: Weighed = cut.join(parts)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    anchor = merging.ema_update(state.anchor_params, params, ema_rate)
+    step = state.step + 1
+    anchor = rule.anchor.update(state.anchor_params, params, step)
     metrics = {
         "loss": losses.mean(),
         "grad_norm": optax.global_norm(grads),
         "param_norm": optax.global_norm(params),  # finite metrics imply a finite new state
-        **_metrics(rollout, rewards, weighed),
+        **_metrics(rule, rollout, rewards, weighed),
+        **({} if rl.kl_schedule == "constant" else {"kl_coef": kl_coef}),
     }
-    return TrainState(state.step + 1, params, anchor, opt_state), metrics, Trace(*weighed, losses, grads, params)
+    if rl.kl_schedule == "adaptive":
+        opt_state = opt_state, objective.adapted_kl_coef(kl_coef, weighed.log_ratio.mean(), rl)
+    return TrainState(step, params, anchor, opt_state), metrics, Trace(*weighed, losses, grads, params)
 
 
-def _weigh(policy_logps: Array, anchor_logps: Array, rollout: Rollout, rewards: Array, rl: Rl) -> Weighed:
-    """The advantage of each completion of these rows."""
-    ratio = objective.log_ratio(policy_logps, anchor_logps, rollout.completion_mask)
-    shaped = objective.shaped_rewards(rewards, ratio, rl.kl_coef)
-    weights = objective.advantages(shaped, rl.advantage, rl.samples_per_prompt, rl.whiten)
+def _repeat(descend: Callable[..., Any], carry: Any, times: int) -> tuple[Any, Any]:
+    """Descend so often; return the last carry, and what the last call returns beside it."""
+    if times > 1:
+        carry = jax.lax.fori_loop(1, times, lambda _, carry: descend(carry)[0], carry)
+    return descend(carry)
+
+
+def _kl_coef(rl: Rl, state: TrainState) -> tuple[Any, Any]:
+    """The optimizer's state, and beta of this step in reward units per nat."""
+    if rl.kl_schedule == "constant":
+        return state.opt_state, rl.kl_coef
+    if rl.kl_schedule == "adaptive":
+        return state.opt_state
+    return state.opt_state, optimizers.make_schedule(rl.kl_schedule, rl.kl_coef, rl.kl_coef_end, rl.kl_steps)(
+        state.step
+    )
+
+
+def _weigh(rule: Rule, kl_coef: float | Array, logps: tuple[Array, Array], rollout: Rollout, rewards: Array) -> Weighed:
+    """The advantage of each completion of these rows. logps: of policy and anchor, [B, C]."""
+    rl, mask, (policy_logps, anchor_logps) = rule.rl, rollout.completion_mask, logps
+    ratios = objective.log_ratios(policy_logps, anchor_logps, mask)
+    kl = jax.lax.stop_gradient(objective.kl_estimates(ratios, rl.kl_estimator))
+    cut_off = objective.truncated(rollout.completion_ids, mask, rule.stop_ids)
+    if rl.truncation_penalty:
+        rewards = rewards - jnp.where(cut_off, rl.truncation_penalty, 0.0)
+    shaped = rewards if rl.kl_in == "loss" else objective.shaped_rewards(rewards, kl.sum(axis=1), kl_coef)
+    earlier = kl_coef * (jnp.cumsum(kl, axis=1) - kl) if rl.kl_in == "token_reward" else None
+    weights = objective.advantages(shaped, rl.advantage, rl.samples_per_prompt, rl.whiten, earlier)
     if rl.importance_cap:
-        sampler_logps, mask = rollout.per_token_logps, rollout.completion_mask
-        weights *= objective.importance_weights(policy_logps, sampler_logps, mask, rl.importance_cap)
-    return Weighed(policy_logps, anchor_logps, ratio, shaped, weights)
+        capped = objective.importance_weights(policy_logps, rollout.per_token_logps, mask, rl.importance_cap)
+        weights *= capped[:, None]
+    if rl.mask_truncated:
+        weights = jnp.where(cut_off[:, None], 0.0, weights)
+    return Weighed(*logps, ratios.sum(axis=1), shaped, weights)
 
 
-def _metrics(rollout: Rollout, rewards: Array, weighed: Weighed) -> dict[str, Array]:
+def _loss(policy_logps: Array, weighed: Weighed, mask: Array, kl_coef: float | Array, rl: Rl) -> Array:
+    """The loss of these rows, a function of the policy's log-probabilities."""
+    if rl.updates_per_rollout == 1:
+        loss = objective.reinforce_loss(policy_logps, mask, weighed.advantages)
+    else:
+        moved = objective.log_ratios(policy_logps, weighed.policy_logps, mask)
+        loss = objective.clipped_loss(moved, mask, weighed.advantages, rl)
+    if rl.kl_in == "loss":
+        ratios = objective.log_ratios(policy_logps, weighed.anchor_logps, mask)
+        loss += kl_coef * objective.kl_estimates(ratios, rl.kl_estimator).sum(axis=1).mean()
+    return loss
+
+
+def _metrics(rule: Rule, rollout: Rollout, rewards: Array, weighed: Weighed) -> dict[str, Array]:
     """Metrics of the completions of a step."""
+    cut_off = objective.truncated(rollout.completion_ids, rollout.completion_mask, rule.stop_ids)
     mask, policy_logps = rollout.completion_mask, weighed.policy_logps
     tokens = mask.sum(dtype=jnp.float32)
     return {
@@ -169,6 +203,7 @@ def _metrics(rollout: Rollout, rewards: Array, weighed: Weighed) -> dict[str, Ar
         "anchor_kl": weighed.log_ratio.mean(),
         "nats_per_token": -policy_logps.sum() / tokens,
         "length": tokens / rewards.shape[0],
+        "truncated": cut_off.mean(dtype=jnp.float32),
         **objective.sampler_drift(rollout.per_token_logps, policy_logps, mask),
         loop.BAD_ROWS: _bad_rows(rollout, weighed.shaped_rewards, policy_logps),
     }
@@ -176,6 +211,8 @@ def _metrics(rollout: Rollout, rewards: Array, weighed: Weighed) -> dict[str, Ar
 
 def scores_once(rl: Rl, rows: int) -> bool:
     """True if an update on `rows` completions scores the policy once: advantages are local to a microbatch."""
+    if rl.updates_per_rollout > 1:
+        return False
     if rl.num_microbatches == 1:
         return True
     if rl.whiten or rl.advantage == "batch_mean":
