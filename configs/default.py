@@ -166,6 +166,10 @@ def get_config() -> ConfigDict:
     config.warp.merge = "slerp"
     config.warp.unit = "layer"  # the weights that share one SLERP angle: layer [P s3.2], tensor or model (all)
     config.warp.liti_rate = 0.3  # eta between iterations: 0 = keep the last start, 1 = start from the merge [P s4.3]
+    # what each of the M runs changes, by path, such as ({"rewards.length.weight": -0.0005}, {}): one run with a length
+    # penalty, one without [P Fig. 18]; () = nothing. It may change rewards.NAME.weight, seed, warp.ema_rate, and rl
+    # except batch_size, samples_per_prompt and num_microbatches. All policies are evaluated by the reward of the config
+    config.warp.runs = ()
 
     config.front = ConfigDict()  # the reported policies: (1 - eta) theta_sft + eta merge, for each iteration's merge
     config.front.etas = (0.1, 0.3, 0.5, 0.8, 1.0)  # eta: 0 = SFT, 1 = merge, above 1 extrapolates [P s3.3]

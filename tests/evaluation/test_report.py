@@ -20,6 +20,7 @@ SETTINGS = {
     "warp.num_iterations": 2,
     "warp.num_runs": 1,
     "warp.steps_per_iteration": (5, 5),
+    "warp.runs": ({"rl.kl_coef": 0.2, "seed": 3},),
     "front.etas": (0.5, 1.0),
     "report.num_samples": 3,
     "report.bootstrap_resamples": 10,
@@ -72,6 +73,16 @@ def test_completions_stand_beside_their_prompts(written):
         ["prompt", "SFT", "SFT reward", "final merged policy", "final merged policy reward"],
         *([f"q{i}", f"s0{i}", f"{i}", f"m2{i}", f"{16 + i}"] for i in (0, 3, 7)),
     ]
+
+
+def test_the_settings_of_each_run_are_shown(written):
+    """Fails when a reader does not see which run had which settings, or how many steps it had."""
+    page = html.unescape((written[0] / "report.html").read_text())
+    (runs,) = [table for table in _tables(page) if table[0][-1] == "changes"]
+    rows = [["1", "1", "5", "rl.kl_coef = 0.2, seed = 3"], ["2", "1", "5", "rl.kl_coef = 0.2, seed = 3"]]
+    assert runs[1:] == rows
+    changes = [run["changes"] for run in files.read_json(written[0] / "summary.json")["runs"]]
+    assert changes == [{"rl.kl_coef": 0.2, "seed": 3}] * 2
 
 
 def test_the_page_runs_and_loads_nothing(written, tokenizer, tmp_path):

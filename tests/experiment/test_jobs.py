@@ -17,6 +17,7 @@ SETTINGS = (
     "--config.warp.num_iterations=1",
     "--config.warp.steps_per_iteration=(6,)",
     "--config.front.etas=(0.3, 1.0)",
+    "--config.warp.runs=({}, {'rewards.length.weight': -0.01, 'seed': 3}, {'rl.kl_coef': 0.3, 'warp.ema_rate': 0.1})",
 )
 
 
@@ -31,7 +32,7 @@ def whole(tmp_path_factory):
 
 def test_jobs_in_any_order_with_a_kill_make_the_same_bits(whole, tmp_path):
     """Fails when a run depends on the process or the order it is trained in, when jobs that start together spoil what
-    they share, or the merge takes the policies in the order in which they end."""
+    they share, when a run has the settings of another, or the merge takes policies in the order in which they end."""
     workdir = tmp_path / "run"
     together = [start(main_command(*SETTINGS, f"--workdir={workdir}", f"--run={number}")) for number in (3, 1)]
     state = workdir / "iteration_1" / "run_3" / "state" / "4"

@@ -376,6 +376,14 @@ def test_parts_that_the_config_does_not_have_are_not_shown(tmp_path):
     assert parts[0].state == status.DONE
 
 
+def test_a_reward_model_that_only_a_run_uses_is_waited_for(tmp_path):
+    """Fails when it is left out because its weight in the config is 0."""
+    changes = {"rewards.sentiment.weight": 0.0, "rewards.length.weight": -1.0}
+    for runs, wanted in (((), 0), (({"rewards.sentiment.weight": 1.0}, {}), 1)):
+        files.write_json(tmp_path / "config.json", settings_of({**changes, "warp.runs": runs}).as_json())
+        assert sum(part.name == "reward_model" for part in status.read(tmp_path)) == wanted
+
+
 @pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[]", b"{}"])
 def test_a_damaged_config_is_one_line(run, text):
     """Fails when it is a traceback, or the line does not name the file."""

@@ -71,7 +71,7 @@ def job(monkeypatch):
         monkeypatch.setattr(warp.reinforce, "run_policy", train_policy)
         monkeypatch.setattr(warp, "EvaluationStore", Store)
         examiner = types.SimpleNamespace(sft_params=_tree(SFT))
-        run.made = warp.make_job(settings, None, examiner, workdir, _Progress())
+        run.made = warp.make_job(settings, (None,) * settings.warp.num_runs, examiner, workdir, _Progress())
         points = warp.run_warp(run.made)
         assert planned == measured.keys()
         return points, starts, measured

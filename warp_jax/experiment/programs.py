@@ -14,6 +14,7 @@ from warp_jax.models.apply import make_apply_fn
 from warp_jax.models.transformer import TransformerConfig, init_cache
 from warp_jax.parallel import meshes
 from warp_jax.settings import Settings
+from warp_jax.settings.groups import Rl
 from warp_jax.training import loop, optimizers, reinforce, scoring
 from warp_jax.types import Params, TrainState
 
@@ -22,7 +23,7 @@ class Programs(NamedTuple):
     """Programs of training and of evaluation, which computes in `evaluation.dtype`."""
 
     sampler: sampling.Sampler
-    train: loop.Programs[TrainState]  # a step of RL
+    train: tuple[loop.Programs[TrainState], ...]  # a step of RL, for each run; runs of equal settings share one
     evaluation_sampler: sampling.Sampler  # the same as `sampler` if the dtypes are equal
     kl_to_sft: measure.KlFn
 
@@ -55,21 +56,24 @@ def make_programs(
             sampling_mesh=sampling_mesh,
         )
 
-    update = reinforce.make_programs(
-        mesh,
-        trained,
-        optimizer=optimizers.make_optimizer(settings.rl, settings.adam),
-        score_fn=functools.partial(scoring.per_token_logps, make_apply_fn(model, mesh), **score),
-        rl=settings.rl,
-        ema_rate=settings.warp.ema_rate,
-        stop_ids=stop_ids,
-    )
+    @functools.cache
+    def make_update(rl: Rl, ema_rate: float) -> loop.Programs[TrainState]:
+        return reinforce.make_programs(
+            mesh,
+            trained,
+            optimizer=optimizers.make_optimizer(rl, settings.adam),
+            score_fn=functools.partial(scoring.per_token_logps, make_apply_fn(model, mesh), **score),
+            rl=rl,
+            ema_rate=ema_rate,
+            stop_ids=stop_ids,
+        )
+
     sampler = make_sampler(model)
     measured = dataclasses.replace(model, dtype=settings.evaluation.dtype)
     score_kl = functools.partial(scoring.sequence_kl, make_apply_fn(measured, mesh), trunk_layers=trunk_layers, **score)
     return Programs(
         sampler=sampler,
-        train=update,
+        train=tuple(make_update(of_run.rl, of_run.warp.ema_rate) for of_run in settings.of_runs),
         evaluation_sampler=sampler if measured == model else make_sampler(measured),
         kl_to_sft=measure.make_kl_to_sft(score_kl),
     )

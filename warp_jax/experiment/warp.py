@@ -49,7 +49,7 @@ class Job:
 
     settings: Settings
     sft_params: Params  # trained leaves of SFT
-    trainer: reinforce.Trainer
+    trainers: tuple[reinforce.Trainer, ...]  # one for each run
     workdir: Path
     progress: JobProgress
     evaluations: EvaluationStore
@@ -149,13 +149,14 @@ class Job:
             split="split 'prompts'",
         )
         with self.watch_run() as watch:
-            params = reinforce.run_policy(self.trainer, init_params, iteration=iteration, run=run, schedule=schedule)
+            trainer = self.trainers[run - 1]
+            params = reinforce.run_policy(trainer, init_params, iteration=iteration, run=run, schedule=schedule)
         checkpoint.save_params(directory / "params", params, directory / metric_writer.FILE)
 
 
 def make_job(
     settings: Settings,
-    trainer: reinforce.Trainer,
+    trainers: tuple[reinforce.Trainer, ...],
     examiner: measure.Examiner,
     workdir: Path,
     progress: JobProgress,
@@ -170,7 +171,7 @@ def make_job(
         progress.on_evaluation(f"{name}: {measured}", seconds)
 
     store = EvaluationStore(workdir / "evaluations", functools.partial(measure.evaluate, examiner), on_new)
-    return Job(settings, examiner.sft_params, trainer, workdir, progress, store, watch_run)
+    return Job(settings, examiner.sft_params, trainers, workdir, progress, store, watch_run)
 
 
 def run_warp(job: Job) -> list[Point]:

@@ -236,6 +236,7 @@ class Warp(Group):
     merge: Literal["slerp", "slerp_symmetric", "lerp", "task_arithmetic", "model_stock", "slerp_full_weights"]
     unit: Literal["layer", "tensor", "model"]
     liti_rate: Rate
+    runs: Annotated[tuple[dict[str, Any], ...], Lax] = ()  # missing in older workdirs
 
     @model_validator(mode="after")
     def _iterations_and_runs_suffice(self) -> "Warp":
@@ -246,6 +247,8 @@ class Warp(Group):
             )
         if self.merge == "model_stock" and self.num_runs < 2:
             raise ValueError("num_runs: got 1, want at least 2 for warp.merge model_stock")
+        if self.runs and len(self.runs) != self.num_runs:
+            raise ValueError(f"runs: got {len(self.runs)} entries, want warp.num_runs = {self.num_runs} or none")
         return self
 
 
