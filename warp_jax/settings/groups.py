@@ -237,6 +237,7 @@ class Warp(Group):
     unit: Literal["layer", "tensor", "model"]
     liti_rate: Rate
     runs: Annotated[tuple[dict[str, Any], ...], Lax] = ()  # missing in older workdirs
+    stop_at_kl: NotNegative = 0.0  # missing in older workdirs
 
     @model_validator(mode="after")
     def _iterations_and_runs_suffice(self) -> "Warp":
@@ -249,6 +250,19 @@ class Warp(Group):
             raise ValueError("num_runs: got 1, want at least 2 for warp.merge model_stock")
         if self.runs and len(self.runs) != self.num_runs:
             raise ValueError(f"runs: got {len(self.runs)} entries, want warp.num_runs = {self.num_runs} or none")
+        return self
+
+
+class Keep(Group):
+    """Weights of a run that are kept and evaluated, in addition to its last policy."""
+
+    anchor: bool = False
+    steps: Annotated[tuple[Count, ...], Lax] = ()
+
+    @model_validator(mode="after")
+    def _steps_rise(self) -> "Keep":
+        if list(self.steps) != sorted(set(self.steps)):
+            raise ValueError(f"steps: got {self.steps}, want rising numbers")
         return self
 
 

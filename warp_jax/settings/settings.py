@@ -19,9 +19,10 @@ PLAIN = {  # pydantic's phrases, and how our messages write them
 }
 # settings that an entry of warp.runs may change: those of a run's reward and update that change no shape
 OF_A_RUN = re.compile(
-    r"rewards\.[^.]+\.weight|rl\.(?!(batch_size|samples_per_prompt|num_microbatches)$)[\w.]+|seed|warp\.ema_rate"
+    r"rewards\.[^.]+\.weight|seed|warp\.(ema_rate|stop_at_kl)|"
+    r"rl\.(?!(batch_size|samples_per_prompt|num_microbatches)$)[\w.]+"
 )
-MEANT = "rewards.NAME.weight, seed, warp.ema_rate, or a setting of rl other than its sizes; runs share all others"
+MEANT = "rewards.NAME.weight, seed, warp.ema_rate, warp.stop_at_kl, or rl without its sizes; runs share all others"
 
 
 class Settings(groups.Group):
@@ -42,6 +43,7 @@ class Settings(groups.Group):
     sampling: groups.Sampling
     rl: groups.Rl
     warp: groups.Warp
+    keep: groups.Keep = groups.Keep()  # missing in older workdirs
     front: groups.Front
     evaluation: groups.Evaluation
     health: groups.Health = groups.Health()  # missing in older workdirs
@@ -150,6 +152,13 @@ class Settings(groups.Group):
             )
         if not self.data.label_field and self.needs_labels:
             raise ValueError("data.label_field: got '', want the field of the 0/1 labels that the rewards learn from")
+        return self
+
+    @model_validator(mode="after")
+    def _kept_steps_are_made(self) -> "Settings":
+        most = max(self.warp.steps_per_iteration)
+        if self.keep.steps and self.keep.steps[-1] > most:
+            raise ValueError(f"keep.steps: got {self.keep.steps}, want at most {most}, the steps of the longest run")
         return self
 
     @model_validator(mode="after")
