@@ -22,7 +22,7 @@ def draw_fronts(rows: Sequence[Row], baseline: Sequence[Row] = ()) -> bytes:
             _errorbar(axis, front, column, marker="o", color=color, label=f"iteration {iteration}: front (LITI)")
             for stage, line in (("anchor", ":"), ("average", "-.")):
                 for run in sorted({row["run"] for row in _select(rows, stage, iteration)}):
-                    points = [row for row in _select(rows, stage, iteration) if row["run"] == run]
+                    points = [rows[0], *(row for row in _select(rows, stage, iteration) if row["run"] == run)]
                     label = f"iteration {iteration}, run {run}: front of its {stage}"
                     axis.plot(*_columns(points, "sft_kl", column), linestyle=line, color=color, label=label)
             for row in _select(rows, "policy", iteration):

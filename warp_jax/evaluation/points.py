@@ -26,7 +26,7 @@ class Point(NamedTuple):
 
 
 def evaluation_name(stage: str, iteration: int, run: int, eta: float, step: int) -> str:
-    """Name of a saved evaluation, one per policy: on a front, eta 0 has the name of SFT, eta 1 that of the merge."""
+    """Name of a saved evaluation, one per policy: eta 0 has the name of SFT, eta 1 of the front of a merge its name."""
     if stage == "policy":
         return f"policy_i{iteration}_r{run}_s{step}"
     if eta == 0:

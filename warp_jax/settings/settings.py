@@ -63,7 +63,8 @@ class Settings(groups.Group):
     @property
     def needs_reward_model(self) -> bool:
         """True if a part of the reward, or of the reward of a run, is the model trained here."""
-        return any(part.source == "reward_model" for part in self.all_reward_parts.values())
+        used = self.all_reward_parts
+        return any(part.source == "reward_model" and name in used for name, part in self.rewards.items())
 
     @property
     def needs_labels(self) -> bool:
