@@ -210,6 +210,18 @@ def get_config() -> ConfigDict:
     config.warp.merge = "slerp"
     config.warp.unit = "layer"  # the weights that share one SLERP angle: layer [P s3.2], tensor or model (all)
     config.warp.liti_rate = 0.3  # eta between iterations: 0 = keep the last start, 1 = start from the merge [P s4.3]
+    # what each of the M runs changes, by path, such as ({"rewards.length.weight": -0.0005}, {}): one run with a length
+    # penalty, one without [P Fig. 18]; () = nothing. It may change rewards.NAME.weight, seed, the anchor, stop_at_kl,
+    # and rl except batch_size, samples_per_prompt and num_microbatches. Evaluations use the reward of the config
+    config.warp.runs = ()
+    # nats: a run is finished after the first evaluation with a larger KL to SFT, and is merged as it is then; 0 = never
+    # [P s4.3: 200]. config.health.max_kl is a guard instead: it prints a warning, or ends the job before the merge
+    config.warp.stop_at_kl = 0.0
+
+    config.keep = ConfigDict()  # weights of each run that are kept and evaluated, in addition to its last policy
+    config.keep.anchor = False  # the EMA anchor at the end of the run, with a front of its own [P Fig. 14]
+    # keep the policy after each of these steps, and the mean of these policies, with a front of its own [P Fig. 13]
+    config.keep.steps = ()
 
     config.front = ConfigDict()  # the reported policies: (1 - eta) theta_sft + eta merge, for each iteration's merge
     config.front.etas = (0.1, 0.3, 0.5, 0.8, 1.0)  # eta: 0 = SFT, 1 = merge, above 1 extrapolates [P s3.3]

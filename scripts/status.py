@@ -31,8 +31,9 @@ def show(name: str) -> int:
         cli.print_error(str(error))
         return status.BROKEN
     print(workdir)
+    width = max(24, *(len(part.name) for part in parts))
     for part in parts:
-        print(f"  {part.name:<24} {status.describe(part)}")
+        print(f"  {part.name:<{width}} {status.describe(part)}")
     print(*status.next_lines(parts), sep="\n")
     return status.exit_code(parts)
 

@@ -158,7 +158,8 @@ def study(name: str, results: dict[str, Any]) -> None:
     settings = typed.from_config(CONFIG.value.to_dict()).replace(changes)
     workdir = files.as_path(WORKDIR.value) / name
     with job_progress.JobProgress(STEPS.value) as progress:
-        _, trainer, examiner = preparation.prepare(settings, preparation.load_corpora(settings), workdir, progress)
+        corpora = preparation.load_corpora(settings)
+        _, (trainer, *_), examiner = preparation.prepare(settings, corpora, workdir, progress)
     sft, frozen = examiner.sft_params, examiner.frozen_params
     prompts = meshes.put_batch(trainer.mesh, batches.take(examiner.eval_prompts, np.arange(COMPLETIONS.value)))
 

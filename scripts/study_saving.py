@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
     settings, workdir = typed.from_config(CONFIG.value.to_dict()), files.as_path(WORKDIR.value)
     corpora = preparation.load_corpora(settings)
     with job_progress.JobProgress(0, quiet=True) as progress:
-        _, trainer, examiner = preparation.prepare(settings, corpora, workdir, progress)
+        _, (trainer, *_), examiner = preparation.prepare(settings, corpora, workdir, progress)
         folder = workdir / "measured"
         saves = measure_saves(trainer, examiner.sft_params, folder)
     init = functools.partial(trainer.programs.init, examiner.sft_params)

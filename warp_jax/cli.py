@@ -37,7 +37,10 @@ _ADVICE = {  # errors of the machine, not of the input: what to do
     errno.EPIPE: "let the program that reads the output run to its end",
 }
 _STATUS = re.compile(r"[A-Z_]+: ")  # begins the errors of XLA and tensorstore
-STAGES = "sft, reward_model, iteration_I/run_M, iteration_I/merged, or liti:ETA (from sft to the last merge)"
+STAGES = (
+    "sft, reward_model, iteration_I/run_M, iteration_I/run_M/KEPT (anchor, average or step_N, see config.keep), "
+    "iteration_I/merged, or liti:ETA (from sft to the last merge)"
+)
 FEW_FILES = 8  # that may still be opened
 _LOG, _LOG_CHARACTERS = "error.log", 500_000
 _workdir: Path | None = None  # folder of the error log

@@ -159,7 +159,7 @@ def test_a_kl_that_is_not_finite_is_refused(tmp_path):
     with pytest.raises(
         FloatingPointError, match=r"^eta 50: evaluation liti_i2_e50: sft_kl is nan or inf for 8 of 8 .*front\.etas"
     ):
-        points.front_points((1e-37, 50.0), sft, policy, 2, store)
+        points.front_points("liti", (2, 0), (1e-37, 50.0), ends=(sft, lambda: policy), evaluations=store)
     assert store.missing(["liti_i2_e1e-37", "liti_i2_e50"]) == ["liti_i2_e50"]
 
 

@@ -4,13 +4,14 @@ import csv
 import html
 import re
 
+import matplotlib
 import numpy as np
 import pytest
 
 from tests.settings_of import settings_of
 from warp_jax import files
 from warp_jax.data.tokenizer import Tokenizer
-from warp_jax.evaluation import report
+from warp_jax.evaluation import measure, plots, report, summary
 from warp_jax.evaluation.measure import Evaluation
 from warp_jax.evaluation.points import Point
 from warp_jax.types import PromptBatch
@@ -20,6 +21,7 @@ SETTINGS = {
     "warp.num_iterations": 2,
     "warp.num_runs": 1,
     "warp.steps_per_iteration": (5, 5),
+    "warp.runs": ({"rl.kl_coef": 0.2, "seed": 3},),
     "front.etas": (0.5, 1.0),
     "report.num_samples": 3,
     "report.bootstrap_resamples": 10,
@@ -74,6 +76,16 @@ def test_completions_stand_beside_their_prompts(written):
     ]
 
 
+def test_the_settings_of_each_run_are_shown(written):
+    """Fails when a reader does not see which run had which settings, or how many steps it had."""
+    page = html.unescape((written[0] / "report.html").read_text())
+    (runs,) = [table for table in _tables(page) if table[0][-1] == "changes"]
+    rows = [["1", "1", "5", "rl.kl_coef = 0.2, seed = 3"], ["2", "1", "5", "rl.kl_coef = 0.2, seed = 3"]]
+    assert runs[1:] == rows
+    changes = [run["changes"] for run in files.read_json(written[0] / "summary.json")["runs"]]
+    assert changes == [{"rl.kl_coef": 0.2, "seed": 3}] * 2
+
+
 def test_the_page_runs_and_loads_nothing(written, tokenizer, tmp_path):
     """Fails when a text of the model, or a setting, comes into the page as HTML, or a picture from elsewhere."""
     page = (written[0] / "report.html").read_text()
@@ -105,3 +117,30 @@ def test_the_front_has_a_row_for_each_point(written):
         columns = [float(row[name]) for name in ("reward", "gold_reward", "sft_kl", "length")]
         assert columns == pytest.approx([level, level / 2, level / 4, 3])
         assert float(row["eta"]) == pytest.approx(point.eta, nan_ok=True)
+
+
+def test_fronts_of_kept_weights_are_read_back(tokenizer, tmp_path):
+    """Fails when the row of an anchor or an average names the evaluation of the merge, another run or eta, or
+    has no curve.
+    """
+    names = {
+        "anchor_i1_r1_e0.5": 3,
+        "anchor_i1_r2_e0.5": 4,
+        "anchor_i1_r1_e1": 5,
+        "average_i1_r1_e1": 6,
+        "merged_i1": 8,
+    }
+    points = [_point(tokenizer, "sft", 0, 0.0, 0)]
+    for name, level in names.items():
+        stage, _, run, eta = [*name.split("_"), "r0", "enan"][:4]
+        point = _point(tokenizer, stage, 1, float(eta[1:]), level)
+        points.append(point._replace(run=int(run[1:])))
+    for name, point in zip(["sft", *names], points, strict=True):
+        measure._save(tmp_path / "evaluations" / f"{name}.npz", point.evaluation)
+    rows = [summary.as_row(point) for point in points]
+    files.write_text(tmp_path / "front.csv", report.to_csv(rows))
+    assert [point.evaluation.reward[0] for point in report.read_points(tmp_path)] == [0, *names.values()]
+    matplotlib.use("Agg")
+    rows += [{**rows[0], "stage": "liti", "iteration": 1}]
+    for stage in ("anchor", "average"):
+        assert plots.draw_fronts(rows) != plots.draw_fronts([row for row in rows if row["stage"] != stage])

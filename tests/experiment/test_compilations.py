@@ -23,9 +23,11 @@ def _strict_promotion():
     """Overrides the strict one of conftest.py: optax raises a float to an integer power."""
 
 
-def test_a_job_compiles_each_program_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("runs", [(), ({"rewards.length.weight": -0.5}, {"seed": 3})], ids=["equal", "different"])
+def test_a_job_compiles_each_program_once(tmp_path, monkeypatch, runs):
     """Fails when a step after the first, a later run, an evaluation or a later merge compiles anything: a static
-    argument or a shape that changes, or a function that is jitted anew."""
+    argument or a shape that changes, a function that is jitted anew, or an update for each run of equal settings."""
+    jax.clear_caches()  # of other tests
     place, compiled, counts = "inputs", set(), {"merge": 0, "sft": 0}
 
     def at(module, name, label):
@@ -55,7 +57,7 @@ def test_a_job_compiles_each_program_once(tmp_path, monkeypatch):
         if name == "/jax/core/compile/backend_compile_duration":
             compiled.add(place)
 
-    settings = settings_of(SMALL)
+    settings = settings_of({**SMALL, "warp.runs": runs})
     jax.monitoring.register_event_duration_secs_listener(on_event)
     try:
         jobs.run_part(settings, main.check(settings, tmp_path / "run"), tmp_path / "run")

@@ -54,7 +54,7 @@ def test_every_program_has_its_dtype(monkeypatch):
     made, _ = _programs("bfloat16", "float32")
     for sampler, dtype in ((made.sampler, "bfloat16"), (made.evaluation_sampler, "float32")):
         assert (sampler["apply_fn"], sampler["make_cache"].args[0].dtype, sampler["dtype"]) == (dtype,) * 3
-    assert made.train["score_fn"].args == ("bfloat16",)
+    assert made.train[0]["score_fn"].args == ("bfloat16",)
     assert made.kl_to_sft.args == ("float32",)
 
 

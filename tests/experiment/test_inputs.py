@@ -99,3 +99,11 @@ def test_only_the_first_process_tries_the_functions(functions, monkeypatch):
     monkeypatch.setattr(hosts, "is_first", lambda: False)
     _try(rewards_sentiment_source="good")
     assert functions.seen == []
+
+
+def test_a_function_that_only_a_run_uses_is_called(functions):
+    """Fails when a part without a weight in the config is found to be broken in the first step of a run."""
+    part = {"source": "users_rewards:no_empty", "weight": 0.0, "timeout": 600.0}
+    settings = settings_of({"rewards.mine": part, "warp.runs": ({"rewards.mine.weight": 1.0}, {})})
+    with pytest.raises(RewardError, match=r"rewards\.mine\.source .*: raised IndexError"):
+        inputs.try_rewards(settings, _corpora())

@@ -2,13 +2,14 @@
 
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from tests.commands import TINY, finish, kill_when, main_command, run, start
 from tests.settings_of import settings_of
 from warp_jax import files
-from warp_jax.experiment import jobs
+from warp_jax.experiment import jobs, stages, status
 
 M = 3
 SETTINGS = (
@@ -17,6 +18,9 @@ SETTINGS = (
     "--config.warp.num_iterations=1",
     "--config.warp.steps_per_iteration=(6,)",
     "--config.front.etas=(0.3, 1.0)",
+    "--config.warp.runs=({}, {'warp.stop_at_kl': 1e-9, 'seed': 3}, {'rl.kl_coef': 0.3, 'rewards.length.weight': -0.1})",
+    "--config.keep.anchor=True",
+    "--config.keep.steps=(2, 4)",
 )
 
 
@@ -31,7 +35,7 @@ def whole(tmp_path_factory):
 
 def test_jobs_in_any_order_with_a_kill_make_the_same_bits(whole, tmp_path):
     """Fails when a run depends on the process or the order it is trained in, when jobs that start together spoil what
-    they share, or the merge takes the policies in the order in which they end."""
+    they share, when a run has the settings of another, or the merge takes policies in the order in which they end."""
     workdir = tmp_path / "run"
     together = [start(main_command(*SETTINGS, f"--workdir={workdir}", f"--run={number}")) for number in (3, 1)]
     state = workdir / "iteration_1" / "run_3" / "state" / "4"
@@ -50,9 +54,25 @@ def test_jobs_in_any_order_with_a_kill_make_the_same_bits(whole, tmp_path):
     for name in names:
         with np.load(whole / "evaluations" / name) as want, np.load(workdir / "evaluations" / name) as got:
             assert all(np.array_equal(want[key], got[key], equal_nan=True) for key in want)
-    assert files.read_json(workdir / "iteration_1/geometry.json") == files.read_json(
-        whole / "iteration_1/geometry.json"
-    )
+    for name in ("geometry.json", "run_2/end.json"):
+        assert files.read_json(workdir / "iteration_1" / name) == files.read_json(whole / "iteration_1" / name)
+
+
+def test_kept_weights_are_loaded_by_name(whole):
+    """Fails when a kept stage cannot be sampled or exported, its folder is that of another one, the average is not the
+    mean of the kept policies, or a run goes on after its limit.
+    """
+    job = stages.Workdir(whole)
+    names = [f"iteration_1/run_1{kind}" for kind in ("", "/anchor", "/average", "/step_2", "/step_4")]
+    names += [f"iteration_1/run_2{kind}" for kind in ("", "/anchor", "/step_2")]  # it ends after step 2
+    assert set(names) < set(job.stages())
+    assert files.read_json(whole / "iteration_1/run_2/end.json")["step"] == 2
+    policy, anchor, average, second, fourth, early, _, same = ([*jax.tree.leaves(job.load(x)[0])] for x in names)
+    for x, y, mean in zip(second, fourth, average, strict=True):
+        np.testing.assert_allclose((np.asarray(x) + np.asarray(y)) / 2, mean, rtol=1e-5, atol=1e-7)
+    assert not any(np.array_equal(x, y) for x, y in zip(policy, anchor, strict=True))
+    assert all(np.array_equal(x, y) for x, y in zip(early, same, strict=True))
+    assert [part.name for part in status.read(whole, verify=True) if part.state != status.DONE] == []
 
 
 def test_a_run_is_not_trained_twice_at_once(tmp_path):

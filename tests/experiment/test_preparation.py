@@ -58,7 +58,10 @@ SETTINGS = {
         "learned": {"source": "reward_model", "weight": 0.25},
         "text": {"source": "marked:reward", "weight": 2.0},
         "length": {"source": "length", "weight": -0.5},
+        "more": {"source": "marked:more", "weight": 0.0},
     },
+    "warp.num_runs": 3,
+    "warp.runs": ({}, {"rewards.learned.weight": 0.0, "rewards.more.weight": 3.0, "seed": 6}, {"rl.kl_coef": 0.7}),
     "rl.batch_size": 16,
     "rl.samples_per_prompt": 2,
     "evaluation.num_prompts": 8,
@@ -118,7 +121,8 @@ class _Recorder:
         self.seeds = {"epoch_rows": set(), "random_windows": set()}
 
     def patch(self, monkeypatch):
-        module = types.SimpleNamespace(reward=lambda *args: self._text_scores("reward", *args))
+        names = "reward", "more"
+        module = types.SimpleNamespace(**{name: functools.partial(self._text_scores, name) for name in names})
         monkeypatch.setitem(sys.modules, "marked", module)
         monkeypatch.setattr(apply, "random_params", self._random_params)
         monkeypatch.setattr(supervised, "fit", self._fit)
@@ -196,7 +200,7 @@ def job(request, tmp_path_factory):
         recorder.patch(monkeypatch)
         corpora = preparation.load_corpora(settings)
         arguments = settings, corpora, folder / "run", progress
-        tokenizer, trainer, examiner = preparation.prepare(*arguments)
+        tokenizer, trainers, examiner = preparation.prepare(*arguments)
         yield types.SimpleNamespace(
             rows=rows,
             settings=settings,
@@ -204,7 +208,8 @@ def job(request, tmp_path_factory):
             recorder=recorder,
             arguments=arguments,
             tokenizer=tokenizer,
-            trainer=trainer,
+            trainer=trainers[0],
+            trainers=trainers,
             examiner=examiner,
         )
 
@@ -315,7 +320,7 @@ def _train(job, directory, iteration=1, run=1, num_steps=4):
         return state, {"loss": 0.0}
 
     start = TrainState(0, {"policy": 1}, {"anchor": 2}, None)
-    trainer = job.trainer._replace(programs=loop.Programs(lambda params: start, update))
+    trainer = job.trainers[run - 1]._replace(programs=loop.Programs(lambda params: start, update))
     schedule = loop.Schedule(num_steps, directory, checkpoint_every=100, on_step=lambda *args: None)
     reinforce.run_policy(trainer, {}, iteration=iteration, run=run, schedule=schedule)
     return job.recorder.drawn, job.recorder.scored, rewards
@@ -364,6 +369,20 @@ def test_rl_reads_prompts_and_rows_of_the_prompts_split(job, tmp_path):
     assert set(job.recorder.dtypes) == {"bfloat16"}
 
 
+def test_a_run_has_reward_and_seed_of_its_own(job, tmp_path):
+    """Fails when a run is trained with the reward, the seed or the rl settings of the config or of another run, or a
+    part that only one run uses is not made.
+    """
+    drawn, scored, rewards = _train(job, tmp_path, run=2)
+    rows = _check_prompts(job, "prompts", drawn)
+    assert collections.Counter(name for name, _, _ in scored) == {"reward": 64, "more": 64}
+    assert rewards == [5.0 * row["number"] - 0.5 * 2 for row in rows]
+    assert [trainer.seed for trainer in job.trainers] == [5, 6, 5]
+    job.recorder.seeds["epoch_rows"].remove(6)  # it decided the order of the prompts
+    assert [trainer.rl.kl_coef for trainer in job.trainers] == [0.1, 0.1, 0.7]
+    assert job.trainers[0].programs is job.trainers[1].programs is not job.trainers[2].programs
+
+
 def test_evaluation_reads_prompts_and_rows_of_the_eval_split(job):
     """Fails when evaluation sees prompts of another split, others than its first ones, or these in another order than
     earlier versions; its reward or the gold reward reads rows of another split; samples_per_prompt is ignored; or the
@@ -398,7 +417,7 @@ def test_a_reward_that_is_nan_names_row_and_split(job, tmp_path, monkeypatch, na
 def test_evaluation_has_noise_of_its_own(job, tmp_path):
     """Fails when evaluation draws with keys of training or of another seed, or all of its batches with one key."""
     keys = [key for _, _, key in _evaluate(job)[0]]
-    for iteration, run in ((1, 1), (1, 2), (2, 1)):
+    for iteration, run in ((1, 1), (1, 3), (2, 1)):
         keys += [key for _, _, key in _train(job, tmp_path / f"{iteration}_{run}", iteration, run, num_steps=2)[0]]
     keys += [key for _, _, key in _evaluate(job, seed=SETTINGS["seed"] + 1)[0]]
     assert len(set(keys)) == len(keys) == 2 + 3 * 2 + 2

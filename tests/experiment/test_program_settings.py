@@ -78,7 +78,8 @@ def test_one_temperature_and_the_settings_of_rl(monkeypatch):
     found = made.kl_to_sft(policy, sft, {}, rollout)
     np.testing.assert_allclose(found, np.where(mask, per_token[before], 0).sum(1), rtol=1e-4)
 
-    state, metrics = made.train.update(made.train.init(policy), {}, rollout, jnp.arange(BATCH, dtype=jnp.float32))
+    train = made.train[0]
+    state, metrics = train.update(train.init(policy), {}, rollout, jnp.arange(BATCH, dtype=jnp.float32))
     assert float(metrics["nats_per_token"]) == pytest.approx(-want.sum() / mask.sum(), rel=1e-4)
     moved = _distance(state.params, policy)
     assert np.abs(moved).max() == pytest.approx(0.03, rel=1e-2)  # the first step of Adam has the size of the rate
@@ -115,8 +116,9 @@ def test_the_update_is_that_of_the_settings(monkeypatch, kind, whiten, cap):
     policy, anchor = _table(0), _table(1)
     rollout, before, mask = _rollout()
     rewards = np.arange(BATCH, dtype=np.float32) ** 2
-    state = made.train.init(policy)._replace(anchor_params=anchor)
-    _, metrics = made.train.update(state, {}, rollout, jnp.asarray(rewards))
+    train = made.train[0]
+    state = train.init(policy)._replace(anchor_params=anchor)
+    _, metrics = train.update(state, {}, rollout, jnp.asarray(rewards))
 
     log_ratio = np.where(mask, (_logps(policy) - _logps(_table(1)))[before, IDS], 0).sum(1)
     shaped = rewards - KL_COEF * log_ratio
@@ -158,5 +160,19 @@ def test_pieces_of_the_logits_have_the_length_of_the_settings(monkeypatch):
     np.testing.assert_allclose(found, np.where(mask, per_token[before], 0).sum(1), rtol=1e-4)
     assert set(lengths) == {2}
     lengths.clear()
-    made.train.update(made.train.init(policy), {}, rollout, jnp.arange(BATCH, dtype=jnp.float32))
+    train = made.train[0]
+    train.update(train.init(policy), {}, rollout, jnp.arange(BATCH, dtype=jnp.float32))
     assert set(lengths) == {2}
+
+
+def test_runs_have_updates_of_their_own_settings(monkeypatch):
+    """Fails when runs train with the settings of the config or of another run, or equal settings are compiled twice."""
+    runs = {"warp.ema_rate": 0.5, "rl.learning_rate": 0.01}, {"seed": 3}, {"warp.ema_rate": 0.2}
+    made = _make(monkeypatch, {"warp.num_runs": 3, "warp.runs": runs})
+    assert made.train[0] is not made.train[1] is made.train[2]
+    policy, rollout = _table(0), _rollout()[0]
+    for train, rate, ema_rate in zip(made.train[:2], (0.01, 0.03), (0.5, 0.2), strict=True):
+        state, _ = train.update(train.init(policy), {}, rollout, jnp.arange(BATCH, dtype=jnp.float32))
+        moved = _distance(state.params, policy)
+        assert np.abs(moved).max() == pytest.approx(rate, rel=1e-2)
+        np.testing.assert_allclose(_distance(state.anchor_params, policy), ema_rate * moved, atol=1e-6)

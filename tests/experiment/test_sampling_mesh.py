@@ -29,7 +29,8 @@ def _step(tensor):
     batch = meshes.put_batch(MESH, PromptBatch(prompts, prompts > 0, np.arange(8, dtype=np.int32)))
     rollout = made.sampler(params, batch, jax.random.key(0))
     rewards = meshes.put_batch(MESH, np.arange(8, dtype=np.float32))
-    state, metrics = made.train.update(made.train.init(params), {}, rollout, rewards)
+    train = made.train[0]
+    state, metrics = train.update(train.init(params), {}, rollout, rewards)
     kl = made.kl_to_sft(state.params, params, {}, rollout)
     return made.sampler.lay_out(params)["layers"]["mlp"]["up"]["kernel"], rollout, state, metrics, kl
 

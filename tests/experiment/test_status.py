@@ -64,7 +64,7 @@ def front_csv(settings):
     rows = [("stage", "iteration", "run", "eta", "step"), ("sft", 0, 0, 0.0, 0)]
     for i in iterations:
         for run in range(1, settings.warp.num_runs + 1):
-            rows += [("policy", i, run, nan, step) for step in points.trajectory(settings, i, run)]
+            rows += [("policy", i, run, nan, step) for step in points.trajectory(settings, i, run, 6)]
         rows += [("merged", i, 0, nan, 0), *(("liti", i, 0, eta, 0) for eta in settings.front.etas)]
     text = io.StringIO()
     csv.writer(text).writerows(rows)
@@ -87,7 +87,7 @@ def run(tmp_path):
     weights(workdir / "iteration_1" / "merged")
     content = io.BytesIO()
     np.savez_compressed(content, **{field: np.arange(3.0) for field in Evaluation._fields})
-    for name in points.evaluation_names(SETTINGS):
+    for name in points.evaluation_names(SETTINGS, lambda iteration, run: 6):
         files.write_bytes(workdir / "evaluations" / f"{name}.npz", content.getvalue())
     return workdir
 
@@ -374,6 +374,34 @@ def test_parts_that_the_config_does_not_have_are_not_shown(tmp_path):
     parts = status.read(tmp_path)
     assert [part.name for part in parts[:3]] == ["inputs", "evaluation of sft", "iteration_1/run_1"]
     assert parts[0].state == status.DONE
+
+
+def test_a_reward_model_that_only_a_run_uses_is_waited_for(tmp_path):
+    """Fails when it is left out because its weight in the config is 0."""
+    changes = {"rewards.sentiment.weight": 0.0, "rewards.length.weight": -1.0}
+    for runs, wanted in (((), 0), (({"rewards.sentiment.weight": 1.0}, {}), 1)):
+        files.write_json(tmp_path / "config.json", settings_of({**changes, "warp.runs": runs}).as_json())
+        assert sum(part.name == "reward_model" for part in status.read(tmp_path)) == wanted
+
+
+def test_kept_weights_and_their_fronts_are_parts_of_a_run(run):
+    """Fails when a run without its anchor is done, damage of a kept policy is not found, a run that ended at its limit
+    is waited for, or the fronts of its kept stages are left out.
+    """
+    changes = {"keep.anchor": True, "keep.steps": (2, 5), "warp.stop_at_kl": 9.0}
+    files.write_json(run / "config.json", SETTINGS.replace(changes).as_json())
+    folder, content = run / "iteration_1/run_1", (run / "evaluations/sft.npz").read_bytes()
+    files.write_json(folder / "end.json", {"step": 3})
+    for name in ("policy_i1_r1_s2", "anchor_i1_r1_e0.3", "anchor_i1_r1_e1"):
+        files.write_bytes(run / "evaluations" / f"{name}.npz", content)
+    weights(folder / "step_2")
+    assert part(run, "iteration_1/run_1").state == status.NOT_BEGUN
+    weights(folder / "anchor")
+    for name in ("iteration_1/run_1", "fronts of iteration_1/run_1"):
+        assert status.describe(part(run, name)) == "done"
+    assert part(run, "fronts of iteration_1/run_2").state == status.NOT_BEGUN
+    flip(folder / "step_2/array")
+    assert f"delete {folder}/step_2 to make it again" in part(run, "iteration_1/run_1", verify=True).note
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[]", b"{}"])

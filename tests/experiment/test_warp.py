@@ -10,6 +10,7 @@ import pytest
 
 from tests.settings_of import settings_of
 from warp_jax import files
+from warp_jax.evaluation import points as named
 from warp_jax.evaluation.measure import Evaluation
 from warp_jax.experiment import warp
 from warp_jax.storage import checkpoint
@@ -41,16 +42,19 @@ def _vector(tree):
 def job(monkeypatch):
     """Runs Algorithm 1 with policies that end at init + STEPS; returns its points, and the params it used."""
 
-    def run(workdir, **changes):
+    def run(workdir, keep=(), **changes):
         changes = {"num_iterations": 3, "steps_per_iteration": (6, 6, 6), **changes}
         changes = {f"warp.{name}": value for name, value in changes.items()}
-        settings = settings_of({**changes, "evaluation.every": 6, "front.etas": (0.3, 1.0)})
+        settings = settings_of({**changes, **dict(keep), "evaluation.every": 6, "front.etas": (0.3, 1.0)})
         starts, measured, planned = {}, {}, set()
 
         def train_policy(trainer, init_params, *, iteration, run, schedule):
             starts[iteration, run] = _vector(init_params)
-            policy = _tree(_vector(init_params) + STEPS[iteration, run])
-            schedule.after_step(schedule.num_steps, types.SimpleNamespace(params=policy))
+            for step in range(1, schedule.num_steps + 1):
+                moved = STEPS[iteration, run] * step / schedule.num_steps
+                policy, anchor = (_tree(_vector(init_params) + x) for x in (moved, moved / 4))
+                if schedule.after_step(step, types.SimpleNamespace(params=policy, anchor_params=anchor)):
+                    break
             return policy
 
         class Store:
@@ -66,14 +70,15 @@ def job(monkeypatch):
 
             def get(self, name, make_params):
                 measured.setdefault(name, _vector(make_params()))
-                return _evaluation(0.0)
+                return _evaluation(np.linalg.norm(measured[name] - SFT))
 
         monkeypatch.setattr(warp.reinforce, "run_policy", train_policy)
         monkeypatch.setattr(warp, "EvaluationStore", Store)
         examiner = types.SimpleNamespace(sft_params=_tree(SFT))
-        run.made = warp.make_job(settings, None, examiner, workdir, _Progress())
+        run.made = warp.make_job(settings, (None,) * settings.warp.num_runs, examiner, workdir, _Progress())
         points = warp.run_warp(run.made)
-        assert planned == measured.keys()
+        assert measured.keys() == named.evaluation_names(settings, run.made.last_step)
+        assert measured.keys() <= planned
         return points, starts, measured
 
     return run
@@ -170,3 +175,54 @@ def test_the_lerp_baseline_is_the_mean(job, tmp_path):
     """Fails when warp.merge is not read."""
     _, _, measured = job(tmp_path, merge="lerp")
     np.testing.assert_allclose(measured["merged_i1"], SFT + 0.5 * (STEPS[1, 1] + STEPS[1, 2]), rtol=1e-6)
+
+
+KEEP = {"keep.anchor": True, "keep.steps": (2, 3, 6)}
+
+
+def test_kept_weights_have_fronts_of_their_own(job, tmp_path):
+    """Fails when another step is kept, the anchor is the policy or that of another step, the mean weighs a step more,
+    or the fronts do not start at SFT.
+    """
+    points, _, measured = job(tmp_path, KEEP, liti_rate=0.3)
+    init = SFT
+    for i in LENGTHS:
+        for r in (1, 2):
+            ends = {"anchor": init + STEPS[i, r] / 4, "average": init + STEPS[i, r] * (2 + 3 + 6) / 18}
+            for stage, end in ends.items():
+                np.testing.assert_allclose(measured[f"{stage}_i{i}_r{r}_e1"], end, rtol=1e-6)
+                np.testing.assert_allclose(measured[f"{stage}_i{i}_r{r}_e0.3"], SFT + 0.3 * (end - SFT), rtol=1e-6)
+                found = [p.eta for p in points if (p.stage, p.iteration, p.run) == (stage, i, r)]
+                assert found == [0.3, 1.0]
+            for step in (2, 3, 6):
+                np.testing.assert_allclose(measured[f"policy_i{i}_r{r}_s{step}"], init + STEPS[i, r] * step / 6, 1e-6)
+        init = init + 0.3 * (measured[f"merged_i{i}"] - init)
+
+
+def test_a_kept_policy_that_is_saved_is_not_saved_again(job, tmp_path):
+    """Fails when a resumed run cannot save what an earlier process saved, or a deleted one is not made again."""
+    job(tmp_path, KEEP)
+    folder = tmp_path / "iteration_1" / "run_1"
+    for name in ("params", "anchor", "step_3"):
+        shutil.rmtree(folder / name)
+        _, starts, _ = job(tmp_path, KEEP)
+        assert list(starts) == [(1, 1)]
+        assert (folder / name).exists()
+
+
+def test_a_run_is_finished_at_its_limit_and_merged(job, tmp_path):
+    """Fails when a run ends before or after the first evaluation beyond the limit, the limit of another run counts, the
+    merge takes another policy, or evaluations after the end are expected.
+    """
+    runs = ({"warp.stop_at_kl": 0.9}, {})  # run 1 of iteration 1 is 2 from SFT after 6 steps: 1 after step 3
+    points, _, measured = job(tmp_path, KEEP, num_iterations=1, steps_per_iteration=(6,), runs=runs, merge="lerp")
+    steps = [(p.run, p.step) for p in points if p.stage == "policy"]
+    assert steps == [(1, 2), (1, 3), (2, 2), (2, 3), (2, 6)]
+    np.testing.assert_allclose(measured["merged_i1"], SFT + 0.5 * (STEPS[1, 1] / 2 + STEPS[1, 2]), rtol=1e-6)
+    np.testing.assert_allclose(measured["anchor_i1_r1_e1"], SFT + STEPS[1, 1] / 8, rtol=1e-6)
+    end = files.read_json(tmp_path / "iteration_1" / "run_1" / "end.json")
+    assert end == {"step": 3, "sft_kl": 1.0, "stop_at_kl": 0.9}
+    assert not (tmp_path / "iteration_1" / "run_2" / "end.json").exists()
+    again, starts, _ = job(tmp_path, KEEP, num_iterations=1, steps_per_iteration=(6,), runs=runs, merge="lerp")
+    assert starts == {}
+    assert [p[:5] for p in again if p.eta == p.eta] == [p[:5] for p in points if p.eta == p.eta]

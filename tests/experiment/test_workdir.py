@@ -259,6 +259,15 @@ def test_an_older_workdir_is_accepted_and_keeps_its_rows(tmp_path):
         _claim(tmp_path, ROWS[1:])
 
 
+def test_another_entry_of_a_run_is_refused(tmp_path):
+    """Fails when the settings of a run may change on resume, or an entry that is equal counts as changed."""
+    runs = ({"rl.kl_coef": 0.2}, {})
+    _claim(tmp_path, ROWS, **{"warp.runs": runs})
+    _claim(tmp_path, ROWS, **{"warp.runs": runs})
+    with pytest.raises(ValueError, match=r"made by another config: warp\.runs was \[{'rl\.kl_coef': 0\.2}, {}\], now"):
+        _claim(tmp_path, ROWS, **{"warp.runs": ({"rl.kl_coef": 0.3}, {})})
+
+
 def test_settings_that_are_refused_now_are_corrected_in_the_workdir(tmp_path):
     """Fails when the error does not say which file has the value, or the corrected workdir is refused."""
     _claim(tmp_path, ROWS)

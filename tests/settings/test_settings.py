@@ -79,6 +79,10 @@ BAD = [  # path, value, what the message says
     ("warp.ema_rate", 1.2, "config.warp.ema_rate: got 1.2, want at most 1"),
     ("warp.liti_rate", -0.1, "config.warp.liti_rate: got -0.1, want at least 0"),
     ("warp.num_runs", 0, "config.warp.num_runs: got 0, want at least 1"),
+    ("warp.stop_at_kl", -1.0, "config.warp.stop_at_kl: got -1.0, want at least 0"),
+    ("keep.steps", (4, 2), "config.keep.steps: got (4, 2), want rising numbers"),
+    ("keep.steps", (2, 2), "config.keep.steps: got (2, 2), want rising numbers"),
+    ("keep.steps", (2, 7), "config.keep.steps: got (2, 7), want at most 6"),
     ("warp.merge", "slrp", "config.warp.merge: got 'slrp', want 'slerp'"),
     ("adam.b1", 1.0, "config.adam.b1: got 1.0, want less than 1"),
     ("reward_model.batch_size", 7, "config.reward_model.batch_size: got 7, want a multiple of 2"),
@@ -124,6 +128,52 @@ def test_a_merge_of_too_few_is_refused_before_they_are_trained():
     """Fails when model_stock of one run is found out at the merge."""
     with pytest.raises(ValueError, match=r"config\.warp\.num_runs: got 1, want at least 2 for warp\.merge model_stock"):
         settings_of({"warp.merge": "model_stock", "warp.num_runs": 1})
+
+
+BAD_RUNS = [
+    (({},), "config.warp.runs: got 1 entries, want warp.num_runs = 2 or none"),
+    (({}, 3), "config.warp.runs.1: got 3, want a valid dictionary"),
+    (
+        ({"rewards.lenght.weight": -0.1}, {}),
+        "config.warp.runs[0]: rewards.lenght: no such setting; did you mean length?",
+    ),
+    (({}, {"rl.kl_coeff": 0.1}), "config.warp.runs[1]: rl.kl_coeff: no such setting; did you mean kl_coef?"),
+    (({}, {"rl.kl_coef": -1.0}), "config.warp.runs[1]: rl.kl_coef: got -1.0, want at least 0"),
+    (({}, {"rl.importance_cap": 0.5}), "config.warp.runs[1]: rl.importance_cap: got 0.5, want 0 (off)"),
+    (({}, {"rewards.sentiment.weight": 0.0}), "config.warp.runs[1]: rewards: no part has a weight other than 0"),
+    (({"rl.batch_size": 16}, {}), "config.warp.runs[0]: got 'rl.batch_size', want rewards.NAME.weight, seed"),
+    (({"warp.runs": ()}, {}), "config.warp.runs[0]: got 'warp.runs', want"),
+    (({"sft.num_steps": 3}, {}), "runs share all others"),
+    (({"rl.kl_coef.x": 3}, {}), "config.warp.runs[0]: rl.kl_coef: no such setting"),
+]
+
+
+@pytest.mark.parametrize(("runs", "message"), BAD_RUNS, ids=str)
+def test_bad_settings_of_a_run_name_the_run(runs, message):
+    """Fails when an entry is not validated as the config of its run, its number or its path is not named, or a setting
+    that all runs share can differ.
+    """
+    with pytest.raises(ValueError, match=r"^config\.warp\.runs") as error:
+        from_config(_config("warp.runs", runs))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_each_run_has_its_own_settings():
+    """Fails when an entry reaches another run, is lost in config.json, or a reward that only a run uses is not made."""
+    runs = ({"rewards.length.weight": -0.5, "seed": 7}, {"rl.kl_coef": 1, "warp.ema_rate": 0.5})
+    settings = settings_of({"warp.runs": runs})
+    settings = from_config(json.loads(json.dumps(settings.as_json())))
+    first, second = settings.of_runs
+    base = settings_of()
+    assert first == base.replace(runs[0])
+    assert second == base.replace(runs[1])
+    assert list(settings.reward_parts) == ["sentiment"]
+    assert list(settings.all_reward_parts) == ["length", "sentiment"]
+    assert base.of_runs == (base, base)
+    only = {"rewards.sentiment.weight": 0.0, "rewards.length.weight": 1.0}
+    assert not settings_of(only).needs_reward_model
+    assert settings_of({**only, "warp.runs": ({}, {"rewards.sentiment.weight": 2.0})}).needs_reward_model
 
 
 def test_options_in_the_source_replace_those_of_the_config_file():

@@ -67,6 +67,13 @@ def plan():
     return _plan(_config())
 
 
+def test_updates_of_different_runs_are_planned():
+    """Fails when the update of a run with settings of its own is left out, or an equal one is compiled twice."""
+    runs = {"rl.whiten": True}, {}, {"seed": 4}, {"rl.whiten": True, "seed": 7}
+    plan = _plan(_config(**{"warp.num_runs": 4, "warp.runs": runs}))
+    assert [p.name for p in plan.programs if p.name.startswith("update")] == ["update", "update (run 2)"]
+
+
 def _co_resident(plan):
     return {p.name: compile.chip_bytes(p.co_resident) for p in plan.programs}
 

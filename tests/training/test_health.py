@@ -238,6 +238,20 @@ def test_a_guard_loses_no_step(tmp_path):
         assert [path.name for path in (tmp_path / "state").glob("*")] == ["3"]
 
 
+def test_a_loop_ends_where_it_is_told(tmp_path):
+    """Fails when steps after the end are made, also by a job that starts again from the state at the end."""
+    seen = []
+    end = {"after_step": lambda done, state: seen.append(done) or done == 3}
+    for wanted in ([1, 2, 3], [3]):
+        _loop(tmp_path, bad_step=9, checkpoint_every=1, **end)
+        assert seen == wanted
+        seen.clear()
+        if wanted[0] == 1:  # a save that was made before the loop ended, of that step
+            _loop(tmp_path, bad_step=9, checkpoint_every=1, num_steps=3)
+    rows = metric_writer.read_rows(tmp_path / metric_writer.FILE)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+
+
 def test_held_out_numbers_are_finite():
     """Fails when a summary with nan is written, which is no JSON."""
     task = supervised.Task(

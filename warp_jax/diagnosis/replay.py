@@ -112,8 +112,9 @@ def _rl_step(
 ) -> Step:
     """Repeat a step of a run. place: iteration, run, step."""
     iteration, number, step = place
-    tokenizer, trainer, examiner = preparation.prepare(settings, corpora, folder, progress)
-    start = warp.make_job(settings, trainer, examiner, folder, progress).init_params(iteration)
+    tokenizer, trainers, examiner = preparation.prepare(settings, corpora, folder, progress)
+    trainer = trainers[number - 1]
+    start = warp.make_job(settings, trainers, examiner, folder, progress).init_params(iteration)
     run = reinforce.make_run(trainer, iteration, number)
     directory = folder / f"iteration_{iteration}" / f"run_{number}"
     quantities, rollout = rl_quantities(trainer, run, start, directory, step)

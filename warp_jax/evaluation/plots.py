@@ -20,6 +20,11 @@ def draw_fronts(rows: Sequence[Row], baseline: Sequence[Row] = ()) -> bytes:
             color = f"C{iteration - 1}"
             front = sorted([rows[0], *_select(rows, "liti", iteration)], key=lambda row: row["sft_kl"])
             _errorbar(axis, front, column, marker="o", color=color, label=f"iteration {iteration}: front (LITI)")
+            for stage, line in (("anchor", ":"), ("average", "-.")):
+                for run in sorted({row["run"] for row in _select(rows, stage, iteration)}):
+                    points = [rows[0], *(row for row in _select(rows, stage, iteration) if row["run"] == run)]
+                    label = f"iteration {iteration}, run {run}: front of its {stage}"
+                    axis.plot(*_columns(points, "sft_kl", column), linestyle=line, color=color, label=label)
             for row in _select(rows, "policy", iteration):
                 axis.plot(row["sft_kl"], row[column], marker="x", color=color, alpha=0.6, linestyle="none")
         if baseline:
@@ -38,7 +43,7 @@ def draw_trajectories(rows: Sequence[Row]) -> bytes:
     for axis, column in zip(axes, ("reward", "sft_kl"), strict=True):
         for iteration, run in runs:
             points = [row for row in _select(rows, "policy", iteration) if row["run"] == run]
-            steps, values = ([row[name] for row in points] for name in ("step", column))
+            steps, values = _columns(points, "step", column)
             style: dict[str, Any] = {"marker": "o", "color": f"C{iteration - 1}", "alpha": run**-0.5}
             axis.plot(steps, values, label=f"iteration {iteration}, run {run}", **style)
         axis.set(xlabel="training step", ylabel=LABELS[column])
@@ -66,9 +71,13 @@ def _select(rows: Sequence[Row], stage: str, iteration: int) -> list[Row]:
     return [row for row in rows if row["stage"] == stage and row["iteration"] == iteration]
 
 
+def _columns(rows: Sequence[Row], *names: str) -> list[list[Any]]:
+    return [[row[name] for row in rows] for name in names]
+
+
 def _errorbar(axis: Any, rows: Sequence[Row], column: str, **style: Any) -> None:
     """Draw a column, with its standard errors, against KL to SFT."""
-    kls, values, errors = ([row[name] for row in rows] for name in ("sft_kl", column, f"{column}_se"))
+    kls, values, errors = _columns(rows, "sft_kl", column, f"{column}_se")
     axis.errorbar(kls, values, yerr=errors, **style)
 
 

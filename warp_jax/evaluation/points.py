@@ -1,17 +1,23 @@
 """The evaluated policies of a job, and the names of their evaluations."""
 
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
-from warp_jax import merging
+from warp_jax import files, merging
 from warp_jax.evaluation.measure import Evaluation, EvaluationStore
 from warp_jax.settings import Settings
-from warp_jax.types import Params
+from warp_jax.types import Params, StorageError
+
+END = "end.json"  # last step of a run, in its folder, if warp.stop_at_kl may end it early
+LastStep = Callable[[int, int], int]  # iteration, run -> last step
 
 
 class Point(NamedTuple):
     """One evaluated policy: a row of front.csv. iteration and run start at 1; 0 (eta: nan) means not applicable."""
 
-    stage: str  # sft, policy, merged or liti
+    stage: str  # sft, policy, merged, liti (to the merge), anchor or average (LITI to that of a run)
     iteration: int
     run: int
     eta: float
@@ -20,29 +26,72 @@ class Point(NamedTuple):
 
 
 def evaluation_name(stage: str, iteration: int, run: int, eta: float, step: int) -> str:
-    """Name of a saved evaluation, one per policy: on a front, eta 0 has the name of SFT, eta 1 that of the merge."""
+    """Name of a saved evaluation, one per policy: eta 0 has the name of SFT, eta 1 of the front of a merge its name."""
     if stage == "policy":
         return f"policy_i{iteration}_r{run}_s{step}"
-    if stage == "merged" or eta == 1.0:
-        return f"merged_i{iteration}"
-    return f"liti_i{iteration}_e{eta:g}" if eta else "sft"
+    if eta == 0:
+        return "sft"
+    if run:
+        return f"{stage}_i{iteration}_r{run}_e{eta:g}"
+    return f"liti_i{iteration}_e{eta:g}" if stage == "liti" and eta != 1 else f"merged_i{iteration}"
 
 
-def evaluation_names(settings: Settings) -> set[str]:
+def evaluation_names(settings: Settings, last_step: LastStep) -> set[str]:
     """Names of all evaluations of a job."""
     names = {"sft"}
     for iteration in range(1, settings.warp.num_iterations + 1):
         names |= front_names(settings, iteration)
         for run in range(1, settings.warp.num_runs + 1):
-            names.update(trajectory(settings, iteration, run).values())
+            names |= run_names(settings, iteration, run, last_step(iteration, run))
     return names
 
 
-def trajectory(settings: Settings, iteration: int, run: int) -> dict[int, str]:
-    """Names of a run's evaluations, by step: every `evaluation.every` steps, and after the last step."""
-    num_steps, every = settings.warp.steps_per_iteration[iteration - 1], settings.evaluation.every
-    steps = sorted({*range(every, num_steps + 1, every), num_steps})
+def last_step(settings: Settings, workdir: Path, iteration: int, run: int) -> int:
+    """The last step of a run: that of its iteration, unless the run has ended at warp.stop_at_kl."""
+    path = workdir / f"iteration_{iteration}" / f"run_{run}" / END
+    if not path.exists():
+        return settings.warp.steps_per_iteration[iteration - 1]
+    try:
+        return int(files.read_json(path)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{path} is not what was written; delete {path.parent} to make it again") from error
+
+
+def trajectory(settings: Settings, iteration: int, run: int, last: int) -> dict[int, str]:
+    """Names of a run's evaluations, by step: every `evaluation.every` steps, at kept steps, and after the last step."""
+    every = settings.evaluation.every
+    steps = sorted({*range(every, last + 1, every), *kept_steps(settings, last), last})
     return {step: evaluation_name("policy", iteration, run, float("nan"), step) for step in steps}
+
+
+def kept_steps(settings: Settings, last: int) -> list[int]:
+    """The steps of keep.steps that a run has made."""
+    return [step for step in settings.keep.steps if step <= last]
+
+
+def kept_stages(settings: Settings, last: int) -> list[str]:
+    """Stages of a run, other than its policy, that have a front: its anchor, and the average of several kept steps."""
+    return ["anchor"] * settings.keep.anchor + ["average"] * (len(kept_steps(settings, last)) > 1)
+
+
+def saved_weights(settings: Settings, last: int) -> list[str]:
+    """Folders of weights that a run saves, the last of them when all others are saved."""
+    return [*(f"step_{step}" for step in kept_steps(settings, last)), *kept_stages(settings, last), "params"]
+
+
+def kept_etas(settings: Settings) -> list[float]:
+    """The etas of the fronts of `kept_stages`: those of the config, and 1, the stage itself."""
+    return sorted({*settings.front.etas, 1.0})
+
+
+def run_names(settings: Settings, iteration: int, run: int, last: int) -> set[str]:
+    """Names of the evaluations of a run and of the fronts of its kept stages."""
+    fronts = {
+        evaluation_name(stage, iteration, run, eta, 0)
+        for stage in kept_stages(settings, last)
+        for eta in kept_etas(settings)
+    }
+    return fronts | set(trajectory(settings, iteration, run, last).values())
 
 
 def front_names(settings: Settings, iteration: int) -> set[str]:
@@ -51,20 +100,27 @@ def front_names(settings: Settings, iteration: int) -> set[str]:
 
 
 def front_points(
-    etas: tuple[float, ...], sft_params: Params, merged: Params, iteration: int, evaluations: EvaluationStore
+    stage: str,
+    place: tuple[int, int],
+    etas: Iterable[float],
+    *,
+    ends: tuple[Params, Callable[[], Params]],
+    evaluations: EvaluationStore,
 ) -> list[Point]:
-    """Evaluate the merged policy and its front: (1 - eta) sft_params + eta merged for every eta (LITI).
+    """Evaluate a front: (1 - eta) start + eta end for every eta (LITI).
 
-    Raises FloatingPointError, which names eta, if a KL is not finite.
+    place: iteration and run, 0 for the merge. ends: start, and a function that makes the end, called if a point is not
+    saved. Raises FloatingPointError, which names eta, if a KL is not finite.
     """
+    (iteration, run), (start, make_end) = place, ends
+    end = functools.cache(make_end)
 
     def measure(eta: float) -> Evaluation:
-        name = evaluation_name("liti", iteration, 0, eta, 0)
         try:
-            return evaluations.get(name, lambda: merging.liti(sft_params, merged, eta))
+            return evaluations.get(
+                evaluation_name(stage, iteration, run, eta, 0), lambda: merging.liti(start, end(), eta)
+            )
         except FloatingPointError as error:
             raise FloatingPointError(f"eta {eta:g}: {error}") from error
 
-    nan = float("nan")
-    liti = [Point("liti", iteration, 0, eta, 0, measure(eta)) for eta in etas]
-    return [Point("merged", iteration, 0, nan, 0, measure(1.0)), *liti]
+    return [Point(stage, iteration, run, eta, 0, measure(eta)) for eta in etas]

@@ -44,7 +44,7 @@ def write_report(
     samples = _samples_table(settings, tokenizer, eval_prompts, points)
     sections = [
         ("Reward against KL to SFT", _image(front) + _FRONT_TEXT),
-        ("Reward and KL to SFT during training", _image(plots.draw_trajectories(rows))),
+        ("Reward and KL to SFT during training", _image(plots.draw_trajectories(rows)) + _runs_table(numbers)),
         ("Angles between the task vectors of the runs", angles),
         ("Summary", f"<p>{html.escape(summary.one_line(numbers))}</p>" + _comparison_tables(numbers)),
         ("Drift between sampler and update", drift_text(drift(settings, workdir))),
@@ -113,6 +113,12 @@ def drift_text(rows: Sequence[dict[str, Any]]) -> str:
         "2.0), or model.dtype to float32.</p>"
     )
     return (warning if high else "") + _DRIFT_TEXT + _table(rows)
+
+
+def _runs_table(numbers: dict[str, Any]) -> str:
+    """Steps of each run, and the settings of its entry in warp.runs."""
+    rows = numbers["runs"]
+    return _table([{**row, "changes": ", ".join(f"{key} = {x}" for key, x in row["changes"].items())} for row in rows])
 
 
 def _comparison_tables(numbers: dict[str, Any]) -> str:

@@ -38,6 +38,7 @@ def summarise(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
         "final_gold_reward": _number(final.evaluation.gold_reward.mean()),
         "final_sft_kl": float(final.evaluation.sft_kl.mean()),
         "gain_in_standard_errors": mean_gain / gain_se if gain_se > NO_SPREAD * abs(mean_gain) else None,
+        "runs": _runs(settings, points),
         "kl_budget": settings.front.kl_budget,
         "best_eta_under_budget": _best_eta(settings, front_members(points, iterations[-1])[1:]),
         "iterations_compared": [
@@ -70,6 +71,16 @@ def one_line(summary: dict[str, Any]) -> str:
             chosen += f" (within the budget with probability {best['probability_within_budget']:.2f})"
         line += f"; best under {summary['kl_budget']:g} nats: {chosen}"
     return line
+
+
+def _runs(settings: Settings, points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Steps of each run, the last of which is evaluated, and its entry in warp.runs."""
+    changes = dict(enumerate(settings.warp.runs, 1))
+    steps = {(point.iteration, point.run): point.step for point in points if point.stage == "policy"}
+    return [
+        {"iteration": iteration, "run": run, "steps": number, "changes": changes.get(run, {})}
+        for (iteration, run), number in steps.items()
+    ]
 
 
 def _best_eta(settings: Settings, front: Sequence[Point]) -> dict[str, float] | None:

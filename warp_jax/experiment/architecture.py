@@ -43,7 +43,7 @@ def planned(settings: Settings) -> tuple[TransformerConfig, TransformerConfig | 
         policy = policy_config(model, settings.vocab_size)
     if settings.needs_reward_model:
         return policy, reward_model_config(settings.reward_model, policy)
-    names = [part.source for part in settings.reward_parts.values()]
+    names = [part.source for part in settings.all_reward_parts.values()]
     folders = [name for name in names if ":" not in name and name != "length"]
     if not folders:
         return policy, None

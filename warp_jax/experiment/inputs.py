@@ -27,7 +27,7 @@ def check(settings: Settings) -> None:
     mesh = meshes.make_mesh(settings.mesh)
     check_devices(settings, meshes.batch_devices(mesh))
     corpus.check_source(settings.data.source, settings.data.task)
-    for name, part in settings.reward_parts.items():
+    for name, part in settings.all_reward_parts.items():
         _check_reward(f"rewards.{name}.source", part, REWARDS, settings.data.chat)
     _check_reward("gold.source", settings.gold, GOLDS, settings.data.chat)
     policy = architecture.policy_config(settings.model, settings.vocab_size)
@@ -46,7 +46,7 @@ def try_rewards(settings: Settings, corpora: Mapping[str, Corpus]) -> None:
 
     Only process 0 calls them. Raises RewardError if a function fails.
     """
-    parts = [(f"rewards.{name}", part.source, part.timeout) for name, part in settings.reward_parts.items()]
+    parts = [(f"rewards.{name}", part.source, part.timeout) for name, part in settings.all_reward_parts.items()]
     for group, source, timeout in [*parts, ("gold", settings.gold.source, settings.gold.timeout)]:
         if source in REWARDS + GOLDS or Path(source).is_dir() or not hosts.is_first():
             continue

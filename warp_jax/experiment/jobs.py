@@ -68,8 +68,8 @@ def run_part(
             progress.note(f"{owner} is preparing this workdir: waiting for it")
 
         with hosts.locked(workdir / LOCK, on_wait):
-            tokenizer, trainer, examiner = preparation.prepare(settings, corpora, workdir, progress)
-        job = warp.make_job(settings, trainer, examiner, workdir, progress, watch_run=watch_run)
+            tokenizer, trainers, examiner = preparation.prepare(settings, corpora, workdir, progress)
+        job = warp.make_job(settings, trainers, examiner, workdir, progress, watch_run=watch_run)
         if part.run:
             warp.run_one(job, part.iteration, part.run)
             return f"iteration {part.iteration} run {part.run}: finished"

@@ -28,8 +28,8 @@ from warp_jax.types import PromptBatch, RewardFn, Rollout
 
 def prepare(
     settings: Settings, corpora: Mapping[str, Corpus], workdir: Path, progress: JobProgress
-) -> tuple[Tokenizer, reinforce.Trainer, measure.Examiner]:
-    """Make what all runs share, or restore what the workdir already has.
+) -> tuple[Tokenizer, tuple[reinforce.Trainer, ...], measure.Examiner]:
+    """Make what all runs share, or restore what the workdir already has; return a trainer for each run.
 
     Training and evaluation have a reward function each, because a reward on text may read the rows of its split.
     """
@@ -47,25 +47,28 @@ def prepare(
     gold_fn = maker.gold()
     sft_params = maker.sft(policy)
     learned = maker.reward_model(policy, sft_params) if settings.needs_reward_model else None
-    reward_fns = {name: make_reward_fn(maker, learned, corpora[name].rows, name) for name in prompts}
     trained, frozen = freezing.split(sft_params, settings.model.trainable)
     stop_ids, pad_id = tokenizer.stop_ids, tokenizer.pad_id
     programs = make_programs(settings, mesh, policy, trained=trained, frozen=frozen, stop_ids=stop_ids, pad_id=pad_id)
-    trainer = reinforce.Trainer(
-        programs=programs.train,
-        sampler=programs.sampler,
-        reward_fn=reward_fns["prompts"],
-        train_prompts=prompts["prompts"],
-        frozen_params=frozen,
-        mesh=mesh,
-        rl=settings.rl,
-        seed=settings.seed,
+    trainers = tuple(
+        reinforce.Trainer(
+            programs=train,
+            sampler=programs.sampler,
+            reward_fn=make_reward_fn(maker, of_run.reward_parts, learned, corpora["prompts"].rows, "prompts"),
+            train_prompts=prompts["prompts"],
+            frozen_params=frozen,
+            mesh=mesh,
+            rl=of_run.rl,
+            seed=of_run.seed,
+        )
+        for of_run, train in zip(settings.of_runs, programs.train, strict=True)
     )
+    reward_fn = make_reward_fn(maker, settings.reward_parts, learned, corpora["eval"].rows, "eval")
     examiner = measure.Examiner(
         mesh=mesh,
         sampler=programs.evaluation_sampler,
         kl_to_sft=programs.kl_to_sft,
-        reward_fn=reward_functions.make_finite(reward_fns["eval"], tokenizer, "eval"),
+        reward_fn=reward_functions.make_finite(reward_fn, tokenizer, "eval"),
         gold_fn=reward_functions.make_from_text(gold_fn, tokenizer, corpora["eval"].rows, "eval"),
         sft_params=trained,
         frozen_params=frozen,
@@ -76,7 +79,7 @@ def prepare(
         batch_size=settings.evaluation.batch_size,
         seed=settings.seed,
     )
-    return tokenizer, trainer, examiner
+    return tokenizer, trainers, examiner
 
 
 def load_corpora(settings: Settings) -> dict[str, Corpus]:
@@ -100,7 +103,7 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
             make_prompts(settings, tokenizer, splits[name], name)
         else:
             prompt_values(settings, splits[name])
-    limits = {part.source: part.timeout for part in settings.reward_parts.values()}
+    limits = {part.source: part.timeout for part in settings.all_reward_parts.values()}
     row_checks.check(limits, splits["prompts"])
     row_checks.check({**limits, settings.gold.source: settings.gold.timeout}, splits["eval"])
     return splits
@@ -171,10 +174,14 @@ def encode_chats(tokenizer: Tokenizer, values: Sequence[Any], places: Sequence[s
 
 
 def make_reward_fn(
-    maker: Maker, learned: Callable[[Rollout], Any] | None, rows: Sequence[Mapping[str, Any]], split: str
+    maker: Maker,
+    used: Mapping[str, groups.RewardPart],
+    learned: Callable[[Rollout], Any] | None,
+    rows: Sequence[Mapping[str, Any]],
+    split: str,
 ) -> RewardFn:
-    """The weighted sum of the parts of the reward; learned: the reward model trained here, if one is needed."""
-    used, on_device = maker.settings.reward_parts, {"length": reward_functions.length, "reward_model": learned}
+    """The weighted sum of the parts of a reward; learned: the reward model trained here, if one is needed."""
+    on_device = {"length": reward_functions.length, "reward_model": learned}
     parts = {
         name: on_device.get(part.source)
         or reward_functions.make_from_text(maker.text_fn(f"rewards.{name}", part), maker.tokenizer, rows, split)

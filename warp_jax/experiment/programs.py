@@ -14,6 +14,7 @@ from warp_jax.models.apply import make_apply_fn
 from warp_jax.models.transformer import TransformerConfig, init_cache
 from warp_jax.parallel import meshes
 from warp_jax.settings import Settings
+from warp_jax.settings.groups import Rl, Warp
 from warp_jax.training import anchors, loop, optimizers, reinforce, scoring
 from warp_jax.types import Params, TrainState
 
@@ -22,7 +23,7 @@ class Programs(NamedTuple):
     """Programs of training and of evaluation, which computes in `evaluation.dtype`."""
 
     sampler: sampling.Sampler
-    train: loop.Programs[TrainState]  # a step of RL
+    train: tuple[loop.Programs[TrainState], ...]  # a step of RL, for each run; runs of equal settings share one
     evaluation_sampler: sampling.Sampler  # the same as `sampler` if the dtypes are equal
     kl_to_sft: measure.KlFn
 
@@ -55,19 +56,23 @@ def make_programs(
             sampling_mesh=sampling_mesh,
         )
 
-    rule = reinforce.Rule(
-        score_fn=functools.partial(scoring.per_token_logps, make_apply_fn(model, mesh), **score),
-        optimizer=optimizers.make_optimizer(settings.rl, settings.adam),
-        rl=settings.rl,
-        anchor=anchors.make_anchor(settings.warp),
-        stop_ids=stop_ids,
-    )
+    @functools.cache
+    def make_update(rl: Rl, warp: Warp) -> loop.Programs[TrainState]:
+        rule = reinforce.Rule(
+            score_fn=functools.partial(scoring.per_token_logps, make_apply_fn(model, mesh), **score),
+            optimizer=optimizers.make_optimizer(rl, settings.adam),
+            rl=rl,
+            anchor=anchors.make_anchor(warp),
+            stop_ids=stop_ids,
+        )
+        return reinforce.make_programs(mesh, trained, rule)
+
     sampler = make_sampler(model)
     measured = dataclasses.replace(model, dtype=settings.evaluation.dtype)
     score_kl = functools.partial(scoring.sequence_kl, make_apply_fn(measured, mesh), trunk_layers=trunk_layers, **score)
     return Programs(
         sampler=sampler,
-        train=reinforce.make_programs(mesh, trained, rule),
+        train=tuple(make_update(run.rl, run.warp.model_copy(update={"stop_at_kl": 0.0})) for run in settings.of_runs),
         evaluation_sampler=sampler if measured == model else make_sampler(measured),
         kl_to_sft=measure.make_kl_to_sft(score_kl),
     )

@@ -18,7 +18,7 @@ from warp_jax.pretrained import sources
 from warp_jax.storage import checkpoint, manifest
 from warp_jax.types import Params
 
-_SAVED = re.compile(r"sft|reward_model|iteration_\d+/(run_\d+|merged)")
+_SAVED = re.compile(r"sft|reward_model|iteration_\d+/(run_\d+|(?P<itself>run_\d+/(anchor|average|step_\d+)|merged))")
 
 
 class Workdir:
@@ -40,9 +40,11 @@ class Workdir:
 
     def stages(self) -> list[str]:
         """Names of the saved stages."""
-        folders = sorted(p.parent for p in self.path.glob("iteration_*/run_*/params") if manifest.is_complete(p))
-        merged = sorted(p for p in self.path.glob("iteration_*/merged") if manifest.is_complete(p))
-        return ["sft", *(str(p.relative_to(self.path)) for p in [*folders, *merged])]
+        found = [path for kind in ("run_*/*", "merged") for path in sorted(self.path.glob(f"iteration_*/{kind}"))]
+        names = [
+            str(path.relative_to(self.path)).removesuffix("/params") for path in found if manifest.is_complete(path)
+        ]
+        return ["sft", *filter(_SAVED.fullmatch, names)]
 
     def load(self, stage: str) -> tuple[Params, TransformerConfig]:
         """All weights of a stage, and its architecture. Raises ValueError if the stage is unknown or not saved."""
@@ -77,8 +79,9 @@ class Workdir:
         return trees.join(restored, freezing.split(start(), trainable)[1])
 
     def _restore(self, stage: str, like: Params) -> Params:
-        path = self.path / stage if stage.endswith("merged") else self.path / stage / "params"
-        if not _SAVED.fullmatch(stage) or not checkpoint.has_params(path):
+        known = _SAVED.fullmatch(stage)
+        path = self.path / stage if known and known["itself"] else self.path / stage / "params"
+        if not known or not checkpoint.has_params(path):
             raise ValueError(
                 f"stage: {stage!r} is not in {self.path}, which has {', '.join(self.stages())}; want {cli.STAGES}"
             )

@@ -5,6 +5,7 @@ Reads only, and imports no Orbax and no data libraries, so that it starts fast.
 
 import csv
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -114,8 +115,11 @@ class _Reader:
         for i in range(1, warp.num_iterations + 1):
             for run in range(1, warp.num_runs + 1):
                 name = f"iteration_{i}/run_{run}"
-                evaluations, lock = points.trajectory(settings, i, run), self.workdir / name / "lock"
-                parts.append(self.trained(name, warp.steps_per_iteration[i - 1], lock, evaluations))
+                last, lock = points.last_step(settings, self.workdir, i, run), self.workdir / name / "lock"
+                evaluations = points.trajectory(settings, i, run, last)
+                parts.append(self.trained(name, last, lock, evaluations, points.saved_weights(settings, last)))
+                fronts = points.run_names(settings, i, run, last) - {*evaluations.values(), "sft"}
+                parts += [self.evaluated(f"fronts of {name}", fronts)] if fronts else []
             parts.append(self.merged(f"iteration_{i}/merged"))
             parts.append(self.evaluated(f"front of iteration_{i}", points.front_names(settings, i) - {"sft"}))
         return [*parts, self.report()]
@@ -138,14 +142,21 @@ class _Reader:
             return Part("inputs", DONE)
         return _running_or_not("inputs", lock)
 
-    def trained(self, name: str, steps: int, lock: Path | None, evaluations: Mapping[int, str]) -> Part:
-        """SFT, the reward model or a run. evaluations: those made on the way, by step."""
+    def trained(
+        self,
+        name: str,
+        steps: int,
+        lock: Path | None,
+        evaluations: Mapping[int, str],
+        saved: Sequence[str] = ("params",),
+    ) -> Part:
+        """SFT, the reward model or a run. evaluations: made on the way, by step; saved: its folders of weights."""
         folder = self.workdir / name
-        if not manifest.is_complete(folder / "params"):
+        if not all(manifest.is_complete(folder / kind) for kind in saved):
             if lock and (owner := files.owner(lock)):
                 return _running(name, folder, lock, steps, owner)
             part = self.saved(name, folder / "state", steps)
-        elif damage := self.weights_damage(folder / "params") or self.json_damage(folder.glob("*.json")):
+        elif damage := self.first_damage(folder, saved) or self.json_damage(folder.glob("*.json")):
             part = Part(name, DAMAGED, note=damage)
         else:
             part = Part(name, DONE, steps, steps)
@@ -195,7 +206,8 @@ class _Reader:
             return Part("report", NOT_BEGUN)
         if damage := self.json_damage([self.workdir / "summary.json"]):
             return Part("report", DAMAGED, note=damage)
-        is_current = _evaluations_in(paths[0]) == points.evaluation_names(self.settings)
+        last_step = functools.partial(points.last_step, self.settings, self.workdir)
+        is_current = _evaluations_in(paths[0]) == points.evaluation_names(self.settings, last_step)
         return Part("report", DONE if is_current else NOT_BEGUN)
 
     def evaluation(self, name: str) -> Path:
@@ -214,12 +226,16 @@ class _Reader:
         for step, name in evaluations.items():
             path = self.evaluation(name)
             if not path.exists():
-                if step < done:
+                if step < done and step not in self.settings.keep.steps:
                     return f"{path} is missing, and its policy is not saved; delete {folder} to make both again"
             elif self.is_broken(path):
-                also = f" and {folder}, whose policy of that step is not saved," if step < done else ""
+                lost = step < done and step not in self.settings.keep.steps
+                also = f" and {folder}, whose policy of that step is not saved," if lost else ""
                 return f"{path} is not what was written; delete it{also} to make it again"
         return ""
+
+    def first_damage(self, folder: Path, saved: Iterable[str]) -> str:
+        return next(filter(None, (self.weights_damage(folder / kind) for kind in saved)), "")
 
     def weights_damage(self, folder: Path) -> str:
         damage = manifest.damage(folder) if self.verify else ""

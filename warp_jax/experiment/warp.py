@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,13 +11,14 @@ import numpy as np
 
 from warp_jax import cli, files, merging
 from warp_jax.evaluation import guards, measure
+from warp_jax.evaluation import points as named
 from warp_jax.evaluation.measure import Evaluation, EvaluationStore
-from warp_jax.evaluation.points import Point, evaluation_names, front_names, front_points, trajectory
+from warp_jax.evaluation.points import Point, front_points
 from warp_jax.parallel import hosts
 from warp_jax.progress import JobProgress
 from warp_jax.settings import Settings
 from warp_jax.storage import checkpoint
-from warp_jax.training import loop, metric_writer, reinforce
+from warp_jax.training import anchors, loop, metric_writer, reinforce
 from warp_jax.types import Params, TrainState
 
 
@@ -49,7 +50,7 @@ class Job:
 
     settings: Settings
     sft_params: Params  # trained leaves of SFT
-    trainer: reinforce.Trainer
+    trainers: tuple[reinforce.Trainer, ...]  # one for each run
     workdir: Path
     progress: JobProgress
     evaluations: EvaluationStore
@@ -67,24 +68,39 @@ class Job:
         """Train one run of one iteration (lines 4 to 9), and return the points of its trajectory."""
         directory = self.workdir / f"iteration_{iteration}" / f"run_{run}"
         num_steps = self.settings.warp.steps_per_iteration[iteration - 1]
-        finished = checkpoint.has_params(directory / "params")
+        finished = self._is_finished(iteration, run)
         self.progress.start_phase(f"iteration {iteration} run {run}", num_steps, finished=finished)
         if not finished:
             with hosts.locked(directory / "lock", functools.partial(_refuse, f"run {run}", iteration)):
-                if not checkpoint.has_params(directory / "params"):  # another job may have finished it meanwhile
+                if not self._is_finished(iteration, run):  # another job may have finished it meanwhile
                     self._train(init_params, iteration, run, directory)
         checkpoint.forget_state(directory)  # a killed job may have left it
+        last = self.last_step(iteration, run)
 
         def params_at(step: int, name: str) -> Params:
-            if step != num_steps:
+            path = directory / ("params" if step == last else f"step_{step}")
+            if not checkpoint.has_params(path):
                 raise JobError(f"evaluation {name} is missing, and its policy is not saved; delete {directory}")
-            return checkpoint.restore_params(directory / "params", init_params)
+            return checkpoint.restore_params(path, init_params)
 
         points = []
-        for step, name in trajectory(self.settings, iteration, run).items():
+        for step, name in named.trajectory(self.settings, iteration, run, last).items():
             evaluation = self.evaluations.get(name, functools.partial(params_at, step, name))
             points.append(Point("policy", iteration, run, float("nan"), step, evaluation))
+        for stage in named.kept_stages(self.settings, last):
+            restore = functools.partial(checkpoint.restore_params, directory / stage, init_params)
+            ends, etas = (self.sft_params, restore), named.kept_etas(self.settings)
+            points += front_points(stage, (iteration, run), etas, ends=ends, evaluations=self.evaluations)
         return points
+
+    def last_step(self, iteration: int, run: int) -> int:
+        """The last step of a run. All processes agree."""
+        return hosts.number_of_first(lambda: named.last_step(self.settings, self.workdir, iteration, run))
+
+    def _is_finished(self, iteration: int, run: int) -> bool:
+        """True if all weights of a run are saved."""
+        directory, last = self.workdir / f"iteration_{iteration}" / f"run_{run}", self.last_step(iteration, run)
+        return all(checkpoint.has_params(directory / name) for name in named.saved_weights(self.settings, last))
 
     def merge(self, init_params: Params, iteration: int) -> Params:
         """theta_slerp of one iteration (line 12), saved with the angles and norms of its task vectors per unit."""
@@ -116,11 +132,21 @@ class Job:
 
     def front(self, merged: Params, iteration: int) -> list[Point]:
         """The points of an iteration's merge and of its front: LITI from SFT to the merge, one point per eta."""
-        return front_points(self.settings.front.etas, self.sft_params, merged, iteration, self.evaluations)
+        front = functools.partial(
+            front_points,
+            "liti",
+            (iteration, 0),
+            ends=(self.sft_params, lambda: merged),
+            evaluations=self.evaluations,
+        )
+        points = front(self.settings.front.etas)
+        return [front([1.0])[0]._replace(stage="merged", eta=float("nan")), *points]
 
     def _train(self, init_params: Params, iteration: int, run: int, directory: Path) -> None:
         settings = self.settings
-        evaluated = trajectory(settings, iteration, run)
+        num_steps, limit = settings.warp.steps_per_iteration[iteration - 1], settings.of_runs[run - 1].warp.stop_at_kl
+        evaluated = named.trajectory(settings, iteration, run, num_steps)
+        end: dict[str, float] = {}
         run_name = f"iteration {iteration} run {run}"
         sft = self.evaluations.get("sft", lambda: self.sft_params)
         guard = guards.Guards(settings.health, run_name, sft, self.progress.note)
@@ -131,14 +157,21 @@ class Job:
             self.progress.on_step(done, values)
             guard.on_step(done, values)
 
-        def after_step(step: int, state: TrainState) -> None:
+        def after_step(step: int, state: TrainState) -> bool:
             watch(state)
             if step in evaluated:
-                guard.on_evaluation(step, self.evaluations.get(evaluated[step], lambda: state.params))
+                evaluation = self.evaluations.get(evaluated[step], lambda: state.params)
+                end.update(step=step, sft_kl=measure.summary(evaluation)["sft_kl"], stop_at_kl=limit)
+                if 0 < limit < end["sft_kl"]:
+                    self._keep(directory, step, state, is_last=True)
+                    return True
+                guard.on_evaluation(step, evaluation)
             guard.stop()
+            self._keep(directory, step, state, is_last=step == num_steps)
+            return False
 
         schedule = loop.Schedule(
-            num_steps=settings.warp.steps_per_iteration[iteration - 1],
+            num_steps=num_steps,
             directory=directory,
             checkpoint_every=settings.checkpoint_every,
             on_step=on_step,
@@ -149,13 +182,36 @@ class Job:
             split="split 'prompts'",
         )
         with self.watch_run() as watch:
-            params = reinforce.run_policy(self.trainer, init_params, iteration=iteration, run=run, schedule=schedule)
-        checkpoint.save_params(directory / "params", params, directory / metric_writer.FILE)
+            trainer = self.trainers[run - 1]
+            params = reinforce.run_policy(trainer, init_params, iteration=iteration, run=run, schedule=schedule)
+        if limit and hosts.is_first():
+            files.write_json(directory / named.END, end)
+        self._average(directory, named.kept_steps(settings, int(end["step"])), params)
+        logs = (directory / metric_writer.FILE, *[directory / named.END] * (limit > 0))
+        _save_once(directory / "params", params, *logs)
+
+    def _keep(self, directory: Path, step: int, state: TrainState, *, is_last: bool) -> None:
+        """Save what config.keep names of the state after a step."""
+        if step in self.settings.keep.steps:
+            _save_once(directory / f"step_{step}", state.params)
+        if is_last and self.settings.keep.anchor:
+            anchor = anchors.make_anchor(self.settings.of_runs[run - 1].warp)
+            _save_once(directory / "anchor", anchor.weights(state.anchor_params))
+
+    def _average(self, directory: Path, steps: Sequence[int], like: Params) -> None:
+        """Save the mean of a run's kept policies, if there are several."""
+        if len(steps) < 2 or checkpoint.has_params(directory / "average"):
+            return
+        average = like
+        for number, step in enumerate(steps, 1):
+            policy = checkpoint.restore_params(directory / f"step_{step}", like)
+            average = merging.liti(average, policy, 1 / number)
+        checkpoint.save_params(directory / "average", average)
 
 
 def make_job(
     settings: Settings,
-    trainer: reinforce.Trainer,
+    trainers: tuple[reinforce.Trainer, ...],
     examiner: measure.Examiner,
     workdir: Path,
     progress: JobProgress,
@@ -170,13 +226,13 @@ def make_job(
         progress.on_evaluation(f"{name}: {measured}", seconds)
 
     store = EvaluationStore(workdir / "evaluations", functools.partial(measure.evaluate, examiner), on_new)
-    return Job(settings, examiner.sft_params, trainer, workdir, progress, store, watch_run)
+    return Job(settings, examiner.sft_params, trainers, workdir, progress, store, watch_run)
 
 
 def run_warp(job: Job) -> list[Point]:
     """Train, merge and evaluate everything that the workdir lacks; return all points in order."""
     warp, sft = job.settings.warp, job.sft_params
-    _expect(job, evaluation_names(job.settings))
+    _expect(job, named.evaluation_names(job.settings, job.last_step))
     points = [Point("sft", 0, 0, 0.0, 0, job.evaluations.get("sft", lambda: sft))]
     init_params = sft
     for iteration in range(1, warp.num_iterations + 1):
@@ -191,14 +247,20 @@ def run_warp(job: Job) -> list[Point]:
 
 def run_one(job: Job, iteration: int, run: int) -> None:
     """Make one run of one iteration, as a job of its own."""
-    _expect(job, ["sft", *trajectory(job.settings, iteration, run).values()])
+    _expect(job, {"sft"} | named.run_names(job.settings, iteration, run, job.last_step(iteration, run)))
     job.run_policy(job.init_params(iteration), iteration, run)
 
 
 def merge_one(job: Job, iteration: int) -> None:
     """Make the merge of one iteration, whose runs must be finished, and its front, as a job of its own."""
-    _expect(job, front_names(job.settings, iteration))
+    _expect(job, named.front_names(job.settings, iteration))
     job.front(job.merge(job.init_params(iteration), iteration), iteration)
+
+
+def _save_once(path: Path, params: Params, *logs: Path) -> None:
+    """Save weights, unless an earlier process has: they are the same."""
+    if not checkpoint.has_params(path):
+        checkpoint.save_params(path, params, *logs)
 
 
 def _expect(job: Job, names: Iterable[str]) -> None:

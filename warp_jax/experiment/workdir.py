@@ -188,7 +188,7 @@ def check_models_unchanged(settings: Settings, workdir: Path) -> dict[str, str]:
 
 def _model_folders(settings: Settings) -> dict[str, Path]:
     """Folder of every pretrained model, by its name in the config."""
-    names = [part.source for part in settings.reward_parts.values()]
+    names = [part.source for part in settings.all_reward_parts.values()]
     folders = {name: Path(name) for name in (*names, settings.gold.source) if name and Path(name).is_dir()}
     if settings.model.source:
         folders[settings.model.source] = sources.find(settings.model.source)
@@ -222,7 +222,7 @@ def _check_rewards_unchanged(settings: Settings, workdir: Path, *, accept: bool)
 
     Raises ValueError if one has changed since the workdir was made.
     """
-    names = {part.source for part in settings.reward_parts.values()} | {settings.gold.source}
+    names = {part.source for part in settings.all_reward_parts.values()} | {settings.gold.source}
     found = {}
     for name in sorted(names):
         module = name.partition(":")[0]

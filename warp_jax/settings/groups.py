@@ -290,6 +290,8 @@ class Warp(Group):
     merge: Literal["slerp", "slerp_symmetric", "lerp", "task_arithmetic", "model_stock", "slerp_full_weights"]
     unit: Literal["layer", "tensor", "model"]
     liti_rate: Rate
+    runs: Annotated[tuple[dict[str, Any], ...], Lax] = ()  # missing in older workdirs
+    stop_at_kl: NotNegative = 0.0  # missing in older workdirs
 
     @model_validator(mode="after")
     def _iterations_and_runs_suffice(self) -> "Warp":
@@ -300,6 +302,21 @@ class Warp(Group):
             )
         if self.merge == "model_stock" and self.num_runs < 2:
             raise ValueError("num_runs: got 1, want at least 2 for warp.merge model_stock")
+        if self.runs and len(self.runs) != self.num_runs:
+            raise ValueError(f"runs: got {len(self.runs)} entries, want warp.num_runs = {self.num_runs} or none")
+        return self
+
+
+class Keep(Group):
+    """Weights of a run that are kept and evaluated, in addition to its last policy."""
+
+    anchor: bool = False
+    steps: Annotated[tuple[Count, ...], Lax] = ()
+
+    @model_validator(mode="after")
+    def _steps_rise(self) -> "Keep":
+        if list(self.steps) != sorted(set(self.steps)):
+            raise ValueError(f"steps: got {self.steps}, want rising numbers")
         return self
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
@@ -17,6 +17,12 @@ PLAIN = {  # pydantic's phrases, and how our messages write them
     r"less than or equal to": "at most",
     r" after validation, not \d+": "",
 }
+# settings that an entry of warp.runs may change: those of a run's reward and update that change no shape
+OF_A_RUN = re.compile(
+    r"rewards\.[^.]+\.weight|seed|warp\.(ema_rate|anchor|anchor_every|bema\.\w+|stop_at_kl)|"
+    r"rl\.(?!(batch_size|samples_per_prompt|num_microbatches)$)[\w.]+"
+)
+MEANT = "rewards.NAME.weight, seed, the anchor, warp.stop_at_kl, or rl without its sizes; runs share all others"
 
 
 class Settings(groups.Group):
@@ -37,6 +43,7 @@ class Settings(groups.Group):
     sampling: groups.Sampling
     rl: groups.Rl
     warp: groups.Warp
+    keep: groups.Keep = groups.Keep()  # missing in older workdirs
     front: groups.Front
     evaluation: groups.Evaluation
     health: groups.Health = groups.Health()  # missing in older workdirs
@@ -48,9 +55,16 @@ class Settings(groups.Group):
         return {name: part for name, part in self.rewards.items() if part.weight}
 
     @property
+    def all_reward_parts(self) -> dict[str, groups.RewardPart]:
+        """The parts with a weight other than 0, here or in an entry of warp.runs."""
+        changed = {path for changes in self.warp.runs for path, value in changes.items() if value}
+        return {name: part for name, part in self.rewards.items() if part.weight or f"rewards.{name}.weight" in changed}
+
+    @property
     def needs_reward_model(self) -> bool:
-        """True if a part of the reward is the model trained here."""
-        return any(part.source == "reward_model" and part.weight for part in self.rewards.values())
+        """True if a part of the reward, or of the reward of a run, is the model trained here."""
+        used = self.all_reward_parts
+        return any(part.source == "reward_model" and name in used for name, part in self.rewards.items())
 
     @property
     def needs_labels(self) -> bool:
@@ -77,10 +91,19 @@ class Settings(groups.Group):
         for path, value in changes.items():
             *parents, name = path.split(".")
             group = tree
-            for parent in parents:
+            for depth, parent in enumerate(parents, 1):
+                if not isinstance(group.get(parent), dict):
+                    raise ValueError(f"config.{'.'.join(parents[:depth])}: no such setting; {_closest(parent, group)}")
                 group = group[parent]
             group[name] = value
         return from_config(tree)
+
+    @property
+    def of_runs(self) -> tuple["Settings", ...]:
+        """Settings of each run: these, with the changes of its entry in warp.runs."""
+        if not self.warp.runs:
+            return (self,) * self.warp.num_runs
+        return tuple(self.replace({**changes, "warp.runs": ()}) for changes in self.warp.runs)
 
     @model_validator(mode="after")
     def _mesh_has_one_rest(self) -> "Settings":
@@ -130,6 +153,25 @@ class Settings(groups.Group):
             )
         if not self.data.label_field and self.needs_labels:
             raise ValueError("data.label_field: got '', want the field of the 0/1 labels that the rewards learn from")
+        return self
+
+    @model_validator(mode="after")
+    def _kept_steps_are_made(self) -> "Settings":
+        most = max(self.warp.steps_per_iteration)
+        if self.keep.steps and self.keep.steps[-1] > most:
+            raise ValueError(f"keep.steps: got {self.keep.steps}, want at most {most}, the steps of the longest run")
+        return self
+
+    @model_validator(mode="after")
+    def _each_run_has_valid_settings(self) -> "Settings":
+        for number, changes in enumerate(self.warp.runs):
+            for path in changes:
+                if not OF_A_RUN.fullmatch(path):
+                    raise ValueError(f"warp.runs[{number}]: got {path!r}, want {MEANT}")
+            try:
+                self.replace({**changes, "warp.runs": ()})
+            except ValueError as error:
+                raise ValueError(f"warp.runs[{number}]: {str(error).removeprefix('config.')}") from error
         return self
 
 
@@ -187,6 +229,11 @@ def _suggestion(place: tuple[int | str, ...]) -> str:
         kinds = [group.model_fields[part].annotation] if part in getattr(group, "model_fields", {}) else []
         nested = [k for kind in kinds for k in (kind, *getattr(kind, "__args__", ())) if hasattr(k, "model_fields")]
         group = nested[0] if nested else groups.RewardPart
-    names = sorted(group.model_fields)
-    close = difflib.get_close_matches(str(place[-1]), names, n=3)
+    return _closest(str(place[-1]), group.model_fields)
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    """Suggest the known names that are like an unknown one."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3)
     return f"did you mean {', '.join(close)}?" if close else f"want one of {', '.join(names)}"

@@ -26,8 +26,8 @@ from warp_jax.rewards import reward_functions
 from warp_jax.settings import Settings, check_devices
 from warp_jax.settings.groups import RewardModel, Sft
 from warp_jax.tpu_fit import hlo
-from warp_jax.training import optimizers, reinforce, supervised
-from warp_jax.types import Params, PromptBatch, Rollout
+from warp_jax.training import loop, optimizers, reinforce, supervised
+from warp_jax.types import Params, PromptBatch, Rollout, TrainState
 
 Names = tuple[str, ...]  # keys of Plan.resident
 
@@ -100,7 +100,7 @@ class _Planner:
         self.functions = make_programs(
             settings, mesh, self.policy, trained=self.trained, frozen=self.frozen, stop_ids=(1,), pad_id=0
         )
-        self.state = partitioning.with_shardings(mesh, jax.eval_shape(self.functions.train.init, self.trained))
+        self.state = self._state(self.functions.train[0])
         self.resident: dict[str, Any] = dict(zip(STATE, self.state[1:], strict=True))  # without the step
         self.resident |= {"init": self.trained, "SFT": self.trained, "frozen weights": self.frozen}
         if self._copied(self.policy.dtype):
@@ -134,7 +134,7 @@ class _Planner:
     def rl(self) -> Iterator[Program]:
         """Start of a run, step of RL, and evaluation with its own batch size and dtype."""
         functions, train, evaluation = self.functions, self.settings.rl.batch_size, self.settings.evaluation.batch_size
-        yield self.program("start of a run", functions.train.init, self.trained, reads=("init",), absent=RUN_ONLY)
+        yield self.program("start of a run", functions.train[0].init, self.trained, reads=("init",), absent=RUN_ONLY)
         weights, reads = self.weights, WHOLE
         if COPY in self.resident:
             yield self.copy("", self.policy.dtype)
@@ -155,14 +155,27 @@ class _Planner:
         yield self.generation(EVALUATION, functools.partial(evaluate, num_slots=evaluation), rows, weights, reads)
         if evaluation != train:
             yield from self.reward(EVALUATION, evaluation)
-        args = self.state, self.frozen, self._rollout(train), self._rows(jnp.float32, train)
-        yield self.program("update", functions.train.update, *args, reads=(*STATE, "frozen weights"))
+        yield from self.updates()
         rollout = self._rollout(evaluation)
         _, states = jax.eval_shape(evaluate, weights, PromptBatch(*rollout[:3]), self._key())
         split = meshes.batch_sharding(self.mesh)
         states = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), states)
         models = self.trained, self.trained, self.frozen
         yield self.program("KL to SFT", functions.kl_to_sft, *models, rollout, states, reads=(*WHOLE, "SFT"))
+
+    def updates(self) -> Iterator[Program]:
+        """The update of the first run, and those of runs with other settings."""
+        batch, seen = self.settings.rl.batch_size, list[Any]()
+        for run, functions in enumerate(self.functions.train, 1):
+            if functions not in seen:
+                args = self._state(functions), self.frozen, self._rollout(batch), self._rows(jnp.float32, batch)
+                name = f"update (run {run})" if seen else "update"
+                yield self.program(name, functions.update, *args, reads=(*STATE, "frozen weights"))
+                seen.append(functions)
+
+    def _state(self, functions: loop.Programs[TrainState]) -> TrainState:
+        state: TrainState = partitioning.with_shardings(self.mesh, jax.eval_shape(functions.init, self.trained))
+        return state
 
     def generation(self, suffix: str, generate: Any, prompts: int, weights: Any, reads: Names) -> Program:
         """Generation for so many prompts from `weights`, laid out for its sampler."""

@@ -70,8 +70,9 @@ class Schedule(NamedTuple):
     directory: Path  # for the saved state and the metrics
     checkpoint_every: int  # steps between two saves at most
     on_step: OnStep  # called after each step is logged
-    # after_step(steps done, state): called after each step, and again for a restored state or a repeated step
-    after_step: Callable[[int, Any], None] = lambda done, state: None
+    # after_step(steps done, state): called after each step, and again for a restored state or a repeated step; True
+    # ends the loop
+    after_step: Callable[[int, Any], bool | None] = lambda done, state: None
     checkpoint_minutes: float = math.inf  # time between two saves at most
     checked: Container[int] = ()  # after so many steps, check the metrics before after_step (as before each save)
     name: str = "training"  # for errors
@@ -140,16 +141,16 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
             pending = {}
 
         try:
-            if start:
-                schedule.after_step(start, state)  # it may have been interrupted in there
-            for step in range(start, schedule.num_steps):
+            ended = start and schedule.after_step(start, state)  # it may have been interrupted in there
+            for step in range(start, start if ended else schedule.num_steps):
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = step_fn(state, step)
                 log()
                 done, pending = step + 1, metrics
                 if done in schedule.checked:
                     log()
-                schedule.after_step(done, state)
+                if schedule.after_step(done, state):
+                    break
                 stopping.stop_if_requested(f"{directory.name}, saved after step {done}")
                 if saves.due(done):
                     log()
