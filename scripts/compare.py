@@ -22,7 +22,8 @@ from warp_jax import cli, files
 with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     import matplotlib
 
-    from warp_jax.evaluation import plots, report, statistics, summary
+    from warp_jax.evaluation import columns, plots, report, statistics, summary
+    from warp_jax.settings import from_config
 
 
 _BASELINE = flags.DEFINE_string("baseline", "", "Finished workdir of a baseline, compared with the last fronts.")
@@ -138,8 +139,13 @@ def _compare(workdirs: list[Path], baselines: list[Path]) -> None:
         print_table(BASELINE_COLUMNS, [row for workdir in workdirs for row in baseline_rows(workdir, baseline)])
     if _PICTURE.value:
         matplotlib.use("Agg")
-        fronts, trajectory = ([summary.as_row(p) for p in report.read_points(x)] for x in (*workdirs, *baselines))
+        fronts, trajectory = map(_rows, (*workdirs, *baselines))
         files.write_bytes(Path(_PICTURE.value), plots.draw_fronts(fronts, trajectory))
+
+
+def _rows(workdir: Path) -> list[dict[str, Any]]:
+    settings = from_config(files.read_json(workdir / "config.json"))
+    return columns.as_rows(report.read_points(workdir), settings.evaluation)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from configs import default, lerp, no_kl, quickstart, sft_anchor, tiny
 from tests.commands import TINY, finish, kill_when, main_command, run, start, wait_for
 from tests.settings_of import settings_of, typed
 from warp_jax import cli, exit_codes, files, main
-from warp_jax.evaluation import measure, report, summary
+from warp_jax.evaluation import columns, measure, report
 from warp_jax.experiment import export, inputs, stages
 from warp_jax.experiment import workdir as workdirs
 from warp_jax.models.apply import make_apply_fn
 from warp_jax.rewards import from_folder
 
-COLUMNS = "stage iteration run eta step reward reward_se gold_reward gold_reward_se sft_kl sft_kl_se length distinct_2"
+COLUMNS = "stage iteration run eta step reward reward_se gold_reward gold_reward_se sft_kl sft_kl_se length distinct_2 "
+COLUMNS += "distinct_1 distinct_3 gold_gap gold_gap_se"
 ALL = [default, quickstart, tiny, sft_anchor, no_kl, lerp]
 
 
@@ -64,7 +65,7 @@ def test_tiny_run_leaves_everything(tiny_run):
     assert float(rows[0]["sft_kl"]) == pytest.approx(0, abs=1e-5)
     assert (workdir / "front.png").read_bytes().startswith(b"\x89PNG")
     page = (workdir / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 3
+    assert page.count("data:image/png;base64") == 4
     assert "://" not in page
     assert line.startswith("reward ")
     assert list((workdir / "iteration_2" / "run_1").glob("events.out.tfevents*"))
@@ -201,6 +202,7 @@ BAD = [
     ("rl.batch_size", 12, "multiple of 8"),
     ("data.source", "nowhere.jsonl", "no such file"),
     ("evaluation.num_prompts", 16_000, "split 'eval' has"),
+    ("evaluation.text", "nowhere.jsonl", "config.evaluation.text: got 'nowhere.jsonl', want '' or a .jsonl"),
     ("model.architecture.num_kv_heads", 3, "multiple of num_kv_heads"),
     ("rewards.sentiment.source", "no.module:f", "rewards"),
     ("rewards.sentiment.source", "tfidf", "want 'reward_model', 'length'"),
@@ -317,7 +319,8 @@ def test_geometry_is_per_layer(tiny_run):
 def test_compare_sets_the_front_against_a_baseline(tiny_run):
     """Fails when the points of a workdir are read under a wrong name, or the baseline's trajectory is not all there."""
     config, workdir, _ = tiny_run
-    assert [summary.as_row(p) for p in report.read_points(workdir)][1]["reward"] == float(_rows(workdir)[1]["reward"])
+    points = report.read_points(workdir)
+    assert columns.as_rows(points, typed(config).evaluation)[1]["reward"] == float(_rows(workdir)[1]["reward"])
     picture = workdir.parent / "compared.png"
     script = [sys.executable, "scripts/compare.py", f"--baseline={workdir}", f"--picture={picture}", str(workdir)]
     result = run(script)

@@ -25,6 +25,7 @@ class Programs(NamedTuple):
     train: loop.Programs[TrainState]  # a step of RL
     evaluation_sampler: sampling.Sampler  # the same as `sampler` if the dtypes are equal
     kl_to_sft: measure.KlFn
+    text_losses: measure.TextFn
 
 
 def make_programs(
@@ -66,10 +67,12 @@ def make_programs(
     )
     sampler = make_sampler(model)
     measured = dataclasses.replace(model, dtype=settings.evaluation.dtype)
-    score_kl = functools.partial(scoring.sequence_kl, make_apply_fn(measured, mesh), trunk_layers=trunk_layers, **score)
+    apply_fn = make_apply_fn(measured, mesh)
+    score_kl = functools.partial(scoring.sequence_kl, apply_fn, trunk_layers=trunk_layers, **score)
     return Programs(
         sampler=sampler,
         train=update,
         evaluation_sampler=sampler if measured == model else make_sampler(measured),
         kl_to_sft=measure.make_kl_to_sft(score_kl),
+        text_losses=measure.make_text_losses(functools.partial(scoring.next_token_losses, apply_fn, chunk=chunk)),
     )
