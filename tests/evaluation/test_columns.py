@@ -68,8 +68,8 @@ def test_the_gold_gap_is_the_gain_in_gold_minus_the_gain_in_reward():
     want = [2 / spreads[1] - 3 / spreads[0], 1 / spreads[1] - 0.5 / spreads[0]]
     assert columns.gold_gap(policy, sft) == pytest.approx(want)
     assert columns.gold_gap(sft, sft).tolist() == [0, 0]
-    flat = sft._replace(reward=np.full(2, 0.1))
-    assert np.isnan(columns.gold_gap(policy, flat)).all()
+    flat = _evaluation(3 * [[1]], [0, 1, 2], reward=np.full(3, 0.1), gold_reward=np.arange(3.0))
+    assert np.isnan(columns.gold_gap(flat, flat)).all()
 
 
 def _row(evaluation, **changes):

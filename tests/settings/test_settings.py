@@ -157,9 +157,12 @@ def test_a_missing_group_is_named():
 
 
 def _holds(whole, part):
-    """True if every setting of `part` is in `whole`; `whole` may also have defaults of settings that came later."""
+    """True if every setting of `part` is in `whole`, except those that are None.
+
+    `whole` may also have defaults of settings that came later.
+    """
     if isinstance(part, dict):
-        return all(name in whole and _holds(whole[name], value) for name, value in part.items())
+        return all(value is None or (name in whole and _holds(whole[name], value)) for name, value in part.items())
     return whole == part
 
 
