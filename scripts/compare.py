@@ -22,8 +22,8 @@ from warp_jax import cli, files
 with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     import matplotlib
 
+    from warp_jax import settings as typed
     from warp_jax.evaluation import columns, plots, report, statistics, summary
-    from warp_jax.settings import from_config
 
 
 _BASELINE = flags.DEFINE_string("baseline", "", "Finished workdir of a baseline, compared with the last fronts.")
@@ -144,7 +144,7 @@ def _compare(workdirs: list[Path], baselines: list[Path]) -> None:
 
 
 def _rows(workdir: Path) -> list[dict[str, Any]]:
-    settings = from_config(files.read_json(workdir / "config.json"))
+    settings = typed.from_config(files.read_json(workdir / "config.json"))
     return columns.as_rows(report.read_points(workdir), settings.evaluation)
 
 

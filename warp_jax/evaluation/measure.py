@@ -209,7 +209,7 @@ class EvaluationStore:
                 evaluation = self.evaluate(make_params())
             except (RewardError, FloatingPointError) as error:
                 raise type(error)(f"evaluation {name}: {error}") from error
-            hosts.on_first_process(lambda: _save(path, evaluation))
+            hosts.on_first_process(lambda: save_evaluation(path, evaluation))
             self.on_new(name, evaluation, time.monotonic() - started)
             return evaluation
         return load_evaluation(path)
@@ -218,7 +218,8 @@ class EvaluationStore:
         return self.directory / f"{name}.npz"
 
 
-def _save(path: Path, evaluation: Evaluation) -> None:
+def save_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Write an evaluation to an .npz file."""
     content = io.BytesIO()
     np.savez_compressed(content, **evaluation._asdict())
     files.write_bytes(path, content.getvalue())

@@ -11,7 +11,7 @@ from warp_jax.types import Params
 class Point(NamedTuple):
     """One evaluated policy: a row of front.csv. iteration and run start at 1; 0 (eta: nan) means not applicable."""
 
-    stage: str  # sft, policy, merged or liti
+    stage: str  # sft, policy, merged or liti; best_of_n (its step is N), which is not part of a job
     iteration: int
     run: int
     eta: float
@@ -21,6 +21,8 @@ class Point(NamedTuple):
 
 def evaluation_name(stage: str, iteration: int, run: int, eta: float, step: int) -> str:
     """Name of a saved evaluation, one per policy: on a front, eta 0 has the name of SFT, eta 1 that of the merge."""
+    if stage == "best_of_n":
+        return f"best_of_{step}"
     if stage == "policy":
         return f"policy_i{iteration}_r{run}_s{step}"
     if stage == "merged" or eta == 1.0:
