@@ -20,6 +20,7 @@ from etils import epy
 from warp_jax import cli, files
 
 with epy.lazy_imports():  # at their first use: --help does not wait for JAX
+    import jax.numpy as jnp
     from rich import console
 
     from warp_jax import progress as job_progress
@@ -67,8 +68,8 @@ def open_examiner(workdir: Path) -> measure.Examiner:
     workdirs.check_ingredients(settings, workdir, "an evaluation")
     with job_progress.JobProgress(0, quiet=True) as progress:
         _, _, examiner = preparation.prepare(settings, corpora, workdir, progress)
-    size = examiner.batch_size
-    return examiner._replace(texts=None, kl_to_sft=lambda *args: np.zeros(size, np.float32))
+    no_kl = jnp.zeros(examiner.batch_size)  # of SFT to itself
+    return examiner._replace(texts=None, kl_to_sft=lambda *args: no_kl)
 
 
 def draw(examiner: measure.Examiner, samples_per_prompt: int, wanted: int) -> measure.Evaluation:

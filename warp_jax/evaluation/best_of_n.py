@@ -38,5 +38,5 @@ def kl(rewards: np.ndarray, n: int) -> float:
 
 
 def kl_bound(n: int) -> float:
-    """Upper bound of the KL of best-of-n, nats (arXiv 2401.01879, theorem 1); reached if rewards are never equal."""
+    """Upper bound of the KL of best-of-n, nats (Beirami et al., arXiv 2401.01879); reached if no rewards are equal."""
     return math.log(n) - (n - 1) / n
