@@ -39,16 +39,19 @@ def main(argv: list[str]) -> None:
     """Sample, measure, print and save."""
     del argv
     try:
-        counts = sorted({1, *(int(number) for number in cli.numbers(N, "whole numbers, for example 2,4,8"))})
-        if counts[0] < 1 or counts[-1] > SAMPLES.value:
-            raise ValueError(f"--n: got {','.join(N.value)}, want 1 to --samples = {SAMPLES.value}")
+        numbers = cli.numbers(N)
+        if any(number % 1 or not 1 <= number <= SAMPLES.value for number in numbers):
+            raise ValueError(f"--n: got {','.join(N.value)}, want whole numbers from 1 to --samples = {SAMPLES.value}")
         workdir = files.as_path(str(WORKDIR.value))
         examiner = open_examiner(workdir)
     except (ValueError, OSError) as error:
         cli.fail(error)
     samples_per_prompt = workdirs.read_settings(workdir).evaluation.samples_per_prompt
     samples = draw(examiner, samples_per_prompt, SAMPLES.value)
-    found = [points.Point("best_of_n", 0, 0, float("nan"), n, best_of(samples, n, samples_per_prompt)) for n in counts]
+    found = [
+        points.Point("best_of_n", 0, 0, float("nan"), n, best_of(samples, n, samples_per_prompt))
+        for n in sorted({1, *map(int, numbers)})
+    ]
     rows = write(workdir / "best_of_n", found)
     for row in rows:
         kl = f"KL {row['sft_kl']:.4f} ± {row['sft_kl_se']:.4f} (bound {row['kl_bound']:.4f})"

@@ -12,7 +12,7 @@ import transformers
 from ml_collections import ConfigDict
 
 from configs import default, lerp, no_kl, quickstart, sft_anchor, tiny
-from tests.commands import TINY, finish, kill_when, main_command, run, start, wait_for
+from tests.commands import TINY, finish, kill_when, main_command, run, script_command, start, wait_for
 from tests.settings_of import settings_of, typed
 from warp_jax import cli, exit_codes, files, main
 from warp_jax.evaluation import columns, measure, report
@@ -329,6 +329,29 @@ def test_compare_sets_the_front_against_a_baseline(tiny_run):
     table = [line for line in result.stdout.splitlines() if line.startswith("| run | run |")]
     assert len(table) == 2 * config.warp.num_iterations * config.warp.num_runs
     assert all(f"| {float(row['reward']):.3f} |" in result.stdout for row in _rows(workdir) if row["stage"] == "policy")
+
+
+def test_best_of_n_of_sft_stands_beside_the_front(tiny_run):
+    """Fails when a KL is above its bound, the reward does not rise with N, SFT is not the policy that is sampled, or
+    the comparison lacks it."""
+    workdir = tiny_run[1]
+    result = run(script_command("best_of_n.py", f"--workdir={workdir}", "--n=2,4,8", "--samples=64"))
+    assert result.returncode == 0, result.stderr
+    rows = _rows(workdir / "best_of_n")
+    assert [(row["stage"], int(row["step"])) for row in rows] == [("best_of_n", n) for n in (1, 2, 4, 8)]
+    for name in ("reward", "sft_kl"):
+        assert np.diff([float(row[name]) for row in rows]).min() > 0
+    for row in rows:
+        assert float(row["sft_kl"]) <= float(row["kl_bound"]) + 2 * float(row["sft_kl_se"])
+    sft = _rows(workdir)[0]
+    for name in ("reward", "gold_reward", "length"):
+        error = float(sft.get(f"{name}_se", 0.1))
+        assert float(rows[0][name]) == pytest.approx(float(sft[name]), abs=4 * error)
+    compared = run(script_command("compare.py", workdir))
+    assert "| run: best of N | " in compared.stdout
+    refused = run(script_command("best_of_n.py", f"--workdir={workdir}", "--n=2,4.5"))
+    assert refused.returncode == exit_codes.BAD_INPUT
+    assert refused.stderr == "error: --n: got 2,4.5, want whole numbers from 1 to --samples = 128\n"
 
 
 def test_the_reward_model_loads_in_transformers(tiny_run, tmp_path):
