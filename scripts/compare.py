@@ -154,12 +154,12 @@ def method_rows(curves: dict[str, Curve], kl: float) -> list[list[str]]:
         for column in ("reward", "gold"):
             at, other = (fronts.along_curve(c.kl, getattr(c, column), kl) for c in (curve, first))
             is_paired = curve is not first and _same_sft(curve.sft, first.sft)
-            cells += [_estimate(at, curve), _estimate(at - other, curve, "{:+.3f}") if is_paired else "-"]
+            cells += [_estimate(at, curve), _estimate(at - other, curve, "{:+.4g}") if is_paired else "-"]
         rows.append([*cells, _estimate(fronts.area(curve.kl, curve.reward, kl), curve)])
     return rows
 
 
-def _estimate(values: np.ndarray, curve: Curve, style: str = "{:.3f}") -> str:
+def _estimate(values: np.ndarray, curve: Curve, style: str = "{:.4g}") -> str:
     """A value and its 95 % interval; "-" if the curve does not reach it, or has no gold. values: [1 + R]."""
     (found,) = statistics.intervals(values[None], curve.num_clusters)
     if np.isnan(found.value):

@@ -46,14 +46,19 @@ def test_each_method_has_a_row(workdirs):
     turns, methods of another SFT are paired, or a single run or best-of-N has no row."""
     curves = {name: curve for workdir in workdirs for name, curve in compare.read_curves(workdir).items()}
     rows = {name: cells for name, *cells in compare.method_rows(curves, 1.5)}
-    values = {name: [cell.split(" ")[0] for cell in cells] for name, cells in rows.items()}
-    assert values == {
-        "warp": ["4.00", "3.050", "-", "-5.950", "-", "2.250"],
-        "warp: best of N": ["2.00", "2.300", "-0.750", "-4.450", "+1.500", "1.688"],
-        "baseline": ["5.00", "1.550", "-1.500", "-2.950", "+3.000", "1.125"],
-        "baseline: its run": ["5.00", "3.050", "+0.000", "-5.950", "+0.000", "3.000"],
-        "other": ["4.00", "2.300", "-", "-4.450", "-", "1.688"],
+    values = {
+        name: [NAN if cell == "-" else float(cell.split(" ")[0]) for cell in cells] for name, cells in rows.items()
     }
+    want = {
+        "warp": [4, 3.05, NAN, -5.95, NAN, 2.25],
+        "warp: best of N": [2, 2.3, -0.75, -4.45, 1.5, 1.6875],
+        "baseline": [5, 1.55, -1.5, -2.95, 3, 1.125],
+        "baseline: its run": [5, 3.05, 0, -5.95, 0, 3],
+        "other": [4, 2.3, NAN, -4.45, NAN, 1.6875],
+    }
+    assert values.keys() == want.keys()
+    for name, numbers in want.items():
+        assert values[name] == pytest.approx(numbers, abs=1e-3, nan_ok=True)
 
 
 def test_a_curve_that_ends_earlier_has_no_value(workdirs):

@@ -163,6 +163,9 @@ class _Planner:
         states = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), states)
         models = self.trained, self.trained, self.frozen
         yield self.program("KL to SFT", functions.kl_to_sft, *models, rollout, states, reads=(*WHOLE, "SFT"))
+        if settings.text:
+            texts = self.trained, self.frozen, *self._texts(evaluation, settings.text_tokens)
+            yield self.program(f"held-out texts{EVALUATION}", functions.text_losses, *texts, reads=WHOLE)
 
     def generation(self, suffix: str, generate: Any, prompts: int, weights: Any, reads: Names) -> Program:
         """Generation for so many prompts from `weights`, laid out for its sampler."""
