@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 from etils import epy
 
@@ -47,9 +46,15 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         cli.fail(error)
     samples_per_prompt = workdirs.read_settings(workdir).evaluation.samples_per_prompt
-    samples = draw(examiner, samples_per_prompt, SAMPLES.value)
+    started, notes = time.monotonic(), console.Console(stderr=True)
+
+    def on_round(done: int, rounds: int) -> None:
+        left = (time.monotonic() - started) / done * (rounds - done) / 60
+        notes.print(f"{done} of {rounds} evaluations of SFT, about {left:.1f} min left", highlight=False)
+
+    samples = best_of_n.draw(examiner, samples_per_prompt, SAMPLES.value, on_round)
     found = [
-        points.Point("best_of_n", 0, 0, float("nan"), n, best_of(samples, n, samples_per_prompt))
+        points.Point("best_of_n", 0, 0, float("nan"), n, best_of_n.expected(samples, n, samples_per_prompt))
         for n in sorted({1, *map(int, numbers)})
     ]
     rows = write(workdir / "best_of_n", found)
@@ -73,47 +78,6 @@ def open_examiner(workdir: Path) -> measure.Examiner:
         _, _, examiner = preparation.prepare(settings, corpora, workdir, progress)
     no_kl = jnp.zeros(examiner.batch_size)  # of SFT to itself
     return examiner._replace(texts=None, kl_to_sft=lambda *args: no_kl)
-
-
-def draw(examiner: measure.Examiner, samples_per_prompt: int, wanted: int) -> measure.Evaluation:
-    """Evaluate SFT again and again, with other random keys each time, until each prompt has `wanted` completions.
-
-    The arrays are those of an evaluation, [G, K] for G prompts and K >= wanted completions.
-    """
-    rounds, found, started = -(-wanted // samples_per_prompt), [], time.monotonic()
-    notes = console.Console(stderr=True)
-    for number in range(rounds):
-        seed = int(np.random.SeedSequence([examiner.seed, number]).generate_state(1)[0])
-        found.append(measure.evaluate(examiner._replace(seed=seed), examiner.sft_params))
-        left = (time.monotonic() - started) / (number + 1) * (rounds - number - 1) / 60
-        notes.print(f"{number + 1} of {rounds} evaluations of SFT, about {left:.1f} min left", highlight=False)
-
-    def joined(name: str) -> np.ndarray:
-        arrays = [getattr(evaluation, name).reshape(-1, samples_per_prompt) for evaluation in found]
-        return np.concatenate(arrays, axis=1)[:, :wanted]
-
-    names = ("reward", "gold_reward", "length", "sft_kl", "clusters")
-    return found[0]._replace(**{name: joined(name) for name in names})
-
-
-def best_of(samples: measure.Evaluation, n: int, samples_per_prompt: int) -> measure.Evaluation:
-    """The expected evaluation of best-of-n. Its rows are those of SFT's: each prompt samples_per_prompt times."""
-    weights = np.stack([best_of_n.weights(rewards, n) for rewards in samples.reward])
-    kls = np.array([best_of_n.kl(rewards, n) for rewards in samples.reward])
-
-    def repeated(values: np.ndarray) -> np.ndarray:
-        return np.repeat(values, samples_per_prompt)
-
-    rows = len(kls) * samples_per_prompt
-    means = {name: (weights * getattr(samples, name)).sum(1) for name in ("reward", "gold_reward", "length")}
-    return measure.Evaluation(
-        **{name: repeated(values) for name, values in means.items()},
-        sft_kl=repeated(kls),
-        distinct_2=np.array(np.nan),
-        completion_ids=np.zeros((rows, 0), np.int32),
-        completion_mask=np.zeros((rows, 0), bool),
-        clusters=repeated(samples.clusters[:, 0]),
-    )
 
 
 def write(folder: Path, found: list[points.Point]) -> list[dict[str, float]]:
