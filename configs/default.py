@@ -9,7 +9,7 @@ measured. Every other config starts from this file and lists only what it change
 fine-tuning, x a prompt, y its completion, theta the weights of the policy. KL is measured per completion, in nats.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -234,6 +234,14 @@ def get_config() -> ConfigDict:
     # these rows, one after another, and keeps their hidden states
     config.evaluation.batch_size = 256
     config.evaluation.every = 250  # steps between two evaluations of a run [P s4 Setup: 100]
+    # a completion passes if its gold reward (without one, its reward) is at least this; None = no pass@k
+    config.evaluation.pass_threshold = config_dict.placeholder(float)
+    # file of texts that nothing was trained on (.jsonl, .json, .csv or .parquet, also .gz): its perplexity shows what a
+    # policy forgets; "" = none
+    config.evaluation.text = ""
+    config.evaluation.text_field = "text"  # field of a row that holds the text
+    config.evaluation.text_rows = 256  # texts that are read, from the first; a multiple of batch_size
+    config.evaluation.text_tokens = 128  # of each text, from its first, start token included
     # dtype: bfloat16 takes half of the memory and, on a TPU, about a sixth of the time of float32, but its
     # rounding adds to each KL to SFT (docs/results/precision.md)
     config.evaluation.dtype = "float32"

@@ -41,5 +41,7 @@ def get_config() -> ConfigDict:
     config.sampling.prompt_tokens = 56
     config.sampling.max_new_tokens = 4
     config.rl.kl_coef = 0.05
-    config.evaluation.num_prompts = 512
+    config.evaluation.num_prompts = 128
+    config.evaluation.samples_per_prompt = 4
+    config.evaluation.pass_threshold = 1.0  # pass@1 to pass@4
     return config

@@ -3,7 +3,10 @@
   python scripts/compare.py runs/seed0 runs/seed1 runs/seed2
   python scripts/compare.py --baseline=runs/sft_anchor --picture=compared.png runs/warp
 
-With --baseline, a second table compares the last front of each workdir with every policy that the baseline saved: the
+The second table has a row for each method, at one KL (--kl) that all of them reach: the last front of each workdir, the
+run of a baseline that has only one, and best-of-N of SFT if scripts/best_of_n.py has measured it.
+
+With --baseline, a third table compares the last front of each workdir with every policy that the baseline saved: the
 difference of reward at equal KL, and the KL saved at equal reward (95 % bootstrap intervals over prompts). Both
 workdirs need the same SFT policy, reward, prompts and seed.
 """
@@ -11,7 +14,7 @@ workdirs need the same SFT policy, reward, prompts and seed.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -22,12 +25,18 @@ from warp_jax import cli, files
 with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     import matplotlib
 
-    from warp_jax.evaluation import plots, report, statistics, summary
+    from warp_jax import settings as typed
+    from warp_jax.evaluation import columns, fronts, plots, report, statistics, summary
 
+if TYPE_CHECKING:  # lazy imports have modules only
+    from warp_jax.evaluation.measure import Evaluation
+    from warp_jax.evaluation.points import Point
 
 _BASELINE = flags.DEFINE_string("baseline", "", "Finished workdir of a baseline, compared with the last fronts.")
 _PICTURE = flags.DEFINE_string("picture", "", "Path of a PNG to write: the fronts of one workdir, and the baseline.")
+_KL = flags.DEFINE_float("kl", None, "KL (nats) at which methods are compared; default: 80 % of the shortest curve.", 0)
 RESAMPLES = 1000
+REACHED = 0.8  # share of the shortest curve, so that resamples reach this KL too
 
 COLUMNS = (
     "workdir | seed | SFT reward | final reward | gain (SE) | final gold | final KL | median angle of each iteration | "
@@ -77,8 +86,7 @@ def baseline_rows(workdir: Path, baseline: Path) -> list[list[str]]:
     """Rows of the second table, one for each policy that the baseline saved."""
     points, others = report.read_points(workdir), report.read_points(baseline)
     ours, theirs = points[0].evaluation, others[0].evaluation
-    same_reward = ours.reward.shape == theirs.reward.shape and np.allclose(ours.reward, theirs.reward, atol=1e-4)
-    if not (same_reward and np.array_equal(ours.completion_ids, theirs.completion_ids)):
+    if not _same_sft(ours, theirs):
         cli.fail(
             f"--baseline: want the same SFT policy, reward, prompts and seed in both; {workdir} and {baseline} differ"
         )
@@ -97,6 +105,72 @@ def baseline_rows(workdir: Path, baseline: Path) -> list[list[str]]:
         ]
         for row in summary.front_against_policies(front, policies, resamples)
     ]
+
+
+METHOD_COLUMNS = (
+    "method | largest KL | reward at KL {0} | minus the first | gold at KL {0} | minus the first | "
+    "area under the reward, above SFT's, to KL {0}"
+)
+
+
+class Curve(NamedTuple):
+    """A method: its K policies by rising KL, with means over R resamples of the prompts (the first: no resample)."""
+
+    sft: Evaluation  # of its workdir; methods are paired if it is the same
+    kl: np.ndarray  # [K, 1 + R], nats
+    reward: np.ndarray  # [K, 1 + R]
+    gold: np.ndarray  # [K, 1 + R]
+    num_clusters: int
+
+
+def read_curves(workdir: Path) -> dict[str, Curve]:
+    """The curves of one workdir by name."""
+    points = report.read_points(workdir)
+    found = {workdir.name: summary.front_members(points, max(p.iteration for p in points))}
+    policies = [point for point in points if point.stage == "policy"]
+    if len({(point.iteration, point.run) for point in policies}) == 1:
+        found[f"{workdir.name}: its run"] = [points[0], *policies]
+    if (workdir / "best_of_n" / "front.csv").is_file():
+        found[f"{workdir.name}: best of N"] = report.read_points(workdir / "best_of_n")
+    sft = points[0].evaluation
+    resamples = statistics.resample(sft.clusters, RESAMPLES, 0)  # equal ones for equal prompts
+
+    def means(name: str, members: list[Point]) -> np.ndarray:
+        return resamples.means(np.stack([getattr(point.evaluation, name) for point in members]))
+
+    def curve(members: list[Point]) -> Curve:
+        kl, reward, gold = (means(name, members) for name in ("sft_kl", "reward", "gold_reward"))
+        return Curve(sft, kl, reward, gold, resamples.num_clusters)
+
+    return {name: curve(members) for name, members in found.items()}
+
+
+def method_rows(curves: dict[str, Curve], kl: float) -> list[list[str]]:
+    """Rows of the table of methods."""
+    first, *_ = curves.values()
+    rows = []
+    for name, curve in curves.items():
+        cells = [name, f"{curve.kl[:, 0].max():.2f}"]
+        for column in ("reward", "gold"):
+            at, other = (fronts.along_curve(c.kl, getattr(c, column), kl) for c in (curve, first))
+            is_paired = curve is not first and _same_sft(curve.sft, first.sft)
+            cells += [_estimate(at, curve), _estimate(at - other, curve, "{:+.4g}") if is_paired else "-"]
+        rows.append([*cells, _estimate(fronts.area(curve.kl, curve.reward, kl), curve)])
+    return rows
+
+
+def _estimate(values: np.ndarray, curve: Curve, style: str = "{:.4g}") -> str:
+    """A value and its 95 % interval; "-" if the curve does not reach it, or has no gold. values: [1 + R]."""
+    (found,) = statistics.intervals(values[None], curve.num_clusters)
+    if np.isnan(found.value):
+        return "-"
+    return f"{style.format(found.value)} ({style.format(found.low)} .. {style.format(found.high)})"
+
+
+def _same_sft(ours: Evaluation, theirs: Evaluation) -> bool:
+    """True if two workdirs have the same SFT policy, reward, prompts and seed."""
+    same_reward = ours.reward.shape == theirs.reward.shape and np.allclose(ours.reward, theirs.reward, atol=1e-4)
+    return bool(same_reward and np.array_equal(ours.completion_ids, theirs.completion_ids))
 
 
 def _interval(row: dict[str, Any], name: str, style: str) -> str:
@@ -133,13 +207,24 @@ def main(argv: list[str]) -> None:
 
 def _compare(workdirs: list[Path], baselines: list[Path]) -> None:
     print_table(COLUMNS, [read_row(workdir) for workdir in [*workdirs, *baselines]])
+    measured = [workdir for workdir in [*workdirs, *baselines] if (workdir / "front.csv").is_file()]
+    curves = {name: curve for workdir in measured for name, curve in read_curves(workdir).items()}
+    if curves:
+        kl = _KL.value or REACHED * min(curve.kl[:, 0].max() for curve in curves.values())
+        print()
+        print_table(METHOD_COLUMNS.format(f"{kl:.3g}"), method_rows(curves, kl))
     for baseline in baselines:
         print()
         print_table(BASELINE_COLUMNS, [row for workdir in workdirs for row in baseline_rows(workdir, baseline)])
     if _PICTURE.value:
         matplotlib.use("Agg")
-        fronts, trajectory = ([summary.as_row(p) for p in report.read_points(x)] for x in (*workdirs, *baselines))
-        files.write_bytes(Path(_PICTURE.value), plots.draw_fronts(fronts, trajectory))
+        front, trajectory = map(_rows, (*workdirs, *baselines))
+        files.write_bytes(Path(_PICTURE.value), plots.draw_fronts(front, trajectory))
+
+
+def _rows(workdir: Path) -> list[dict[str, Any]]:
+    settings = typed.from_config(files.read_json(workdir / "config.json"))
+    return columns.as_rows(report.read_points(workdir), settings.evaluation)
 
 
 if __name__ == "__main__":

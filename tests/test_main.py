@@ -12,16 +12,17 @@ import transformers
 from ml_collections import ConfigDict
 
 from configs import default, length_penalty_pair, lerp, no_kl, quickstart, sft_anchor, tiny
-from tests.commands import TINY, finish, kill_when, main_command, run, start, wait_for
+from tests.commands import TINY, finish, kill_when, main_command, run, script_command, start, wait_for
 from tests.settings_of import settings_of, typed
 from warp_jax import cli, exit_codes, files, main
-from warp_jax.evaluation import measure, report, summary
+from warp_jax.evaluation import columns, measure, report
 from warp_jax.experiment import export, inputs, stages
 from warp_jax.experiment import workdir as workdirs
 from warp_jax.models.apply import make_apply_fn
 from warp_jax.rewards import from_folder
 
-COLUMNS = "stage iteration run eta step reward reward_se gold_reward gold_reward_se sft_kl sft_kl_se length distinct_2"
+COLUMNS = "stage iteration run eta step reward reward_se gold_reward gold_reward_se sft_kl sft_kl_se length distinct_2 "
+COLUMNS += "distinct_1 distinct_3 gold_gap gold_gap_se"
 ALL = [default, quickstart, tiny, sft_anchor, no_kl, lerp, length_penalty_pair]
 
 
@@ -64,7 +65,7 @@ def test_tiny_run_leaves_everything(tiny_run):
     assert float(rows[0]["sft_kl"]) == pytest.approx(0, abs=1e-5)
     assert (workdir / "front.png").read_bytes().startswith(b"\x89PNG")
     page = (workdir / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 3
+    assert page.count("data:image/png;base64") == 4
     assert "://" not in page
     assert line.startswith("reward ")
     assert list((workdir / "iteration_2" / "run_1").glob("events.out.tfevents*"))
@@ -206,6 +207,7 @@ BAD = [
     ("rl.batch_size", 12, "multiple of 8"),
     ("data.source", "nowhere.jsonl", "no such file"),
     ("evaluation.num_prompts", 16_000, "split 'eval' has"),
+    ("evaluation.text", "nowhere.jsonl", "config.evaluation.text: got 'nowhere.jsonl', want '' or a .jsonl"),
     ("model.architecture.num_kv_heads", 3, "multiple of num_kv_heads"),
     ("rewards.sentiment.source", "no.module:f", "rewards"),
     ("rewards.sentiment.source", "tfidf", "want 'reward_model', 'length'"),
@@ -322,7 +324,8 @@ def test_geometry_is_per_layer(tiny_run):
 def test_compare_sets_the_front_against_a_baseline(tiny_run):
     """Fails when the points of a workdir are read under a wrong name, or the baseline's trajectory is not all there."""
     config, workdir, _ = tiny_run
-    assert [summary.as_row(p) for p in report.read_points(workdir)][1]["reward"] == float(_rows(workdir)[1]["reward"])
+    points = report.read_points(workdir)
+    assert columns.as_rows(points, typed(config).evaluation)[1]["reward"] == float(_rows(workdir)[1]["reward"])
     picture = workdir.parent / "compared.png"
     script = [sys.executable, "scripts/compare.py", f"--baseline={workdir}", f"--picture={picture}", str(workdir)]
     result = run(script)
@@ -331,6 +334,29 @@ def test_compare_sets_the_front_against_a_baseline(tiny_run):
     table = [line for line in result.stdout.splitlines() if line.startswith("| run | run |")]
     assert len(table) == 2 * config.warp.num_iterations * config.warp.num_runs
     assert all(f"| {float(row['reward']):.3f} |" in result.stdout for row in _rows(workdir) if row["stage"] == "policy")
+
+
+def test_best_of_n_of_sft_stands_beside_the_front(tiny_run):
+    """Fails when a KL is above its bound, the reward does not rise with N, SFT is not the policy that is sampled, or
+    the comparison lacks it."""
+    workdir = tiny_run[1]
+    result = run(script_command("best_of_n.py", f"--workdir={workdir}", "--n=2,4,8", "--samples=64"))
+    assert result.returncode == 0, result.stderr
+    rows = _rows(workdir / "best_of_n")
+    assert [(row["stage"], int(row["step"])) for row in rows] == [("best_of_n", n) for n in (1, 2, 4, 8)]
+    for name in ("reward", "sft_kl"):
+        assert np.diff([float(row[name]) for row in rows]).min() > 0
+    for row in rows:
+        assert float(row["sft_kl"]) <= float(row["kl_bound"]) + 2 * float(row["sft_kl_se"])
+    sft = _rows(workdir)[0]
+    for name in ("reward", "gold_reward", "length"):
+        error = float(sft.get(f"{name}_se", 0.1))
+        assert float(rows[0][name]) == pytest.approx(float(sft[name]), abs=4 * error)
+    compared = run(script_command("compare.py", workdir))
+    assert "| run: best of N | " in compared.stdout
+    refused = run(script_command("best_of_n.py", f"--workdir={workdir}", "--n=2,4.5"))
+    assert refused.returncode == exit_codes.BAD_INPUT
+    assert refused.stderr == "error: --n: got 2,4.5, want whole numbers from 1 to --samples = 128\n"
 
 
 def test_the_reward_model_loads_in_transformers(tiny_run, tmp_path):

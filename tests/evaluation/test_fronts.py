@@ -42,6 +42,15 @@ def test_along_curve_takes_each_resample_by_itself():
     assert fronts.along_curve(x, y, 2.0) == pytest.approx([3.0, 4.0])
 
 
+def test_the_area_is_between_a_curve_and_its_start():
+    """Fails when the start is not taken off, the curve is not cut at the end, or points count in place of x."""
+    x = np.array([[0.0, 1.0], [1.0, 3.0], [4.0, 5.0]])
+    y = np.array([[2.0, 5.0], [4.0, 5.0], [4.0, 3.0]])
+    assert fronts.area(x, y, 3.0) == pytest.approx([2 / 2 * 1 + 2 * 2, 0.0], abs=1e-3)
+    assert fronts.area(x, y, 4.5)[1] == pytest.approx(-1.5 * 1.5 / 2, rel=1e-3)
+    assert np.isnan(fronts.area(x, y, 4.5)[0])
+
+
 def test_compare_fronts_is_second_minus_first():
     """Fails when the sign is wrong, or the two fronts are resampled separately."""
     noise = np.random.default_rng(0).normal(size=300)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from warp_jax.data import batches
 from warp_jax.evaluation import measure, points
 from warp_jax.generation import sampling
 from warp_jax.parallel import meshes
@@ -99,12 +100,13 @@ def _sampler(apply_fn):
     return sampling.Sampler(lambda params: params, generate, generate_with_states)
 
 
+def _sum_of_tables(params, token_ids, mask, cache, num_outputs):
+    return _apply_fn(params["trained"] + params["frozen"], token_ids, mask, cache, num_outputs)
+
+
 def _examiner(sft, frozen, count):
     """An examiner of models that are the sum of two tables."""
-
-    def apply_fn(params, token_ids, mask, cache, num_outputs):
-        return _apply_fn(params["trained"] + params["frozen"], token_ids, mask, cache, num_outputs)
-
+    apply_fn = _sum_of_tables
     prompt = np.ones((count, 1), np.int32)
     return measure.Examiner(
         mesh=meshes.make_mesh((1, 1, 1), jax.devices()[:1]),
@@ -149,6 +151,25 @@ def test_a_policy_is_measured_against_sft_on_its_own_samples():
     assert not np.array_equal(found.completion_ids[:4], found.completion_ids[4:8])  # each batch has noise of its own
 
 
+def test_texts_are_measured_token_by_token():
+    """Fails when padding or a text's first token counts, a batch is left out or measured twice, the temperature is
+    applied, or the frozen part is left out."""
+    policy, sft, frozen = _tables()
+    texts = [[0, 1, 2, 1], [2, 1], [1, 1, 0], [0, 2, 2, 0], [1], [2, 0, 1], [0, 1], [2, 2, 2]]
+    rows = batches.left_pad([np.array(text) for text in texts], 4, 0)
+
+    def losses(params, token_ids, mask):
+        return scoring.next_token_losses(_sum_of_tables, params, token_ids, mask)
+
+    examiner = _examiner(sft, frozen, 4)._replace(texts=measure.Texts(measure.make_text_losses(losses), rows))
+    found = measure.evaluate(examiner, policy)
+    table = np.asarray(policy["trained"], np.float64) + np.asarray(frozen["frozen"])
+    logps = table - np.log(np.exp(table).sum(-1, keepdims=True))
+    want = [-sum(logps[a, b] for a, b in itertools.pairwise(text)) for text in texts]
+    np.testing.assert_allclose(found.text_nats, want, rtol=1e-5)
+    assert found.text_tokens.tolist() == [len(text) - 1 for text in texts]
+
+
 def test_a_kl_that_is_not_finite_is_refused(tmp_path):
     """Fails when one is saved, the error does not name eta, or the points before it are lost."""
     policy, sft, frozen = _tables()
@@ -189,6 +210,14 @@ def test_no_flipped_bit_of_a_saved_evaluation_goes_unnoticed(tmp_path):
         for name, value in values.items():
             np.testing.assert_array_equal(getattr(evaluation, name), value)
     assert noticed > 100
+
+
+def test_an_evaluation_of_an_earlier_version_has_no_texts(tmp_path):
+    """Fails when a file without the newer arrays is refused."""
+    names = measure.Evaluation._fields[:7]  # the first versions had no clusters either
+    np.savez_compressed(tmp_path / "sft.npz", **{name: np.arange(3.0) for name in names})
+    found = measure.load_evaluation(tmp_path / "sft.npz")
+    assert (found.clusters.tolist(), found.text_nats.tolist(), found.text_tokens.tolist()) == ([0, 1, 2], [], [])
 
 
 class _Bomb:

@@ -20,7 +20,7 @@ def _point(stage, iteration, eta, reward, kl):
 
 def _twice(point):
     """The same point, measured on twice as many prompts: 4 are too few for an interval."""
-    columns = {name: np.tile(getattr(point.evaluation, name), 2) for name in ("reward", "sft_kl")}
+    columns = {name: np.tile(getattr(point.evaluation, name), 2) for name in ("reward", "gold_reward", "sft_kl")}
     return point._replace(evaluation=point.evaluation._replace(**columns, clusters=np.arange(8)))
 
 
@@ -87,6 +87,27 @@ def test_equal_gains_have_no_standard_error():
     assert numbers["gain_in_standard_errors"] is None
     assert "no spread" in summary.one_line(numbers)
     json.dumps(numbers, allow_nan=False)
+
+
+def test_the_area_of_the_gold_gap_is_along_the_front():
+    """Fails when the gap is the reward's gain minus gold's, etas count in place of KLs, or another front is taken."""
+    noise = np.arange(8.0) % 2
+    points = []
+    for stage, iteration, eta, kl, gain, gold_gain in (
+        ("sft", 0, 0.0, 0.0, 0.0, 0.0),
+        ("merged", 1, np.nan, 9.0, 9.0, 9.0),
+        ("liti", 1, 1.0, 5.0, 3.0, -0.5),
+        ("liti", 1, 0.3, 1.0, 1.0, 1.5),
+    ):
+        values = noise + gain, 5 * (noise + gold_gain), np.full(8, kl), np.full(8, 5)
+        evaluation = Evaluation(*values, np.array(0.5), None, None, np.arange(8))
+        points.append(Point(stage, iteration, 0, eta, 0, evaluation))
+    settings = settings_of({"warp.num_iterations": 1, "warp.steps_per_iteration": (5,)})
+    spread = noise.std(ddof=1)
+    gaps = 0.5 / spread, -3.5 / spread
+    (area,) = summary.summarise(settings, points)["gold_gap_areas"]
+    assert area["value"] == pytest.approx(gaps[0] / 2 * 1 + (gaps[0] + gaps[1]) / 2 * 4)
+    assert (area["iteration"], area["low"], area["high"]) == (1, pytest.approx(area["value"]), area["low"])
 
 
 def test_equal_prompts_count_once():

@@ -33,6 +33,7 @@ MARKS = {"reward": "AB", "gold": "CD", "prompts": "EF", "eval": "GH"}  # of the 
 PER_LABEL = 8  # texts of each label in each split
 LONG = 3  # the prompt of every third row is too long for the template's limit
 FRACTION = 0.25
+BATCH_OF_3 = {"evaluation.num_prompts": 3, "evaluation.batch_size": 3}
 STEP_OF = {"sft": 1.0, "reward_model": 2.0}  # what "training" adds to every trained weight
 SETTINGS = {
     "seed": 5,
@@ -443,3 +444,24 @@ def test_too_few_short_prompts_are_refused_for_evaluation_only(job):
     assert len(preparation.make_prompts(settings, job.tokenizer, job.corpora["prompts"], "prompts").example_ids) < 16
     with pytest.raises(ValueError, match=r"of 16 prompts of split 'eval' have at most 9 tokens, want 16"):
         preparation.make_prompts(settings, job.tokenizer, job.corpora["eval"], "eval")
+
+
+def test_held_out_texts_are_the_beginnings_of_the_first_rows(job, tmp_path):
+    """Fails when other rows or ends are taken, the start token is missing, or a text that is too long is left out."""
+    texts = ["abcdefgh", " b<br />c ", "ccc", "d"]
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    names = {"text": str(path), "text_field": "body", "text_rows": 3, "text_tokens": 6}
+    settings = job.settings.replace({f"evaluation.{name}": value for name, value in names.items()} | BATCH_OF_3)
+    split = preparation.load_corpora(settings)["text"]
+    found = preparation.held_out_texts(settings, job.tokenizer, split)
+    assert job.tokenizer.decode(found.prompt_ids, found.prompt_mask) == ["abcde", "b\nc", "ccc"]
+    assert found.prompt_mask.sum(1).tolist() == [6, 4, 4]
+    assert corpus.fingerprint(job.corpora) != corpus.fingerprint({**job.corpora, "text": split})
+    assert len(job.corpora["text"].texts) == len(job.examiner.texts.rows.prompt_ids) == 0
+    for change, message in (
+        ({"evaluation.text_rows": 6}, "has 4 rows, want evaluation.text_rows = 6"),
+        ({"evaluation.text_field": "txt"}, "line 1: has no field 'txt', but body; set evaluation.text_field"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            preparation.load_corpora(settings.replace(change))

@@ -253,7 +253,7 @@ def test_an_older_workdir_is_accepted_and_keeps_its_rows(tmp_path):
     del config["sampling"]["stop_tokens"], config["rl"]["importance_cap"], config["health"]
     files.write_json(tmp_path / "run" / workdir.CONFIG, config)
     _claim(tmp_path, ROWS)
-    _claim(tmp_path, ROWS, **{"health.max_kl": 50.0, "health.action": "stop"})
+    _claim(tmp_path, ROWS, **{"health.max_kl": 50.0, "health.action": "stop", "evaluation.pass_threshold": 0.5})
     assert files.read_json(tmp_path / "run" / workdir.CONFIG)["sampling"]["stop_tokens"] == []
     with pytest.raises(ValueError, match="other rows"):
         _claim(tmp_path, ROWS[1:])

@@ -91,6 +91,8 @@ BAD = [  # path, value, what the message says
     ("model.architecture.rope_scaling.kind", "ntk", "config.model.architecture.rope_scaling.kind: got 'ntk'"),
     ("model.architecture.local_pattern", (0,), "config.model.architecture.local_pattern.0: got 0"),
     ("evaluation.num_prompts", 40, "config.evaluation.num_prompts: got 40 (times"),
+    ("evaluation.pass_threshold", NAN, "config.evaluation.pass_threshold: got nan, want a finite number"),
+    ("evaluation.text_tokens", 1, "config.evaluation.text_tokens: got 1, want at least 2"),
     ("data.gold_fraction", 0.6, "want less than 1: the rest is for evaluation"),
     ("data.source", None, "config.data.source: got None, want a valid string"),
     ("data.chat", True, "config.data.chat: got True, want False"),
@@ -122,6 +124,16 @@ def test_bad_values_are_refused_in_one_line(path, value, message):
         from_config(_config(path, value))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_texts_fill_whole_batches():
+    """Fails when rows that do not fill a batch are found out at the first evaluation, or count without a file."""
+    changes = {"evaluation.text_rows": 20}
+    with pytest.raises(
+        ValueError, match=r"config\.evaluation\.text_rows: got 20, want a multiple of .*batch_size = 16"
+    ):
+        settings_of({**changes, "evaluation.text": "held_out.jsonl"})
+    assert settings_of(changes).evaluation.text_rows == 20
 
 
 def test_a_merge_of_too_few_is_refused_before_they_are_trained():
@@ -201,9 +213,12 @@ def test_a_missing_group_is_named():
 
 
 def _holds(whole, part):
-    """True if every setting of `part` is in `whole`; `whole` may also have defaults of settings that came later."""
+    """True if every setting of `part` is in `whole`, except those that are None.
+
+    `whole` may also have defaults of settings that came later.
+    """
     if isinstance(part, dict):
-        return all(name in whole and _holds(whole[name], value) for name, value in part.items())
+        return all(value is None or (name in whole and _holds(whole[name], value)) for name, value in part.items())
     return whole == part
 
 

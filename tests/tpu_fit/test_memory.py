@@ -104,6 +104,16 @@ def test_co_resident_memory_of_each_program_by_hand(plan):
     }
 
 
+def test_held_out_texts_are_planned_if_there_are_any(plan):
+    """Fails when they are forgotten, or have the length or number of completions."""
+    texts = {"evaluation.text": "held_out.jsonl", "evaluation.text_rows": 32, "evaluation.text_tokens": 24}
+    (program,) = [p for p in _plan(_config(**texts)).programs if p.name == f"held-out texts{compile.EVALUATION}"]
+    assert compile.chip_bytes(program.args) == POLICY + 16 / 4 * 24 * 5  # ids and mask of a batch
+    assert compile.chip_bytes(program.co_resident) == sum(RESIDENT.values()) - POLICY
+    program.call.lower(*program.args)
+    assert program.name not in [p.name for p in plan.programs]
+
+
 def test_supervised_stages_are_planned_where_they_run(plan):
     """Fails when a stage before RL is not checked, or gets another batch than the loss takes, or has no moments."""
     steps = {p.name: p for p in plan.programs if p.name in SUPERVISED}

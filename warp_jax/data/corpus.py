@@ -159,6 +159,22 @@ def split_rows(
     return splits
 
 
+def read_texts(source: str, text_field: str, count: int) -> Corpus:
+    """The first `count` rows of a file of texts; none without a source. Raises ValueError if there are fewer."""
+    rows = row_files.read(Path(source))[:count] if source else []
+    if source and len(rows) < count:
+        raise ValueError(
+            f"config.evaluation.text: {source} has {len(rows)} rows, want evaluation.text_rows = {count}; lower it"
+        )
+    for place, row in rows:
+        with fields.at(place):
+            if text_field not in row:
+                raise ValueError(f"has no field {text_field!r}, but {', '.join(row)}; set evaluation.text_field")
+            fields.check_text(row, text_field, str, "evaluation.text_field")
+    texts = [fields.plain_text(row[text_field]) for _, row in rows]
+    return Corpus(texts, [], [row for _, row in rows], [place for place, _ in rows])
+
+
 def _check_row(row: Mapping[str, Any], text_field: str, label_field: str, text_types: Any) -> int:
     """Check the text of a row, and return its label."""
     wanted = [name for name in (text_field, label_field) if name]

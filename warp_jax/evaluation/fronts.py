@@ -13,6 +13,8 @@ import numpy as np
 from warp_jax.evaluation import statistics
 from warp_jax.evaluation.statistics import Interval
 
+AREA_POINTS = 100  # values of x for an area
+
 
 class Measured(NamedTuple):
     """K policies on the same N completions of prompts. A front has its K etas in rising order."""
@@ -48,6 +50,15 @@ def along_curve(x: np.ndarray, y: np.ndarray, at: np.ndarray | float) -> np.ndar
     x0, x1, y0, y1 = (np.take_along_axis(a, first, 0)[0] for a in (x[:-1], x[1:], y[:-1], y[1:]))
     share = np.where(x1 != x0, (at - x0) / np.where(x1 != x0, x1 - x0, 1), 0)
     return np.where(inside.any(0), y0 + share * (y1 - y0), np.nan)
+
+
+def area(x: np.ndarray, y: np.ndarray, end: float) -> np.ndarray:
+    """Area between a curve of K points and its height at the start, from there to x = end; nan if it ends before.
+
+    x, y: [K, ...] as in `along_curve` -> [...]. Trapezoids between AREA_POINTS values of x.
+    """
+    at = np.linspace(x[0], np.broadcast_to(end, x[0].shape), AREA_POINTS)
+    return np.trapezoid(np.stack([along_curve(x, y, place) for place in at]) - y[0], at, axis=0)
 
 
 def compare_fronts(

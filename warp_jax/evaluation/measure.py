@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,7 +18,17 @@ from warp_jax.data import batches
 from warp_jax.evaluation import statistics
 from warp_jax.generation import sampling
 from warp_jax.parallel import hosts, meshes, stopping
-from warp_jax.types import Array, Params, PromptBatch, RewardError, RewardFn, Rollout, States, StorageError
+from warp_jax.types import (
+    Array,
+    HostOrDevice,
+    Params,
+    PromptBatch,
+    RewardError,
+    RewardFn,
+    Rollout,
+    States,
+    StorageError,
+)
 
 
 class Evaluation(NamedTuple):
@@ -31,12 +42,23 @@ class Evaluation(NamedTuple):
     completion_ids: np.ndarray  # int32 [N, C]
     completion_mask: np.ndarray  # bool [N, C]
     clusters: np.ndarray  # int [N], equal for completions of equal prompts
+    text_nats: np.ndarray = np.zeros(0, np.float32)  # [R], -log-probability of each of R texts; R = 0: not measured
+    text_tokens: np.ndarray = np.zeros(0, int)  # [R], tokens that text_nats sums over
 
 
 EVALUATION_STREAM = 2**31 - 1  # takes the place of the iteration in random keys, so they differ from those of training
 CALL_BATCHES = 8  # batches that one call samples: a row whose completion has ended takes the prompt of a later batch
 # trained leaves of policy and SFT, frozen leaves, completions, the policy's States (or None) -> [B], nats
 KlFn = Callable[[Params, Params, Params, Rollout, States | None], Array]
+# trained leaves, frozen leaves, token_ids and mask [B, S] -> [B], nats
+TextFn = Callable[[Params, Params, HostOrDevice, HostOrDevice], Array]
+
+
+class Texts(NamedTuple):
+    """Texts whose perplexity is measured."""
+
+    losses: TextFn
+    rows: PromptBatch  # R texts, a multiple of the batch size; may be 0
 
 
 class Examiner(NamedTuple):
@@ -52,6 +74,7 @@ class Examiner(NamedTuple):
     eval_prompts: PromptBatch
     batch_size: int  # must divide the number of prompts
     seed: int
+    texts: Texts | None = None
 
 
 def make_kl_to_sft(score_kl: Callable[..., Array]) -> KlFn:
@@ -69,6 +92,18 @@ def make_kl_to_sft(score_kl: Callable[..., Array]) -> KlFn:
         return score_kl(*models, rollout, states=states)
 
     return kl_to_sft
+
+
+def make_text_losses(next_token_losses: Callable[..., Array]) -> TextFn:
+    """Compile the losses of texts from next_token_losses(whole model, token_ids, mask) -> [B, S - 1], nats."""
+
+    @jax.jit
+    def text_losses(params: Params, frozen_params: Params, token_ids: Array, mask: Array) -> Array:
+        counted = mask[:, :-1] & mask[:, 1:]
+        losses = next_token_losses(trees.join(params, frozen_params), token_ids, mask)
+        return jnp.where(counted, losses, 0).sum(axis=1)
+
+    return text_losses
 
 
 def evaluate(examiner: Examiner, params: Params) -> Evaluation:
@@ -95,6 +130,7 @@ def evaluate(examiner: Examiner, params: Params) -> Evaluation:
         distinct_2=np.array(statistics.distinct_n(rows, 2)),
         clusters=np.unique(prompt_ids, axis=0, return_inverse=True)[1].reshape(-1),
         **columns,
+        **_measure_texts(examiner, params),
     )
 
 
@@ -125,6 +161,18 @@ def _measure(examiner: Examiner, params: Params, rollout: Rollout, states: State
         "completion_mask": rollout.completion_mask,
     }
     return {**hosts.fetch(measured), "gold_reward": examiner.gold_fn(rollout)}
+
+
+def _measure_texts(examiner: Examiner, params: Params) -> dict[str, np.ndarray]:
+    if examiner.texts is None:
+        return {}
+    losses, rows = examiner.texts
+    size, nats = examiner.batch_size, [np.zeros(0, np.float32)]
+    for first in range(0, len(rows.prompt_ids), size):
+        batch = meshes.put_batch(examiner.mesh, batches.take(rows, np.arange(first, first + size)))
+        nats.append(hosts.fetch(losses(params, examiner.frozen_params, batch.prompt_ids, batch.prompt_mask)))
+    mask = np.asarray(rows.prompt_mask)
+    return {"text_nats": np.concatenate(nats), "text_tokens": (mask[:, :-1] & mask[:, 1:]).sum(1)}
 
 
 def summary(evaluation: Evaluation) -> dict[str, float]:
@@ -161,7 +209,7 @@ class EvaluationStore:
                 evaluation = self.evaluate(make_params())
             except (RewardError, FloatingPointError) as error:
                 raise type(error)(f"evaluation {name}: {error}") from error
-            hosts.on_first_process(lambda: _save(path, evaluation))
+            hosts.on_first_process(lambda: save_evaluation(path, evaluation))
             self.on_new(name, evaluation, time.monotonic() - started)
             return evaluation
         return load_evaluation(path)
@@ -170,14 +218,15 @@ class EvaluationStore:
         return self.directory / f"{name}.npz"
 
 
-def _save(path: Path, evaluation: Evaluation) -> None:
+def save_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Write an evaluation to an .npz file."""
     content = io.BytesIO()
     np.savez_compressed(content, **evaluation._asdict())
     files.write_bytes(path, content.getvalue())
 
 
 def load_evaluation(path: Path) -> Evaluation:
-    """Read a saved evaluation. Those of earlier versions have no clusters: each completion counts as one.
+    """Read a saved evaluation. Those of earlier versions have no clusters (each completion is one), and no texts.
 
     Raises StorageError if the file is not what was written; an .npz file holds a checksum of each array.
     """

@@ -1,6 +1,7 @@
 """Plots of the report, as PNG bytes."""
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,21 @@ def draw_fronts(rows: Sequence[Row], baseline: Sequence[Row] = ()) -> bytes:
         axis.plot([], [], marker="x", color="grey", linestyle="none", label="single runs, one point per evaluation")
         axis.set(xlabel=LABELS["sft_kl"], ylabel=LABELS[column])
         axis.legend()
+    return _png(figure)
+
+
+def draw_measures(rows: Sequence[Row]) -> bytes:
+    """Plot each measure of the fronts, other than rewards, against KL to SFT; rows[0] is SFT."""
+    known = [name for name in ("gold_gap", "similarity", "text_loss") if np.isfinite(rows[0].get(name, np.nan))]
+    passes = [name for name in rows[0] if re.fullmatch(r"pass_at_\d+", name)]
+    names = ["distinct_2", *known, *passes[:1], *passes[1:][-1:]]  # passes of 1 and of all completions
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.5), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for iteration in sorted({row["iteration"] for row in rows if row["stage"] == "liti"}):
+            front = sorted([rows[0], *_select(rows, "liti", iteration)], key=lambda row: row["sft_kl"])
+            _errorbar(axis, front, name, marker="o", color=f"C{iteration - 1}", label=f"iteration {iteration}")
+        axis.set(xlabel=LABELS["sft_kl"], ylabel=name)
+    axes[0, 0].legend()
     return _png(figure)
 
 
@@ -77,7 +93,7 @@ def _columns(rows: Sequence[Row], *names: str) -> list[list[Any]]:
 
 def _errorbar(axis: Any, rows: Sequence[Row], column: str, **style: Any) -> None:
     """Draw a column, with its standard errors, against KL to SFT."""
-    kls, values, errors = _columns(rows, "sft_kl", column, f"{column}_se")
+    kls, values, errors = ([row.get(name, 0) for row in rows] for name in ("sft_kl", column, f"{column}_se"))
     axis.errorbar(kls, values, yerr=errors, **style)
 
 

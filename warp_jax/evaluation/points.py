@@ -17,7 +17,9 @@ LastStep = Callable[[int, int], int]  # iteration, run -> last step
 class Point(NamedTuple):
     """One evaluated policy: a row of front.csv. iteration and run start at 1; 0 (eta: nan) means not applicable."""
 
-    stage: str  # sft, policy, merged, liti (to the merge), anchor or average (LITI to that of a run)
+    # sft, policy, merged, liti (to the merge), anchor or average (LITI to that of a run); best_of_n (step: N) is no part
+    # of a job
+    stage: str
     iteration: int
     run: int
     eta: float
@@ -27,6 +29,8 @@ class Point(NamedTuple):
 
 def evaluation_name(stage: str, iteration: int, run: int, eta: float, step: int) -> str:
     """Name of a saved evaluation, one per policy: eta 0 has the name of SFT, eta 1 of the front of a merge its name."""
+    if stage == "best_of_n":
+        return f"best_of_{step}"
     if stage == "policy":
         return f"policy_i{iteration}_r{run}_s{step}"
     if eta == 0:

@@ -15,7 +15,7 @@ import numpy as np
 from warp_jax import files
 from warp_jax.data import batches
 from warp_jax.data.tokenizer import Tokenizer
-from warp_jax.evaluation import plots, summary
+from warp_jax.evaluation import columns, plots, summary
 from warp_jax.evaluation.measure import load_evaluation
 from warp_jax.evaluation.points import Point, evaluation_name
 from warp_jax.settings import Settings
@@ -30,7 +30,7 @@ def write_report(
 ) -> str:
     """Write all files into workdir and return the summary line. points: those of the whole job, SFT first."""
     matplotlib.use("Agg")
-    rows = [summary.as_row(point) for point in points]
+    rows = columns.as_rows(points, settings.evaluation)
     files.write_text(workdir / "front.csv", to_csv(rows))
     numbers = summary.summarise(settings, points)
     files.write_json(workdir / "summary.json", numbers)
@@ -44,6 +44,7 @@ def write_report(
     samples = _samples_table(settings, tokenizer, eval_prompts, points)
     sections = [
         ("Reward against KL to SFT", _image(front) + _FRONT_TEXT),
+        ("Other measures against KL to SFT", _image(plots.draw_measures(rows)) + _MEASURES_TEXT),
         ("Reward and KL to SFT during training", _image(plots.draw_trajectories(rows)) + _runs_table(numbers)),
         ("Angles between the task vectors of the runs", angles),
         ("Summary", f"<p>{html.escape(summary.one_line(numbers))}</p>" + _comparison_tables(numbers)),
@@ -129,7 +130,8 @@ def _comparison_tables(numbers: dict[str, Any]) -> str:
         table = _table(entry["reward_difference"]) or "<p>The two fronts have no KL in common.</p>"
         interval = "low, high: 95 % interval of each row by itself; simultaneous: of all rows together"
         tables.append(f"<p>{text} ({interval}).</p>{table}")
-    return "".join([*tables, _RUNS_TEXT, _table(numbers["front_against_runs"])])
+    areas = _GAP_TEXT + _table(numbers["gold_gap_areas"])
+    return "".join([*tables, areas, _RUNS_TEXT, _table(numbers["front_against_runs"])])
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
@@ -152,9 +154,14 @@ def _image(png: bytes) -> str:
 
 _FRONT_TEXT = """<p>Each line is the front of one iteration: LITI mixes of SFT (left end) and the merged policy. More
 reward at equal KL is better. Bars are standard errors over prompts.</p>"""
+_MEASURES_TEXT = """<p>gold_gap: gain in gold reward minus gain in reward, each in standard deviations of SFT; below 0,
+the reward has risen more than the gold reward. distinct_n: share of distinct sequences of n tokens. similarity: share
+of tokens that two completions of one prompt have in common. pass_at_k: probability that one of k completions passes.
+text_loss: nats per token of texts that nothing was trained on (log of the perplexity).</p>"""
 _DRIFT_TEXT = """<p>Log-probability of the sampler minus that of the update, in nats per token; 0 without rounding.
 mean, std, max: mean, standard deviation and largest absolute value. outside: share of tokens with a probability ratio
 outside [0.9, 1.1]. Each is the mean over the steps of a run.</p>"""
+_GAP_TEXT = """<p>Area under the gold_gap of each front, standard deviations of SFT times nats (95 % interval).</p>"""
 _RUNS_TEXT = """<p>The front of each iteration compared with the runs of that iteration.
 reward_above: reward of the front at the run's KL, minus the run's reward.
 kl_saved: share of the run's KL that the front saves at the run's reward.

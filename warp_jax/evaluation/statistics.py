@@ -107,6 +107,12 @@ def simultaneous_intervals(values: np.ndarray, num_clusters: int) -> list[Interv
     return [Interval(p.value, p.value - w, p.value + w) for p, w in zip(pointwise, width.tolist(), strict=True)]
 
 
+def ratio_and_se(parts: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """Sum of `parts` over the sum of `sizes`, [R] each, and its standard error over the R rows."""
+    ratio = float(np.sum(parts, dtype=np.float64) / np.sum(sizes))
+    return ratio, mean_and_se((parts - ratio * sizes) / np.mean(sizes))[1]
+
+
 def distinct_n(token_rows: Sequence[Sequence[int]], n: int) -> float:
     """Share of distinct n-grams among all n-grams of the rows, in [0, 1]; nan if the rows have no n-gram."""
     grams = [tuple(row[i : i + n]) for row in token_rows for i in range(len(row) - n + 1)]

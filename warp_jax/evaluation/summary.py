@@ -5,20 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from warp_jax.evaluation import fronts, measure, statistics
+from warp_jax.evaluation import columns, fronts, statistics
 from warp_jax.evaluation.fronts import Measured
 from warp_jax.evaluation.points import Point
 from warp_jax.settings import Settings
 
 COMPARED_KLS = 5  # number of KLs at which two fronts are compared
 NO_SPREAD = 1e-6  # a standard error below this share of the mean comes from the rounding of float32 rewards
-
-
-def as_row(point: Point) -> dict[str, Any]:
-    """Convert a point to a row of front.csv."""
-    fields = point._asdict()
-    evaluation = fields.pop("evaluation")
-    return {**fields, **measure.summary(evaluation)}
 
 
 def summarise(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
@@ -41,6 +34,7 @@ def summarise(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
         "runs": _runs(settings, points),
         "kl_budget": settings.front.kl_budget,
         "best_eta_under_budget": _best_eta(settings, front_members(points, iterations[-1])[1:]),
+        "gold_gap_areas": [_gold_gap_area(points, i, resamples) for i in iterations],
         "iterations_compared": [
             {"iterations": [i - 1, i], "reward_difference": _compare(points, i, resamples)} for i in iterations[1:]
         ],
@@ -110,6 +104,18 @@ def _compare(points: Sequence[Point], iteration: int, resamples: statistics.Resa
         numbers = {**look.difference._asdict(), **bounds}
         rows.append({"sft_kl": look.kl, **{name: _number(value) for name, value in numbers.items()}})
     return rows
+
+
+def _gold_gap_area(points: Sequence[Point], iteration: int, resamples: statistics.Resamples) -> dict[str, Any]:
+    """Area between gold reward and reward along an iteration's front: the gold gap, integrated over KL.
+
+    In SFT's standard deviations times nats, by trapezoids from SFT to the last eta (95 % interval).
+    """
+    front = [point.evaluation for point in front_members(points, iteration)]
+    gaps = resamples.means(np.stack([columns.gold_gap(evaluation, front[0]) for evaluation in front]))
+    areas = np.trapezoid(gaps, resamples.means(np.stack([evaluation.sft_kl for evaluation in front])), axis=0)
+    (area,) = statistics.intervals(areas[None], resamples.num_clusters)
+    return {"iteration": iteration, **{name: _number(value) for name, value in area._asdict().items()}}
 
 
 def select(points: Sequence[Point], stage: str, iteration: int) -> list[Point]:

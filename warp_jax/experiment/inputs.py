@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from warp_jax.data import corpus
+from warp_jax.data import corpus, row_files
 from warp_jax.data.corpus import Corpus
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.experiment import architecture, preparation
@@ -27,6 +27,7 @@ def check(settings: Settings) -> None:
     mesh = meshes.make_mesh(settings.mesh)
     check_devices(settings, meshes.batch_devices(mesh))
     corpus.check_source(settings.data.source, settings.data.task)
+    _check_text(settings.evaluation.text)
     for name, part in settings.all_reward_parts.items():
         _check_reward(f"rewards.{name}.source", part, REWARDS, settings.data.chat)
     _check_reward("gold.source", settings.gold, GOLDS, settings.data.chat)
@@ -71,6 +72,14 @@ def _samples(settings: Settings, few: Corpus) -> tuple[list[str], list[str]]:
         ids = preparation.encode_chats(tokenizer, prompts, few.places)
         prompts = [tokenizer.decode(row[None], np.ones((1, len(row)), bool))[0] for row in ids]
     return prompts, completions
+
+
+def _check_text(source: str) -> None:
+    """Raise ValueError unless the source is a file of rows, or empty."""
+    if source and not (row_files.is_supported(Path(source)) and Path(source).is_file()):
+        raise ValueError(
+            f"config.evaluation.text: got {source!r}, want '' or a .jsonl, .json, .csv or .parquet file (or .gz of it)"
+        )
 
 
 def _check_reward(path: str, part: RewardPart | Gold, names: tuple[str, ...], use_chat: bool) -> None:

@@ -78,12 +78,13 @@ def prepare(
         ),
         batch_size=settings.evaluation.batch_size,
         seed=settings.seed,
+        texts=measure.Texts(programs.text_losses, held_out_texts(settings, tokenizer, corpora["text"])),
     )
     return tokenizer, trainers, examiner
 
 
 def load_corpora(settings: Settings) -> dict[str, Corpus]:
-    """The four splits of the source.
+    """The four splits of the source, and the texts whose perplexity is measured: "text", empty if there are none.
 
     Raises ValueError if a split lacks rows or labels, a prompt cannot be made, or a reward's check_row refuses a row.
     """
@@ -106,7 +107,8 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
     limits = {part.source: part.timeout for part in settings.all_reward_parts.values()}
     row_checks.check(limits, splits["prompts"])
     row_checks.check({**limits, settings.gold.source: settings.gold.timeout}, splits["eval"])
-    return splits
+    text = settings.evaluation
+    return {**splits, "text": corpus.read_texts(text.text, text.text_field, text.text_rows)}
 
 
 def _prompt_types(data: groups.Data) -> Any:
@@ -153,6 +155,12 @@ def make_prompts(settings: Settings, tokenizer: Tokenizer, split: Corpus, name: 
             f"most {length} tokens, want {wanted}; allow longer prompts"
         )
     return batch
+
+
+def held_out_texts(settings: Settings, tokenizer: Tokenizer, split: Corpus) -> PromptBatch:
+    """The beginnings of the texts whose perplexity is measured."""
+    rows = tokenizer.encode_with_bos(split.texts)
+    return batches.left_pad(rows, settings.evaluation.text_tokens, tokenizer.pad_id)
 
 
 def prompt_values(settings: Settings, split: Corpus) -> list[Any]:

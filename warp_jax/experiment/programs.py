@@ -26,6 +26,7 @@ class Programs(NamedTuple):
     train: tuple[loop.Programs[TrainState], ...]  # a step of RL, for each run; runs of equal settings share one
     evaluation_sampler: sampling.Sampler  # the same as `sampler` if the dtypes are equal
     kl_to_sft: measure.KlFn
+    text_losses: measure.TextFn
 
 
 def make_programs(
@@ -69,10 +70,12 @@ def make_programs(
 
     sampler = make_sampler(model)
     measured = dataclasses.replace(model, dtype=settings.evaluation.dtype)
-    score_kl = functools.partial(scoring.sequence_kl, make_apply_fn(measured, mesh), trunk_layers=trunk_layers, **score)
+    apply_fn = make_apply_fn(measured, mesh)
+    score_kl = functools.partial(scoring.sequence_kl, apply_fn, trunk_layers=trunk_layers, **score)
     return Programs(
         sampler=sampler,
         train=tuple(make_update(run.rl, run.warp.model_copy(update={"stop_at_kl": 0.0})) for run in settings.of_runs),
         evaluation_sampler=sampler if measured == model else make_sampler(measured),
         kl_to_sft=measure.make_kl_to_sft(score_kl),
+        text_losses=measure.make_text_losses(functools.partial(scoring.next_token_losses, apply_fn, chunk=chunk)),
     )

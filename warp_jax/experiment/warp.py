@@ -143,8 +143,9 @@ class Job:
         return [front([1.0])[0]._replace(stage="merged", eta=float("nan")), *points]
 
     def _train(self, init_params: Params, iteration: int, run: int, directory: Path) -> None:
-        settings = self.settings
-        num_steps, limit = settings.warp.steps_per_iteration[iteration - 1], settings.of_runs[run - 1].warp.stop_at_kl
+        settings, of_run = self.settings, self.settings.of_runs[run - 1].warp
+        num_steps, limit = settings.warp.steps_per_iteration[iteration - 1], of_run.stop_at_kl
+        anchor = anchors.make_anchor(of_run) if settings.keep.anchor else None
         evaluated = named.trajectory(settings, iteration, run, num_steps)
         end: dict[str, float] = {}
         run_name = f"iteration {iteration} run {run}"
@@ -163,11 +164,11 @@ class Job:
                 evaluation = self.evaluations.get(evaluated[step], lambda: state.params)
                 end.update(step=step, sft_kl=measure.summary(evaluation)["sft_kl"], stop_at_kl=limit)
                 if 0 < limit < end["sft_kl"]:
-                    self._keep(directory, step, state, is_last=True)
+                    self._keep(directory, step, state, anchor)
                     return True
                 guard.on_evaluation(step, evaluation)
             guard.stop()
-            self._keep(directory, step, state, is_last=step == num_steps)
+            self._keep(directory, step, state, anchor if step == num_steps else None)
             return False
 
         schedule = loop.Schedule(
@@ -190,12 +191,11 @@ class Job:
         logs = (directory / metric_writer.FILE, *[directory / named.END] * (limit > 0))
         _save_once(directory / "params", params, *logs)
 
-    def _keep(self, directory: Path, step: int, state: TrainState, *, is_last: bool) -> None:
-        """Save what config.keep names of the state after a step."""
+    def _keep(self, directory: Path, step: int, state: TrainState, anchor: anchors.Anchor | None) -> None:
+        """Save what config.keep names of the state after a step. anchor: None = not to be kept."""
         if step in self.settings.keep.steps:
             _save_once(directory / f"step_{step}", state.params)
-        if is_last and self.settings.keep.anchor:
-            anchor = anchors.make_anchor(self.settings.of_runs[run - 1].warp)
+        if anchor is not None:
             _save_once(directory / "anchor", anchor.weights(state.anchor_params))
 
     def _average(self, directory: Path, steps: Sequence[int], like: Params) -> None:

@@ -31,7 +31,7 @@ LOCK = "lock"  # held while a job claims the workdir, or makes the inputs that a
 # settings that may change on resume; another mesh or remat changes rounding only
 MAY_CHANGE = re.compile(
     r"checkpoint_(every|minutes) |report\.|front\.|health\.|mesh |sampling\.tensor |model\.remat |"
-    r"(gold|rewards\.[^ ]+)\.timeout "
+    r"(gold|rewards\.[^ ]+)\.timeout |evaluation\.pass_threshold "
 )
 
 

@@ -335,6 +335,11 @@ class Evaluation(Group):
     batch_size: Count
     every: Count
     dtype: Literal["float32", "bfloat16"]
+    pass_threshold: float | None = None  # missing in older workdirs
+    text: str = ""  # missing in older workdirs, and the three below
+    text_field: Annotated[str, Field(min_length=1)] = "text"
+    text_rows: Count = 256
+    text_tokens: Length = 128
 
     @model_validator(mode="after")
     def _batches_are_full(self) -> "Evaluation":
@@ -343,6 +348,10 @@ class Evaluation(Group):
             raise ValueError(
                 f"num_prompts: got {self.num_prompts} (times samples_per_prompt = {completions} completions), want a "
                 f"multiple of evaluation.batch_size = {self.batch_size}"
+            )
+        if self.text and self.text_rows % self.batch_size:
+            raise ValueError(
+                f"text_rows: got {self.text_rows}, want a multiple of evaluation.batch_size = {self.batch_size}"
             )
         return self
 

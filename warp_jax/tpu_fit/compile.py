@@ -162,6 +162,9 @@ class _Planner:
         states = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), states)
         models = self.trained, self.trained, self.frozen
         yield self.program("KL to SFT", functions.kl_to_sft, *models, rollout, states, reads=(*WHOLE, "SFT"))
+        if settings.text:
+            texts = self.trained, self.frozen, *self._texts(evaluation, settings.text_tokens)
+            yield self.program(f"held-out texts{EVALUATION}", functions.text_losses, *texts, reads=WHOLE)
 
     def updates(self) -> Iterator[Program]:
         """The update of the first run, and those of runs with other settings."""
