@@ -162,7 +162,8 @@ def get_config() -> ConfigDict:
     # mu: weight of the policy in the EMA anchor, per step; 0 = the anchor stays at the start of the run [P s4 Setup]
     config.warp.ema_rate = 0.01
     # how the M policies are merged: a name in warp_jax.merging.METHODS. "slerp" [P s3.2] and "lerp" (linear, the
-    # baseline in [P App. B]) weigh the policies by lambda = 1/M
+    # baseline in [P App. B]) weigh the policies by lambda = 1/M. For M > 2, "slerp" depends on the order of the runs,
+    # and "karcher" (spherical mean [2603.04972]) does not
     config.warp.merge = "slerp"
     config.warp.unit = "layer"  # the weights that share one SLERP angle: layer [P s3.2], tensor or model (all)
     config.warp.liti_rate = 0.3  # eta between iterations: 0 = keep the last start, 1 = start from the merge [P s4.3]

@@ -11,7 +11,7 @@ import torch
 import transformers
 from ml_collections import ConfigDict
 
-from configs import default, lerp, no_kl, quickstart, sft_anchor, tiny
+from configs import default, karcher, lerp, no_kl, quickstart, sft_anchor, tiny
 from tests.commands import TINY, finish, kill_when, main_command, run, start, wait_for
 from tests.settings_of import settings_of, typed
 from warp_jax import cli, exit_codes, files, main
@@ -22,7 +22,7 @@ from warp_jax.models.apply import make_apply_fn
 from warp_jax.rewards import from_folder
 
 COLUMNS = "stage iteration run eta step reward reward_se gold_reward gold_reward_se sft_kl sft_kl_se length distinct_2"
-ALL = [default, quickstart, tiny, sft_anchor, no_kl, lerp]
+ALL = [default, quickstart, tiny, sft_anchor, no_kl, lerp, karcher]
 
 
 @pytest.fixture(autouse=True)
@@ -170,8 +170,13 @@ def test_every_config_is_valid_and_locked(module):
 
 @pytest.mark.parametrize(
     ("module", "delta"),
-    [(sft_anchor, SFT_ANCHOR), (no_kl, {"rl.kl_coef": 0.0}), (lerp, {"warp.merge": "lerp"})],
-    ids=["sft_anchor", "no_kl", "lerp"],
+    [
+        (sft_anchor, SFT_ANCHOR),
+        (no_kl, {"rl.kl_coef": 0.0}),
+        (lerp, {"warp.merge": "lerp"}),
+        (karcher, {"warp.merge": "karcher", "warp.num_runs": 4}),
+    ],
+    ids=["sft_anchor", "no_kl", "lerp", "karcher"],
 )
 def test_baselines_are_deltas(module, delta):
     """Fails when a baseline differs from the quickstart in anything else."""

@@ -233,7 +233,9 @@ class Warp(Group):
     num_runs: Count
     steps_per_iteration: Annotated[tuple[Count, ...], Lax]
     ema_rate: Rate
-    merge: Literal["slerp", "slerp_symmetric", "lerp", "task_arithmetic", "model_stock", "slerp_full_weights"]
+    merge: Literal[
+        "slerp", "karcher", "slerp_symmetric", "lerp", "task_arithmetic", "model_stock", "slerp_full_weights"
+    ]
     unit: Literal["layer", "tensor", "model"]
     liti_rate: Rate
 
