@@ -206,7 +206,8 @@ def get_config() -> ConfigDict:
     config.warp.bema.bias_power = 0.2  # the anchor is the average + (lag + t) ** -bias_power * (policy - start)
     config.warp.bema.lag = 10.0  # steps
     # how the M policies are merged: a name in warp_jax.merging.METHODS. "slerp" [P s3.2] and "lerp" (linear, the
-    # baseline in [P App. B]) weigh the policies by lambda = 1/M
+    # baseline in [P App. B]) weigh the policies by lambda = 1/M. For M > 2, "slerp" depends on the order of the runs,
+    # and "karcher" (spherical mean [2603.04972]) does not
     config.warp.merge = "slerp"
     config.warp.unit = "layer"  # the weights that share one SLERP angle: layer [P s3.2], tensor or model (all)
     config.warp.liti_rate = 0.3  # eta between iterations: 0 = keep the last start, 1 = start from the merge [P s4.3]

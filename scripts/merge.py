@@ -26,7 +26,13 @@ OUT = flags.DEFINE_string("out", None, "New folder for the results: one folder e
 ETAS = flags.DEFINE_list("etas", ["1.0"], "LITI rates from init (0) to the merge (1), separated by commas.")
 METHOD = flags.DEFINE_enum("method", "slerp", list(METHODS), "Merging method; see docs/merging.md.")
 UNIT = flags.DEFINE_enum("unit", "layer", list(UNITS), "The weights that share one angle.")
-WEIGHTS = flags.DEFINE_list("weights", None, "slerp: one per policy after the first; lerp, task_arithmetic: one each.")
+WEIGHTS = flags.DEFINE_list(
+    "weights", None, "slerp: one per policy after the first; karcher, lerp, task_arithmetic: one each."
+)
+LINES_ALPHA = flags.DEFINE_float(
+    "lines_alpha", None, "LiNeS: each eta grows with depth, from this share (0 to 1) of it in the first layer to all."
+)
+SKIP = flags.DEFINE_string("skip", None, "Regular expression: tensors in whose names it is found are kept from init.")
 DTYPE = flags.DEFINE_enum("dtype", None, list(OUTPUT_DTYPES), "Dtype of the result; default: dtype of the policies.")
 ROUND = flags.DEFINE_enum(
     "round", "nearest", list(rounding.METHODS), "stochastic keeps small changes in the mean; see docs/merging.md."
@@ -47,6 +53,8 @@ def main(argv: list[str]) -> None:
             unit=UNIT.value,
             weights=weights,
             etas=cli.numbers(ETAS),
+            lines_alpha=LINES_ALPHA.value,
+            skip=SKIP.value,
             dtype=DTYPE.value,
             memory_gb=MEMORY_GB.value,
             rounding=ROUND.value,
@@ -57,6 +65,8 @@ def main(argv: list[str]) -> None:
         cli.fail(error)
     for line in report["warnings"]:
         print(f"warning: {line}", file=sys.stderr)
+    if line := on_disk.order_line(report):
+        print(line)
     print(f"{on_disk.summary_line(report)} in {time.monotonic() - started:.1f} s: {out}")
 
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from ml_collections import ConfigDict
 
-from configs import default, length_penalty_pair, lerp, no_kl, quickstart, sft_anchor, tiny
+from configs import default, karcher, length_penalty_pair, lerp, no_kl, quickstart, sft_anchor, tiny
 from tests.commands import TINY, finish, kill_when, main_command, run, script_command, start, wait_for
 from tests.settings_of import settings_of, typed
 from warp_jax import cli, exit_codes, files, main
@@ -23,7 +23,7 @@ from warp_jax.rewards import from_folder
 
 COLUMNS = "stage iteration run eta step reward reward_se gold_reward gold_reward_se sft_kl sft_kl_se length distinct_2 "
 COLUMNS += "distinct_1 distinct_3 gold_gap gold_gap_se"
-ALL = [default, quickstart, tiny, sft_anchor, no_kl, lerp, length_penalty_pair]
+ALL = [default, quickstart, tiny, sft_anchor, no_kl, lerp, karcher, length_penalty_pair]
 
 
 @pytest.fixture(autouse=True)
@@ -175,9 +175,10 @@ def test_every_config_is_valid_and_locked(module):
         (sft_anchor, SFT_ANCHOR),
         (no_kl, {"rl.kl_coef": 0.0}),
         (lerp, {"warp.merge": "lerp"}),
+        (karcher, {"warp.merge": "karcher", "warp.num_runs": 4}),
         (length_penalty_pair, {"warp.runs": ({"rewards.length.weight": -0.01}, {})}),
     ],
-    ids=["sft_anchor", "no_kl", "lerp", "length_penalty_pair"],
+    ids=["sft_anchor", "no_kl", "lerp", "karcher", "length_penalty_pair"],
 )
 def test_baselines_are_deltas(module, delta):
     """Fails when a baseline differs from the quickstart in anything else."""

@@ -47,6 +47,12 @@ def layer_of(name: str) -> str:
     return module or name
 
 
+def layer_number(name: str) -> int | None:
+    """Number of the transformer layer in a name, from 0; None for a name outside layers."""
+    match = _LAYER.match(name)
+    return int(match.group(1)) if match else None
+
+
 def in_layer(name: str) -> bool:
     """Return True if the name contains a transformer layer."""
-    return bool(_LAYER.match(name))
+    return layer_number(name) is not None

@@ -20,28 +20,34 @@ def _wide(x):
     return np.asarray(x).astype(np.float64)
 
 
-def _exact(init, policies, rows):
-    deltas = np.stack([_wide(p) - _wide(init) for p in policies]).reshape(len(policies), rows, -1)
-    return np.einsum("mrn,krn->rmk", deltas, deltas)
+def _exact(init, policies, layer_axis):
+    deltas = [_wide(p) - _wide(init) for p in policies]
+    layers = [[d] if layer_axis is None else np.split(d, d.shape[layer_axis], layer_axis) for d in deltas]
+    inner = [[[np.sum(a * b) for b in layer] for a in layer] for layer in zip(*layers, strict=True)]
+    return np.array(inner[0] if layer_axis is None else inner)
 
 
-@pytest.mark.parametrize("shape", [(LONG,), (3, LONG), (5,), (3, 4, 5), (1, 7)])
+CASES = [((LONG,), None), ((3, LONG), 0), ((5,), None), ((), None), ((3, 4, 5), 0), ((1, 7), 0), ((LONG // 7, 3, 7), 1)]
+
+
+@pytest.mark.parametrize(("shape", "layer_axis"), CASES)
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_gram_in_blocks(shape, dtype):
+def test_gram_in_blocks(shape, layer_axis, dtype):
     """Fails when a block is summed twice or left out, the tail is dropped, or a row reads its neighbour's elements."""
     init, *policies = (_leaf(shape, seed, dtype) for seed in range(3))
-    stacked = len(shape) > 1
-    found = kernels.gram(init, policies, stacked=stacked)
-    want = _exact(init, policies, shape[0] if stacked else 1)
+    found = kernels.gram(init, policies, layer_axis=layer_axis)
+    want = _exact(init, policies, layer_axis)
     assert found.dtype == np.float64
-    assert found.shape == want.shape[not stacked :]
-    np.testing.assert_allclose(found, want if stacked else want[0], rtol=1e-12)
+    assert found.shape == want.shape
+    np.testing.assert_allclose(found, want, rtol=1e-12)
+    traced = jax.jit(lambda init, *policies: kernels.gram(init, policies, layer_axis=layer_axis))(init, *policies)
+    np.testing.assert_allclose(traced, want, rtol=1e-12)
 
 
 def test_gram_of_three_is_symmetric_with_its_pairs_in_place():
     """Fails when the lower triangle is read in another order."""
     init, *policies = (_leaf((50,), seed) for seed in range(4))
-    np.testing.assert_allclose(kernels.gram(init, policies, stacked=False), _exact(init, policies, 1)[0], rtol=1e-12)
+    np.testing.assert_allclose(kernels.gram(init, policies, layer_axis=None), _exact(init, policies, None), rtol=1e-12)
 
 
 def _sharded(x, *axes):
@@ -52,11 +58,11 @@ def _sharded(x, *axes):
 def test_sharded_leaves_are_not_gathered():
     """Fails when a shard leaves its device: only the small sums may travel."""
     leaves = [_sharded(_leaf((3, 64, 32), seed), None, "data", "model") for seed in range(3)]
-    found = kernels.gram(leaves[0], leaves[1:], stacked=True)
-    np.testing.assert_allclose(found, _exact(leaves[0], leaves[1:], 3), rtol=1e-12)
+    found = kernels.gram(leaves[0], leaves[1:], layer_axis=0)
+    np.testing.assert_allclose(found, _exact(leaves[0], leaves[1:], 0), rtol=1e-12)
     with jax.enable_x64(True):
         first, *rest = leaves
-        gram = kernels._plain_gram.lower(first, tuple(rest), rows=3).compile().as_text()
+        gram = kernels._plain_gram.lower(first, tuple(rest), layer_axis=0).compile().as_text()
         mix = kernels._mix.lower(rest[0], tuple(rest[1:]), first, jnp.ones((3, 3)), None).compile().as_text()
     assert "all-reduce" in gram
     for text in (gram, mix):

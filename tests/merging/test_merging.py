@@ -560,6 +560,7 @@ def test_no_policy_raises(merge):
 FUNCTIONS = {
     "slerp": lambda init, a, b: merging.slerp(init, [a, b], weights=[0.3]),
     "symmetric": lambda init, a, b: merging.symmetric_slerp(init, [a, b]),
+    "karcher": lambda init, a, b: merging.karcher(init, [a, b, merging.lerp(init, [a, b], [0.9, 0.4])]),
     "full_weights": lambda init, a, b: merging.slerp_full_weights(init, [a, b], weights=[0.3], liti_rate=0.3),
     "slerp_liti": lambda init, a, b: merging.slerp_liti(init, [a, b], 0.3),
     "lerp": lambda init, a, b: merging.lerp(init, [a, b], [0.2, 0.7]),

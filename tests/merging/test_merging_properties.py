@@ -74,7 +74,11 @@ def test_liti_rate_is_linear_between_init_and_merge(trees, rate, method):
 
 
 @FEW
-@given(_trees(), st.randoms(use_true_random=False), st.sampled_from(["slerp_symmetric", "lerp", "task_arithmetic"]))
+@given(
+    _trees(),
+    st.randoms(use_true_random=False),
+    st.sampled_from(["karcher", "slerp_symmetric", "lerp", "task_arithmetic"]),
+)
 def test_symmetric_methods_have_no_order(trees, random, method):
     """Fails when a coefficient depends on the place of its policy."""
     init, policies = trees

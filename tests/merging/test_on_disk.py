@@ -1,5 +1,6 @@
 """Merging folders, against float64 numpy and against merging in memory."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -146,6 +147,91 @@ def test_every_method_is_the_one_in_memory(tmp_path, method, count):
     want = merging.merge(arrays[0], arrays[1:], method, liti_rate=0.3, stacked=None)
     for name in SHAPES:
         np.testing.assert_allclose(merged[name], want[name.replace(".", "/")], rtol=3e-7, atol=1e-9)
+
+
+def test_karcher_takes_a_weight_for_each_policy(tmp_path):
+    """Fails when weights are dropped, or taken for those of the recursion."""
+    init, policies, (start, *paths) = _folders(tmp_path, 3)
+    settings = Settings(method="karcher", etas=(0.3,), weights=(0.2, 0.7, 0.1))
+    merge_folders(start, paths, tmp_path / "out", settings)
+    merged = _load(tmp_path / "out" / "eta_0.3")
+    arrays = [{name.replace(".", "/"): jnp.asarray(v) for name, v in model.items()} for model in (init, *policies)]
+    want = merging.karcher(arrays[0], arrays[1:], (0.2, 0.7, 0.1), liti_rate=0.3, stacked=None)
+    for name in SHAPES:
+        np.testing.assert_allclose(merged[name], want[name.replace(".", "/")], rtol=3e-7, atol=1e-9)
+
+
+def test_etas_that_grow_with_depth(tmp_path):
+    """Fails when the shares are of other units, are applied to one eta only, or are not in the report."""
+    init, policies, (start, *paths) = _folders(tmp_path)
+    report = merge_folders(start, paths, tmp_path / "out", Settings(etas=(0.3, 1.0), lines_alpha=0.2))
+    shares = {"model.embed_tokens.weight": 0.2, "model.norm.weight": 0.2}
+    shares |= {f"model.layers.{i}": share for i, share in enumerate((0.2, 0.6, 1.0))}
+    assert {unit["name"]: pytest.approx(unit["eta_share"]) for unit in report["units"]} == shares
+    assert all(row["share"] == pytest.approx(1, abs=1e-4) for unit in report["units"] for row in unit["delivered"])
+    for eta in (0.3, 1.0):
+        merged = _load(tmp_path / "out" / f"eta_{eta:g}")
+        for unit, share in shares.items():
+            want = _exact(init, policies, eta * share)
+            for name in [name for name in SHAPES if name.startswith(unit)]:
+                np.testing.assert_allclose(merged[name], want[name], rtol=1e-6, atol=1e-9)
+
+
+def test_the_report_has_the_spread_over_orders(tmp_path):
+    """Fails when the spread is of coefficients in place of weights, of one unit, or given where the order is chosen."""
+    init, policies, (start, *paths) = _folders(tmp_path, 3)
+    report = merge_folders(start, paths, tmp_path / "out", Settings())
+    arrays = [{name.replace(".", "/"): jnp.asarray(v) for name, v in model.items()} for model in (init, *policies)]
+    for names, unit in zip(_units(), report["units"], strict=True):
+
+        def merged(order, names=names):
+            tree = merging.slerp(arrays[0], [arrays[1 + m] for m in order], stacked=None)
+            return np.concatenate([np.float64(tree[n.replace(".", "/")]).ravel() for n in names])
+
+        given = merged((0, 1, 2))
+        length = np.linalg.norm(given - np.concatenate([np.float64(init[n]).ravel() for n in names]))
+        want = max(np.linalg.norm(merged(order) - given) for order in itertools.permutations(range(3))) / length
+        assert unit["order_spread"] == pytest.approx(want, rel=1e-4)
+    worst = max(report["units"], key=lambda unit: unit["order_spread"])
+    says = f"by up to {worst['order_spread']:.1%} of its distance from init ({worst['name']})"
+    assert says in on_disk.order_line(report)
+    for number, settings in enumerate((Settings("karcher"), Settings(weights=(0.5, 0.5)))):
+        assert on_disk.order_line(merge_folders(start, paths, tmp_path / f"other_{number}", settings)) == ""
+
+
+def test_skipped_tensors_are_kept_from_init(tmp_path):
+    """Fails when a skipped tensor is compared or merged, its bytes change, or a policy's extra tensor is refused."""
+    init, policies, _ = _folders(tmp_path)
+    head = {"lm_head.weight": np.arange(12, dtype=np.float16)}
+    start = _save(tmp_path / "with_head", init | head | IDS)
+    longer = np.concatenate([policies[0]["model.embed_tokens.weight"]] * 2)
+    first = policies[0] | {"model.embed_tokens.weight": longer, "embed_tokens_extra": longer} | IDS
+    second = {name: value for name, value in policies[1].items() if "embed" not in name} | IDS
+    paths = [_save(tmp_path / name, model) for name, model in (("longer", first), ("without", second))]
+    settings = Settings(etas=(0.3,), skip=r"embed_tokens|^lm_head\.", dtype="float64")
+    report = merge_folders(start, paths, tmp_path / "out", settings)
+    merged, exact = _load(tmp_path / "out" / "eta_0.3"), _exact(init, policies, 0.3)
+    assert set(merged) == {*SHAPES, *head, *IDS}
+    for name, kept in ((n, (init | head)[n]) for n in ("model.embed_tokens.weight", "lm_head.weight")):
+        np.testing.assert_array_equal(merged[name], kept)
+        assert merged[name].dtype == kept.dtype
+    assert merged["model.norm.weight"].dtype == np.float64
+    for name in set(SHAPES) - {"model.embed_tokens.weight"}:
+        np.testing.assert_allclose(merged[name], exact[name], rtol=1e-12)
+    assert sorted(report["skipped"]) == ["lm_head.weight", "model.embed_tokens.weight"]
+    assert report["not_in_a_layer"] == ["model.norm.weight"]
+    assert on_disk.summary_line(report).endswith("; 2 tensors kept from init")
+
+
+@pytest.mark.parametrize(
+    ("skip", "message"),
+    [("embedings", "skip: got 'embedings', which matches no tensor"), ("(", "want a regular"), ("", "to merge; want")],
+)
+def test_a_skip_that_cannot_be_meant_is_refused(tmp_path, skip, message):
+    """Fails when a typo skips nothing in silence, or a wrong expression ends in a traceback."""
+    _, _, (start, *paths) = _folders(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        merge_folders(start, paths, tmp_path / "out", Settings(skip=skip))
 
 
 def test_dtype_is_chosen(tmp_path):
@@ -316,9 +402,12 @@ def test_the_program(tmp_path):
     """Fails when the command line is not passed on."""
     init, policies, (start, *paths) = _folders(tmp_path)
     policies_flag = f"--policies={paths[0]},{paths[1]}"
-    result = _merge_program(f"--init={start}", policies_flag, "--etas=0.3,1", "--weights=0.2", f"--out={tmp_path}/out")
+    options = ("--etas=0.3,1", "--weights=0.2", "--lines_alpha=1", "--skip=layers.2")
+    result = _merge_program(f"--init={start}", policies_flag, *options, f"--out={tmp_path}/out")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("merged 2 policies over 5 units")
+    assert result.stdout.startswith("merged 2 policies over 4 units")
+    assert "2 tensors kept from init" in result.stdout
+    assert json.loads((tmp_path / "out" / on_disk.REPORT).read_text())["lines_alpha"] == 1
     merged = _load(tmp_path / "out" / "eta_0.3")
     np.testing.assert_allclose(
         merged["model.norm.weight"], _exact(init, policies, 0.3, 0.2)["model.norm.weight"], rtol=1e-6

@@ -17,8 +17,7 @@ LastStep = Callable[[int, int], int]  # iteration, run -> last step
 class Point(NamedTuple):
     """One evaluated policy: a row of front.csv. iteration and run start at 1; 0 (eta: nan) means not applicable."""
 
-    # sft, policy, merged, liti (to the merge), anchor or average (LITI to that of a run); best_of_n (step: N) is no part
-    # of a job
+    # sft, policy, merged, liti (to the merge), anchor or average (LITI to that of a run); best_of_n (step: N): no job's
     stage: str
     iteration: int
     run: int

@@ -1,5 +1,6 @@
 """Inputs of a merge on disk: check that the folders hold the same tensors, and cut the weights into chunks."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -32,12 +33,13 @@ class Chunk(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Open folders that hold the same tensors."""
+    """Open folders that hold the same tensors, except for the skipped ones."""
 
     init: WeightFolder
     policies: tuple[WeightFolder, ...]
     merged: tuple[str, ...]  # names of the floating-point tensors
-    copied: tuple[str, ...]  # names of the other tensors, which are equal in all folders
+    copied: tuple[str, ...]  # names of the tensors that are not floats, which are equal in all folders
+    skipped: tuple[str, ...]  # names of the tensors of init that policies may lack or hold in another shape
 
     @property
     def folders(self) -> tuple[WeightFolder, ...]:
@@ -55,34 +57,49 @@ class Inputs(NamedTuple):
         return [path for folder in self.folders for path in folder.weight_paths()]
 
 
-def open_inputs(init: Path, policies: Sequence[Path], dtype: str | None) -> Inputs:
+def open_inputs(init: Path, policies: Sequence[Path], dtype: str | None, skip: str | None = None) -> Inputs:
     """Open all folders. Raises ValueError if they do not hold the same tensors.
 
     policies: whole models, or LoRA adapters of init. dtype: name of the dtype of the result. If None, the
-    dtypes of the tensors must be the same in all folders too.
+    dtypes of the tensors must be the same in all folders too. skip: regular expression; tensors in whose names it is
+    found are not merged and not compared.
     """
     if not policies:
         raise ValueError("policies: got none, want at least one")
     first = open_weights(init)
     others = [LoraFolder(path, first) if is_adapter(path) else open_weights(path) for path in policies]
+    skipped = _matching(skip, first)
+    if skip is not None and not skipped:
+        raise ValueError(f"skip: got {skip!r}, which matches no tensor of {init}; want a part of a name")
     for other in others:
-        _check_same_tensors(first, other, dtype)
-    merged = tuple(name for name, tensor in first.tensors.items() if tensor.dtype in FLOATING)
-    copied = tuple(name for name, tensor in first.tensors.items() if tensor.dtype not in FLOATING)
+        _check_same_tensors(first, other, dtype, skipped | _matching(skip, other))
+    kept = {name: tensor for name, tensor in first.tensors.items() if name not in skipped}
+    merged = tuple(name for name, tensor in kept.items() if tensor.dtype in FLOATING)
+    copied = tuple(name for name, tensor in kept.items() if tensor.dtype not in FLOATING)
     if not merged:
-        raise ValueError(f"{init}: contains no floating-point tensors; want the weights of a model")
-    return Inputs(first, tuple(others), merged, copied)
+        raise ValueError(f"{init}: contains no floating-point tensors to merge; want the weights of a model")
+    return Inputs(first, tuple(others), merged, copied, tuple(name for name in first.tensors if name in skipped))
 
 
-def _check_same_tensors(init: WeightFolder, other: WeightFolder, dtype: str | None) -> None:
-    for name in sorted(init.tensors.keys() ^ other.tensors.keys()):
+def _matching(skip: str | None, folder: WeightFolder) -> set[str]:
+    """Names of the tensors to skip."""
+    try:
+        return {name for name in folder.tensors if skip is not None and re.search(skip, name)}
+    except re.error as error:
+        raise ValueError(f"skip: got {skip!r}, want a regular expression: {error}") from error
+
+
+def _check_same_tensors(init: WeightFolder, other: WeightFolder, dtype: str | None, skipped: set[str]) -> None:
+    for name in sorted((init.tensors.keys() ^ other.tensors.keys()) - skipped):
         has, lacks = (init, other) if name in init.tensors else (other, init)
         raise ValueError(f"{lacks.path}: tensor {name!r} is missing; it is in {has.path}")
     for name, want in init.tensors.items():
+        if name in skipped:
+            continue
         got = other.tensors[name]
         if got.shape != want.shape:
             raise ValueError(
-                f"{other.path}: tensor {name!r} has shape {got.shape}, want {want.shape} as in {init.path}"
+                f"{other.path}: tensor {name!r} has shape {got.shape}, want {want.shape} as in {init.path}; or skip it"
             )
         if got.dtype != want.dtype and (dtype is None or not {got.dtype, want.dtype} <= FLOATING):
             raise ValueError(
@@ -117,6 +134,14 @@ def plan_chunks(inputs: Inputs, unit: units.Unit, room: int) -> tuple[tuple[str,
             pieces.setdefault(unit_of(row_name), []).append(Piece(name, row * size, (row + 1) * size))
     chunks = [Chunk(number, part) for number, members in enumerate(pieces.values()) for part in _cut(members, room)]
     return tuple(pieces), chunks
+
+
+def whole_pieces(inputs: Inputs) -> Iterator[Piece]:
+    """Yield pieces of at most MAX_CHUNK elements of the tensors that are copied from init."""
+    for name in (*inputs.copied, *inputs.skipped):
+        size = inputs.init.tensors[name].size
+        for (piece,) in _cut([Piece(name, 0, size)], MAX_CHUNK):
+            yield piece
 
 
 def _cut(pieces: Sequence[Piece], room: int) -> Iterator[tuple[Piece, ...]]:

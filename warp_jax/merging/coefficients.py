@@ -7,12 +7,18 @@ the weights twice, for any M. Arrays are float64. They are numpy arrays, or JAX 
 the array library of its argument.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from warp_jax.merging import sphere
+
 PARALLEL_SIN = 1e-6  # below this sine two task vectors count as parallel (merged by LERP) or opposite (an error)
+
+SUM_TOLERANCE = 1e-6  # of weights that must add up to 1
+MAX_PERMUTED = 4  # policies; more are compared in their cyclic orders only
 
 Matrix = Any  # float64 [U, M, M], numpy or JAX
 Weights = Sequence[float] | None
@@ -71,6 +77,27 @@ def symmetric_slerp_coefficients(matrix: Matrix, weights: Weights = None) -> Any
     return xp.broadcast_to(scale[:, None] / count, matrix.shape[:-1])
 
 
+def karcher_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
+    """Spherical mean of any number of policies (Karcher or Frechet mean; arXiv 2603.04972), in no order.
+
+    weights: one for each policy, from 0 to 1 with the sum 1; by default 1/M. The mean of the directions on the sphere
+    is sum_m c_m delta_m / |delta_m|. As in the paper's SLERP, the merge mixes the task vectors themselves, with these
+    c_m. So two policies and weights (1 - w, w) give SLERP at w, for any lengths. Equal lengths give the mean direction
+    at that length, as in mergekit. Near-parallel task vectors are averaged linearly, and a zero one counts as parallel
+    to the mean. Task vectors without a mean, such as two opposite ones, give NaN.
+    """
+    xp, count = matrix.__array_namespace__(), matrix.shape[-1]
+    chosen = _choose(weights, [1.0 / count] * count, count, "one each")
+    if not (min(chosen) >= 0 and abs(sum(chosen) - 1) < SUM_TOLERANCE):
+        raise ValueError(f"weights: got {tuple(chosen)}, want numbers from 0 to 1 that add up to 1 for karcher")
+    if count == 2:  # exact up to 180 degrees
+        return slerp_coefficients(matrix, chosen[1:])
+    lengths = norms(matrix)
+    safe = xp.where(lengths > 0, lengths, 1.0)
+    cosines = matrix / (safe[:, :, None] * safe[:, None, :])
+    return sphere.mean(cosines, xp.broadcast_to(xp.asarray(chosen, dtype=matrix.dtype), lengths.shape))
+
+
 def lerp_coefficients(matrix: Matrix, weights: Weights = None) -> Any:
     """Linear interpolation (paper, Appendix B): the weights, by default 1/M (a uniform soup), in every unit."""
     return _same_in_every_unit(matrix, weights, default=1.0 / matrix.shape[-1])
@@ -101,6 +128,7 @@ FULL_WEIGHTS = "slerp_full_weights"  # SLERP from zero in place of init, then LI
 
 METHODS = {
     "slerp": Method(slerp_coefficients),
+    "karcher": Method(karcher_coefficients),
     "slerp_symmetric": Method(symmetric_slerp_coefficients),
     "lerp": Method(lerp_coefficients, by_angle=False),
     "task_arithmetic": Method(task_arithmetic_coefficients, by_angle=False),
@@ -109,11 +137,31 @@ METHODS = {
 }
 
 
+def order_spread(matrix: np.ndarray) -> np.ndarray:
+    """Largest change of `slerp` by another order of the policies, relative to the length of the merge: [U].
+
+    Compares with all orders of up to MAX_PERMUTED policies, else with the cyclic ones. Leaves out undefined merges.
+    """
+    count = matrix.shape[-1]
+    cyclic = [tuple(np.roll(range(count), shift)) for shift in range(count)]
+    given, changes = slerp_coefficients(matrix), []
+    for order in itertools.permutations(range(count)) if count <= MAX_PERMUTED else cyclic:
+        places = np.argsort(order)
+        changes.append(slerp_coefficients(matrix[:, order][:, :, order])[:, places] - given)
+    squares = [np.einsum("um,umn,un->u", c, matrix, c) for c in (given, *changes)]
+    largest = np.fmax.reduce(squares[1:]).clip(0)
+    return np.sqrt(largest / np.where(squares[0] > 0, squares[0], 1))
+
+
 def with_liti(method: str, coefficients: Any, liti_rate: Any) -> Any:
-    """Weights of (init, policy_1 - init, ..., policy_M - init) in liti(init, merge, liti_rate): [U, 1 + M]."""
+    """Weights of (init, policy_1 - init, ..., policy_M - init) in liti(init, merge, liti_rate): [U, 1 + M].
+
+    liti_rate: a number, or one for each unit, [U].
+    """
+    rate = liti_rate[:, None] if np.ndim(liti_rate) else liti_rate
     # full weights: sum_m c_m policy_m = init + (sum_m c_m - 1) init + sum_m c_m (policy_m - init)
     of_init = coefficients.sum(-1) - 1 if method == FULL_WEIGHTS else 0 * coefficients[..., 0]
-    columns = [1 + liti_rate * of_init[..., None], liti_rate * coefficients]
+    columns = [1 + rate * of_init[..., None], rate * coefficients]
     return columns[0].__array_namespace__().concat(columns, axis=-1)
 
 

@@ -1,6 +1,7 @@
 """Merging of pytrees in memory. See `warp_jax.merging` for the arguments and errors that all merges share."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,9 @@ from warp_jax import naming, trees
 from warp_jax.merging import kernels, units
 from warp_jax.merging.coefficients import FULL_WEIGHTS, METHODS, solve, with_liti
 from warp_jax.types import Array, HostOrDevice, Params
+
+# LITI rate: a number, or a function names of the units -> one rate for each, [U]
+Rate = float | Array | Callable[[Sequence[str]], HostOrDevice]
 
 
 class Gram(NamedTuple):
@@ -40,12 +44,24 @@ def ema_update(anchor_params: Params, params: Params, ema_rate: float | Array) -
     return jax.tree.map(update, anchor_params, params)
 
 
-def liti(init_params: Params, merged_params: Params, liti_rate: float | Array) -> Params:
+def liti(init_params: Params, merged_params: Params, liti_rate: Rate, **options: Any) -> Params:
     """Interpolate from init to merged: (1 - liti_rate) * init + liti_rate * merged (Algorithm 1, line 13).
 
     liti_rate: 0 gives init, 1 merged; above 1 extrapolates.
     """
-    return merge(init_params, [merged_params], "lerp", liti_rate=liti_rate)
+    return merge(init_params, [merged_params], "lerp", liti_rate=liti_rate, **options)
+
+
+def lines(liti_rate: float | Array, alpha: float) -> Rate:
+    """LITI rate that grows with depth: liti_rate * (alpha + (1 - alpha) l / (L - 1)) in layer l (arXiv 2410.17146).
+
+    alpha: share of the first layer, from 0 to 1; the last layer takes the whole rate. Units outside layers take alpha.
+    """
+    return functools.partial(_lines_rates, liti_rate, alpha)
+
+
+def _lines_rates(liti_rate: float | Array, alpha: float, names: Sequence[str]) -> HostOrDevice:
+    return _wide(liti_rate) * units.depth_shares(names, alpha)
 
 
 def slerp(init_params: Params, policies: Sequence[Params], **options: Any) -> Params:
@@ -53,14 +69,24 @@ def slerp(init_params: Params, policies: Sequence[Params], **options: Any) -> Pa
 
     Two policies and weights = [w] (paper, section 3.2, Eq. 2); w = 0 gives the first policy, 1 the second:
         init + sin((1 - w) angle) / sin(angle) * delta_1 + sin(w angle) / sin(angle) * delta_2
-    M policies: the recursion of Eq. 26, by default with weights 1/2, 1/3, ..., 1/M; their order matters.
+    M policies: the recursion of Eq. 26, by default with weights 1/2, 1/3, ..., 1/M; their order matters. See `karcher`.
     """
     return merge(init_params, policies, "slerp", **options)
 
 
-def slerp_liti(init_params: Params, policies: Sequence[Params], liti_rate: float | Array, **options: Any) -> Params:
+def slerp_liti(init_params: Params, policies: Sequence[Params], liti_rate: Rate, **options: Any) -> Params:
     """Compute liti(init, slerp(init, policies), liti_rate) as one weighted sum, rounded once."""
     return merge(init_params, policies, "slerp", liti_rate=liti_rate, **options)
+
+
+def karcher(
+    init_params: Params, policies: Sequence[Params], weights: Sequence[float] | None = None, **options: Any
+) -> Params:
+    """Spherical mean of any number of policies, which has no order; two of them give SLERP (arXiv 2603.04972).
+
+    weights: one for each policy, with the sum 1; by default 1 / M.
+    """
+    return merge(init_params, policies, "karcher", weights=weights, **options)
 
 
 def symmetric_slerp(init_params: Params, policies: Sequence[Params], **options: Any) -> Params:
@@ -103,7 +129,7 @@ def merge(
     policies: Sequence[Params],
     method: str = "slerp",
     *,
-    liti_rate: float | Array = 1.0,
+    liti_rate: Rate = 1.0,
     weights: Sequence[float] | None = None,
     donate: bool = False,
     rounding_key: Array | None = None,
@@ -111,20 +137,22 @@ def merge(
 ) -> Params:
     """Merge the policies by one of METHODS, then interpolate: (1 - liti_rate) * init + liti_rate * merged.
 
-    All merges above call this one. layout: unit and stacked. See `warp_jax.merging` for arguments and errors.
+    All merges above call this one. layout: unit, stacked, layer_axis. See `warp_jax.merging` for arguments and errors.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, want one of {', '.join(METHODS)}")
     _check_policies(init_params, policies)
     with jax.enable_x64(True):
-        if METHODS[method].by_angle:
+        by_angle = METHODS[method].by_angle
+        if not (by_angle or callable(liti_rate)):  # the coefficients are the same in every unit
+            layout["unit"] = "model"
+        names, unit_of_leaf = units_of(init_params, **layout)
+        matrix: HostOrDevice = np.zeros((len(names), len(policies), len(policies)))
+        if by_angle:
             start = jax.tree.map(jnp.zeros_like, init_params) if method == FULL_WEIGHTS else init_params
-            inner = gram(start, policies, **layout)
-        else:  # the coefficients are the same in every unit
-            layout["unit"], inner = "model", Gram(np.zeros((1, len(policies), len(policies))), ("model",))
-        _, unit_of_leaf = units_of(init_params, **layout)
-        solved = solve(method, inner.matrix, weights, inner.names)
-        rate = jnp.asarray(liti_rate, jnp.float64) if isinstance(liti_rate, jax.Array) else liti_rate
+            matrix = gram(start, policies, **layout).matrix
+        solved = solve(method, matrix, weights, names)
+        rate = _wide(liti_rate(names) if callable(liti_rate) else liti_rate)
         sums = with_liti(method, solved, rate)
         columns = map(jax.tree.leaves, (init_params, *policies))
         keys = [None] * len(unit_of_leaf) if rounding_key is None else jax.random.split(rounding_key, len(unit_of_leaf))
@@ -135,36 +163,38 @@ def merge(
     return jax.tree.unflatten(jax.tree.structure(init_params), merged)
 
 
-def gram(
-    init_params: Params, policies: Sequence[Params], unit: units.Unit = "layer", *, stacked: str | None = "layers"
-) -> Gram:
-    """Inner products <delta_a, delta_b> of every pair of task vectors in every unit, summed in float64."""
+def gram(init_params: Params, policies: Sequence[Params], unit: units.Unit = "layer", **layout: Any) -> Gram:
+    """Inner products <delta_a, delta_b> of every pair of task vectors in every unit, summed in float64.
+
+    layout: stacked and layer_axis.
+    """
     _check_policies(init_params, policies)
-    names, unit_of_leaf = units_of(init_params, unit, stacked)
+    names, unit_of_leaf = units_of(init_params, unit, **layout)
     columns = map(jax.tree.leaves, (init_params, *policies))
     with jax.enable_x64(True):
         inner = [
-            kernels.gram(init, parts, stacked=unit_ids.ndim > 0)
+            kernels.gram(init, parts, layer_axis=unit_ids.ndim - 1 if unit_ids.ndim else None)
             for unit_ids, init, *parts in zip(unit_of_leaf, *columns, strict=True)
         ]
         traced = any(isinstance(matrix, jax.core.Tracer) for matrix in inner)
         total: Any = (jnp if traced else np).zeros((len(names), len(policies), len(policies)), np.float64)
         for unit_ids, matrix in zip(unit_of_leaf, inner, strict=True):
+            rows = unit_ids.reshape(-1) if unit_ids.ndim else unit_ids
             if traced:
-                total = total.at[unit_ids].add(matrix)
+                total = total.at[rows].add(matrix)
             else:
-                np.add.at(total, unit_ids, np.asarray(matrix))
+                np.add.at(total, rows, np.asarray(matrix))
         return Gram(total, names)
 
 
 def units_of(
-    tree: Params, unit: units.Unit = "layer", stacked: str | None = "layers"
+    tree: Params, unit: units.Unit = "layer", stacked: str | None = "layers", layer_axis: int = 0
 ) -> tuple[tuple[str, ...], list[np.ndarray]]:
     """Assign each leaf to a unit, and each layer of a leaf that is stacked under the key `stacked`.
 
     Returns:
       Names of the units, in order of first use; and for each leaf, in `jax.tree.leaves` order, the number of its unit,
-      int32 [], or of its layers' units, [L].
+      int32 [], or of its layers' units, with L as axis layer_axis after axes of length 1: [L], [1, L], ...
     """
     unit_fn = units.unit_function(unit)
     numbers: dict[str, int] = {}
@@ -172,9 +202,11 @@ def units_of(
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = trees.path_name(path)
         in_layers = leaf.ndim > 0 and naming.is_stacked(name, stacked)
-        members = naming.layer_names(name, leaf.shape[0], stacked) if in_layers else [name]
+        if in_layers and not 0 <= layer_axis < leaf.ndim:
+            raise ValueError(f"layer_axis: got {layer_axis}, want an axis of leaf {name!r} of shape {leaf.shape}")
+        members = naming.layer_names(name, leaf.shape[layer_axis], stacked) if in_layers else [name]
         ids = np.array([numbers.setdefault(unit_fn(member), len(numbers)) for member in members], np.int32)
-        unit_of_leaf.append(ids if in_layers else ids[0])
+        unit_of_leaf.append(ids.reshape((1,) * layer_axis + (-1,)) if in_layers else ids[0])
     return tuple(numbers), unit_of_leaf
 
 
@@ -189,3 +221,7 @@ def _check_policies(init_params: Params, policies: Sequence[Params]) -> None:
 
 def _f32(x: Array) -> Array:
     return x.astype(jnp.float32)
+
+
+def _wide(rate: Any) -> Any:
+    return rate.astype(jnp.float64) if isinstance(rate, jax.Array) else rate

@@ -21,18 +21,17 @@ BLOCK = 1 << 15  # elements
 BLOCKS_AT_ONCE = 4  # blocks per step of the loop
 
 
-def gram(init: HostOrDevice, policies: Sequence[HostOrDevice], *, stacked: bool) -> Array:
-    """Inner products <policy_a - init, policy_b - init>: float64 [M, M], or [L, M, M] if `stacked`.
+def gram(init: HostOrDevice, policies: Sequence[HostOrDevice], *, layer_axis: int | None) -> Array:
+    """Inner products <policy_a - init, policy_b - init>: float64 [M, M], or [L, M, M] if the leaf has a layer_axis.
 
-    stacked: the first axis of the leaf runs over L layers.
+    layer_axis: the axis of the leaf that runs over L layers; None if the leaf is not stacked.
     """
     with jax.enable_x64(True):
         leaves = [jnp.asarray(x) for x in (init, *policies)]
-        rows = init.shape[0] if stacked else 1
         one_cpu = all(_is_on_one_cpu(x) for x in leaves)
         sum_up = _blocked_gram if one_cpu else _plain_gram
-        matrix = sum_up(leaves[0], tuple(leaves[1:]), rows=rows)
-        return matrix if stacked else matrix[0]
+        matrix = sum_up(leaves[0], tuple(leaves[1:]), layer_axis=layer_axis)
+        return matrix[0] if layer_axis is None else matrix
 
 
 def weighted_sum(
@@ -46,8 +45,8 @@ def weighted_sum(
     """Compute weights[..., 0] * init + sum_m weights[..., m] * (policy_m - init).
 
     The result has the dtype of the first policy; with a rounding_key, it is rounded stochastically. weights: float64
-    [1 + M], or [L, 1 + M] for a leaf whose first axis runs over L layers. donate: write over the first policy,
-    whose array then cannot be used.
+    [1 + M]; or [L, 1 + M], [1, L, 1 + M], ... for a leaf whose first, second, ... axis runs over L layers. donate:
+    write over the first policy, whose array then cannot be used.
     """
     with jax.enable_x64(True):
         first, *rest = (jnp.asarray(x) for x in policies)
@@ -55,18 +54,20 @@ def weighted_sum(
         return mix(first, tuple(rest), jnp.asarray(init), weights, rounding_key)
 
 
-@functools.partial(jax.jit, static_argnames="rows")
-def _plain_gram(init: Array, policies: tuple[Array, ...], *, rows: int) -> Array:
+@functools.partial(jax.jit, static_argnames="layer_axis")
+def _plain_gram(init: Array, policies: tuple[Array, ...], *, layer_axis: int | None) -> Array:
     """Sum over whole axes, so that each device sums its own shard."""
-    axes = tuple(range(int(rows > 1), init.ndim))
+    axes = tuple(axis for axis in range(init.ndim) if axis != layer_axis)
     deltas = [_wide(x) - _wide(init) for x in policies]
-    return _symmetric([jnp.sum(p, axis=axes).reshape(rows) for p in _products(deltas)], len(policies))
+    return _symmetric([jnp.sum(p, axis=axes).reshape(-1) for p in _products(deltas)], len(policies))
 
 
-@functools.partial(jax.jit, static_argnames="rows")
-def _blocked_gram(init: Array, policies: tuple[Array, ...], *, rows: int) -> Array:
+@functools.partial(jax.jit, static_argnames="layer_axis")
+def _blocked_gram(init: Array, policies: tuple[Array, ...], *, layer_axis: int | None) -> Array:
     """Sum in blocks. on_disk does this in numpy, which starts faster but takes 1.2 times the processor time."""
-    flat = [x.reshape(-1) for x in (init, *policies)]
+    rows = 1 if layer_axis is None else init.shape[layer_axis]
+    layers_first = [x if layer_axis is None else jnp.moveaxis(x, layer_axis, 0) for x in (init, *policies)]
+    flat = [x.reshape(-1) for x in layers_first]
     size = init.size // rows
     step = BLOCK * BLOCKS_AT_ONCE
     num_steps, tail = divmod(size, step)

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from warp_jax import files
-from warp_jax.merging import chunking, rounding
+from warp_jax.merging import chunking, rounding, units
 from warp_jax.merging.chunking import Chunk, Inputs, Piece
-from warp_jax.merging.coefficients import FULL_WEIGHTS, angles, norms, solve, with_liti
+from warp_jax.merging.coefficients import FULL_WEIGHTS, angles, norms, order_spread, solve, with_liti
 from warp_jax.progress import JobProgress
 from warp_jax.storage.model_files import EXPORT_REPORT
 from warp_jax.storage.weight_files import OUTPUT_DTYPES, SafetensorsWriter, Tensor, hash_file
@@ -34,6 +34,8 @@ class Settings(NamedTuple):
     unit: str = "layer"
     weights: tuple[float, ...] | None = None
     etas: tuple[float, ...] = (1.0,)
+    lines_alpha: float | None = None  # share of each eta in the first layer (LiNeS); None: the same eta in all units
+    skip: str | None = None  # regular expression: tensors in whose names it is found are copied from init
     dtype: str | None = None  # one of weight_files.OUTPUT_DTYPES; None: dtype of the policies
     memory_gb: float = 1.0
     rounding: str = "nearest"  # one of rounding.METHODS
@@ -52,16 +54,18 @@ def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Set
         raise ValueError(f"weights: got {settings.weights}, want numbers from -{MAX_FACTOR} to {MAX_FACTOR}")
     if out.exists():
         raise ValueError(f"out: {out} exists and is not overwritten; choose another --out")
-    inputs = chunking.open_inputs(init, policies, settings.dtype)
+    inputs = chunking.open_inputs(init, policies, settings.dtype, settings.skip)
     workers = min(os.cpu_count() or 2, 8)
     room = chunking.chunk_room(inputs, settings.memory_gb, workers)
-    units, chunks = chunking.plan_chunks(inputs, settings.unit, room)
+    unit_names, chunks = chunking.plan_chunks(inputs, settings.unit, room)
+    alpha = settings.lines_alpha
+    shares = np.ones(len(unit_names)) if alpha is None else units.depth_shares(unit_names, alpha)
     with JobProgress(2 * len(chunks)) as progress, ThreadPoolExecutor(workers) as pool:
-        job = _Job(inputs, settings, units, chunks, _Maths(len(policies)), pool, progress)
+        job = _Job(inputs, settings, unit_names, shares, chunks, _Maths(len(policies)), pool, progress)
         try:
             hashes = pool.map(hash_file, inputs.weight_paths())
             inner, rounding_noise = job.sum_grams()
-            coefficients = solve(settings.method, inner, settings.weights, units)
+            coefficients = solve(settings.method, inner, settings.weights, unit_names)
             with files.staged(out) as staging:
                 delivered = job.write_merges(coefficients, staging)
                 report = job.make_report(inner, coefficients, delivered, list(hashes))
@@ -78,10 +82,23 @@ def summary_line(report: dict[str, Any]) -> str:
     pairs = [(unit, a, b) for unit in units for a in range(count) for b in range(a)]
     angles = [unit["angles_degrees"][a][b] for unit, a, b in pairs if unit["norms"][a] and unit["norms"][b]]
     apart = f", median angle {np.median(angles):.1f} degrees" if angles else ""
-    alone = len(report["not_in_a_layer"])
+    alone, skipped = len(report["not_in_a_layer"]), len(report["skipped"])
     shares = [f"{row['share']:.1%} at eta {row['eta']:g}" for row in report["delivered"] if row["share"] is not None]
     kept = f"; delivered {', '.join(shares)}" if shares else ""
-    return f"merged {count} policies over {len(units)} units ({alone} tensors outside layers){apart}{kept}"
+    left = f"; {skipped} tensors kept from init" if skipped else ""
+    return f"merged {count} policies over {len(units)} units ({alone} tensors outside layers){apart}{kept}{left}"
+
+
+def order_line(report: dict[str, Any]) -> str:
+    """State in one line how much the order of the policies matters; '' if it does not."""
+    spreads = {unit["name"]: unit["order_spread"] for unit in report["units"] if "order_spread" in unit}
+    if not spreads:
+        return ""
+    worst = max(spreads, key=lambda name: spreads[name])
+    return (
+        f"slerp depends on the order of the policies: another order moves the merge by up to {spreads[worst]:.1%} of "
+        f"its distance from init ({worst}); --method=karcher has no order"
+    )
 
 
 class _Maths(threading.local):
@@ -118,6 +135,7 @@ class _Job(NamedTuple):
     inputs: Inputs
     settings: Settings
     units: tuple[str, ...]
+    shares: np.ndarray  # of each eta in each unit, [U]
     chunks: Sequence[Chunk]
     maths: _Maths
     pool: ThreadPoolExecutor
@@ -156,7 +174,8 @@ class _Job(NamedTuple):
     def write_merges(self, coefficients: np.ndarray, staging: Path) -> np.ndarray:
         """Run pass 2: write a folder per eta to `staging`; return the sums of a Delivery, float64 [U, E, 3]."""
         etas, dtype = self.settings.etas, OUTPUT_DTYPES.get(self.settings.dtype or "")
-        tensors = [_output_tensor(self.inputs, name, dtype) for name in (*self.inputs.merged, *self.inputs.copied)]
+        tensors = [_output_tensor(self.inputs, name, dtype) for name in self.inputs.merged]
+        tensors += [self.inputs.init.tensors[name] for name in (*self.inputs.copied, *self.inputs.skipped)]
         needed = len(etas) * sum(tensor.nbytes for tensor in tensors)
         free = shutil.disk_usage(staging.parent).free
         if needed > free:
@@ -164,7 +183,7 @@ class _Job(NamedTuple):
                 f"out: got {free / 1e9:.2f} GB of free disk, want {needed / 1e9:.2f}; choose another --out"
             )
         dtypes = {tensor.name: tensor.dtype for tensor in tensors}
-        weights = [with_liti(self.settings.method, coefficients, eta) for eta in etas]
+        weights = [with_liti(self.settings.method, coefficients, eta * self.shares) for eta in etas]
         writers = [self.make_folder(staging / _eta_folder(eta), tensors) for eta in etas]
         shared = _shared_names(self.inputs)
 
@@ -190,8 +209,9 @@ class _Job(NamedTuple):
                 )
             delivered[chunk.unit] += sums
         for writer in writers:
-            for name in self.inputs.copied:
-                writer.write(name, 0, self.inputs.init.view(name, 0, self.inputs.init.tensors[name].size))
+            for piece in chunking.whole_pieces(self.inputs):
+                writer.write(piece.name, piece.start, self.inputs.init.view(*piece))
+                self.inputs.init.release(*piece)
             writer.close()
         return delivered
 
@@ -243,9 +263,17 @@ class _Job(NamedTuple):
     ) -> dict[str, Any]:
         """Contents of merge_report.json, without its warnings."""
         inputs = self.inputs
-        fields = ("name", "angles_degrees", "norms", "coefficients", "delivered")
-        columns = [values.tolist() for values in (np.degrees(angles(inner)), norms(inner), coefficients)]
-        columns.append([self.describe(sums) for sums in delivered])
+        columns = {
+            "name": list(self.units),
+            "angles_degrees": np.degrees(angles(inner)).tolist(),
+            "norms": norms(inner).tolist(),
+            "coefficients": coefficients.tolist(),
+            "delivered": [self.describe(sums) for sums in delivered],
+        }
+        if self.settings.lines_alpha is not None:
+            columns["eta_share"] = self.shares.tolist()
+        if self.settings.method == "slerp" and self.settings.weights is None and len(inputs.policies) > 2:
+            columns["order_spread"] = order_spread(inner).tolist()
         return {
             **self.settings._asdict(),
             "init": str(inputs.init.path),
@@ -253,8 +281,9 @@ class _Job(NamedTuple):
             "xxh3_128": dict(zip(map(str, inputs.weight_paths()), hashes, strict=True)),
             "not_in_a_layer": inputs.outside_layers,
             "copied": list(inputs.copied),
+            "skipped": list(inputs.skipped),
             "delivered": self.describe(delivered.sum(0)),
-            "units": [dict(zip(fields, row, strict=True)) for row in zip(self.units, *columns, strict=True)],
+            "units": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
         }
 
     def describe(self, sums: np.ndarray) -> list[dict[str, float | None]]:
@@ -308,4 +337,4 @@ def _shared_names(inputs: Inputs) -> dict[str, str]:
 
 def _output_tensor(inputs: Inputs, name: str, dtype: np.dtype | None) -> Tensor:
     tensor = inputs.policies[0].tensors[name]._replace(file=inputs.init.tensors[name].file)
-    return tensor if dtype is None or name in inputs.copied else tensor._replace(dtype=dtype)
+    return tensor if dtype is None else tensor._replace(dtype=dtype)

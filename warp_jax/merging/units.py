@@ -1,6 +1,8 @@
 """Merging units: the weights that share one angle. Works on names, without JAX."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from warp_jax import naming
 
@@ -15,3 +17,20 @@ def unit_function(unit: Unit) -> Callable[[str], str]:
     if unit not in UNITS:
         raise ValueError(f"unit: got {unit!r}, want 'layer', 'tensor', 'model' or a function name -> unit name")
     return UNITS[unit]
+
+
+def depth_shares(names: Sequence[str], alpha: float) -> np.ndarray:
+    """Share of the LITI rate that each unit takes, [U]: LiNeS (arXiv 2410.17146), alpha + (1 - alpha) l / (L - 1).
+
+    alpha: share of layer l = 0, from 0 to 1; the last layer takes 1. L is the largest layer number plus 1. Units
+    outside layers (embedding, final norm, head) take alpha: the embedding comes before layer 0, and is often the head
+    too. Raises ValueError for other alphas, and if no unit is in a layer.
+    """
+    numbers = [naming.layer_number(name) for name in names]
+    inside = [number for number in numbers if number is not None]
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"lines: got alpha {alpha}, want a number from 0 to 1")
+    if not inside:
+        raise ValueError(f"lines: no layer in the names of the units ({names[0]}, ...); want unit 'layer' or 'tensor'")
+    last = max(*inside, 1)
+    return np.array([alpha if number is None else alpha + (1 - alpha) * number / last for number in numbers])

@@ -287,7 +287,9 @@ class Warp(Group):
     anchor: Literal["ema", "bema"] = "ema"  # missing in older workdirs
     anchor_every: Count = 1  # missing in older workdirs
     bema: Bema = Bema()  # missing in older workdirs
-    merge: Literal["slerp", "slerp_symmetric", "lerp", "task_arithmetic", "model_stock", "slerp_full_weights"]
+    merge: Literal[
+        "slerp", "karcher", "slerp_symmetric", "lerp", "task_arithmetic", "model_stock", "slerp_full_weights"
+    ]
     unit: Literal["layer", "tensor", "model"]
     liti_rate: Rate
     runs: Annotated[tuple[dict[str, Any], ...], Lax] = ()  # missing in older workdirs
