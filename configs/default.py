@@ -92,6 +92,7 @@ def get_config() -> ConfigDict:
     config.sft = ConfigDict()  # supervised fine-tuning on the reward and gold splits; gives theta_sft [ours]
     config.sft.num_steps = 4000  # optimiser steps; 0 = theta_sft is the pretrained model as it is
     config.sft.batch_size = 64  # sequences per step
+    config.sft.num_microbatches = 1  # pieces of the batch whose gradients are accumulated: more = less memory
     config.sft.sequence_tokens = 64  # tokens per sequence
     config.sft.learning_rate = 2e-3  # Adam, constant after the warm-up
     config.sft.warmup_steps = 100  # steps of linear warm-up

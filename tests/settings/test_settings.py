@@ -203,6 +203,8 @@ def test_batches_are_multiples_of_the_devices():
         check_devices(settings.replace({"sft.batch_size": 32, "reward_model.batch_size": 32}), 32)
     with pytest.raises(ValueError, match=r"config\.rl\.batch_size: got 8, want a multiple of 16"):
         check_devices(settings.replace({"rl.num_microbatches": 2}), 8)
+    with pytest.raises(ValueError, match=r"config\.sft\.batch_size: got 8, want a multiple of 16"):
+        check_devices(settings.replace({"sft.num_microbatches": 2}), 8)
 
 
 def test_an_old_config_is_brought_up_to_date():

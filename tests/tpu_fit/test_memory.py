@@ -145,7 +145,7 @@ def test_names_can_be_given_in_a_list(plan):
     assert not [p.name for p in plan.programs if "," in p.name]
 
 
-MODEL_NAMES = ("start of a run", "generation", "reward", "update", "KL to SFT")
+MODEL_NAMES = ("start of a run", "generation", "reward", "update", "KL to SFT", "SFT step")
 
 
 def _search(monkeypatch, settings, needs, names=()):
@@ -190,6 +190,7 @@ HALF, QUARTER = {"rl.batch_size": 8}, {"rl.batch_size": 4}
     [
         ("update", REMAT, REMAT),
         ("update", TWICE, REMAT | TWICE),
+        ("SFT step", {"sft.num_microbatches": 2}, {"sft.num_microbatches": 2}),
         ("update", FOUR_TIMES, REMAT | FOUR_TIMES),
         ("update", CHUNK, REMAT | {"rl.num_microbatches": 8} | CHUNK),
         ("KL to SFT", CHUNK, CHUNK),

@@ -150,7 +150,7 @@ def _supervised_step(maker: ingredients.Maker, part: str, step: int) -> Step:
     group: Any = settings.sft if part == "sft" else settings.reward_model
     task = maker.sft_task(policy) if part == "sft" else maker.reward_model_task(policy, maker.sft(policy))
     optimizer = optimizers.make_optimizer(group, settings.adam)
-    programs = supervised.make_programs(mesh, task.loss_fn, task.params, optimizer)
+    programs = supervised.make_programs(mesh, task.loss_fn, task.params, optimizer, task.num_microbatches)
     step_fn = functools.partial(supervised.train_step, programs, task, mesh)
     state = loop.state_before(step_fn, lambda: programs.init(task.params), maker.workdir / part, step)
     batch = task.batch_fn(step)

@@ -80,7 +80,7 @@ class Maker:
 
         loss_fn = sft_loss(self.settings, apply.make_apply_fn(model, self.mesh))
         parts = freezing.split(start, self.settings.model.trainable)
-        return supervised.Task(loss_fn, *parts, batch_fn, held_out_batch)
+        return supervised.Task(loss_fn, *parts, batch_fn, held_out_batch, sft.num_microbatches)
 
     def reward_model(self, policy: TransformerConfig, sft_params: Params) -> Callable[[Rollout], Any]:
         """r(x, y): the SFT trunk with a scalar head, trained on fragments of the reward split and their labels."""

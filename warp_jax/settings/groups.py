@@ -160,6 +160,7 @@ class Sft(Optimization):
 
     num_steps: CountOrZero
     sequence_tokens: Length
+    num_microbatches: Count = 1  # missing in older workdirs
 
 
 class RewardModel(Optimization):

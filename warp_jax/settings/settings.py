@@ -149,7 +149,11 @@ def from_config(config: Mapping[str, Any]) -> Settings:
 def check_devices(settings: Settings, devices: int) -> None:
     """Raise ValueError if a batch cannot be split over this number of devices (mesh data x fsdp)."""
     sizes = {
-        "sft.batch_size": (settings.sft.batch_size, devices, "mesh data x fsdp"),
+        "sft.batch_size": (
+            settings.sft.batch_size,
+            devices * settings.sft.num_microbatches,
+            "mesh data x fsdp x sft.num_microbatches",
+        ),
         "reward_model.batch_size": (settings.reward_model.batch_size, devices, "mesh data x fsdp"),
         "evaluation.batch_size": (settings.evaluation.batch_size, devices, "mesh data x fsdp"),
         "rl.batch_size": (

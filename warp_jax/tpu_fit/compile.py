@@ -212,7 +212,8 @@ class _Planner:
     ) -> tuple[Any, ...]:
         """The step function that is configured in `group`, and its arguments."""
         optimizer = optimizers.make_optimizer(group, self.settings.adam)
-        programs = supervised.make_programs(self.mesh, loss_fn, trained, optimizer)
+        parts = group.num_microbatches if isinstance(group, Sft) else 1
+        programs = supervised.make_programs(self.mesh, loss_fn, trained, optimizer, parts)
         state = partitioning.with_shardings(self.mesh, jax.eval_shape(programs.init, trained))
         batch = dict(zip(("token_ids", "mask"), self._texts(group.batch_size, group.sequence_tokens), strict=True))
         if isinstance(group, RewardModel):
