@@ -157,7 +157,7 @@ def _supervised_step(maker: ingredients.Maker, part: str, step: int) -> Step:
     trace = programs.trace(state, task.frozen_params, meshes.put_batch(mesh, batch))
     quantities = {"weights": state[0], "optimizer state": state[1], **_by_name(trace)}
     texts = [repr(text[:SHOWN_TEXT]) for text in maker.tokenizer.decode(batch["token_ids"], batch["mask"])]
-    return Step(quantities, ingredients.LEARNED_FROM[part], batch[supervised.ROW], texts)
+    return Step(quantities, ingredients.named(ingredients.LEARNED[part]), batch[supervised.ROW], texts)
 
 
 def _by_name(trace: Any) -> dict[str, Any]:

@@ -21,13 +21,14 @@ Batch = Mapping[str, Any]
 State = tuple[Params, Any]  # trained params, the optimizer's state
 LossFn = Callable[[Params, Batch], tuple[Array, Mapping[str, Array]]]  # params of the whole model -> loss, metrics
 ROW = "row"  # in a batch: the number of each row in its data, int32 [B]
+COUNTED = "counted"  # in a batch: True for the tokens whose loss counts, bool [B, S]; missing: all after the first
 ROW_VALUES = "row_values"  # among metrics: loss or score of each row, float32 [B]; it is not logged
 
 
 def language_loss(
     apply_fn: ApplyFn, params: Params, batch: Batch, *, logits_chunk: int = 0
 ) -> tuple[Array, Mapping[str, Array]]:
-    """Mean negative log-likelihood of the next tokens, in nats per token. batch: token_ids, mask [B, S]."""
+    """Mean negative log-likelihood of the `counted_tokens`, in nats per token. batch: token_ids, mask [B, S]."""
     losses = scoring.next_token_losses(apply_fn, params, batch["token_ids"], batch["mask"], chunk=logits_chunk)
     counted = counted_tokens(batch)
     losses = jnp.where(counted, losses, 0)
@@ -38,7 +39,7 @@ def language_loss(
 def counted_tokens(batch: Batch) -> Array:
     """True for each token after the first whose loss counts: mask [..., S] -> bool [..., S - 1]."""
     mask = batch["mask"]
-    return mask[..., :-1] & mask[..., 1:]
+    return mask[..., :-1] & batch.get(COUNTED, mask)[..., 1:]
 
 
 def token_weights(parts: Batch) -> Array:
@@ -136,6 +137,7 @@ class Task(NamedTuple):
     frozen_params: Params
     batch_fn: Callable[[int], Batch]  # of a step
     held_out_batch: Callable[[int], Batch]  # number 0, 1, ...
+    held_out_batches: int = 1  # that hold the held-out rows once
     num_microbatches: int = 1  # see `make_programs`
 
 
