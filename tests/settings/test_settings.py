@@ -138,6 +138,10 @@ RESPONSES = {"data.response_field": "answer", "data.prompt_template": "{text}"}
         (PAIRS, "config.reward_model.loss: got 'label', want 'bradley_terry' for data.chosen_field"),
         ({**PAIRS, "data.rejected_field": "good"}, "config.data.rejected_field: got 'good', want another field than"),
         ({**PAIRS, "data.prompt_template": ""}, "config.data.chosen_field: got 'good', want data.prompt_template"),
+        (
+            {"data.chat": True, "data.response_field": "text"},
+            "config.data.response_field: got 'text', want another field than data.text_field, the prompt",
+        ),
         ({**RESPONSES, "data.label_field": ""}, "config.data.label_field: got ''"),
     ],
 )

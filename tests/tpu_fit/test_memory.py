@@ -6,6 +6,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -14,6 +15,7 @@ from tests.settings_of import settings_of
 from warp_jax.parallel import meshes
 from warp_jax.settings import check_devices
 from warp_jax.tpu_fit import compile, memory
+from warp_jax.training import supervised
 
 
 def _config(**settings):
@@ -107,6 +109,20 @@ def test_supervised_stages_are_planned_where_they_run(plan):
     for step in steps.values():
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
             step.call.lower(*step.args)
+
+
+def test_supervised_stages_of_responses_get_their_batches():
+    """Fails when the mask of the responses is not planned, or pairs get labels, so that another program is compiled."""
+    fields = {"response_field": "answer", "chosen_field": "good", "rejected_field": "bad", "prompt_template": "{text}"}
+    changes = {f"data.{name}": value for name, value in fields.items()} | {"reward_model.loss": "bradley_terry"}
+    steps = {p.name: p for p in _plan(_config(**changes)).programs if p.name in SUPERVISED}
+    for name, length in (("SFT step", 16), ("reward model step", 10)):
+        batch = steps[name].args[-1]
+        assert {key: (x.shape, x.dtype) for key, x in batch.items()} == {
+            "token_ids": ((8, length), np.int32),
+            "mask": ((8, length), np.bool_),
+            supervised.COUNTED: ((8, length), np.bool_),
+        }
 
 
 def test_a_supervised_stage_has_moments_of_what_it_trains():
