@@ -11,7 +11,6 @@ import pytest
 from warp_jax.parallel import meshes
 from warp_jax.training import loop, supervised
 
-
 COUNTED_LAST = np.arange(12) >= 12 - np.array([1, 1, 2, 1, 9, 1, 3, 1])[:, None]  # tokens of eight rows
 
 
