@@ -29,9 +29,18 @@ def get_config() -> ConfigDict:
     # such as "Q: {text} A:"
     config.data.prompt_template = ""
     # True: the model's chat template makes the prompt, from the text field (a list of messages, or a text) or from the
-    # filled pattern. SFT, reward_model and tfidf, which learn from texts without the template, must be off
+    # filled pattern. What learns from texts without the template must be off: SFT without response_field, reward_model
+    # without chosen_field, tfidf
     config.data.chat = False
-    # field with the label: 0 or 1, also as false/true, 0.0/1.0 or text; "" = none (then set rewards and gold.source)
+    # field with the response to a row's prompt (needs a prompt_template or chat): SFT learns these responses, and no
+    # token of their prompts; "" = SFT learns windows of whole texts [ours]
+    config.data.response_field = ""
+    # fields with a better and a worse response to a row's prompt (needs a prompt_template or chat): reward_model learns
+    # from these pairs, with the loss "bradley_terry"; "" = it learns from labels [ours]
+    config.data.chosen_field = ""
+    config.data.rejected_field = ""
+    # field with the label: 0 or 1, also as false/true, 0.0/1.0 or text; "" = none (then set gold.source, and rewards or
+    # chosen_field)
     config.data.label_field = "label"
     config.data.reward_fraction = 0.44  # share of the rows (0 to 1) for SFT and the reward model
     config.data.gold_fraction = 0.44  # share of the rows for SFT and the gold reward
@@ -92,7 +101,9 @@ def get_config() -> ConfigDict:
     config.sft = ConfigDict()  # supervised fine-tuning on the reward and gold splits; gives theta_sft [ours]
     config.sft.num_steps = 4000  # optimiser steps; 0 = theta_sft is the pretrained model as it is
     config.sft.batch_size = 64  # sequences per step
-    config.sft.sequence_tokens = 64  # tokens per sequence
+    config.sft.num_microbatches = 1  # pieces of the batch whose gradients are accumulated: more = less memory
+    # tokens per sequence; with data.response_field: rows with more, prompt and response together, are left out
+    config.sft.sequence_tokens = 64
     config.sft.learning_rate = 2e-3  # Adam, after the warm-up
     config.sft.warmup_steps = 100  # steps of linear warm-up
     config.sft.learning_rate_schedule = "constant"  # after the warm-up, as in config.rl
@@ -101,14 +112,15 @@ def get_config() -> ConfigDict:
     config.sft.weight_decay = 0.0
     config.sft.clip_norm = 1.0  # largest norm of the gradient; 0 = no clipping
 
-    # the learned reward r(x, y): the SFT model with a scalar head, trained on the labels of the reward split [ours]
+    # the learned reward r(x, y): the SFT model with a scalar head, trained on labels or pairs (reward split) [ours]
     config.reward_model = ConfigDict()
     config.reward_model.loss = "label"  # "label": the score is the log-odds of label 1; "bradley_terry": prefer 1 to 0
     config.reward_model.num_layers = 0  # keep this many of the first layers; 0 = all
     config.reward_model.trainable = ""  # regular expression on weight names, as in model.trainable; "" = train all
     config.reward_model.num_steps = 1500  # optimiser steps
-    config.reward_model.batch_size = 64  # sequences per step, half of them with label 1
-    config.reward_model.sequence_tokens = 32  # tokens per sequence; best equal to prompt + completion, which it scores
+    config.reward_model.batch_size = 64  # sequences per step, half of them with label 1, or chosen
+    # tokens per sequence; best equal to prompt + completion, which it scores. Pairs with a longer one are left out
+    config.reward_model.sequence_tokens = 32
     config.reward_model.learning_rate = 3e-4  # Adam, after the warm-up
     config.reward_model.warmup_steps = 50  # steps of linear warm-up
     config.reward_model.learning_rate_schedule = "constant"  # after the warm-up, as in config.rl

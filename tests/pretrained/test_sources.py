@@ -364,6 +364,41 @@ def test_nothing_learns_from_chats(models, change):
         settings.replace({**labelled, **change})
 
 
+def test_a_chat_model_learns_from_responses_and_pairs(models, tmp_path):
+    """Fails when data.chat refuses SFT on responses or a reward model of pairs, a conversation with its response is
+    refused, the reward model cannot score RL's completions, or the end of the turn is not learned.
+    """
+    answers = {"answer": "5", "good": "fine", "bad": "no"}
+    rows = []
+    for line in (models / "asked.jsonl").read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        turns = {name: {"role": "assistant", "content": text} for name, text in answers.items()}
+        pair = {"good": [*messages, turns["good"]], "bad": [turns["bad"]]}
+        rows.append({"messages": messages, "answer": "5", **pair})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = _config(models)
+    config.data.source = str(tmp_path / "rows.jsonl")
+    config.data.reward_fraction = config.data.gold_fraction = 0.25
+    config.data.prompts_fraction = 0.25
+    config.data.response_field, config.data.chosen_field, config.data.rejected_field = answers.keys()
+    config.model.trainable = ""
+    config.sft.update(num_steps=30, batch_size=8, sequence_tokens=44, learning_rate=1e-2, warmup_steps=2)
+    config.reward_model.update(num_steps=10, batch_size=16, sequence_tokens=46, warmup_steps=2, learning_rate=1e-2)
+    config.reward_model.loss = "bradley_terry"
+    config.rewards.preference.source = "reward_model"
+    config.warp.update(num_iterations=1, steps_per_iteration=(2,))
+    config.evaluation.every = 2
+    settings, workdir = typed(config), tmp_path / "run"
+    assert jobs.run_part(settings, main.check(settings, workdir), workdir).startswith("reward ")
+    assert json.loads((workdir / "sft" / "summary.json").read_text())["loss"] < 0.1
+    assert json.loads((workdir / "reward_model" / "summary.json").read_text())["accuracy"] == 1.0
+    with (workdir / "front.csv").open() as file:
+        assert float(next(csv.DictReader(file))["length"]) < 3  # SFT: "5" and the end of the turn
+    config.data.response_field = ""
+    with pytest.raises(ValueError, match=r"config\.data\.chat: .* except SFT with data\.response_field"):
+        typed(config)
+
+
 def test_stop_tokens_of_the_config_and_of_the_template_end_completions(models, tmp_path):
     """Fails when sampling.stop_tokens, or the end of a turn, does not reach the tokenizer that sampling uses, or the
     files from which transformers and vLLM read where to stop.

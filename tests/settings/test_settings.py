@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,13 @@ BAD = [  # path, value, what the message says
     ("evaluation.text_tokens", 1, "config.evaluation.text_tokens: got 1, want at least 2"),
     ("data.gold_fraction", 0.6, "want less than 1: the rest is for evaluation"),
     ("data.source", None, "config.data.source: got None, want a valid string"),
+    (
+        "data.response_field",
+        "answer",
+        "config.data.response_field: got 'answer', want data.prompt_template (such as '{t",
+    ),
+    ("data.chosen_field", "a", "config.data.rejected_field: got '', want a field: a pair has"),
+    ("data.rejected_field", "a", "config.data.chosen_field: got '', want a field"),
     ("data.chat", True, "config.data.chat: got True, want False"),
     ("sampling.stop_tokens", ("<end>",), "config.sampling.stop_tokens: got ('<end>',), want ()"),
     ("sampling.stop_tokens", "<end>", "config.sampling.stop_tokens: got '<end>', want a valid tuple"),
@@ -188,6 +196,42 @@ def test_each_run_has_its_own_settings():
     assert settings_of({**only, "warp.runs": ({}, {"rewards.sentiment.weight": 2.0})}).needs_reward_model
 
 
+PAIRS = {"data.chosen_field": "good", "data.rejected_field": "bad", "data.prompt_template": "{text}"}
+RESPONSES = {"data.response_field": "answer", "data.prompt_template": "{text}"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (PAIRS, "config.reward_model.loss: got 'label', want 'bradley_terry' for data.chosen_field"),
+        ({**PAIRS, "data.rejected_field": "good"}, "config.data.rejected_field: got 'good', want another field than"),
+        ({**PAIRS, "data.prompt_template": ""}, "config.data.chosen_field: got 'good', want data.prompt_template"),
+        (
+            {"data.chat": True, "data.response_field": "text"},
+            "config.data.response_field: got 'text', want another field than data.text_field, the prompt",
+        ),
+        ({**RESPONSES, "data.label_field": ""}, "config.data.label_field: got ''"),
+    ],
+)
+def test_responses_that_cannot_be_learned_are_refused(changes, message):
+    """Fails when the rule is taken out, or a reward model of labels or tfidf does without labels."""
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        settings_of(changes)
+
+
+def test_what_learns_from_responses():
+    """Fails when labels are needed for pairs, or a training that is off, or learns from texts, has response fields."""
+    both = {**PAIRS, **RESPONSES, "data.label_field": "", "gold.source": "", "reward_model.loss": "bradley_terry"}
+    settings = settings_of(both)
+    assert settings.response_fields == {"sft": ("answer",), "reward_model": ("good", "bad")}
+    assert not settings.learns_from_texts
+    assert settings.learned_splits == ("reward", "gold", "eval")
+    off = {"rewards.sentiment.weight": 0.0, "rewards.length.weight": 1.0}
+    assert settings.replace(off).response_fields == {"sft": ("answer",)}
+    assert settings_of({**RESPONSES, "data.response_field": ""}).response_fields == {}
+    assert settings_of(RESPONSES).learns_from_texts  # reward model and tfidf
+
+
 def test_options_in_the_source_replace_those_of_the_config_file():
     """Fails when --config.data.source=reasoning_gym:TASK?size=5 is refused because the config file has options."""
     config = tiny.get_config().to_dict()
@@ -274,6 +318,8 @@ def test_batches_are_multiples_of_the_devices():
         check_devices(settings.replace({"sft.batch_size": 32, "reward_model.batch_size": 32}), 32)
     with pytest.raises(ValueError, match=r"config\.rl\.batch_size: got 8, want a multiple of 16"):
         check_devices(settings.replace({"rl.num_microbatches": 2}), 8)
+    with pytest.raises(ValueError, match=r"config\.sft\.batch_size: got 8, want a multiple of 16"):
+        check_devices(settings.replace({"sft.num_microbatches": 2}), 8)
 
 
 def test_an_old_config_is_brought_up_to_date():

@@ -6,6 +6,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -14,6 +15,7 @@ from tests.settings_of import settings_of
 from warp_jax.parallel import meshes
 from warp_jax.settings import check_devices
 from warp_jax.tpu_fit import compile, memory
+from warp_jax.training import supervised
 
 
 def _config(**settings):
@@ -126,6 +128,20 @@ def test_supervised_stages_are_planned_where_they_run(plan):
             step.call.lower(*step.args)
 
 
+def test_supervised_stages_of_responses_get_their_batches():
+    """Fails when the mask of the responses is not planned, or pairs get labels, so that another program is compiled."""
+    fields = {"response_field": "answer", "chosen_field": "good", "rejected_field": "bad", "prompt_template": "{text}"}
+    changes = {f"data.{name}": value for name, value in fields.items()} | {"reward_model.loss": "bradley_terry"}
+    steps = {p.name: p for p in _plan(_config(**changes)).programs if p.name in SUPERVISED}
+    for name, length in (("SFT step", 16), ("reward model step", 10)):
+        batch = steps[name].args[-1]
+        assert {key: (x.shape, x.dtype) for key, x in batch.items()} == {
+            "token_ids": ((8, length), np.int32),
+            "mask": ((8, length), np.bool_),
+            supervised.COUNTED: ((8, length), np.bool_),
+        }
+
+
 def test_a_supervised_stage_has_moments_of_what_it_trains():
     """Fails when frozen weights get moments, or a reward model that a folder brings is trained."""
     plan = _plan(_config(**{"rewards.sentiment.source": "models/of_a_folder", "model.trainable": "layers/1/"}))
@@ -162,7 +178,7 @@ def test_names_can_be_given_in_a_list(plan):
     assert not [p.name for p in plan.programs if "," in p.name]
 
 
-MODEL_NAMES = ("start of a run", "generation", "reward", "update", "KL to SFT")
+MODEL_NAMES = ("start of a run", "generation", "reward", "update", "KL to SFT", "SFT step")
 
 
 def _search(monkeypatch, settings, needs, names=()):
@@ -207,6 +223,7 @@ HALF, QUARTER = {"rl.batch_size": 8}, {"rl.batch_size": 4}
     [
         ("update", REMAT, REMAT),
         ("update", TWICE, REMAT | TWICE),
+        ("SFT step", {"sft.num_microbatches": 2}, {"sft.num_microbatches": 2}),
         ("update", FOUR_TIMES, REMAT | FOUR_TIMES),
         ("update", CHUNK, REMAT | {"rl.num_microbatches": 8} | CHUNK),
         ("KL to SFT", CHUNK, CHUNK),

@@ -43,6 +43,18 @@ def prompt_text(tokenizer: Tokenizer, value: object, **variables: Any) -> str:
     return render(tokenizer, messages, **variables)
 
 
+def response_text(tokenizer: Tokenizer, value: object, response: str) -> str:
+    """Render what follows `prompt_text(tokenizer, value)` when the assistant has answered: its turn, with its end.
+
+    Raises ValueError as `prompt_text` does, or if the template writes the prompt in another way once it is answered.
+    """
+    prompt, answer = prompt_text(tokenizer, value), {"role": "assistant", "content": response}
+    whole = render(tokenizer, [*as_messages(value), answer], add_generation_prompt=False)
+    if not whole.startswith(prompt):
+        raise ValueError("chat template: changes the prompt when an answer follows it; SFT needs one that does not")
+    return whole.removeprefix(prompt)
+
+
 def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
     """Render a conversation exactly as transformers' apply_chat_template does. Templates get TODAY as the date.
 

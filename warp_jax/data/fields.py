@@ -38,8 +38,8 @@ def check_text(row: Mapping[str, Any], name: str, types: Any, setting: str = "da
             chat.as_messages(value)
     elif isinstance(value, list):
         raise ValueError(
-            f"field {name!r} holds a list, want a text; conversations need data.chat = True, sft.num_steps = 0 and no "
-            "learned reward or gold (reward_model, tfidf), which all learn from texts"
+            f"field {name!r} holds a list, want a text; conversations need data.chat = True, and nothing that learns "
+            "from whole texts: SFT without data.response_field, reward_model without data.chosen_field, or tfidf"
         )
     elif not (isinstance(value, types) and _is_plain(value)):
         raise ValueError(f"field {name!r} holds {_shown(value)}, want a text; set {setting}")
@@ -78,6 +78,31 @@ def asked(row: Mapping[str, Any], text_field: str, prompt_template: str) -> Any:
     if not prompt.strip():
         raise ValueError(f"fields {sorted(values)} of data.prompt_template give an empty prompt; remove the row")
     return prompt
+
+
+def response(row: Mapping[str, Any], name: str, prompt: Any, *, use_chat: bool) -> str:
+    """Return the response to a prompt in a field: a text or a finite number; with use_chat also a conversation.
+
+    The conversation ends with the response, as the assistant's turn. Before it stands nothing, or the prompt. Raises
+    ValueError for anything else, and for a blank response.
+    """
+    if name not in row:
+        raise ValueError(f"has no field {name!r}, but {', '.join(sorted(row))[:200]}; correct its name in config.data")
+    value = row[name]
+    if use_chat and isinstance(value, list):
+        with at(f"field {name!r}"):
+            *before, last = chat.as_messages(value)
+            if last["role"] != "assistant":
+                raise ValueError(f"ends with the turn of {last['role']!r}, want the assistant's")
+            if before and before != chat.as_messages(prompt):
+                raise ValueError("begins with other messages than the prompt, want the prompt's or none")
+        value = last["content"]
+    elif not _is_plain(value):
+        want = "a text, a number or a conversation" if use_chat else "a text or a number"
+        raise ValueError(f"field {name!r} holds {_shown(value)}, want {want}")
+    if not str(value).strip():
+        raise ValueError(f"field {name!r} is empty, want a response; remove the row")
+    return str(value)
 
 
 def _is_plain(value: Any) -> bool:

@@ -151,14 +151,14 @@ def _supervised_step(maker: ingredients.Maker, part: str, step: int) -> Step:
     group: Any = settings.sft if part == "sft" else settings.reward_model
     task = maker.sft_task(policy) if part == "sft" else maker.reward_model_task(policy, maker.sft(policy))
     optimizer = optimizers.make_optimizer(group, settings.adam)
-    programs = supervised.make_programs(mesh, task.loss_fn, task.params, optimizer)
+    programs = supervised.make_programs(mesh, task.loss_fn, task.params, optimizer, task.num_microbatches)
     step_fn = functools.partial(supervised.train_step, programs, task, mesh)
     state = loop.state_before(step_fn, lambda: programs.init(task.params), maker.workdir / part, step)
     batch = task.batch_fn(step)
     trace = programs.trace(state, task.frozen_params, meshes.put_batch(mesh, batch))
     quantities = {"weights": state[0], "optimizer state": state[1], **_by_name(trace)}
     texts = [repr(text[:SHOWN_TEXT]) for text in maker.tokenizer.decode(batch["token_ids"], batch["mask"])]
-    return Step(quantities, ingredients.LEARNED_FROM[part], batch[supervised.ROW], texts)
+    return Step(quantities, ingredients.named(ingredients.LEARNED[part]), batch[supervised.ROW], texts)
 
 
 def _by_name(trace: Any) -> dict[str, Any]:

@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
 from warp_jax import files, trees
-from warp_jax.data import batches
+from warp_jax.data import batches, responses
 from warp_jax.data.corpus import Corpus
 from warp_jax.data.fields import asked
 from warp_jax.data.tokenizer import Tokenizer
@@ -21,13 +21,12 @@ from warp_jax.parallel import hosts
 from warp_jax.progress import JobProgress
 from warp_jax.rewards import from_folder, reward_functions, text_reward
 from warp_jax.settings import Settings
-from warp_jax.settings.groups import Gold, RewardModel, RewardPart, Sft
+from warp_jax.settings.groups import Data, Gold, RewardModel, RewardPart, Sft
 from warp_jax.storage import checkpoint, manifest
 from warp_jax.training import loop, metric_writer, optimizers, supervised
 from warp_jax.types import ApplyFn, Params, Rollout
 
-# where the rows of a batch come from, for errors
-LEARNED_FROM = {"sft": "splits 'reward' and 'gold', joined", "reward_model": "split 'reward'"}
+LEARNED = {"sft": ("reward", "gold"), "reward_model": ("reward",)}  # splits, joined
 HELD_OUT_BATCHES = 16  # at most, for the held-out quality of SFT and of the reward model
 
 
@@ -39,6 +38,50 @@ def sft_loss(settings: Settings, apply_fn: ApplyFn) -> supervised.LossFn:
 def reward_loss(settings: Settings, apply_fn: ApplyFn) -> supervised.LossFn:
     """The loss of the reward model."""
     return functools.partial(supervised.REWARD_LOSSES[settings.reward_model.loss], apply_fn)
+
+
+def named(splits: Sequence[str]) -> str:
+    """Splits that are joined, for messages: the rows of a batch are numbered in them."""
+    return f"split {splits[0]!r}" if len(splits) == 1 else f"splits {' and '.join(map(repr, splits))}, joined"
+
+
+def check_responses(settings: Settings, corpora: Mapping[str, Corpus], tokenizer: Tokenizer | None) -> None:
+    """Raise ValueError if a row has no usable response, or no row fits; without a tokenizer, lengths are not known."""
+    for part, names in settings.response_fields.items():
+        for splits in (LEARNED[part], ("eval",)):
+            if tokenizer is not None:
+                load_responses(settings, corpora, tokenizer, part, splits)
+            else:
+                responses.check([corpora[name] for name in splits], names, _ask(settings.data), use_chat=False)
+
+
+def load_responses(
+    settings: Settings, corpora: Mapping[str, Corpus], tokenizer: Tokenizer, part: str, splits: Sequence[str]
+) -> responses.Sequences:
+    """The prompts and responses that SFT or the reward model (`part`) reads from these splits."""
+    data, length = settings.data, getattr(settings, part).sequence_tokens
+    found = responses.encode(
+        tokenizer,
+        [corpora[name] for name in splits],
+        settings.response_fields[part],
+        _ask(data),
+        use_chat=data.chat,
+        length=length,
+    )
+    if not len(found.rows):
+        raise ValueError(
+            f"config.{part}.sequence_tokens: none of the {found.left_out} rows of {named(splits)} has at most {length} "
+            "tokens, prompt and response together; allow longer ones"
+        )
+    return found
+
+
+class Feed(NamedTuple):
+    """Batches of one training, as in `supervised.Task`."""
+
+    batch_fn: Callable[[int], supervised.Batch]
+    held_out_batch: Callable[[int], supervised.Batch]
+    held_out_batches: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,22 +111,14 @@ class Maker:
     def sft_task(self, model: TransformerConfig) -> supervised.Task:
         """Loss, start weights and batches of the training of theta_sft."""
         sft, start = self.settings.sft, architecture.start_params(self.settings, model, self.mesh)
-        rows = self.tokens["reward"] + self.tokens["gold"]
-
-        def batch_fn(step: int) -> supervised.Batch:
-            chosen = batches.epoch_rows(len(rows), sft.batch_size, step, seed=self.settings.seed, stream="sft")
-            return self._text_batch(rows, chosen, sft.sequence_tokens, step, "sft window")
-
-        def held_out_batch(step: int) -> supervised.Batch:
-            chosen = (np.arange(sft.batch_size) + step * sft.batch_size) % len(self.tokens["eval"])
-            return self._text_batch(self.tokens["eval"], chosen, sft.sequence_tokens, step, "sft held out")
-
+        has_responses = "sft" in self.settings.response_fields
+        feed = self._responses("sft", sft.batch_size) if has_responses else self._windows(sft)
         loss_fn = sft_loss(self.settings, apply.make_apply_fn(model, self.mesh))
-        parts = freezing.split(start, self.settings.model.trainable)
-        return supervised.Task(loss_fn, *parts, batch_fn, held_out_batch)
+        trained, frozen = freezing.split(start, self.settings.model.trainable)
+        return supervised.Task(loss_fn, trained, frozen, *feed, sft.num_microbatches)
 
     def reward_model(self, policy: TransformerConfig, sft_params: Params) -> Callable[[Rollout], Any]:
-        """r(x, y): the SFT trunk with a scalar head, trained on fragments of the reward split and their labels."""
+        """r(x, y): the SFT trunk with a scalar head, trained on labelled fragments or on pairs of responses."""
         task = self.reward_model_task(policy, sft_params)
         model = architecture.reward_model_config(self.settings.reward_model, policy)
         params = self._train("reward_model", self.settings.reward_model, task)
@@ -93,6 +128,29 @@ class Maker:
         """Loss, start weights and batches of the training of the reward model."""
         settings = self.settings.reward_model
         model = architecture.reward_model_config(settings, policy)
+        has_pairs = "reward_model" in self.settings.response_fields
+        feed = self._responses("reward_model", settings.batch_size // 2) if has_pairs else self._labelled(settings)
+        loss_fn = reward_loss(self.settings, apply.make_apply_fn(model, self.mesh))
+        start = freezing.restacked(sft_params, apply.random_params(model, self.mesh, self.settings.seed))
+        trained, frozen = freezing.split(start, settings.trainable)
+        return supervised.Task(loss_fn, trained, frozen, *feed)
+
+    def _windows(self, sft: Sft) -> Feed:
+        """Random windows of the texts of SFT."""
+        rows, held_out = self.tokens["reward"] + self.tokens["gold"], self.tokens["eval"]
+
+        def batch_fn(step: int) -> supervised.Batch:
+            chosen = batches.epoch_rows(len(rows), sft.batch_size, step, seed=self.settings.seed, stream="sft")
+            return self._text_batch(rows, chosen, sft.sequence_tokens, step, "sft window")
+
+        def held_out_batch(step: int) -> supervised.Batch:
+            chosen = _in_order(step, sft.batch_size, len(held_out))
+            return self._text_batch(held_out, chosen, sft.sequence_tokens, step, "sft held out")
+
+        return Feed(batch_fn, held_out_batch, len(held_out) // sft.batch_size)
+
+    def _labelled(self, settings: RewardModel) -> Feed:
+        """Random fragments of the reward split, half of them with label 1, and their labels."""
         labels = {name: np.array(self.corpora[name].labels) for name in ("reward", "eval")}
 
         def batch_fn(step: int, split: str = "reward") -> supervised.Batch:
@@ -102,11 +160,34 @@ class Maker:
             batch = self._text_batch(self.tokens[split], chosen, settings.sequence_tokens, step, f"fragments {split}")
             return {**batch, "labels": labels[split][chosen]}
 
-        loss_fn = reward_loss(self.settings, apply.make_apply_fn(model, self.mesh))
-        start = freezing.restacked(sft_params, apply.random_params(model, self.mesh, self.settings.seed))
-        parts = freezing.split(start, settings.trainable)
         held_out_batch = functools.partial(batch_fn, split="eval")
-        return supervised.Task(loss_fn, *parts, batch_fn, held_out_batch)
+        return Feed(batch_fn, held_out_batch, len(self.tokens["eval"]) // settings.batch_size)
+
+    def _responses(self, part: str, num_prompts: int) -> Feed:
+        """Batches of so many prompts with their responses."""
+        length, pad_id, seed = getattr(self.settings, part).sequence_tokens, self.tokenizer.pad_id, self.settings.seed
+
+        def load(splits: Sequence[str]) -> responses.Sequences:
+            found = load_responses(self.settings, self.corpora, self.tokenizer, part, splits)
+            if found.left_out:
+                self.progress.note(
+                    f"{part}: {found.left_out} of {found.left_out + len(found.rows)} rows of {named(splits)} left out: "
+                    f"more than {part}.sequence_tokens = {length} tokens"
+                )
+            return found
+
+        def make_batch(sequences: responses.Sequences, chosen: np.ndarray) -> supervised.Batch:
+            ids, mask, is_response = sequences.batch(chosen, length, pad_id)
+            rows = np.resize(sequences.rows[chosen], len(ids)).astype(np.int32)
+            return {"token_ids": ids, "mask": mask, supervised.COUNTED: is_response, supervised.ROW: rows}
+
+        learned, held_out = load(LEARNED[part]), load(["eval"])
+        count, held_out_count = len(learned.rows), len(held_out.rows)
+        return Feed(
+            lambda step: make_batch(learned, batches.epoch_rows(count, num_prompts, step, seed=seed, stream=part)),
+            lambda step: make_batch(held_out, _in_order(step, num_prompts, held_out_count)),
+            held_out_count // num_prompts,
+        )
 
     def gold(self) -> text_reward.TextFn:
         """The gold reward, fitted on fragments of the gold split; nan for every text if the config has none."""
@@ -158,12 +239,12 @@ class Maker:
             on_step=self.progress.on_step,
             checkpoint_minutes=self.settings.checkpoint_minutes,
             name=name,
-            split=LEARNED_FROM[name],
+            split=named(LEARNED[name]),
         )
         optimizer = optimizers.make_optimizer(settings, self.settings.adam)
         trained = supervised.fit(task, optimizer, self.mesh, schedule)
         params = trees.join(trained, task.frozen_params)
-        num_batches = int(np.clip(len(self.tokens["eval"]) // settings.batch_size, 1, HELD_OUT_BATCHES))
+        num_batches = int(np.clip(task.held_out_batches, 1, HELD_OUT_BATCHES))
         summary = supervised.held_out(task, params, num_batches, self.mesh)
         self.progress.note(f"{name}: held-out " + ", ".join(f"{key} {value:.3f}" for key, value in summary.items()))
         if hosts.is_first():
@@ -195,6 +276,15 @@ class Maker:
 
 
 def _load_folder(settings: Settings, mesh: Mesh, source: str) -> text_reward.TextFn:
-    data = settings.data
-    asks = functools.partial(asked, text_field=data.text_field, prompt_template=data.prompt_template)
-    return from_folder.load(Path(source), mesh, settings.model.dtype, asks if data.chat else None)
+    ask = _ask(settings.data) if settings.data.chat else None
+    return from_folder.load(Path(source), mesh, settings.model.dtype, ask)
+
+
+def _ask(data: Data) -> responses.Ask:
+    """The function that returns the prompt of a row."""
+    return functools.partial(asked, text_field=data.text_field, prompt_template=data.prompt_template)
+
+
+def _in_order(step: int, size: int, count: int) -> np.ndarray:
+    """Numbers of `count` rows in batch number `step`, in their order."""
+    return (np.arange(size) + step * size) % count

@@ -12,7 +12,7 @@ from warp_jax.data import batches, chat, corpus, fields, stop_tokens
 from warp_jax.data.corpus import Corpus
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.evaluation import measure
-from warp_jax.experiment import architecture
+from warp_jax.experiment import architecture, ingredients
 from warp_jax.experiment.ingredients import Maker
 from warp_jax.experiment.programs import make_programs
 from warp_jax.models import freezing
@@ -90,7 +90,7 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
     """
     data = settings.data
     rows = corpus.load_rows(data.source, data.split, task=data.task)
-    text_types = str if settings.learned_splits else _prompt_types(data)
+    text_types = str if settings.learns_from_texts else _prompt_types(data)
     splits = corpus.split_rows(rows, data.text_field, data.label_field, data.fractions, text_types=text_types)
     needed = {"prompts", "eval", *settings.learned_splits}
     corpus.check_splits(
@@ -99,6 +99,7 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
         labelled=settings.needs_labels,
     )
     tokenizer = read_tokenizer(settings) if settings.model.source else None
+    ingredients.check_responses(settings, splits, tokenizer)
     for name in ("prompts", "eval"):
         if tokenizer is not None:
             make_prompts(settings, tokenizer, splits[name], name)
@@ -112,16 +113,23 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
 
 
 def _prompt_types(data: groups.Data) -> Any:
-    """Types that the text field may have if nothing learns from it: a number only with a template."""
+    """Types that the text field may have if nothing learns from whole texts: a number only with a template."""
     types: Any = str | numbers.Real if data.prompt_template else str
     return types | list if data.chat else types
 
 
 def load_tokenizer(settings: Settings, corpora: Mapping[str, Corpus], path: Path) -> Tokenizer:
-    """The tokenizer of a job. Without a pretrained model, it is trained on the texts of SFT if `path` is missing."""
+    """The tokenizer of a job. Without a pretrained model, it is trained on the texts of SFT if `path` is missing.
+
+    Responses that SFT or the reward model learns from are among these texts.
+    """
 
     def make() -> None:
-        trained = Tokenizer.train(corpora["reward"].texts + corpora["gold"].texts, settings.vocab_size)
+        learned = [corpora[name] for name in ("reward", "gold")]
+        names = [name for names in settings.response_fields.values() for name in names]
+        answers = [str(row[name]) for split in learned for row in split.rows for name in names]
+        texts = [text for split in learned for text in split.texts]
+        trained = Tokenizer.train(texts + answers, settings.vocab_size)
         files.write_text(path, trained.to_json())
         manifest.note(path.parent, path.name)
 

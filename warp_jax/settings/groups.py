@@ -59,6 +59,9 @@ class Data(Group):
     text_field: Annotated[str, Field(min_length=1)]
     prompt_template: str
     chat: bool
+    response_field: str = ""  # missing in older workdirs
+    chosen_field: str = ""  # missing in older workdirs
+    rejected_field: str = ""  # missing in older workdirs
     label_field: str
     reward_fraction: Fraction
     gold_fraction: Fraction
@@ -72,6 +75,24 @@ class Data(Group):
                 f"reward_fraction + gold_fraction + prompts_fraction: got {total:g}, want less than 1: the rest is for "
                 "evaluation"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _responses_answer_prompts(self) -> "Data":
+        if bool(self.chosen_field) != bool(self.rejected_field):
+            name = "rejected_field" if self.chosen_field else "chosen_field"
+            raise ValueError(f"{name}: got '', want a field: a pair has data.chosen_field and data.rejected_field")
+        if self.chosen_field and self.chosen_field == self.rejected_field:
+            raise ValueError(f"rejected_field: got {self.rejected_field!r}, want another field than data.chosen_field")
+        for name in ("response_field", "chosen_field", "rejected_field"):
+            field = getattr(self, name)
+            if field and not self.prompt_template and not self.chat:
+                raise ValueError(
+                    f"{name}: got {field!r}, want data.prompt_template (such as '{{{self.text_field}}}') or data.chat "
+                    "too: without them, a prompt is only the beginning of a text"
+                )
+            if field and not self.prompt_template and field == self.text_field:
+                raise ValueError(f"{name}: got {field!r}, want another field than data.text_field, the prompt")
         return self
 
     @property
@@ -172,12 +193,13 @@ class Sft(Optimization):
 
     num_steps: CountOrZero
     sequence_tokens: Length
+    num_microbatches: Count = 1  # missing in older workdirs
 
 
 class RewardModel(Optimization):
-    """Training of the reward model on labelled texts."""
+    """Training of the reward model on labelled texts or on pairs of responses."""
 
-    batch_size: Annotated[int, Field(ge=2, le=LARGEST, multiple_of=2)]  # half of a batch has label 1
+    batch_size: Annotated[int, Field(ge=2, le=LARGEST, multiple_of=2)]  # half of a batch has label 1, or is chosen
     loss: Literal["label", "bradley_terry"]
     num_layers: CountOrZero
     trainable: Pattern

@@ -67,14 +67,32 @@ class Settings(groups.Group):
         return any(part.source == "reward_model" and name in used for name, part in self.rewards.items())
 
     @property
+    def response_fields(self) -> dict[str, tuple[str, ...]]:
+        """Fields of the responses that SFT (one) and the reward model (chosen, rejected) learn from, by their name.
+
+        Empty if they learn from whole texts, or are not trained.
+        """
+        data = self.data
+        fields = {
+            "sft": (data.response_field,) if self.sft.num_steps else (),
+            "reward_model": (data.chosen_field, data.rejected_field) if self.needs_reward_model else (),
+        }
+        return {part: names for part, names in fields.items() if any(names)}
+
+    @property
     def needs_labels(self) -> bool:
         """True if the reward model or the gold reward learns from the labels of the rows."""
-        return self.needs_reward_model or self.gold.source == "tfidf"
+        return (self.needs_reward_model and not self.data.chosen_field) or self.gold.source == "tfidf"
+
+    @property
+    def learns_from_texts(self) -> bool:
+        """True if SFT, the reward model or the gold reward learns from whole texts, without prompts."""
+        return (self.sft.num_steps > 0 and not self.data.response_field) or self.needs_labels
 
     @property
     def learned_splits(self) -> tuple[str, ...]:
         """Splits that SFT, the reward model and the gold reward are trained or measured on."""
-        return ("reward", "gold", "eval") if self.sft.num_steps or self.needs_labels else ()
+        return ("reward", "gold", "eval") if self.learns_from_texts or self.response_fields else ()
 
     @property
     def vocab_size(self) -> int:
@@ -134,10 +152,20 @@ class Settings(groups.Group):
 
     @model_validator(mode="after")
     def _nothing_learns_from_chats(self) -> "Settings":
-        if self.data.chat and self.learned_splits:
+        if self.data.chat and self.learns_from_texts:
             raise ValueError(
                 "data.chat: got True, want False, or sft.num_steps = 0 and no reward_model or tfidf: these learn from "
-                "texts without the chat template"
+                "texts without the chat template, except SFT with data.response_field and reward_model with "
+                "data.chosen_field"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_have_their_loss(self) -> "Settings":
+        if "reward_model" in self.response_fields and self.reward_model.loss != "bradley_terry":
+            raise ValueError(
+                f"reward_model.loss: got {self.reward_model.loss!r}, want 'bradley_terry' for data.chosen_field: pairs "
+                "have no labels"
             )
         return self
 
@@ -191,7 +219,11 @@ def from_config(config: Mapping[str, Any]) -> Settings:
 def check_devices(settings: Settings, devices: int) -> None:
     """Raise ValueError if a batch cannot be split over this number of devices (mesh data x fsdp)."""
     sizes = {
-        "sft.batch_size": (settings.sft.batch_size, devices, "mesh data x fsdp"),
+        "sft.batch_size": (
+            settings.sft.batch_size,
+            devices * settings.sft.num_microbatches,
+            "mesh data x fsdp x sft.num_microbatches",
+        ),
         "reward_model.batch_size": (settings.reward_model.batch_size, devices, "mesh data x fsdp"),
         "evaluation.batch_size": (settings.evaluation.batch_size, devices, "mesh data x fsdp"),
         "rl.batch_size": (

@@ -228,10 +228,13 @@ class _Planner:
     ) -> tuple[Any, ...]:
         """The step function that is configured in `group`, and its arguments."""
         optimizer = optimizers.make_optimizer(group, self.settings.adam)
-        programs = supervised.make_programs(self.mesh, loss_fn, trained, optimizer)
+        parts = group.num_microbatches if isinstance(group, Sft) else 1
+        programs = supervised.make_programs(self.mesh, loss_fn, trained, optimizer, parts)
         state = partitioning.with_shardings(self.mesh, jax.eval_shape(programs.init, trained))
         batch = dict(zip(("token_ids", "mask"), self._texts(group.batch_size, group.sequence_tokens), strict=True))
-        if isinstance(group, RewardModel):
+        if ("sft" if isinstance(group, Sft) else "reward_model") in self.settings.response_fields:
+            batch[supervised.COUNTED] = self._rows(jnp.bool_, group.batch_size, group.sequence_tokens)
+        elif isinstance(group, RewardModel):
             batch["labels"] = self._rows(jnp.int32, group.batch_size)
         return programs.update, state, frozen, batch
 

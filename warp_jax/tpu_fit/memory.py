@@ -79,6 +79,7 @@ def _changes(settings: Settings, failing: str) -> list[Change]:
     candidates: list[tuple[bool, Change]] = [
         (update and settings.model.remat != "full", {"model.remat": "full"}),
         (update, {"rl.num_microbatches": 2 * pieces}),
+        (failing == "SFT step", {"sft.num_microbatches": 2 * settings.sft.num_microbatches}),
         ((update or kl) and not 0 < chunk <= 64, {"model.logits_chunk": 64}),
         ((kl or failing.endswith(EVALUATION)) and evaluated % 2 == 0, {"evaluation.batch_size": evaluated // 2}),
         (fsdp % 2 == 0 and tensor < 64, {"mesh": (data, fsdp // 2, tensor * 2)}),

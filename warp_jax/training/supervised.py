@@ -14,26 +14,38 @@ from warp_jax import trees
 from warp_jax.data import batches
 from warp_jax.parallel import meshes
 from warp_jax.rewards import reward_functions
-from warp_jax.training import loop, scoring
+from warp_jax.training import loop, microbatches, scoring
 from warp_jax.types import ApplyFn, Array, Params
 
 Batch = Mapping[str, Any]
 State = tuple[Params, Any]  # trained params, the optimizer's state
 LossFn = Callable[[Params, Batch], tuple[Array, Mapping[str, Array]]]  # params of the whole model -> loss, metrics
 ROW = "row"  # in a batch: the number of each row in its data, int32 [B]
+COUNTED = "counted"  # in a batch: True for the tokens whose loss counts, bool [B, S]; missing: all after the first
 ROW_VALUES = "row_values"  # among metrics: loss or score of each row, float32 [B]; it is not logged
 
 
 def language_loss(
     apply_fn: ApplyFn, params: Params, batch: Batch, *, logits_chunk: int = 0
 ) -> tuple[Array, Mapping[str, Array]]:
-    """Mean negative log-likelihood of the next tokens, in nats per token. batch: token_ids, mask [B, S]."""
-    token_ids, mask = batch["token_ids"], batch["mask"]
-    losses = scoring.next_token_losses(apply_fn, params, token_ids, mask, chunk=logits_chunk)
-    counted = mask[:, :-1] & mask[:, 1:]
+    """Mean negative log-likelihood of the `counted_tokens`, in nats per token. batch: token_ids, mask [B, S]."""
+    losses = scoring.next_token_losses(apply_fn, params, batch["token_ids"], batch["mask"], chunk=logits_chunk)
+    counted = counted_tokens(batch)
     losses = jnp.where(counted, losses, 0)
-    loss = losses.sum() / counted.sum(dtype=jnp.float32)
+    loss = losses.sum() / jnp.maximum(counted.sum(dtype=jnp.float32), 1)
     return loss, {"loss": loss, ROW_VALUES: losses.sum(axis=1)}
+
+
+def counted_tokens(batch: Batch) -> Array:
+    """True for each token after the first whose loss counts: mask [..., S] -> bool [..., S - 1]."""
+    mask = batch["mask"]
+    return mask[..., :-1] & batch.get(COUNTED, mask)[..., 1:]
+
+
+def token_weights(parts: Batch) -> Array:
+    """Weight of the mean loss of each part in that of the whole batch, 1 on average: mask [parts, B, S] -> [parts]."""
+    counts = counted_tokens(parts).sum(axis=(1, 2), dtype=jnp.float32)
+    return counts / counts.mean()
 
 
 def label_loss(apply_fn: ApplyFn, params: Params, batch: Batch) -> tuple[Array, Mapping[str, Array]]:
@@ -78,9 +90,14 @@ class Trace(NamedTuple):
 
 
 def make_programs(
-    mesh: Mesh, loss_fn: LossFn, params: Params, optimizer: optax.GradientTransformation
+    mesh: Mesh, loss_fn: LossFn, params: Params, optimizer: optax.GradientTransformation, num_microbatches: int = 1
 ) -> loop.Programs[State]:
-    """Compile init and update for trained params shaped like `params`."""
+    """Compile init and update for trained params shaped like `params`.
+
+    num_microbatches: parts of the batch whose gradients are accumulated, weighed by their tokens; above 1, loss_fn must
+    be a mean over `counted_tokens`.
+    """
+    cut = microbatches.Cut(num_microbatches, group_size=1)
 
     def init(params: Params) -> State:
         copy = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
@@ -88,11 +105,24 @@ def make_programs(
 
     def update(state: State, frozen: Params, batch: Batch) -> tuple[State, Mapping[str, Array], Trace]:
         params, opt_state = state
-        grads, metrics = jax.grad(lambda p: loss_fn(trees.join(p, frozen), batch), has_aux=True)(params)
+        parts = cut.split(batch)
+        weights = token_weights(parts) if num_microbatches > 1 else jnp.ones(1)
+
+        def gradient(chunk: tuple[Batch, Array]) -> tuple[Params, Mapping[str, Array]]:
+            part, weight = chunk
+
+            def weighed(params: Params) -> tuple[Array, Mapping[str, Array]]:
+                loss, metrics = loss_fn(trees.join(params, frozen), part)
+                return weight * loss, metrics
+
+            return jax.grad(weighed, has_aux=True)(params)
+
+        grads, stacked = microbatches.mean_gradient(gradient, (parts, weights), params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        metrics = {**metrics, "grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
-        values = metrics.pop(ROW_VALUES, metrics["loss"])
+        values = cut.join(stacked.pop(ROW_VALUES, stacked["loss"]))
+        metrics = {name: (weights * value).mean() for name, value in stacked.items()}
+        metrics |= {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
         metrics[loop.BAD_ROWS] = jnp.where(jnp.isfinite(values), -1, batch.get(ROW, -1))
         return (params, opt_state), metrics, Trace(values, metrics["loss"], grads, params)
 
@@ -107,11 +137,13 @@ class Task(NamedTuple):
     frozen_params: Params
     batch_fn: Callable[[int], Batch]  # of a step
     held_out_batch: Callable[[int], Batch]  # number 0, 1, ...
+    held_out_batches: int = 1  # that hold the held-out rows once
+    num_microbatches: int = 1  # see `make_programs`
 
 
 def fit(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, schedule: loop.Schedule) -> Params:
     """Minimise the loss over `task.params`, or resume from a saved state; return the trained leaves."""
-    programs = make_programs(mesh, task.loss_fn, task.params, optimizer)
+    programs = make_programs(mesh, task.loss_fn, task.params, optimizer, task.num_microbatches)
     step_fn = functools.partial(train_step, programs, task, mesh)
     return loop.run_steps(step_fn, lambda: programs.init(task.params), schedule)[0]
 
