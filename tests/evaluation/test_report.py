@@ -11,7 +11,7 @@ import pytest
 from tests.settings_of import settings_of
 from warp_jax import files
 from warp_jax.data.tokenizer import Tokenizer
-from warp_jax.evaluation import measure, plots, report, summary
+from warp_jax.evaluation import columns, measure, plots, report
 from warp_jax.evaluation.measure import Evaluation
 from warp_jax.evaluation.points import Point
 from warp_jax.types import PromptBatch
@@ -136,8 +136,8 @@ def test_fronts_of_kept_weights_are_read_back(tokenizer, tmp_path):
         point = _point(tokenizer, stage, 1, float(eta[1:]), level)
         points.append(point._replace(run=int(run[1:])))
     for name, point in zip(["sft", *names], points, strict=True):
-        measure._save(tmp_path / "evaluations" / f"{name}.npz", point.evaluation)
-    rows = [summary.as_row(point) for point in points]
+        measure.save_evaluation(tmp_path / "evaluations" / f"{name}.npz", point.evaluation)
+    rows = columns.as_rows(points, settings_of().evaluation)
     files.write_text(tmp_path / "front.csv", report.to_csv(rows))
     assert [point.evaluation.reward[0] for point in report.read_points(tmp_path)] == [0, *names.values()]
     matplotlib.use("Agg")

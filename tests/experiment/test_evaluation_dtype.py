@@ -49,12 +49,12 @@ def test_every_program_has_its_dtype(monkeypatch):
     training in the dtype of the evaluation."""
     monkeypatch.setattr(programs, "make_apply_fn", lambda model, mesh: model.dtype)
     monkeypatch.setattr(sampling, "make_sampler", lambda mesh, params, **options: options)
-    monkeypatch.setattr(reinforce, "make_programs", lambda mesh, params, **options: options)
+    monkeypatch.setattr(reinforce, "make_programs", lambda mesh, params, rule: rule)
     monkeypatch.setattr(measure, "make_kl_to_sft", lambda score_kl: score_kl)
     made, _ = _programs("bfloat16", "float32")
     for sampler, dtype in ((made.sampler, "bfloat16"), (made.evaluation_sampler, "float32")):
         assert (sampler["apply_fn"], sampler["make_cache"].args[0].dtype, sampler["dtype"]) == (dtype,) * 3
-    assert made.train[0]["score_fn"].args == ("bfloat16",)
+    assert made.train[0].score_fn.args == ("bfloat16",)
     assert made.kl_to_sft.args == ("float32",)
 
 

@@ -1,6 +1,7 @@
 """The mesh, and the table that lays every leaf on it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,12 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from tests.settings_of import settings_of
 from warp_jax import trees
 from warp_jax.models import partitioning
 from warp_jax.models.transformer import Transformer, TransformerConfig
 from warp_jax.parallel import meshes
-from warp_jax.training import reinforce
+from warp_jax.training import anchors, reinforce
 
 PLAIN = TransformerConfig(vocab_size=24, width=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=32)
 VARIANTS = {
@@ -86,7 +88,8 @@ def test_state_and_adam_moments_lie_as_their_parameters(variant):
     """Fails if rules match from the start of the path, which the moments' paths do not share."""
     shapes = param_shapes(**VARIANTS[variant])
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.linear_schedule(0.0, 1e-3, 10)))
-    state = jax.eval_shape(lambda params: reinforce.init_state(optimizer, params), shapes)
+    rule = reinforce.Rule(lambda *args: None, optimizer, settings_of().rl, anchors.ema(0.2))
+    state = jax.eval_shape(functools.partial(reinforce.init_state, rule), shapes)
     mesh = meshes.make_mesh((2, 2, 2))
     placed, wanted = partitioning.param_shardings(mesh, state), partitioning.param_shardings(mesh, shapes)
     adam = placed.opt_state[1][0]

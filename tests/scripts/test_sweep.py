@@ -10,7 +10,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import quickstart, sweep_ema_rate
+from configs import quickstart, sweep_baselines, sweep_baselines_tiny, sweep_ema_rate
+from tests.settings_of import typed
 from warp_jax import cli
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,7 @@ import itertools
 import types
 import sweep
 from absl import app
+from tests.settings_of import typed
 from warp_jax import cli
 sweep.PROGRAM, sweep.COMPARE = [sys.executable, sys.argv[1]], [sys.executable, sys.argv[2]]
 del sys.argv[1:3]
@@ -96,6 +98,22 @@ def test_the_sweep_over_ema_rate():
         f"{head}{name} --config.warp.ema_rate={rate}" for name, rate in zip(names, rates, strict=True)
     ]
     assert sweep_ema_rate.get_config().to_json() == quickstart.get_config().to_json()
+
+
+@pytest.mark.parametrize("module", [sweep_baselines, sweep_baselines_tiny])
+def test_every_baseline_is_valid_and_changes_something_else(module):
+    """Fails when a baseline is no valid config, equals another one, or lengths and sizes belong to another config."""
+    points = {}
+    module.sweep(points.__setitem__)
+    base = typed(module.get_config())
+    found = {name: base.replace(changes) for name, changes in points.items()}
+    assert found["warp"] == base
+    assert len({str(settings) for settings in found.values()}) == len(points) > 15
+    steps = sum(base.warp.steps_per_iteration)
+    assert found["one_run_as_long"].warp.steps_per_iteration == (2 * steps,)
+    assert found["one_run_batch_as_large"].rl.batch_size == 2 * base.rl.batch_size
+    assert found["sft_anchor_0.3"].warp.steps_per_iteration == (steps,)
+    assert found["lerp_as_far"].front.etas[-1] == pytest.approx(1.41 * base.front.etas[-1])
 
 
 VALUES = {

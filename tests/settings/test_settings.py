@@ -157,7 +157,7 @@ BAD_RUNS = [
         ({"rewards.lenght.weight": -0.1}, {}),
         "config.warp.runs[0]: rewards.lenght: no such setting; did you mean length?",
     ),
-    (({}, {"rl.kl_coeff": 0.1}), "config.warp.runs[1]: rl.kl_coeff: no such setting; did you mean kl_coef?"),
+    (({}, {"rl.kl_coeff": 0.1}), "config.warp.runs[1]: rl.kl_coeff: no such setting; did you mean kl_coef,"),
     (({}, {"rl.kl_coef": -1.0}), "config.warp.runs[1]: rl.kl_coef: got -1.0, want at least 0"),
     (({}, {"rl.importance_cap": 0.5}), "config.warp.runs[1]: rl.importance_cap: got 0.5, want 0 (off)"),
     (({}, {"rewards.sentiment.weight": 0.0}), "config.warp.runs[1]: rewards: no part has a weight other than 0"),

@@ -129,7 +129,7 @@ def test_a_workdir_accepts_its_older_fingerprint(folder, tmp_path, monkeypatch):
 
 class _Settings:
     def __init__(self, source):
-        self.reward_parts = {}
+        self.all_reward_parts = {}
         self.gold = self.model = type("Part", (), {"source": source})
 
 

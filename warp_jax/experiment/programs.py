@@ -74,7 +74,7 @@ def make_programs(
     score_kl = functools.partial(scoring.sequence_kl, apply_fn, trunk_layers=trunk_layers, **score)
     return Programs(
         sampler=sampler,
-        train=tuple(make_update(run.rl, run.warp.model_copy(update={"stop_at_kl": 0.0})) for run in settings.of_runs),
+        train=tuple(make_update(run.rl, run.warp) for run in settings.of_runs),
         evaluation_sampler=sampler if measured == model else make_sampler(measured),
         kl_to_sft=measure.make_kl_to_sft(score_kl),
         text_losses=measure.make_text_losses(functools.partial(scoring.next_token_losses, apply_fn, chunk=chunk)),
