@@ -181,7 +181,8 @@ def get_config() -> ConfigDict:
     config.rl.kl_coef_end = 0.0  # reward units per nat
     config.rl.kl_target = 0.0  # nats per completion
     config.rl.kl_gain = 0.1
-    # optimiser steps on the completions of a step. With more than 1, the loss is the clipped surrogate: clip_ratio
+    # optimiser steps on the completions of a step; warm-up and schedule of the learning rate count them. With more than
+    # 1, the loss is the clipped surrogate: clip_ratio
     # "token" = PPO (arXiv 1707.06347), "sequence" = GSPO (arXiv 2507.18071)
     config.rl.updates_per_rollout = 1
     config.rl.clip_ratio = "token"

@@ -100,3 +100,11 @@ def test_the_reward_chooses_and_all_is_measured_of_the_chosen():
     assert found.reward == pytest.approx([8 / 3, 8 / 3, 5, 5])
     assert found.clusters.tolist() == [4, 4, 2, 2]
     assert len(found.completion_ids) == 4
+
+
+def test_large_numbers_do_not_overflow():
+    """Fails when the numbers of subsets, which exceed float64, are computed themselves."""
+    rewards = np.random.default_rng(0).normal(size=2048)
+    found = best_of_n.weights(rewards, 256)
+    assert found.sum() == pytest.approx(1.0, rel=1e-9)
+    assert found[np.argsort(rewards)[-1]] == pytest.approx(256 / 2048, rel=1e-9)

@@ -60,6 +60,7 @@ BAD = [  # path, value, what the message says
     ("rl.kl_schedule", "cosine", "config.rl.kl_steps: got 0, want at least 1 for kl_schedule cosine"),
     ("rl.kl_schedule", "adaptive", "config.rl.kl_target: got 0.0, want more than 0 nats for kl_schedule adaptive"),
     ("rl.learning_rate_schedule", "linear", "config.rl.learning_rate_steps: got 0, want at least 1 for"),
+    ("rl.kl_gain", 5.0, "config.rl.kl_gain: got 5.0, want less than 5"),
     ("rl.clip_low", 1.2, "config.rl.clip_low: got 1.2, want at most 1"),
     ("warp.anchor_every", 0, "config.warp.anchor_every: got 0, want at least 1"),
     ("warp.bema.lag", 0.5, "config.warp.bema.lag: got 0.5, want at least 1"),

@@ -63,7 +63,7 @@ def _expected_gradient(rule, params, anchor, size):
         rollout, logps = _rollout(rows), _score(params, _rollout(rows))
         fixed = jax.lax.stop_gradient((logps, _score(anchor, rollout)))
         weighed = reinforce._weigh(rule, rule.rl.kl_coef, fixed, rollout, jnp.asarray(REWARDS)[rows])
-        return reinforce._loss(logps, weighed, rollout.completion_mask, rule.rl.kl_coef, rule.rl)
+        return reinforce._loss(rule, rule.rl.kl_coef, logps, weighed, rollout)
 
     gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, batches)
     return jax.tree.map(lambda x: -jnp.tensordot(probabilities, x, 1), gradients), gradients, probabilities
@@ -214,6 +214,16 @@ def test_truncated_completions_are_masked_or_penalised():
     fined = reinforce._weigh(_rule(advantage="none", truncation_penalty=0.7), KL_COEF, logps, rollout, rewards)
     assert_allclose(masked.advantages[:, 0], np.where(cut_off, 0, plain.advantages[:, 0]))
     assert_allclose(fined.shaped_rewards, plain.shaped_rewards - 0.7 * cut_off, rtol=1e-6)
+
+
+def test_a_masked_completion_has_no_kl_in_the_loss():
+    """Fails when mask_truncated leaves the KL term of a completion that was cut off, or takes that of the others."""
+    rule = _rule(kl_in="loss", kl_estimator="k2", advantage="none", mask_truncated=True)
+    rollout = _rollout(np.array([1, 3, 0, 2]))
+    logps = _score(bigram(0), rollout), _score(bigram(1), rollout)
+    weighed = reinforce._weigh(rule, KL_COEF, logps, rollout, jnp.zeros(4))
+    slopes = jax.grad(functools.partial(reinforce._loss, rule, KL_COEF))(logps[0], weighed, rollout)
+    assert np.abs(slopes).sum(axis=1).astype(bool).tolist() == [False, True, True, False]
 
 
 def _kl_coefs(steps=6, **changes):

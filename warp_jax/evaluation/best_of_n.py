@@ -22,8 +22,15 @@ def weights(rewards: np.ndarray, n: int) -> np.ndarray:
     """
     ordered = np.sort(rewards)
     below, up_to = (np.searchsorted(ordered, rewards, side) for side in ("left", "right"))
-    found = special.comb(up_to, n) - special.comb(below, n)
-    return found / special.comb(len(rewards), n) / (up_to - below)
+    share_of = _share_of_subsets(len(rewards), n)
+    return (share_of[up_to] - share_of[below]) / (up_to - below)
+
+
+def _share_of_subsets(count: int, n: int) -> np.ndarray:
+    """C(k, n) / C(count, n) for k = 0 .. count, by factors: the numbers themselves overflow."""
+    larger = np.arange(n, count)
+    shares = np.append(np.cumprod((larger[::-1] + 1 - n) / (larger[::-1] + 1))[::-1], 1.0)
+    return np.concatenate([np.zeros(n), shares])
 
 
 def kl(rewards: np.ndarray, n: int) -> float:

@@ -248,7 +248,7 @@ class Rl(Optimization):
     kl_steps: CountOrZero = 0  # missing in older workdirs
     kl_coef_end: NotNegative = 0.0  # missing in older workdirs
     kl_target: NotNegative = 0.0  # missing in older workdirs
-    kl_gain: NotNegative = 0.1  # missing in older workdirs
+    kl_gain: Annotated[float, Field(ge=0, lt=5)] = 0.1  # missing in older workdirs
     updates_per_rollout: Count = 1  # missing in older workdirs
     clip_ratio: Literal["token", "sequence"] = "token"  # missing in older workdirs
     clip_low: Rate = 0.2  # missing in older workdirs
@@ -274,6 +274,14 @@ class Rl(Optimization):
             raise ValueError(
                 f"importance_cap: got {self.importance_cap}, want 0 with rl.updates_per_rollout above 1, which clips "
                 "probability ratios"
+            )
+        if self.importance_cap and self.kl_in == "loss":
+            raise ValueError(
+                f'importance_cap: got {self.importance_cap}, want 0 with rl.kl_in "loss", which has no weight'
+            )
+        if self.kl_in == "token_reward" and self.advantage == "group_norm":
+            raise ValueError(
+                'advantage: got "group_norm", want another with rl.kl_in "token_reward": equal rewards blow up'
             )
         if self.updates_per_rollout > 1 and self.clip_ratio == "sequence" and self.kl_in == "token_reward":
             raise ValueError('kl_in: got "token_reward", want another for rl.clip_ratio "sequence"')

@@ -112,7 +112,7 @@ def policy_update(
         policy_logps, pull_back = jax.vjp(lambda params: score(params, rollout), params)
         if weighed is None:
             weighed = weigh((policy_logps, score(anchor_params, rollout)), rollout, rewards)
-        loss, slopes = jax.value_and_grad(_loss)(policy_logps, weighed, rollout.completion_mask, kl_coef, rl)
+        loss, slopes = jax.value_and_grad(functools.partial(_loss, rule, kl_coef))(policy_logps, weighed, rollout)
         return pull_back(slopes)[0], (loss, weighed)
 
     chunks, before = cut.split((rollout, rewards)), None
@@ -179,8 +179,9 @@ def _weigh(rule: Rule, kl_coef: float | Array, logps: tuple[Array, Array], rollo
     return Weighed(*logps, ratios.sum(axis=1), shaped, weights)
 
 
-def _loss(policy_logps: Array, weighed: Weighed, mask: Array, kl_coef: float | Array, rl: Rl) -> Array:
+def _loss(rule: Rule, kl_coef: float | Array, policy_logps: Array, weighed: Weighed, rollout: Rollout) -> Array:
     """The loss of these rows, a function of the policy's log-probabilities."""
+    rl, mask = rule.rl, rollout.completion_mask
     if rl.updates_per_rollout == 1:
         loss = objective.reinforce_loss(policy_logps, mask, weighed.advantages)
     else:
@@ -188,7 +189,10 @@ def _loss(policy_logps: Array, weighed: Weighed, mask: Array, kl_coef: float | A
         loss = objective.clipped_loss(moved, mask, weighed.advantages, rl)
     if rl.kl_in == "loss":
         ratios = objective.log_ratios(policy_logps, weighed.anchor_logps, mask)
-        loss += kl_coef * objective.kl_estimates(ratios, rl.kl_estimator).sum(axis=1).mean()
+        kl = objective.kl_estimates(ratios, rl.kl_estimator).sum(axis=1)
+        if rl.mask_truncated:
+            kl = jnp.where(objective.truncated(rollout.completion_ids, mask, rule.stop_ids), 0.0, kl)
+        loss += kl_coef * kl.mean()
     return loss
 
 
