@@ -112,9 +112,8 @@ def machine() -> dict[str, float]:
 
     return {
         "cores": os.cpu_count() or 0,
-        "copy_gb_s": big.nbytes
-        / best(lambda: np.copyto(big[: 1 << 25], big[1 << 25 :]))
-        / 1e9,  # half read, half written
+        # half is read, half is written
+        "copy_gb_s": big.nbytes / best(lambda: np.copyto(big[: 1 << 25], big[1 << 25 :])) / 1e9,
         "numpy_gflop_s": flops / best(lambda: left @ right.T) / 1e9,
         "xla_gflop_s": flops / best(lambda: product(*on_device).block_until_ready()) / 1e9,
     }

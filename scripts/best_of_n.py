@@ -23,7 +23,7 @@ with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     from rich import console
 
     from warp_jax import progress as job_progress
-    from warp_jax.evaluation import best_of_n, measure, points, report
+    from warp_jax.evaluation import best_of_n, columns, measure, points, report
     from warp_jax.experiment import preparation, stages
     from warp_jax.experiment import workdir as workdirs
 
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
 
 
 def open_examiner(workdir: Path) -> measure.Examiner:
-    """What the job of a workdir evaluates with, without the KL to SFT. Raises ValueError if something is missing."""
+    """Make the examiner of a workdir's job, without the KL to SFT. Raises ValueError if something is missing."""
     job = stages.Workdir(workdir)
     if not (workdir / "evaluations" / "sft.npz").is_file():
         raise ValueError(f"workdir: {workdir} has no evaluation of SFT yet; start warp_jax.main first")
@@ -84,11 +84,9 @@ def write(folder: Path, found: list[points.Point]) -> list[dict[str, float]]:
     """Write front.csv and the evaluations, as those of a workdir; return the rows."""
     rows = []
     for point in found:
-        fields = point._asdict()
-        evaluation = fields.pop("evaluation")
         name = points.evaluation_name(*point[:5])
-        measure.save_evaluation(folder / "evaluations" / f"{name}.npz", evaluation)
-        rows.append({**fields, **measure.summary(evaluation), "kl_bound": best_of_n.kl_bound(point.step)})
+        measure.save_evaluation(folder / "evaluations" / f"{name}.npz", point.evaluation)
+        rows.append({**columns.summary_row(point), "kl_bound": best_of_n.kl_bound(point.step)})
     files.write_text(folder / "front.csv", report.to_csv(rows))
     return rows
 

@@ -18,12 +18,13 @@ from warp_jax.settings import groups
 def as_rows(points: Sequence[Point], settings: groups.Evaluation) -> list[dict[str, Any]]:
     """Convert points, SFT first, to rows of front.csv."""
     sft = points[0].evaluation
-    rows = []
-    for point in points:
-        fields = point._asdict()
-        evaluation = fields.pop("evaluation")
-        rows.append({**fields, **measure.summary(evaluation), **_more(evaluation, sft, settings)})
-    return rows
+    return [{**summary_row(point), **_more(point.evaluation, sft, settings)} for point in points]
+
+
+def summary_row(point: Point) -> dict[str, Any]:
+    """The first columns of a row: the fields of the point, and `measure.summary` of its evaluation."""
+    fields = point._asdict()
+    return {**fields, **measure.summary(fields.pop("evaluation"))}
 
 
 def _more(evaluation: Evaluation, sft: Evaluation, settings: groups.Evaluation) -> dict[str, float]:

@@ -18,6 +18,7 @@ from warp_jax.data import batches
 from warp_jax.evaluation import statistics
 from warp_jax.generation import sampling
 from warp_jax.parallel import hosts, meshes, stopping
+from warp_jax.training import supervised
 from warp_jax.types import (
     Array,
     HostOrDevice,
@@ -99,9 +100,8 @@ def make_text_losses(next_token_losses: Callable[..., Array]) -> TextFn:
 
     @jax.jit
     def text_losses(params: Params, frozen_params: Params, token_ids: Array, mask: Array) -> Array:
-        counted = mask[:, :-1] & mask[:, 1:]
         losses = next_token_losses(trees.join(params, frozen_params), token_ids, mask)
-        return jnp.where(counted, losses, 0).sum(axis=1)
+        return jnp.where(supervised.counted_tokens({"mask": mask}), losses, 0).sum(axis=1)
 
     return text_losses
 
@@ -171,8 +171,8 @@ def _measure_texts(examiner: Examiner, params: Params) -> dict[str, np.ndarray]:
     for first in range(0, len(rows.prompt_ids), size):
         batch = meshes.put_batch(examiner.mesh, batches.take(rows, np.arange(first, first + size)))
         nats.append(hosts.fetch(losses(params, examiner.frozen_params, batch.prompt_ids, batch.prompt_mask)))
-    mask = np.asarray(rows.prompt_mask)
-    return {"text_nats": np.concatenate(nats), "text_tokens": (mask[:, :-1] & mask[:, 1:]).sum(1)}
+    counted = np.asarray(supervised.counted_tokens({"mask": rows.prompt_mask}))
+    return {"text_nats": np.concatenate(nats), "text_tokens": counted.sum(1)}
 
 
 def summary(evaluation: Evaluation) -> dict[str, float]:

@@ -113,7 +113,7 @@ def splash(
     """
     length = query.shape[1]
     padding = -length % LANES
-    heads_first = [x.swapaxes(*axes) for x, axes in ((query, (1, 2)), (key, (2, 2)), (value, (2, 3)))]
+    heads_first = query.swapaxes(1, 2), key, value.swapaxes(2, 3)
     query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in heads_first)
     segments = jnp.pad(valid, ((0, 0), (0, padding))).astype(jnp.int32)
     key_axis = "tensor" if key.shape[1] % mesh.shape["tensor"] == 0 else None

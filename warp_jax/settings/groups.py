@@ -281,7 +281,7 @@ class Rl(Optimization):
             )
         if self.kl_in == "token_reward" and self.advantage == "group_norm":
             raise ValueError(
-                'advantage: got "group_norm", want another with rl.kl_in "token_reward": equal rewards blow up'
+                'advantage: got "group_norm", want another with rl.kl_in "token_reward", which it does not bound'
             )
         if self.updates_per_rollout > 1 and self.clip_ratio == "sequence" and self.kl_in == "token_reward":
             raise ValueError('kl_in: got "token_reward", want another for rl.clip_ratio "sequence"')

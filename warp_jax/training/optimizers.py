@@ -31,7 +31,10 @@ def make_optimizer(settings: Optimization, adam: Adam) -> optax.GradientTransfor
 
 
 def make_schedule(kind: str, start: float, end: float, steps: int) -> optax.Schedule:
-    """From `start` to `end` in so many steps, then constant. kind: "constant" (start), "linear" or "cosine"."""
+    """Make a schedule from `start` to `end` in so many steps, then constant.
+
+    kind: "constant" (start), "linear" or "cosine".
+    """
     if kind == "constant":
         return optax.constant_schedule(start)
     if kind == "linear":

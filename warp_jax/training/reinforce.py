@@ -58,7 +58,7 @@ class Trace(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What an update consists of."""
+    """Functions and settings of an update."""
 
     score_fn: ScoreFn
     optimizer: optax.GradientTransformation
@@ -155,9 +155,8 @@ def _kl_coef(rl: Rl, state: TrainState) -> tuple[Any, Any]:
         return state.opt_state, rl.kl_coef
     if rl.kl_schedule == "adaptive":
         return state.opt_state
-    return state.opt_state, optimizers.make_schedule(rl.kl_schedule, rl.kl_coef, rl.kl_coef_end, rl.kl_steps)(
-        state.step
-    )
+    schedule = optimizers.make_schedule(rl.kl_schedule, rl.kl_coef, rl.kl_coef_end, rl.kl_steps)
+    return state.opt_state, schedule(state.step)
 
 
 def _weigh(rule: Rule, kl_coef: float | Array, logps: tuple[Array, Array], rollout: Rollout, rewards: Array) -> Weighed:
@@ -165,9 +164,8 @@ def _weigh(rule: Rule, kl_coef: float | Array, logps: tuple[Array, Array], rollo
     rl, mask, (policy_logps, anchor_logps) = rule.rl, rollout.completion_mask, logps
     ratios = objective.log_ratios(policy_logps, anchor_logps, mask)
     kl = jax.lax.stop_gradient(objective.kl_estimates(ratios, rl.kl_estimator))
-    cut_off = objective.truncated(rollout.completion_ids, mask, rule.stop_ids)
     if rl.truncation_penalty:
-        rewards = rewards - jnp.where(cut_off, rl.truncation_penalty, 0.0)
+        rewards = rewards - jnp.where(_cut_off(rule, rollout), rl.truncation_penalty, 0.0)
     shaped = rewards if rl.kl_in == "loss" else objective.shaped_rewards(rewards, kl.sum(axis=1), kl_coef)
     earlier = kl_coef * (jnp.cumsum(kl, axis=1) - kl) if rl.kl_in == "token_reward" else None
     weights = objective.advantages(shaped, rl.advantage, rl.samples_per_prompt, rl.whiten, earlier)
@@ -175,7 +173,7 @@ def _weigh(rule: Rule, kl_coef: float | Array, logps: tuple[Array, Array], rollo
         capped = objective.importance_weights(policy_logps, rollout.per_token_logps, mask, rl.importance_cap)
         weights *= capped[:, None]
     if rl.mask_truncated:
-        weights = jnp.where(cut_off[:, None], 0.0, weights)
+        weights = jnp.where(_cut_off(rule, rollout)[:, None], 0.0, weights)
     return Weighed(*logps, ratios.sum(axis=1), shaped, weights)
 
 
@@ -191,14 +189,18 @@ def _loss(rule: Rule, kl_coef: float | Array, policy_logps: Array, weighed: Weig
         ratios = objective.log_ratios(policy_logps, weighed.anchor_logps, mask)
         kl = objective.kl_estimates(ratios, rl.kl_estimator).sum(axis=1)
         if rl.mask_truncated:
-            kl = jnp.where(objective.truncated(rollout.completion_ids, mask, rule.stop_ids), 0.0, kl)
+            kl = jnp.where(_cut_off(rule, rollout), 0.0, kl)
         loss += kl_coef * kl.mean()
     return loss
 
 
+def _cut_off(rule: Rule, rollout: Rollout) -> Array:
+    """True for each completion that ends at the maximum length, without a stop token: bool [B]."""
+    return objective.truncated(rollout.completion_ids, rollout.completion_mask, rule.stop_ids)
+
+
 def _metrics(rule: Rule, rollout: Rollout, rewards: Array, weighed: Weighed) -> dict[str, Array]:
     """Metrics of the completions of a step."""
-    cut_off = objective.truncated(rollout.completion_ids, rollout.completion_mask, rule.stop_ids)
     mask, policy_logps = rollout.completion_mask, weighed.policy_logps
     tokens = mask.sum(dtype=jnp.float32)
     return {
@@ -207,7 +209,7 @@ def _metrics(rule: Rule, rollout: Rollout, rewards: Array, weighed: Weighed) -> 
         "anchor_kl": weighed.log_ratio.mean(),
         "nats_per_token": -policy_logps.sum() / tokens,
         "length": tokens / rewards.shape[0],
-        "truncated": cut_off.mean(dtype=jnp.float32),
+        "truncated": _cut_off(rule, rollout).mean(dtype=jnp.float32),
         **objective.sampler_drift(rollout.per_token_logps, policy_logps, mask),
         loop.BAD_ROWS: _bad_rows(rollout, weighed.shaped_rewards, policy_logps),
     }
