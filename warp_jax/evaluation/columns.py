@@ -24,7 +24,8 @@ def as_rows(points: Sequence[Point], settings: groups.Evaluation) -> list[dict[s
 def summary_row(point: Point) -> dict[str, Any]:
     """The first columns of a row: the fields of the point, and `measure.summary` of its evaluation."""
     fields = point._asdict()
-    return {**fields, **measure.summary(fields.pop("evaluation"))}
+    evaluation = fields.pop("evaluation")
+    return {**fields, **measure.summary(evaluation)}
 
 
 def _more(evaluation: Evaluation, sft: Evaluation, settings: groups.Evaluation) -> dict[str, float]:
