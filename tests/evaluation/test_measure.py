@@ -151,6 +151,19 @@ def test_a_policy_is_measured_against_sft_on_its_own_samples():
     assert not np.array_equal(found.completion_ids[:4], found.completion_ids[4:8])  # each batch has noise of its own
 
 
+def test_the_device_has_the_kl_to_compute_while_the_host_computes_rewards():
+    """Fails when a reward is computed before the KL of its batch is dispatched."""
+    tables, sft, frozen = _tables()
+    examiner, calls = _examiner(sft, frozen, 4), []
+
+    def noted(name):
+        return lambda *args: (calls.append(name), getattr(examiner, name)(*args))[1]
+
+    names = ("kl_to_sft", "reward_fn", "gold_fn")
+    measure.evaluate(examiner._replace(**{name: noted(name) for name in names}), tables)
+    assert calls == [*names] * (4 // examiner.batch_size)
+
+
 def test_texts_are_measured_token_by_token():
     """Fails when padding or a text's first token counts, a batch is left out or measured twice, the temperature is
     applied, or the frozen part is left out."""

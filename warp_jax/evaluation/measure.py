@@ -154,13 +154,15 @@ def _completions(examiner: Examiner, laid_out: Params) -> Iterator[tuple[Rollout
 
 
 def _measure(examiner: Examiner, params: Params, rollout: Rollout, states: States) -> dict[str, np.ndarray]:
+    """Measure one batch. The KL is dispatched first: the device computes it while the host computes rewards of text."""
     measured = {
-        "reward": examiner.reward_fn(rollout).total,
         "sft_kl": examiner.kl_to_sft(params, examiner.sft_params, examiner.frozen_params, rollout, states),
+        "reward": examiner.reward_fn(rollout).total,
+        "gold_reward": examiner.gold_fn(rollout),
         "completion_ids": rollout.completion_ids,
         "completion_mask": rollout.completion_mask,
     }
-    return {**hosts.fetch(measured), "gold_reward": examiner.gold_fn(rollout)}
+    return hosts.fetch(measured)
 
 
 def _measure_texts(examiner: Examiner, params: Params) -> dict[str, np.ndarray]:
