@@ -50,7 +50,7 @@ def _cut(groups):
 )
 def test_stacks_are_cut_where_the_pattern_changes(pattern, want):
     """Fails when a stack holds both trained and frozen layers, or is cut where nothing changes."""
-    assert freezing.layer_groups(pattern, apply.param_shapes(CONFIG)) == want
+    assert freezing.layer_groups(apply.param_shapes(CONFIG), pattern) == want
 
 
 def test_slices_of_a_later_stack_count_on():
