@@ -45,10 +45,11 @@ def expand(start: Params, factors: Params, alpha: float) -> Params:
 
 
 def refactor(change: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The factors [outputs, R], [R, inputs] whose product is nearest to a matrix [outputs, inputs], in Frobenius norm.
+    """The factors [outputs, rank], [rank, inputs] whose product is nearest to a matrix, in the Frobenius norm.
 
-    R: rank, or the smaller side of the matrix if that is less. Both get the same share of each singular value.
+    Both get the root of each singular value. Ranks beyond the smaller side of the matrix are 0.
     """
     left, values, right = np.linalg.svd(change, full_matrices=False)
-    root = np.sqrt(values[:rank])
-    return left[:, :rank] * root, root[:, None] * right[:rank]
+    root, spare = np.sqrt(values[:rank]), max(rank - len(values), 0)
+    outer, inner = left[:, :rank] * root, root[:, None] * right[:rank]
+    return np.pad(outer, ((0, 0), (0, spare))), np.pad(inner, ((0, spare), (0, 0)))
