@@ -360,7 +360,7 @@ def _draws(directory, seed, iteration, run):
 
     trainer = reinforce.Trainer(
         programs=loop.Programs(
-            init=lambda params: types.SimpleNamespace(params=params), update=lambda state, *rest: (state, {})
+            init=lambda params, key: types.SimpleNamespace(params=params), update=lambda state, *rest: (state, {})
         ),
         sampler=sampler,
         reward_fn=lambda rollout: types.SimpleNamespace(total=np.zeros(BATCH, np.float32), parts={}),
