@@ -53,6 +53,13 @@ def get_config() -> ConfigDict:
     config.model.source = ""  # "" = train from scratch; else a pretrained model, see configs/pretrained.py
     config.model.size = ""  # size that a pretrained model must have, a name in warp_jax.models.presets; "" = any
     config.model.trainable = ""  # regular expression on weight names such as layers/3/mlp/up/kernel; "" = train all
+    # LoRA (arXiv 2106.09685): a run of RL trains factors A, B of each kernel's change, W = start + alpha / rank * A B.
+    # SFT and the reward model train whole weights
+    config.model.lora = ConfigDict()
+    config.model.lora.rank = 0  # of A B; 0 = a run trains whole weights, as in the paper
+    config.model.lora.alpha = 16.0  # the change is scaled by alpha / rank [ours]
+    # regular expression on names of weights: the kernels that have factors, of those in model.trainable [ours]
+    config.model.lora.targets = "layers/"
     config.model.dtype = "float32"  # of activations: float32 or bfloat16 (TPU); weights are always float32
     # what each layer keeps for the backward pass: "none" = recompute nothing, "dots" = keep matrix products only,
     # "full" = recompute everything (least memory)

@@ -2,8 +2,14 @@
 
   python scripts/export_hf.py --workdir=runs/quickstart --stage=liti:0.3 --out=exported
 
+  python scripts/export_hf.py --workdir=runs/lora --stage=liti:0.3 --lora_rank=16 --out=adapter
+
 The new folder holds the weights, config.json and the tokenizer; transformers and vLLM can load it. Its
 warp_export.json says how much of the training the dtype keeps, and compares reward and KL with those of the stage.
+
+With --lora_rank the folder is an adapter of the PEFT library instead, of the base model SFT: the factors of this rank
+that are nearest to the displacement from SFT. How much they lack is printed. A merge of M runs of rank R has the rank
+M R, and so many more in each later iteration.
 """
 
 from __future__ import annotations
@@ -31,6 +37,12 @@ PROMPTS = flags.DEFINE_integer(
     "Held-out prompts on which the export is compared with the stage, rounded up to whole batches; 0 = none.",
     lower_bound=0,
 )
+LORA_RANK = flags.DEFINE_integer(
+    "lora_rank",
+    0,
+    "Export a LoRA adapter of this rank, for the stage sft as base model; 0 = the whole model.",
+    lower_bound=0,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -38,12 +50,23 @@ def main(argv: list[str]) -> None:
     del argv
     try:
         report = export.export_stage(
-            files.as_path(WORKDIR.value), STAGE.value, Path(OUT.value), dtype=DTYPE.value, prompts=PROMPTS.value
+            files.as_path(WORKDIR.value),
+            STAGE.value,
+            Path(OUT.value),
+            dtype=DTYPE.value,
+            prompts=PROMPTS.value,
+            lora_rank=LORA_RANK.value,
         )
     except (ValueError, OSError) as error:
         cli.fail(error)
     for line in report["warnings"]:
         print(f"warning: {line}", file=sys.stderr)
+    if "cut" in report:
+        lost = report["cut"]
+        print(
+            f"the adapter lacks {lost['total']:.3g} of the displacement from SFT (relative Frobenius norm), at most "
+            f"{lost['largest']:.3g} of one kernel ({lost['of']})"
+        )
     compared = report.get("compared", {})
     if "skipped" in compared:
         print(f"not compared with the stage: {compared['skipped']}")

@@ -173,12 +173,13 @@ def study(name: str, results: dict[str, Any]) -> None:
     if not STEPS.value:
         return
     state, metrics = run(settings, workdir / "run", trainer, sft)
-    evaluation = measure.evaluate(examiner, state.params)
+    policy = trainer.programs.weights(state.params, sft)
+    evaluation = measure.evaluate(examiner, policy)
     means = {key: float(np.mean([step[key] for step in metrics])) for key in metrics[0]}
     held_out = {f"held_out_{key}": value for key, value in measure.summary(evaluation).items() if np.isfinite(value)}
     results[f"run_{name}"] = {**means, **held_out}
     if name == "float32":
-        results["policy_and_anchor"] = compared(state.params, state.anchor_params)
+        results["policy_and_anchor"] = compared(policy, state.anchor_params)
     files.write_json(Path(OUT.value), results)
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from ml_collections import ConfigDict
 
-from configs import default, karcher, length_penalty_pair, lerp, no_kl, quickstart, sft_anchor, tiny
+from configs import default, karcher, length_penalty_pair, lerp, lora, no_kl, quickstart, sft_anchor, tiny
 from tests.commands import TINY, finish, kill_when, main_command, run, script_command, start, wait_for
 from tests.settings_of import settings_of, typed
 from warp_jax import cli, exit_codes, files, main
@@ -24,7 +24,7 @@ from warp_jax.rewards import from_folder
 
 COLUMNS = "stage iteration run eta step reward reward_se gold_reward gold_reward_se sft_kl sft_kl_se length distinct_2 "
 COLUMNS += "distinct_1 distinct_3 gold_gap gold_gap_se"
-ALL = [default, quickstart, tiny, sft_anchor, no_kl, lerp, karcher, length_penalty_pair]
+ALL = [default, quickstart, tiny, sft_anchor, no_kl, lerp, lora, karcher, length_penalty_pair]
 
 
 @pytest.fixture(autouse=True)
@@ -176,10 +176,11 @@ def test_every_config_is_valid_and_locked(module):
         (sft_anchor, SFT_ANCHOR),
         (no_kl, {"rl.kl_coef": 0.0}),
         (lerp, {"warp.merge": "lerp"}),
+        (lora, {"model.lora": {"rank": 8, "alpha": 16.0, "targets": "layers/"}, "rl.learning_rate": 1e-3}),
         (karcher, {"warp.merge": "karcher", "warp.num_runs": 4}),
         (length_penalty_pair, {"warp.runs": ({"rewards.length.weight": -0.01}, {})}),
     ],
-    ids=["sft_anchor", "no_kl", "lerp", "karcher", "length_penalty_pair"],
+    ids=["sft_anchor", "no_kl", "lerp", "lora", "karcher", "length_penalty_pair"],
 )
 def test_baselines_are_deltas(module, delta):
     """Fails when a baseline differs from the quickstart in anything else."""
@@ -195,13 +196,13 @@ def test_baselines_are_deltas(module, delta):
 
 
 def test_every_leaf_is_read(tiny_run):
-    """Fails when a knob is dead: nothing but the checks reads it. Those of a schedule, of clipping and of BEMA are read
-    when their method is chosen; tests in tests/training/ set each of them.
+    """Fails when a knob is dead: nothing but the checks reads it. Those of a schedule, of clipping, of BEMA and of LoRA
+    are read when their method is chosen; tests in tests/training/ set each of them.
     """
     _, workdir, _ = tiny_run
     reads = json.loads((workdir.parent / "reads.json").read_text())
     unread = set(_leaves(default.get_config())) - set(reads)
-    chosen = re.compile(r"rl\.(clip|kl)_\w+|warp\.bema\.\w+|\w+\.learning_rate_(steps|end)")
+    chosen = re.compile(r"rl\.(clip|kl)_\w+|warp\.bema\.\w+|model\.lora\.\w+|\w+\.learning_rate_(steps|end)")
     assert {name for name in unread if not chosen.fullmatch(name)} == set()
 
 
@@ -215,6 +216,7 @@ BAD = [
     ("evaluation.num_prompts", 16_000, "split 'eval' has"),
     ("evaluation.text", "nowhere.jsonl", "config.evaluation.text: got 'nowhere.jsonl', want '' or a .jsonl"),
     ("model.architecture.num_kv_heads", 3, "multiple of num_kv_heads"),
+    ("model.lora", {"rank": 2, "alpha": 1.0, "targets": "embed"}, "lora.targets: no weight matches '' and 'embed' and"),
     ("rewards.sentiment.source", "no.module:f", "rewards"),
     ("rewards.sentiment.source", "tfidf", "want 'reward_model', 'length'"),
     ("gold.source", "reward_model", "want 'tfidf'"),

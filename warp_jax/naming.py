@@ -38,6 +38,13 @@ def _stack_of(name: str, under: str | None) -> _Stack | None:
     return None
 
 
+def num_inputs(name: str) -> int:
+    """Number of a kernel's input axes, which come before its output axes; 0 for a weight that is no kernel."""
+    if not name.endswith("kernel"):
+        return 0
+    return 2 if name.endswith("attention/o/kernel") else 1
+
+
 def layer_of(name: str) -> str:
     """Default merging unit of a leaf: its transformer layer, else its module (embedding, final norm, head)."""
     match = _LAYER.match(name)

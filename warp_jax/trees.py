@@ -43,6 +43,6 @@ def check_same_structure(reference: Any, other: Any, what: str) -> None:
 
 
 def join(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Join two trees of nested dicts that share no leaf. Copies no array."""
-    both = {key: join(tree[key], other[key]) for key in tree.keys() & other.keys()}
-    return {**tree, **other, **both}
+    """Join two trees of nested dicts. A leaf of both comes from the first one. Copies no array."""
+    both = {key: join(tree[key], other[key]) for key in tree.keys() & other.keys() if isinstance(tree[key], Mapping)}
+    return {**other, **tree, **both}

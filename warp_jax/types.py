@@ -83,6 +83,6 @@ class TrainState(NamedTuple):
     """State of one RL run."""
 
     step: Array
-    params: Params
-    anchor_params: Any  # state of the anchor (`training.anchors`); for an EMA its weights, float32, the same tree
+    params: Params  # trained weights, or with LoRA the factors of their change (`models.lora`)
+    anchor_params: Any  # state of the anchor (`training.anchors`); for an EMA the trained weights, float32
     opt_state: Any  # of the optimizer; with rl.kl_schedule "adaptive": (that, kl_coef of the next step, float32 [])

@@ -321,7 +321,7 @@ def _train(job, directory, iteration=1, run=1, num_steps=4):
         return state, {"loss": 0.0}
 
     start = TrainState(0, {"policy": 1}, {"anchor": 2}, None)
-    trainer = job.trainers[run - 1]._replace(programs=loop.Programs(lambda params: start, update))
+    trainer = job.trainers[run - 1]._replace(programs=loop.Programs(lambda params, key: start, update))
     schedule = loop.Schedule(num_steps, directory, checkpoint_every=100, on_step=lambda *args: None)
     reinforce.run_policy(trainer, {}, iteration=iteration, run=run, schedule=schedule)
     return job.recorder.drawn, job.recorder.scored, rewards

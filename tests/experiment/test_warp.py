@@ -19,6 +19,8 @@ SFT = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
 LENGTHS = {1: 2.0, 2: 3.0, 3: 5.0}  # of the task vectors of each iteration; they point along two axes of their own
 STEPS = {(i, r): length * np.eye(6)[2 * i + r - 3] for i, length in LENGTHS.items() for r in (1, 2)}
 
+TRAINER = types.SimpleNamespace(programs=types.SimpleNamespace(weights=lambda params, start: params))
+
 
 def _evaluation(value):
     values = np.full(3, value, np.float32)
@@ -75,7 +77,7 @@ def job(monkeypatch):
         monkeypatch.setattr(warp.reinforce, "run_policy", train_policy)
         monkeypatch.setattr(warp, "EvaluationStore", Store)
         examiner = types.SimpleNamespace(sft_params=_tree(SFT))
-        run.made = warp.make_job(settings, (None,) * settings.warp.num_runs, examiner, workdir, _Progress())
+        run.made = warp.make_job(settings, (TRAINER,) * settings.warp.num_runs, examiner, workdir, _Progress())
         points = warp.run_warp(run.made)
         assert measured.keys() == named.evaluation_names(settings, run.made.last_step)
         assert measured.keys() <= planned

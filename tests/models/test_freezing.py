@@ -50,7 +50,25 @@ def _cut(groups):
 )
 def test_stacks_are_cut_where_the_pattern_changes(pattern, want):
     """Fails when a stack holds both trained and frozen layers, or is cut where nothing changes."""
-    assert freezing.layer_groups(pattern, apply.param_shapes(CONFIG)) == want
+    assert freezing.layer_groups(apply.param_shapes(CONFIG), pattern) == want
+
+
+def test_stacks_are_cut_for_each_of_several_patterns():
+    """Fails when stacks are cut for the weights that match all patterns only: SFT trains more than LoRA adapts."""
+    shapes = apply.param_shapes(CONFIG)
+    assert freezing.layer_groups(shapes, "layers/[34]/", "attention", "/kernel$") == (3, 2)
+    assert freezing.layer_groups(shapes, "", "layers/[01]/attention/[qv]", "/kernel$") == (2, 3)
+    assert freezing.layer_groups(shapes, "layers/[34]/|embed", "layers/4/", "/kernel$") == (3, 1, 1)
+    with pytest.raises(ValueError, match=r"^lora.targets: no weight matches 'layers/3/' and 'layers/4/' and"):
+        freezing.layer_groups(shapes, "layers/3/", "layers/4/", "/kernel$")
+
+
+def test_a_weight_is_trained_if_all_patterns_match():
+    """Fails when one pattern is enough."""
+    trained, frozen = freezing.split(_random(_cut((3, 2))), "layers/[34]/|embed", "attention|embed", "/kernel$")
+    assert set(trained) == {"layers_from_3"}
+    assert set(trained["layers_from_3"]) == {"attention"}
+    assert {"embed", "layers_from_0", "layers_from_3"} < set(frozen)
 
 
 def test_slices_of_a_later_stack_count_on():

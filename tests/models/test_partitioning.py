@@ -97,6 +97,33 @@ def test_state_and_adam_moments_lie_as_their_parameters(variant):
     assert placed.step.spec == adam.count.spec == PartitionSpec()
 
 
+FACTORS = {
+    "layers/attention/q/kernel/a": PartitionSpec(None, "fsdp", None),
+    "layers/attention/q/kernel/b": PartitionSpec(None, None, "tensor", None),
+    "layers_from_2/attention/o/kernel/a": PartitionSpec(None, "tensor", None, None),
+    "opt_state/1/mu/layers/attention/o/kernel/b": PartitionSpec(None, None, "fsdp"),
+    "layers/mlp/down/kernel/a": PartitionSpec(None, "tensor", None),
+    "layers/mlp/down/kernel/b": PartitionSpec(None, None, "fsdp"),
+    "lm_head/kernel/a": PartitionSpec("fsdp", None),
+    "lm_head/kernel/b": PartitionSpec(None, "tensor"),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_factors_are_split_as_their_kernel(name):
+    """Fails when the rank is split, A gets the outputs, or the second input axis of the output projection is B's."""
+    assert partitioning.partition_spec(name, (2,) * len(FACTORS[name])) == FACTORS[name]
+
+
+def test_factors_of_few_key_heads_are_whole_on_every_chip():
+    """Fails when A of keys, which has no heads, or B with fewer heads than chips is refused."""
+    mesh = meshes.make_mesh((1, 2, 4))
+    tree = {"layers": {"attention": {"k": {"kernel": {"a": jnp.zeros((3, 16, 2)), "b": jnp.zeros((3, 2, 2, 6))}}}}}
+    placed = by_name(partitioning.param_shardings(mesh, tree))
+    assert placed["layers/attention/k/kernel/a"].shard_shape((3, 16, 2)) == (3, 8, 2)
+    assert placed["layers/attention/k/kernel/b"].shard_shape((3, 2, 2, 6)) == (3, 2, 2, 6)
+
+
 @pytest.mark.parametrize(
     "name", ["layers/attention/w/kernel", "my_lm_head/kernel", "lm_head/kernel/extra", "embedding"]
 )

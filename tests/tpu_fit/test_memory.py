@@ -173,6 +173,33 @@ def test_without_a_copy_generation_reads_the_policy_itself():
     assert tuple(generation.co_resident) == ("anchor", "Adam moments", "init", "SFT", *compile.REWARD)
 
 
+def test_factors_are_planned_with_the_weights_that_they_make():
+    """Fails when the policy is planned as whole weights, moments are those of weights, the update lacks the start of
+    the run, generation reads factors, or SFT trains the targets alone.
+    """
+    plan = _plan(_config(**{"model.lora.rank": 4}))
+    inputs, outputs = 4 * 16 + 2 * 16 + 32, 16 + 8 + 8 + 16 + 2 * 32 + 16  # q, k, v, o; gate and up; down
+    factors = 4 * 4 * 2 * (inputs / 2 + (outputs - 16) / 2 + 16)  # rank 4; B of k and v is whole: one head
+    kernels = 4 * (2 * (QO + MLP) / 4 + 2 * KV / 2)
+    sizes = {name: compile.chip_bytes(tree) for name, tree in plan.resident.items()}
+    assert sizes["anchor"] == sizes["init"] == sizes["SFT"] == sizes[compile.EXPANDED] == kernels
+    assert sizes["frozen weights"] == POLICY - kernels
+    assert sizes["policy"] == factors
+    assert sizes["Adam moments"] == 2 * sizes["policy"] + 8
+    steps = {p.name: p for p in plan.programs}
+    every = sum(sizes.values())
+    resident = {name: every - value for name, value in _co_resident(plan).items()}  # what a program reads, or is absent
+    read = sizes["policy"] + sizes["anchor"] + sizes["Adam moments"] + sizes["frozen weights"] + sizes["init"]
+    assert resident["update"] == read
+    assert resident[compile.EXPANDED] == sizes["policy"] + sizes["init"] + sizes[compile.EXPANDED]
+    assert resident["KL to SFT"] == sizes[compile.EXPANDED] + sizes["SFT"] + sizes["frozen weights"]
+    assert compile.chip_bytes(steps["SFT step"].args) == 3 * POLICY + 8 + 8 / 4 * 16 * 5
+    assert compile.chip_bytes(steps["SFT step"].co_resident) == POLICY
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
+        for name in ("start of a run", compile.EXPANDED, "update"):
+            steps[name].call.lower(*steps[name].args)
+
+
 def test_names_can_be_given_in_a_list(plan):
     """Fails when a name has the comma that parts the names of --programs."""
     assert not [p.name for p in plan.programs if "," in p.name]

@@ -98,7 +98,7 @@ def _assert_finite(directory):
 
 def _found(directory, trainer, step):
     """Name of the quantity that a replay finds first, its line, and the rows of the data."""
-    run = reinforce.make_run(trainer, 1, 2)
+    run = reinforce.make_run(trainer, START, 1, 2)
     quantities, rollout = replay.rl_quantities(trainer, run, START, directory, step)
     found = replay.Step(quantities, "split 'prompts'", np.asarray(rollout.example_ids), ["text"] * BATCH)
     text, broken = replay.describe(found)

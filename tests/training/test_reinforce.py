@@ -360,7 +360,7 @@ def _draws(directory, seed, iteration, run):
 
     trainer = reinforce.Trainer(
         programs=loop.Programs(
-            init=lambda params: types.SimpleNamespace(params=params), update=lambda state, *rest: (state, {})
+            init=lambda params, key: types.SimpleNamespace(params=params), update=lambda state, *rest: (state, {})
         ),
         sampler=sampler,
         reward_fn=lambda rollout: types.SimpleNamespace(total=np.zeros(BATCH, np.float32), parts={}),
@@ -409,7 +409,7 @@ def test_eight_devices_equal_one(tmp_path, sizes):
 
 def _partly_frozen(pattern):
     """One step of a model of which only `pattern` is trained; the trained leaves before and after, and the rollout."""
-    groups = freezing.layer_groups(pattern, apply.param_shapes(CONFIG))
+    groups = freezing.layer_groups(apply.param_shapes(CONFIG), pattern)
     config = dataclasses.replace(CONFIG, layer_groups=groups)
     params = freezing.restacked(
         _params(ONE_DEVICE), jax.jit(functools.partial(apply.init_params, config))(jax.random.key(1))

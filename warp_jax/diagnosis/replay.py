@@ -115,7 +115,7 @@ def _rl_step(
     tokenizer, trainers, examiner = preparation.prepare(settings, corpora, folder, progress)
     trainer = trainers[number - 1]
     start = warp.make_job(settings, trainers, examiner, folder, progress).init_params(iteration)
-    run = reinforce.make_run(trainer, iteration, number)
+    run = reinforce.make_run(trainer, start, iteration, number)
     directory = folder / f"iteration_{iteration}" / f"run_{number}"
     quantities, rollout = rl_quantities(trainer, run, start, directory, step)
     host = hosts.fetch(rollout)
@@ -129,10 +129,10 @@ def rl_quantities(
 ) -> tuple[dict[str, Any], Rollout]:
     """Quantities that a step of a run computes, in this order, and its completions. start: first weights of the run."""
     step_fn = functools.partial(reinforce.train_step, trainer, run)
-    state = loop.state_before(step_fn, lambda: trainer.programs.init(start), directory, step)
+    state = loop.state_before(step_fn, lambda: trainer.programs.init(start, run.key), directory, step)
     rollout, rewards = reinforce.collect(trainer, run, state, step)
     total = meshes.put_batch(trainer.mesh, rewards.total)
-    trace = trainer.programs.trace(state, trainer.frozen_params, rollout, total)
+    trace = trainer.programs.trace(state, run.fixed_params, rollout, total)
     return {
         "weights": state.params,
         "anchor weights": state.anchor_params,

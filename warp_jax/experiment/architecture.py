@@ -14,7 +14,7 @@ from warp_jax.types import Params
 
 
 def policy_config(model: Model, tokenizer_size: int) -> TransformerConfig:
-    """Architecture of the model at `source`, or else `architecture`; layers are cut into stacks for `trainable`.
+    """Architecture of the model at `source`, or else `architecture`; layers are cut into stacks for `trained`.
 
     Raises:
         ValueError: a value is wrong, or no weight is trainable.
@@ -72,9 +72,9 @@ def start_params(settings: Settings, policy: TransformerConfig, mesh: Mesh) -> P
 
 
 def _as_configured(policy: TransformerConfig, model: Model) -> TransformerConfig:
-    return _cut_stacks(dataclasses.replace(policy, dtype=model.dtype, remat=model.remat), model.trainable)
+    return _cut_stacks(dataclasses.replace(policy, dtype=model.dtype, remat=model.remat), *model.trained)
 
 
-def _cut_stacks(model: TransformerConfig, trainable: str) -> TransformerConfig:
+def _cut_stacks(model: TransformerConfig, *patterns: str) -> TransformerConfig:
     """The same model with a stack for each group of layers that is trained or frozen together."""
-    return dataclasses.replace(model, layer_groups=freezing.layer_groups(trainable, apply.param_shapes(model)))
+    return dataclasses.replace(model, layer_groups=freezing.layer_groups(apply.param_shapes(model), *patterns))

@@ -17,7 +17,7 @@ from warp_jax.models import partitioning
 from warp_jax.models.apply import param_shapes
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.parallel import meshes
-from warp_jax.pretrained import hf_config, hf_weights
+from warp_jax.pretrained import hf_adapter, hf_config, hf_weights
 from warp_jax.progress import JobProgress
 from warp_jax.storage import model_files, weight_files
 from warp_jax.types import Params, StorageError
@@ -25,7 +25,9 @@ from warp_jax.types import Params, StorageError
 REPORT, GENERATION = model_files.EXPORT_REPORT, "generation_config.json"
 
 
-def export_stage(workdir: Path, stage: str, out: Path, *, dtype: str = "float32", prompts: int = 0) -> dict[str, Any]:
+def export_stage(
+    workdir: Path, stage: str, out: Path, *, dtype: str = "float32", prompts: int = 0, lora_rank: int = 0
+) -> dict[str, Any]:
     """Write a stage to a new folder, which appears when it is complete; return the content of its warp_export.json.
 
     Args:
@@ -35,36 +37,61 @@ def export_stage(workdir: Path, stage: str, out: Path, *, dtype: str = "float32"
         dtype: of the weights. Fewer bits than float32 undo a part of the training; the report says how much.
         prompts: number of held-out prompts, rounded up to whole batches, on which the exported policy is compared with
             the stage; 0 = not compared.
+        lora_rank: 0 = the whole model; else a LoRA adapter of this rank, whose base model is SFT. The report says how
+            much of the training it lacks.
 
     Raises:
-        ValueError: `out` exists, or the stage is unknown or not saved.
+        ValueError: `out` exists, the stage is unknown or not saved, or it is no adapter of SFT.
     """
     if out.exists():
         raise ValueError(f"out: {out} exists, and nothing is overwritten; choose another folder")
     job = Workdir(workdir)
     params, model = job.load(stage)
+    if lora_rank and model.head != "language":
+        raise ValueError(f"lora_rank: got {lora_rank}, want 0: {stage} is no adapter of SFT")
+    sft = job.load("sft")[0] if model.head == "language" else {}
+    report: dict[str, Any] = {"workdir": str(workdir), "stage": stage, "dtype": dtype, "warnings": []}
+    with files.staged(out) as staging:
+        if lora_rank:
+            base = str(job.source) if job.source and not job.settings.sft.num_steps else None
+            adapter = hf_adapter.export_adapter(
+                params, sft, model, staging, rank=lora_rank, dtype=dtype, base_name=base
+            )
+            report |= cut(adapter)
+        else:
+            _write_whole(job, params, model, staging, dtype)
+            report |= delivered(params, sft, dtype) if sft else {}
+        if sft and prompts:
+            like = partitioning.with_shardings(job.mesh, param_shapes(model))
+            if lora_rank:
+                exported = jax.tree.map(lambda leaf, x: jax.device_put(leaf, x.sharding), adapter.params, like)
+            else:
+                exported = hf_weights.load_params(staging, model, like)
+            report["compared"] = _compared(job, {"stage": params, "exported": exported}, sft, prompts)
+        files.write_json(staging / REPORT, report)
+    return report
+
+
+def _write_whole(job: Workdir, params: Params, model: TransformerConfig, out: Path, dtype: str) -> None:
+    """Write weights, configs and tokenizer of a whole model to a new folder."""
     config, generation = _configs(job, model)
     sidecars = []  # the tokenizer and other files of the source
     if job.source is not None:
         sidecars = [path for path in weight_files.open_weights(job.source).sidecars() if path.name != hf_config.CONFIG]
-    report: dict[str, Any] = {"workdir": str(workdir), "stage": stage, "dtype": dtype, "warnings": []}
-    with files.staged(out) as staging:
-        hf_weights.export_params(params, model, staging, dtype=dtype, config_json=config, sidecars=sidecars)
-        files.write_json(staging / GENERATION, generation)
-        if job.source is None:  # then the workdir trained a tokenizer
-            files.write_text(staging / "tokenizer.json", job.tokenizer.to_json())
-            names = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}
-            files.write_json(staging / "tokenizer_config.json", names | job.tokenizer.special_tokens)
-        if model.head == "language":
-            sft, _ = job.load("sft")
-            report |= delivered(params, sft, dtype)
-            if prompts:
-                exported = hf_weights.load_params(
-                    staging, model, partitioning.with_shardings(job.mesh, param_shapes(model))
-                )
-                report["compared"] = _compared(job, {"stage": params, "exported": exported}, sft, prompts)
-        files.write_json(staging / REPORT, report)
-    return report
+    hf_weights.export_params(params, model, out, dtype=dtype, config_json=config, sidecars=sidecars)
+    files.write_json(out / GENERATION, generation)
+    if job.source is None:  # then the workdir trained a tokenizer
+        files.write_text(out / "tokenizer.json", job.tokenizer.to_json())
+        names = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}
+        files.write_json(out / "tokenizer_config.json", names | job.tokenizer.special_tokens)
+
+
+def cut(adapter: hf_adapter.Adapter) -> dict[str, Any]:
+    """What an adapter lacks of the displacement from SFT: length of the difference / length of the displacement."""
+    each = {name: (adapter.errors[name] / length) ** 0.5 for name, length in adapter.lengths.items()}
+    worst = max(each, key=lambda name: each[name])
+    total = (sum(adapter.errors.values()) / sum(adapter.lengths.values())) ** 0.5
+    return {"cut": {"total": total, "largest": each[worst], "of": worst}}
 
 
 def delivered(params: Params, sft_params: Params, dtype: str) -> dict[str, Any]:

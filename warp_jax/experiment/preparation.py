@@ -47,7 +47,7 @@ def prepare(
     gold_fn = maker.gold()
     sft_params = maker.sft(policy)
     learned = maker.reward_model(policy, sft_params) if settings.needs_reward_model else None
-    trained, frozen = freezing.split(sft_params, settings.model.trainable)
+    trained, frozen = freezing.split(sft_params, *settings.model.trained)
     stop_ids, pad_id = tokenizer.stop_ids, tokenizer.pad_id
     programs = make_programs(settings, mesh, policy, trained=trained, frozen=frozen, stop_ids=stop_ids, pad_id=pad_id)
     trainers = tuple(
@@ -59,6 +59,7 @@ def prepare(
             frozen_params=frozen,
             mesh=mesh,
             rl=of_run.rl,
+            lora=settings.model.lora,
             seed=of_run.seed,
         )
         for of_run, train in zip(settings.of_runs, programs.train, strict=True)

@@ -63,6 +63,7 @@ def make_programs(
             score_fn=functools.partial(scoring.per_token_logps, make_apply_fn(model, mesh), **score),
             optimizer=optimizers.make_optimizer(rl, settings.adam),
             rl=rl,
+            lora=settings.model.lora,
             anchor=anchors.make_anchor(warp),
             stop_ids=stop_ids,
         )

@@ -53,7 +53,7 @@ class Workdir:
             like = partitioning.with_shardings(self.mesh, apply.param_shapes(model))
             pattern = self.settings.reward_model.trainable
             return self._restore_part(stage, like, pattern, lambda: freezing.restacked(self._sft, like)), model
-        trained, frozen = freezing.split(self._sft, self.settings.model.trainable)
+        trained, frozen = freezing.split(self._sft, *self.settings.model.trained)
         kind, _, number = stage.partition(":")
         if kind == "liti" and number:
             last = self._restore(f"iteration_{self.settings.warp.num_iterations}/merged", trained)

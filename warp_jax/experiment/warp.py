@@ -148,7 +148,7 @@ class Job:
         anchor = anchors.make_anchor(of_run) if settings.keep.anchor else None
         evaluated = named.trajectory(settings, iteration, run, num_steps)
         end: dict[str, float] = {}
-        run_name = f"iteration {iteration} run {run}"
+        trainer, run_name = self.trainers[run - 1], f"iteration {iteration} run {run}"
         sft = self.evaluations.get("sft", lambda: self.sft_params)
         guard = guards.Guards(settings.health, run_name, sft, self.progress.note)
         for step, evaluation in self.evaluations.saved(evaluated).items():
@@ -160,15 +160,17 @@ class Job:
 
         def after_step(step: int, state: TrainState) -> bool:
             watch(state)
+            policy = functools.partial(trainer.programs.weights, state.params, init_params)
+            kept = anchor.weights(state.anchor_params) if anchor else None
             if step in evaluated:
-                evaluation = self.evaluations.get(evaluated[step], lambda: state.params)
+                evaluation = self.evaluations.get(evaluated[step], policy)
                 end.update(step=step, sft_kl=measure.summary(evaluation)["sft_kl"], stop_at_kl=limit)
                 if 0 < limit < end["sft_kl"]:
-                    self._keep(directory, step, state, anchor)
+                    self._keep(directory, step, policy, kept)
                     return True
                 guard.on_evaluation(step, evaluation)
             guard.stop()
-            self._keep(directory, step, state, anchor if step == num_steps else None)
+            self._keep(directory, step, policy, kept if step == num_steps else None)
             return False
 
         schedule = loop.Schedule(
@@ -183,7 +185,6 @@ class Job:
             split="split 'prompts'",
         )
         with self.watch_run() as watch:
-            trainer = self.trainers[run - 1]
             params = reinforce.run_policy(trainer, init_params, iteration=iteration, run=run, schedule=schedule)
         if limit and hosts.is_first():
             files.write_json(directory / named.END, end)
@@ -191,12 +192,12 @@ class Job:
         logs = (directory / metric_writer.FILE, *[directory / named.END] * (limit > 0))
         _save_once(directory / "params", params, *logs)
 
-    def _keep(self, directory: Path, step: int, state: TrainState, anchor: anchors.Anchor | None) -> None:
-        """Save what config.keep names of the state after a step. anchor: None = not to be kept."""
+    def _keep(self, directory: Path, step: int, policy: Callable[[], Params], anchor: Params | None) -> None:
+        """Save what config.keep names of the weights after a step. anchor: None = not to be kept."""
         if step in self.settings.keep.steps:
-            _save_once(directory / f"step_{step}", state.params)
+            _save_once(directory / f"step_{step}", policy())
         if anchor is not None:
-            _save_once(directory / "anchor", anchor.weights(state.anchor_params))
+            _save_once(directory / "anchor", anchor)
 
     def _average(self, directory: Path, steps: Sequence[int], like: Params) -> None:
         """Save the mean of a run's kept policies, if there are several."""

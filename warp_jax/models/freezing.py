@@ -1,8 +1,8 @@
-"""Train part of a model: a regular expression selects weights by name. The others are frozen.
+"""Train part of a model: regular expressions select weights by name. The others are frozen.
 
 Frozen weights have no Adam moments, anchor or task vector. Names are those of single layers, such as
 'layers/20/attention/q/kernel' or 'embed/embedding'. A leaf stacks several layers and is trained or frozen as a whole,
-so a stack is cut wherever the pattern matches different weights in two neighbouring layers.
+so a stack is cut wherever a pattern matches different weights in two neighbouring layers.
 """
 
 import itertools
@@ -18,27 +18,31 @@ from warp_jax import naming, trees
 from warp_jax.types import Params
 
 
-def layer_groups(pattern: str, shapes: Any) -> tuple[int, ...]:
-    """Number of layers of each stack that `pattern` needs; () if one stack is enough.
+def layer_groups(shapes: Any, *patterns: str) -> tuple[int, ...]:
+    """Number of layers of each stack that each of the patterns needs; () if one stack is enough.
 
-    pattern: regular expression, searched for in each name. shapes: parameters (arrays or shapes) with all layers in one
-    stack. Raises ValueError if the pattern matches no weight.
+    shapes: parameters (arrays or shapes) with all layers in one stack. patterns: regular expressions, searched for in
+    each name. Raises ValueError if no weight matches all of them.
     """
-    expression = re.compile(pattern)
     leaf_names = [_names_of(name, leaf) for name, leaf in flatten_dict(shapes, sep="/").items()]
-    if not any(expression.search(name) for names in leaf_names for name in names):
+    if not any(all(_matches(name, patterns)) for names in leaf_names for name in names):
         examples = ", ".join(sorted(names[-1] for names in leaf_names)[:3])
-        raise ValueError(f"trainable: no weight matches {pattern!r}; names look like {examples}")
+        wanted = " and ".join(map(repr, patterns))
+        name = "lora.targets" if len(patterns) > 1 else "trainable"
+        raise ValueError(f"{name}: no weight matches {wanted}; names look like {examples}")
     layered = [names for names in leaf_names if naming.in_layer(names[0])]
-    trained_per_layer = zip(*([bool(expression.search(name)) for name in names] for names in layered), strict=True)
-    sizes = tuple(len(list(group)) for _, group in itertools.groupby(trained_per_layer))
+    matches_per_layer = zip(*([_matches(name, patterns) for name in names] for names in layered), strict=True)
+    sizes = tuple(len(list(group)) for _, group in itertools.groupby(matches_per_layer))
     return sizes if len(sizes) > 1 else ()
 
 
-def split(params: Params, pattern: str) -> tuple[Params, Params]:
-    """Split parameters into (trained, frozen); `trees.join` is the inverse. Stacks must be cut as in `layer_groups`."""
+def split(params: Params, *patterns: str) -> tuple[Params, Params]:
+    """Split parameters into (trained, frozen): a trained one matches all patterns. `trees.join` is the inverse.
+
+    Stacks must be cut as in `layer_groups`.
+    """
     leaves = flatten_dict(params, sep="/")
-    trained = {name: leaf for name, leaf in leaves.items() if re.search(pattern, _names_of(name, leaf)[0])}
+    trained = {name: leaf for name, leaf in leaves.items() if all(_matches(_names_of(name, leaf)[0], patterns))}
     frozen = {name: leaf for name, leaf in leaves.items() if name not in trained}
     return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
 
@@ -66,6 +70,11 @@ def restacked(source: Params, like: Params) -> Params:
         return jax.device_put(values, leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(take, like)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> list[bool]:
+    """One flag for each pattern that is searched for in the name."""
+    return [bool(re.search(pattern, name)) for pattern in patterns]
 
 
 def _names_of(name: str, leaf: Any) -> list[str]:

@@ -1,6 +1,7 @@
 """Sharding rules: one table that maps each parameter's path to a PartitionSpec.
 
 It applies to policy, anchor, init, Adam moments, task vectors and the reward model: their leaf paths are the same.
+The factors of LoRA are split like the inputs and the outputs of their kernel, and the rank is not split.
 """
 
 import re
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from warp_jax import trees
+from warp_jax import naming, trees
 from warp_jax.parallel import meshes
 
 # (pattern of the end of a leaf's path, mesh axis of each array axis). Stacked leaves have the layer axis first.
@@ -26,12 +27,19 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"lm_head/kernel", PartitionSpec("fsdp", "tensor")),
     (r"score/kernel", PartitionSpec("fsdp", None)),
 )
+FACTOR = re.compile(r"(.*kernel)/([ab])")
 
 
 def partition_spec(name: str, shape: Sequence[int]) -> PartitionSpec:
     """The PartitionSpec of a leaf path; scalars are not split. Raises ValueError if no rule matches."""
     if not shape:
         return PartitionSpec()
+    if factor := FACTOR.fullmatch(name):
+        spec, stack = partition_spec(factor[1], shape), int(naming.is_stacked(name))
+        axes = stack + naming.num_inputs(factor[1])  # before the outputs
+        if factor[2] == "a":
+            return PartitionSpec(*spec[:axes], None)
+        return PartitionSpec(*spec[:stack], None, *spec[axes:])
     for pattern, spec in RULES:
         if re.search(rf"(^|/){pattern}$", name):
             return spec
@@ -45,7 +53,11 @@ def param_shardings(mesh: Mesh, tree: Any) -> Any:
         name, shape = trees.path_name(path), tuple(leaf.shape)
         spec = partition_spec(name, shape)
         # with fewer key-value heads than chips along `tensor`, every chip keeps all of them: its queries need them
-        if re.search("/attention/[kv]/", name) and mesh.shape["tensor"] % shape[spec.index("tensor")] == 0:
+        if (
+            re.search("/attention/[kv]/", name)
+            and "tensor" in spec
+            and mesh.shape["tensor"] % shape[spec.index("tensor")] == 0
+        ):
             spec = meshes.divisible(mesh, shape, spec)
         for size, axis in zip(shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:

@@ -162,7 +162,7 @@ def slices_of(tree: Params, config: TransformerConfig) -> dict[str, Slice]:
     slices: dict[str, Slice] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = trees.path_name(path)
-        inputs = 0 if not name.endswith("kernel") else 2 if name.endswith("attention/o/kernel") else 1
+        inputs = naming.num_inputs(name)
         if not naming.is_stacked(name):
             slices[table[name]] = Slice(name, None, leaf.shape, inputs)
             continue

@@ -147,16 +147,30 @@ class Architecture(Group):
     rope_scaling: RopeScaling
 
 
+class Lora(Group):
+    """Low-rank adapters that RL trains instead of weights; see `warp_jax.models.lora`."""
+
+    rank: CountOrZero = 0
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    targets: Pattern = "layers/"
+
+
 class Model(Group):
     """The policy: its source, its trained weights, and how it is computed."""
 
     source: str
     size: str
     trainable: Pattern
+    lora: Lora = Lora()  # missing in older workdirs
     dtype: Literal["float32", "bfloat16"]
     remat: Literal["none", "dots", "full"]
     logits_chunk: CountOrZero
     architecture: Architecture | None = None  # only without a source
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Patterns that the name of a weight matches, all of them, if RL trains it or, with LoRA, adapts it."""
+        return (self.trainable, self.lora.targets, "/kernel$") if self.lora.rank else (self.trainable,)
 
 
 class Adam(Group):

@@ -19,7 +19,7 @@ import xxhash
 
 from warp_jax import files, naming
 from warp_jax.storage import manifest, model_files
-from warp_jax.storage.model_files import CONFIG, INDEX, SINGLE
+from warp_jax.storage.model_files import ADAPTER, CONFIG, INDEX, SINGLE
 from warp_jax.storage.safetensors_header import DTYPES, FLOATING, Tensor, make_header, read_header
 
 OUTPUT_DTYPES = {DTYPES[name].name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
@@ -182,7 +182,7 @@ class SafetensorsWriter:
             os.pwrite(descriptor, header, 0)
             for tensor, start in zip(members, starts[:-1], strict=True):
                 self._places[tensor.name] = (descriptor, len(header) + start, tensor.dtype)
-        if by_file.keys() != {SINGLE}:
+        if by_file.keys() not in ({SINGLE}, {ADAPTER}):
             total_size = sum(tensor.nbytes for tensor in tensors)
             weight_map = {tensor.name: tensor.file for tensor in tensors}
             files.write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})

@@ -68,11 +68,11 @@ class Compiled(NamedTuple):
 
 
 COPY = "copy for generation"
+EXPANDED = "weights of the policy"  # with LoRA: made of its factors for generation and evaluation
 EVALUATION = " (evaluation)"  # suffix of the programs that evaluation runs with its own batch size or dtype
 STATE = ("policy", "anchor", "Adam moments")
-WHOLE: Names = ("policy", "frozen weights")  # all weights of the policy
 REWARD: Names = ("reward model", "frozen weights of the reward model")
-RUN_ONLY = ("init", *STATE, COPY)  # in memory only during a run
+RUN_ONLY = ("init", *STATE, EXPANDED, COPY)  # in memory only during a run
 NO_TRAFFIC = hlo.Collectives({}, {})
 
 
@@ -96,13 +96,17 @@ class _Planner:
         self.settings, self.mesh = settings, mesh
         self.policy, self.reward_model = architecture.planned(settings)
         self.weights = partitioning.with_shardings(mesh, param_shapes(self.policy))
-        self.trained, self.frozen = freezing.split(self.weights, settings.model.trainable)
+        self.trained, self.frozen = freezing.split(self.weights, *settings.model.trained)
         self.functions = make_programs(
             settings, mesh, self.policy, trained=self.trained, frozen=self.frozen, stop_ids=(1,), pad_id=0
         )
         self.state = self._state(self.functions.train[0])
         self.resident: dict[str, Any] = dict(zip(STATE, self.state[1:], strict=True))  # without the step
         self.resident |= {"init": self.trained, "SFT": self.trained, "frozen weights": self.frozen}
+        self.whole: Names = ("policy", "frozen weights")  # all weights of the policy
+        if settings.model.lora.rank:
+            self.resident[EXPANDED] = self.trained
+            self.whole = (EXPANDED, "frozen weights")
         if self._copied(self.policy.dtype):
             self.resident[COPY] = self._laid_out(self.policy.dtype)
         if self.reward_model is not None:
@@ -135,7 +139,10 @@ class _Planner:
         """Start of a run, step of RL, and evaluation with its own batch size and dtype."""
         functions, train, evaluation = self.functions, self.settings.rl.batch_size, self.settings.evaluation.batch_size
         yield self.program("start of a run", functions.train[0].init, self.trained, reads=("init",), absent=RUN_ONLY)
-        weights, reads = self.weights, WHOLE
+        weights, reads = self.weights, self.whole
+        if EXPANDED in self.resident:
+            factors = self.state.params, self.trained
+            yield self.program(EXPANDED, functions.train[0].weights, *factors, reads=("policy", "init", EXPANDED))
         if COPY in self.resident:
             yield self.copy("", self.policy.dtype)
             weights, reads = self.resident[COPY], (COPY,)
@@ -145,7 +152,7 @@ class _Planner:
         yield from self.reward("", train)
         if functions.evaluation_sampler is not functions.sampler:
             dtype = self.settings.evaluation.dtype
-            weights, reads = self.weights, WHOLE
+            weights, reads = self.weights, self.whole
             if self._copied(dtype):
                 yield self.copy(EVALUATION, dtype)
                 weights, reads = self._laid_out(dtype), ()
@@ -161,19 +168,20 @@ class _Planner:
         split = meshes.batch_sharding(self.mesh)
         states = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), states)
         models = self.trained, self.trained, self.frozen
-        yield self.program("KL to SFT", functions.kl_to_sft, *models, rollout, states, reads=(*WHOLE, "SFT"))
+        yield self.program("KL to SFT", functions.kl_to_sft, *models, rollout, states, reads=(*self.whole, "SFT"))
         if settings.text:
             texts = self.trained, self.frozen, *self._texts(evaluation, settings.text_tokens)
-            yield self.program(f"held-out texts{EVALUATION}", functions.text_losses, *texts, reads=WHOLE)
+            yield self.program(f"held-out texts{EVALUATION}", functions.text_losses, *texts, reads=self.whole)
 
     def updates(self) -> Iterator[Program]:
         """The update of the first run, and those of runs with other settings."""
         batch, seen = self.settings.rl.batch_size, list[Any]()
+        fixed, start = (self.weights, ("init",)) if EXPANDED in self.resident else (self.frozen, ())
         for run, functions in enumerate(self.functions.train, 1):
             if functions not in seen:
-                args = self._state(functions), self.frozen, self._rollout(batch), self._rows(jnp.float32, batch)
+                args = self._state(functions), fixed, self._rollout(batch), self._rows(jnp.float32, batch)
                 name = f"update (run {run})" if seen else "update"
-                yield self.program(name, functions.update, *args, reads=(*STATE, "frozen weights"))
+                yield self.program(name, functions.update, *args, reads=(*STATE, "frozen weights", *start))
                 seen.append(functions)
 
     def _state(self, functions: loop.Programs[TrainState]) -> TrainState:
@@ -216,8 +224,9 @@ class _Planner:
         settings = self.settings
         if settings.sft.num_steps:
             loss_fn = ingredients.sft_loss(settings, make_apply_fn(self.policy, self.mesh))
-            step = self._supervised_step(settings.sft, loss_fn, self.trained, self.frozen)
-            yield self.program("SFT step", *step, reads=("frozen weights",), absent=(*RUN_ONLY, *REWARD))
+            trained, frozen = freezing.split(self.weights, settings.model.trainable)
+            step, *args = self._supervised_step(settings.sft, loss_fn, trained, frozen)
+            yield Program("SFT step", step, tuple(args), {"SFT": trained})
         if self.reward_model is not None and settings.needs_reward_model:
             loss_fn = ingredients.reward_loss(settings, make_apply_fn(self.reward_model, self.mesh))
             step = self._supervised_step(settings.reward_model, loss_fn, *(self.resident[name] for name in REWARD))

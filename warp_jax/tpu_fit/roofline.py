@@ -2,7 +2,7 @@
 
 The peaks are published figures; nothing is measured. A row has S = P + C tokens. N counts the parameters in matrix
 products: a tied head counts, the embedding lookup does not. All weights are assumed to be trained, so with
-`model.trainable`, which makes the update cheaper, the result is not a lower bound.
+`model.trainable` or `model.lora`, which make the update cheaper, the result is not a lower bound.
 """
 
 import math

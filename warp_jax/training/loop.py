@@ -33,14 +33,16 @@ ROUNDING = {"xla_allow_excess_precision": False}
 class Programs(NamedTuple, Generic[State]):
     """Compiled functions of a training loop."""
 
-    init: Callable[[Params], State]  # trained params
+    init: Callable[..., State]  # trained params, ...
     update: Callable[..., tuple[State, Metrics]]  # state (its buffers are reused), frozen params, ...
     # arguments of update (the state is kept) -> a NamedTuple of the quantities that update computes, in this order
     trace: Callable[..., Any] = lambda *args: ()
+    # trained params of a state, those that init got -> weights; they differ for the factors of LoRA
+    weights: Callable[[Params, Params], Params] = lambda params, start: params
 
 
 def make_programs(
-    mesh: Mesh, params: Params, init: Callable[[Params], State], traced: Callable[..., tuple[State, Metrics, Any]]
+    mesh: Mesh, params: Params, init: Callable[..., State], traced: Callable[..., tuple[State, Metrics, Any]]
 ) -> Programs[State]:
     """Compile init and update for trained params shaped like `params`, with the state sharded over the mesh.
 

@@ -14,7 +14,8 @@ def make_optimizer(settings: Optimization, adam: Adam) -> optax.GradientTransfor
     """Clip the gradient's global norm to clip_norm (0 = no clipping), then apply Adam, or AdamW with weight_decay.
 
     The learning rate rises linearly from learning_rate / warmup_steps to learning_rate, then follows its schedule.
-    Weights decay by learning_rate * weight_decay of themselves a step, biases and the scales of norms do not.
+    Weights decay by learning_rate * weight_decay of themselves a step, biases and the scales of norms do not. The
+    factors of LoRA decay, so that the policy decays towards the start of its run.
     """
     warmup = max(settings.warmup_steps, 1)
     rate = settings.learning_rate
@@ -43,7 +44,6 @@ def make_schedule(kind: str, start: float, end: float, steps: int) -> optax.Sche
 
 
 def _decays(params: Params) -> Any:
-    """True for matrices, False for biases and the scales of norms."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: trees.path_name(path).endswith(("kernel", "embedding")), params
-    )
+    """True for matrices and their factors, False for biases and the scales of norms."""
+    matrices = "kernel", "embedding", "kernel/a", "kernel/b"
+    return jax.tree_util.tree_map_with_path(lambda path, _: trees.path_name(path).endswith(matrices), params)

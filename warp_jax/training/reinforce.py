@@ -13,8 +13,9 @@ from jax.sharding import AbstractMesh, Mesh
 from warp_jax import trees
 from warp_jax.data import batches
 from warp_jax.generation import sampling
+from warp_jax.models import lora, partitioning
 from warp_jax.parallel import meshes
-from warp_jax.settings.groups import Rl
+from warp_jax.settings.groups import LARGEST, Lora, Rl
 from warp_jax.training import anchors, loop, microbatches, objective, optimizers
 from warp_jax.types import Array, Params, PromptBatch, RewardError, RewardFn, Rewards, Rollout, TrainState
 
@@ -32,6 +33,7 @@ class Trainer(NamedTuple):
     mesh: Mesh
     rl: Rl
     seed: int  # for the order of prompts and for sampling, together with iteration, run and step
+    lora: Lora = Lora()
 
 
 class Weighed(NamedTuple):
@@ -65,17 +67,32 @@ class Rule(NamedTuple):
     rl: Rl
     anchor: anchors.Anchor
     stop_ids: tuple[int, ...] = ()  # tokens that end a completion
+    lora: Lora = Lora()
+
+    def weights(self, params: Params, start: Params) -> Params:
+        """Weights of a policy from what a run trains: its weights, or with LoRA the factors of their change."""
+        return lora.expand(start, params, self.lora.alpha) if self.lora.rank else params
 
 
 def make_programs(mesh: Mesh, params: Params, rule: Rule) -> loop.Programs[TrainState]:
     """Compile init and update for trained params shaped like `params`."""
     update = functools.partial(policy_update, rule)
-    return loop.make_programs(mesh, params, functools.partial(init_state, rule), update)
+    programs = loop.make_programs(mesh, params, functools.partial(init_state, rule), update)
+    if not rule.lora.rank:
+        return programs
+    return programs._replace(weights=jax.jit(rule.weights, out_shardings=partitioning.param_shardings(mesh, params)))
 
 
-def init_state(rule: Rule, params: Params) -> TrainState:
-    """Make the first state. Policy and anchor are copies: `params` stay valid when the state's buffers are reused."""
-    policy = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+def init_state(rule: Rule, params: Params, key: Array | None = None) -> TrainState:
+    """Make the first state. Policy and anchor are copies: `params` stay valid when the state's buffers are reused.
+
+    key: of the run, for the first factors of LoRA; None = jax.random.key(0).
+    """
+    if rule.lora.rank:
+        key = jax.random.fold_in(jax.random.key(0) if key is None else key, LARGEST)  # steps have the numbers below
+        policy = lora.init(key, params, rule.lora.rank)
+    else:
+        policy = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     opt_state: Any = rule.optimizer.init(policy)
     if rule.rl.kl_schedule == "adaptive":
         opt_state = opt_state, jnp.float32(rule.rl.kl_coef)
@@ -95,7 +112,7 @@ def policy_update(
     Args:
         rule: see `Rule`.
         state: trained weights, their anchor and the optimizer's state.
-        frozen_params: the other leaves of the model, shared by policy and anchor.
+        frozen_params: the other leaves of the model, shared by policy and anchor; with LoRA, all at the run's start.
         rollout: completions sampled from the policy; those of one prompt are consecutive rows.
         rewards: float32 [B], raw.
     """
@@ -109,7 +126,7 @@ def policy_update(
 
     def gradient(params: Params, chunk: tuple[Rollout, Array, Weighed | None]) -> tuple[Params, tuple[Array, Weighed]]:
         rollout, rewards, weighed = chunk
-        policy_logps, pull_back = jax.vjp(lambda params: score(params, rollout), params)
+        policy_logps, pull_back = jax.vjp(lambda params: score(rule.weights(params, frozen_params), rollout), params)
         if weighed is None:
             weighed = weigh((policy_logps, score(anchor_params, rollout)), rollout, rewards)
         loss, slopes = jax.value_and_grad(functools.partial(_loss, rule, kl_coef))(policy_logps, weighed, rollout)
@@ -117,7 +134,8 @@ def policy_update(
 
     chunks, before = cut.split((rollout, rewards)), None
     if not scores_once(rl, len(rewards)):
-        both = jax.lax.map(lambda x: (score(state.params, x[0]), score(anchor_params, x[0])), chunks)
+        policy = rule.weights(state.params, frozen_params)
+        both = jax.lax.map(lambda x: (score(policy, x[0]), score(anchor_params, x[0])), chunks)
         before = cut.split(weigh(cut.join(both), rollout, rewards))
 
     def descend(carry: tuple[Params, Any]) -> tuple[tuple[Params, Any], tuple[Params, Any]]:
@@ -128,18 +146,18 @@ def policy_update(
 
     (params, opt_state), (grads, (losses, parts)) = _repeat(descend, (state.params, opt_state), rl.updates_per_rollout)
     weighed: Weighed = cut.join(parts)
-    step = state.step + 1
-    anchor = rule.anchor.update(state.anchor_params, params, step)
+    step, policy = state.step + 1, rule.weights(params, frozen_params)
+    anchor = rule.anchor.update(state.anchor_params, policy, step)
     metrics = {
         "loss": losses.mean(),
         "grad_norm": optax.global_norm(grads),
-        "param_norm": optax.global_norm(params),  # finite metrics imply a finite new state
+        "param_norm": optax.global_norm(policy),  # finite metrics imply a finite new state
         **_metrics(rule, rollout, rewards, weighed),
         **({} if rl.kl_schedule == "constant" else {"kl_coef": kl_coef}),
     }
     if rl.kl_schedule == "adaptive":
         opt_state = opt_state, objective.adapted_kl_coef(kl_coef, weighed.log_ratio.mean(), rl)
-    return TrainState(step, params, anchor, opt_state), metrics, Trace(*weighed, losses, grads, params)
+    return TrainState(step, params, anchor, opt_state), metrics, Trace(*weighed, losses, grads, policy)
 
 
 def _repeat(descend: Callable[..., Any], carry: Any, times: int) -> tuple[Any, Any]:
@@ -242,18 +260,22 @@ class Run(NamedTuple):
 
     name: str
     key: Array
+    fixed_params: Params  # leaves of the model that it does not train; with LoRA, all leaves at its start
 
 
-def make_run(trainer: Trainer, iteration: int, run: int) -> Run:
+def make_run(trainer: Trainer, init_params: Params, iteration: int, run: int) -> Run:
     """Make the run with these numbers, from 1."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(trainer.seed), iteration), run)
-    return Run(f"iteration {iteration} run {run}", key)
+    fixed = trees.join(init_params, trainer.frozen_params) if trainer.lora.rank else trainer.frozen_params
+    return Run(f"iteration {iteration} run {run}", key, fixed)
 
 
 def run_policy(trainer: Trainer, init_params: Params, *, iteration: int, run: int, schedule: loop.Schedule) -> Params:
     """Train one policy from init_params, or resume its training; return the trained leaves of the policy."""
-    step_fn = functools.partial(train_step, trainer, make_run(trainer, iteration, run))
-    return loop.run_steps(step_fn, lambda: trainer.programs.init(init_params), schedule).params
+    this = make_run(trainer, init_params, iteration, run)
+    step_fn = functools.partial(train_step, trainer, this)
+    state = loop.run_steps(step_fn, lambda: trainer.programs.init(init_params, this.key), schedule)
+    return trainer.programs.weights(state.params, init_params)
 
 
 def train_step(trainer: Trainer, run: Run, state: TrainState, step: int) -> tuple[TrainState, Mapping[str, Any]]:
@@ -261,7 +283,7 @@ def train_step(trainer: Trainer, run: Run, state: TrainState, step: int) -> tupl
     rollout, rewards = collect(trainer, run, state, step)
     total = meshes.put_batch(trainer.mesh, rewards.total)
     with jax.profiler.TraceAnnotation("update"):
-        state, metrics = trainer.programs.update(state, trainer.frozen_params, rollout, total)
+        state, metrics = trainer.programs.update(state, run.fixed_params, rollout, total)
     parts = {f"reward/{name}": jnp.mean(values) for name, values in rewards.parts.items()}
     return state, {**metrics, **parts}
 
@@ -279,9 +301,11 @@ def collect(trainer: Trainer, run: Run, state: TrainState, step: int) -> tuple[R
     rows = batches.epoch_rows(count, num_prompts, step, seed=trainer.seed, stream=run.name)
     rows = np.repeat(rows, rl.samples_per_prompt // copies)
     prompts = meshes.put_batch(mesh, batches.take(trainer.train_prompts, rows))
-    params = trees.join(state.params, trainer.frozen_params)
+    key = jax.random.fold_in(run.key, step)
     with jax.profiler.TraceAnnotation("sample"):
-        rollout = trainer.sampler(params, prompts, jax.random.fold_in(run.key, step), copies)
+        weights = trainer.programs.weights(state.params, run.fixed_params)
+        rollout = trainer.sampler(trees.join(weights, run.fixed_params), prompts, key, copies)
+        del weights  # with LoRA, a copy
     try:
         with jax.profiler.TraceAnnotation("reward"):
             return rollout, trainer.reward_fn(rollout)
