@@ -180,6 +180,18 @@ def test_the_tokenizer_learns_responses(tmp_path):
     assert len(tokenizer.encode(["zebra"])[0]) == 1
 
 
+def test_the_tokenizer_reads_pairs_where_the_reward_model_does(tmp_path):
+    """Fails when a row that only SFT learns from needs a pair, or the words of a pair are not learned."""
+    rows = [{**row, "good": "zebra"} for row in _rows()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = settings_of({**SETTINGS, "tokenizer.vocab_size": 300, "data.source": str(tmp_path / "rows.jsonl")})
+    corpora = preparation.load_corpora(settings)
+    for row in corpora["gold"].rows:
+        del row["good"], row["bad"]
+    tokenizer = preparation.load_tokenizer(settings, corpora, tmp_path / "tokenizer.json")
+    assert len(tokenizer.encode(["zebra"])[0]) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -125,11 +125,11 @@ def load_tokenizer(settings: Settings, corpora: Mapping[str, Corpus], path: Path
     """
 
     def make() -> None:
-        learned = [corpora[name] for name in ("reward", "gold")]
-        names = [name for names in settings.response_fields.values() for name in names]
-        answers = [str(row[name]) for split in learned for row in split.rows for name in names]
-        texts = [text for split in learned for text in split.texts]
-        trained = Tokenizer.train(texts + answers, settings.vocab_size)
+        texts = [text for name in ingredients.LEARNED["sft"] for text in corpora[name].texts]
+        for part, names in settings.response_fields.items():
+            for split in ingredients.LEARNED[part]:
+                texts += [str(row[name]) for row in corpora[split].rows for name in names]
+        trained = Tokenizer.train(texts, settings.vocab_size)
         files.write_text(path, trained.to_json())
         manifest.note(path.parent, path.name)
 
