@@ -18,7 +18,8 @@ Args:
     leaf name -> unit name.
   stacked: the key whose leaves hold all layers, as `flax.linen.scan` lays them out ('layers/attn/q/kernel' of shape
     [L, ...]; 'layers/0/...' is not stacked). None: no leaf is stacked.
-  layer_axis: the axis of stacked leaves that runs over the layers, by default 0.
+  layer_axis: the axis of stacked leaves that runs over the layers, by default 0. All leaves of a stack must have the
+    same length there.
   donate: write the result over the first policy, whose arrays then cannot be used. Saves memory and time.
   rounding_key: a `jax.random.key`, to round stochastically to the first policy's dtype: displacements smaller than the
     dtype's steps are kept in the mean. None: round to nearest, which undoes most of a small displacement in bfloat16.

@@ -1,7 +1,7 @@
 """Inputs of a merge on disk: check that the folders hold the same tensors, and cut the weights into chunks."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -78,7 +78,16 @@ def open_inputs(init: Path, policies: Sequence[Path], dtype: str | None, skip: s
     copied = tuple(name for name, tensor in kept.items() if tensor.dtype not in FLOATING)
     if not merged:
         raise ValueError(f"{init}: contains no floating-point tensors to merge; want the weights of a model")
+    if any(kept[name].num_layers > 1 for name in merged):
+        _check_stacks(init, {name: kept[name].shape for name in merged})
     return Inputs(first, tuple(others), merged, copied, tuple(name for name in first.tensors if name in skipped))
+
+
+def _check_stacks(init: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    try:
+        units.check_stacks(shapes)
+    except ValueError as error:
+        raise ValueError(f"{init}: {error}; merge such weights in memory, where layer_axis can be set") from error
 
 
 def _matching(skip: str | None, folder: WeightFolder) -> set[str]:

@@ -145,7 +145,7 @@ def merge(
     with jax.enable_x64(True):
         by_angle = METHODS[method].by_angle
         if not (by_angle or callable(liti_rate)):  # the coefficients are the same in every unit
-            layout["unit"] = "model"
+            layout |= {"unit": "model", "stacked": None}
         names, unit_of_leaf = units_of(init_params, **layout)
         matrix: HostOrDevice = np.zeros((len(names), len(policies), len(policies)))
         if by_angle:
@@ -199,14 +199,15 @@ def units_of(
     unit_fn = units.unit_function(unit)
     numbers: dict[str, int] = {}
     unit_of_leaf = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = trees.path_name(path)
+    leaves = [(trees.path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    for name, leaf in leaves:
         in_layers = leaf.ndim > 0 and naming.is_stacked(name, stacked)
         if in_layers and not 0 <= layer_axis < leaf.ndim:
             raise ValueError(f"layer_axis: got {layer_axis}, want an axis of leaf {name!r} of shape {leaf.shape}")
         members = naming.layer_names(name, leaf.shape[layer_axis], stacked) if in_layers else [name]
         ids = np.array([numbers.setdefault(unit_fn(member), len(numbers)) for member in members], np.int32)
         unit_of_leaf.append(ids.reshape((1,) * layer_axis + (-1,)) if in_layers else ids[0])
+    units.check_stacks({name: leaf.shape for name, leaf in leaves}, stacked, layer_axis)
     return tuple(numbers), unit_of_leaf
 
 

@@ -1,6 +1,6 @@
 """Merging units: the weights that share one angle. Works on names, without JAX."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -17,6 +17,28 @@ def unit_function(unit: Unit) -> Callable[[str], str]:
     if unit not in UNITS:
         raise ValueError(f"unit: got {unit!r}, want 'layer', 'tensor', 'model' or a function name -> unit name")
     return UNITS[unit]
+
+
+def check_stacks(shapes: Mapping[str, tuple[int, ...]], stacked: str | None = "layers", layer_axis: int = 0) -> None:
+    """Raise ValueError if leaves of one stack have different numbers of layers: layer_axis is that of another layout.
+
+    shapes: of the leaves, by name. stacked: the key of the stacks.
+    """
+    stacks: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        stack = naming.stack_name(name, stacked)
+        if stack is not None and shape:
+            stacks.setdefault(stack, {})[name] = shape
+    for stack, members in stacks.items():
+        lengths = {shape[layer_axis]: name for name, shape in members.items()}
+        if len(lengths) > 1:
+            axes = range(min(map(len, members.values())))
+            fitting = [str(axis) for axis in axes if len({shape[axis] for shape in members.values()}) == 1]
+            (first, name), (second, other), *_ = lengths.items()
+            raise ValueError(
+                f"layer_axis: got {layer_axis}, where {name!r} has {first} layers and {other!r} has {second}; want an "
+                f"axis with one length for all leaves under {stack!r}: {' or '.join(fitting) or 'there is none'}"
+            )
 
 
 def depth_shares(names: Sequence[str], alpha: float) -> np.ndarray:
