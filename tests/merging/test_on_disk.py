@@ -223,6 +223,24 @@ def test_skipped_tensors_are_kept_from_init(tmp_path):
     assert on_disk.summary_line(report).endswith("; 2 tensors kept from init")
 
 
+def test_a_tensor_that_only_a_policy_has_can_be_skipped(tmp_path):
+    """Fails when init must have a tensor to skip."""
+    init, policies, (start, *_) = _folders(tmp_path)
+    head = {"value_head.weight": np.ones(8, np.float32)}
+    paths = [_save(tmp_path / f"with_head_{m}", policy | head | IDS) for m, policy in enumerate(policies)]
+    report = merge_folders(start, paths, tmp_path / "out", Settings(skip="value_head"))
+    assert _load(tmp_path / "out" / "eta_1").keys() == init.keys() | IDS
+    assert report["skipped"] == []
+
+
+def test_skipped_layers_count_for_the_depth(tmp_path):
+    """Fails when L is the number of merged layers: the same layer would have another rate."""
+    _, _, (start, *paths) = _folders(tmp_path)
+    report = merge_folders(start, paths, tmp_path / "out", Settings(lines_alpha=0.2, skip=r"layers\.2\."))
+    shares = {unit["name"]: unit["eta_share"] for unit in report["units"] if "layers" in unit["name"]}
+    assert shares == pytest.approx({"model.layers.0": 0.2, "model.layers.1": 0.6})
+
+
 @pytest.mark.parametrize(
     ("skip", "message"),
     [("embedings", "skip: got 'embedings', which matches no tensor"), ("(", "want a regular"), ("", "to merge; want")],

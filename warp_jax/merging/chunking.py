@@ -68,11 +68,11 @@ def open_inputs(init: Path, policies: Sequence[Path], dtype: str | None, skip: s
         raise ValueError("policies: got none, want at least one")
     first = open_weights(init)
     others = [LoraFolder(path, first) if is_adapter(path) else open_weights(path) for path in policies]
-    skipped = _matching(skip, first)
+    skipped = set[str]().union(*(_matching(skip, folder) for folder in (first, *others)))
     if skip is not None and not skipped:
-        raise ValueError(f"skip: got {skip!r}, which matches no tensor of {init}; want a part of a name")
+        raise ValueError(f"skip: got {skip!r}, which matches no tensor of {init} or a policy; want a part of a name")
     for other in others:
-        _check_same_tensors(first, other, dtype, skipped | _matching(skip, other))
+        _check_same_tensors(first, other, dtype, skipped)
     kept = {name: tensor for name, tensor in first.tensors.items() if name not in skipped}
     merged = tuple(name for name, tensor in kept.items() if tensor.dtype in FLOATING)
     copied = tuple(name for name, tensor in kept.items() if tensor.dtype not in FLOATING)
@@ -136,13 +136,18 @@ def plan_chunks(inputs: Inputs, unit: units.Unit, room: int) -> tuple[tuple[str,
     unit_of = units.unit_function(unit)
     pieces: dict[str, list[Piece]] = {}
     for name in inputs.merged:
-        tensor = inputs.init.tensors[name]
-        rows = naming.layer_names(name, tensor.num_layers) if tensor.num_layers > 1 else [name]
+        rows, tensor = row_names(inputs, name), inputs.init.tensors[name]
         size = tensor.size // len(rows)
         for row, row_name in enumerate(rows):
             pieces.setdefault(unit_of(row_name), []).append(Piece(name, row * size, (row + 1) * size))
     chunks = [Chunk(number, part) for number, members in enumerate(pieces.values()) for part in _cut(members, room)]
     return tuple(pieces), chunks
+
+
+def row_names(inputs: Inputs, name: str) -> list[str]:
+    """Names of the layers of a tensor that holds several; else its own name."""
+    count = inputs.init.tensors[name].num_layers
+    return naming.layer_names(name, count) if count > 1 else [name]
 
 
 def whole_pieces(inputs: Inputs) -> Iterator[Piece]:

@@ -58,8 +58,10 @@ def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Set
     workers = min(os.cpu_count() or 2, 8)
     room = chunking.chunk_room(inputs, settings.memory_gb, workers)
     unit_names, chunks = chunking.plan_chunks(inputs, settings.unit, room)
-    alpha = settings.lines_alpha
-    shares = np.ones(len(unit_names)) if alpha is None else units.depth_shares(unit_names, alpha)
+    shares = np.ones(len(unit_names))
+    if settings.lines_alpha is not None:
+        kept = [row for name in (*inputs.copied, *inputs.skipped) for row in chunking.row_names(inputs, name)]
+        shares = units.depth_shares(unit_names, settings.lines_alpha, kept)
     with JobProgress(2 * len(chunks)) as progress, ThreadPoolExecutor(workers) as pool:
         job = _Job(inputs, settings, unit_names, shares, chunks, _Maths(len(policies)), pool, progress)
         try:

@@ -41,12 +41,12 @@ def check_stacks(shapes: Mapping[str, tuple[int, ...]], stacked: str | None = "l
             )
 
 
-def depth_shares(names: Sequence[str], alpha: float) -> np.ndarray:
+def depth_shares(names: Sequence[str], alpha: float, not_merged: Sequence[str] = ()) -> np.ndarray:
     """Share of the LITI rate that each unit takes, [U]: LiNeS (arXiv 2410.17146), alpha + (1 - alpha) l / (L - 1).
 
-    alpha: share of layer l = 0, from 0 to 1; the last layer takes 1. L is the largest layer number plus 1. Units
-    outside layers (embedding, final norm, head) take alpha: the embedding comes before layer 0, and is often the head
-    too. Raises ValueError for other alphas, and if no unit is in a layer.
+    alpha: share of layer l = 0, from 0 to 1; the last layer takes 1. L is the largest layer number plus 1, also of the
+    weights `not_merged`. Units outside layers (embedding, final norm, head) take alpha: the embedding comes before
+    layer 0, and is often the head too. Raises ValueError for other alphas, and if no unit is in a layer.
     """
     numbers = [naming.layer_number(name) for name in names]
     inside = [number for number in numbers if number is not None]
@@ -54,5 +54,5 @@ def depth_shares(names: Sequence[str], alpha: float) -> np.ndarray:
         raise ValueError(f"lines: got alpha {alpha}, want a number from 0 to 1")
     if not inside:
         raise ValueError(f"lines: no layer in the names of the units ({names[0]}, ...); want unit 'layer' or 'tensor'")
-    last = max(*inside, 1)
+    last = max(*inside, *filter(None, map(naming.layer_number, not_merged)), 1)
     return np.array([alpha if number is None else alpha + (1 - alpha) * number / last for number in numbers])
