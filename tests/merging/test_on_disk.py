@@ -354,6 +354,20 @@ def test_etas_are_distinct_and_finite(tmp_path, etas):
         merge_folders(tmp_path, [tmp_path], tmp_path / "out", Settings(etas=etas))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings(weights=(0.2, 0.3)), "weights: got 2 for 2 policies, want 1"),
+        (Settings("karcher", weights=(0.2, 0.3)), "want numbers from 0 to 1 that add up to 1 for karcher"),
+        (Settings("ties"), "method: got 'ties', want one of slerp, "),
+    ],
+)
+def test_bad_weights_are_refused_before_any_is_read(tmp_path, settings, message):
+    """Fails when the weights of the policies are checked after hours of reading; the folder has none to read."""
+    with pytest.raises(ValueError, match=message):
+        merge_folders(tmp_path, [tmp_path, tmp_path], tmp_path / "out", settings)
+
+
 def test_no_space_leaves_nothing(tmp_path, monkeypatch):
     """Fails when a full disk is noticed only while writing."""
     _, _, paths = _folders(tmp_path)

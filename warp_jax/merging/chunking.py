@@ -64,8 +64,6 @@ def open_inputs(init: Path, policies: Sequence[Path], dtype: str | None, skip: s
     dtypes of the tensors must be the same in all folders too. skip: regular expression; tensors in whose names it is
     found are not merged and not compared.
     """
-    if not policies:
-        raise ValueError("policies: got none, want at least one")
     first = open_weights(init)
     others = [LoraFolder(path, first) if is_adapter(path) else open_weights(path) for path in policies]
     skipped = set[str]().union(*(_matching(skip, folder) for folder in (first, *others)))

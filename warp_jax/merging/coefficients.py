@@ -165,6 +165,13 @@ def with_liti(method: str, coefficients: Any, liti_rate: Any) -> Any:
     return columns[0].__array_namespace__().concat(columns, axis=-1)
 
 
+def check_method(method: str, weights: Weights, count: int) -> None:
+    """Raise ValueError unless there is such a method, and it takes these weights and so many policies."""
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, want one of {', '.join(METHODS)}")
+    METHODS[method].solve(np.eye(count)[None], weights)
+
+
 def solve(method: str, matrix: Matrix, weights: Weights, names: Sequence[str]) -> Any:
     """Coefficients [U, M] of a method. Units whose merge is undefined raise ValueError; inside jit they give NaN."""
     _check_finite(matrix, names)

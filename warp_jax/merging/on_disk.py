@@ -17,7 +17,7 @@ import numpy as np
 from warp_jax import files
 from warp_jax.merging import chunking, rounding, units
 from warp_jax.merging.chunking import Chunk, Inputs, Piece
-from warp_jax.merging.coefficients import FULL_WEIGHTS, angles, norms, order_spread, solve, with_liti
+from warp_jax.merging.coefficients import FULL_WEIGHTS, angles, check_method, norms, order_spread, solve, with_liti
 from warp_jax.progress import JobProgress
 from warp_jax.storage.model_files import EXPORT_REPORT
 from warp_jax.storage.weight_files import OUTPUT_DTYPES, SafetensorsWriter, Tensor, hash_file
@@ -50,8 +50,11 @@ def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Set
     names = {_eta_folder(eta) for eta in settings.etas if 0 <= eta <= MAX_FACTOR}
     if not names or len(names) < len(settings.etas):
         raise ValueError(f"etas: got {settings.etas}, want distinct numbers from 0 to {MAX_FACTOR}")
+    if not policies:
+        raise ValueError("policies: got none, want at least one")
     if not all(abs(weight) <= MAX_FACTOR for weight in settings.weights or ()):
         raise ValueError(f"weights: got {settings.weights}, want numbers from -{MAX_FACTOR} to {MAX_FACTOR}")
+    check_method(settings.method, settings.weights, len(policies))
     if out.exists():
         raise ValueError(f"out: {out} exists and is not overwritten; choose another --out")
     inputs = chunking.open_inputs(init, policies, settings.dtype, settings.skip)
