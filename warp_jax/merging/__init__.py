@@ -11,8 +11,8 @@ All merges share these arguments:
 Args:
   init_params: the weights where all policies started.
   policies: M >= 1 trees with the structure and shapes of init_params.
-  liti_rate: 0 returns init_params, 1 (the default) the full merge. Or a function names of the units -> one rate for
-    each, such as `lines(0.3, alpha=0.2)`, whose rate grows with depth.
+  liti_rate: 0 returns init_params, 1 (the default) the full merge. Or one rate for each unit, in the order of `gram`;
+    or a function names of the units -> these, such as `lines(0.3, alpha=0.2)`, whose rate grows with depth.
   weights: slerp: M - 1, one for each policy after the first; karcher (with the sum 1), lerp and task_arithmetic: M.
   unit: the weights that share one angle: "layer" (as in the paper), "tensor", "model", or a function
     leaf name -> unit name.
@@ -26,7 +26,7 @@ Args:
 
 Raises:
   ValueError: no policy; trees that differ (the message names the first leaf); leaves that are not floating-point
-    arrays; a wrong number of weights; outside jit, units whose task vectors are opposite or not finite.
+    arrays; a wrong number of weights or rates; outside jit, units whose task vectors are opposite or not finite.
 """
 
 from etils import epy

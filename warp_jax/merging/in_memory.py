@@ -13,8 +13,8 @@ from warp_jax.merging import kernels, units
 from warp_jax.merging.coefficients import FULL_WEIGHTS, METHODS, solve, with_liti
 from warp_jax.types import Array, HostOrDevice, Params
 
-# LITI rate: a number, or a function names of the units -> one rate for each, [U]
-Rate = float | Array | Callable[[Sequence[str]], HostOrDevice]
+# LITI rate: a number, one for each unit, [U], or a function from the names of the units to these
+Rate = float | HostOrDevice | Callable[[Sequence[str]], HostOrDevice | Sequence[float]]
 
 
 class Gram(NamedTuple):
@@ -144,7 +144,8 @@ def merge(
     _check_policies(init_params, policies)
     with jax.enable_x64(True):
         by_angle = METHODS[method].by_angle
-        if not (by_angle or callable(liti_rate)):  # the coefficients are the same in every unit
+        one_rate = not callable(liti_rate) and np.ndim(liti_rate) == 0
+        if one_rate and not by_angle:  # the coefficients are the same in every unit
             layout |= {"unit": "model", "stacked": None}
         names, unit_of_leaf = units_of(init_params, **layout)
         matrix: HostOrDevice = np.zeros((len(names), len(policies), len(policies)))
@@ -153,6 +154,11 @@ def merge(
             matrix = gram(start, policies, **layout).matrix
         solved = solve(method, matrix, weights, names)
         rate = _wide(liti_rate(names) if callable(liti_rate) else liti_rate)
+        if rate.shape not in ((), (len(names),)):
+            raise ValueError(
+                f"liti_rate: got shape {rate.shape}, want a number, or one for each of the {len(names)} units "
+                f"({names[0]}, ...)"
+            )
         sums = with_liti(method, solved, rate)
         columns = map(jax.tree.leaves, (init_params, *policies))
         keys = [None] * len(unit_of_leaf) if rounding_key is None else jax.random.split(rounding_key, len(unit_of_leaf))
@@ -224,5 +230,6 @@ def _f32(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
-def _wide(rate: Any) -> Any:
-    return rate.astype(jnp.float64) if isinstance(rate, jax.Array) else rate
+def _wide(rate: Any) -> HostOrDevice:
+    """One rate or several in float64, as an array."""
+    return rate.astype(jnp.float64) if isinstance(rate, jax.Array) else np.asarray(rate, np.float64)
