@@ -310,7 +310,9 @@ def _change(paths, kind):
         message = f"run_1: tensor '{name}' holds NaN or Inf"
     elif kind == "opposite":
         second = {n: v if n in IDS else 2 * init[n] - v for n, v in first.items()}
-        message = r"opposite or non-finite task vectors in model.embed_tokens.weight, model.layers.0"
+        message = (
+            r"task vectors are opposite or cancel out in model.embed_tokens.weight, model.layers.0, .*where slerp has"
+        )
     elif kind == "identical":
         second = init
         message = "run_1: identical to init"

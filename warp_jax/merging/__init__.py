@@ -26,7 +26,8 @@ Args:
 
 Raises:
   ValueError: no policy; trees that differ (the message names the first leaf); leaves that are not floating-point
-    arrays; a wrong number of weights or rates; outside jit, units whose task vectors are opposite or not finite.
+    arrays; a wrong number of weights or rates; outside jit, units whose task vectors are not finite, are opposite
+    or cancel out.
 """
 
 from etils import epy
