@@ -189,7 +189,8 @@ def _not_finite(values: Any, names: Sequence[str]) -> str:
     """The units with values that are not finite; "" inside jit."""
     if not isinstance(values, np.ndarray):
         return ""
-    return ", ".join(name for name, good in zip(names, np.isfinite(values).all((-2, -1)), strict=True) if not good)
+    finite = np.atleast_1d(np.isfinite(values).all((-2, -1)))
+    return ", ".join(name for name, good in zip(names, finite, strict=True) if not good)
 
 
 def slerp_pair(square_1: Any, square_2: Any, inner: Any, weight: float) -> tuple[Any, Any]:
