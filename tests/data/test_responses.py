@@ -132,8 +132,8 @@ def test_prompt_and_response_decode_to_both(kind):
 
 def test_a_chat_response_has_no_space_that_the_template_lacks():
     """Fails when the turn of the assistant is encoded as if it stood alone."""
-    template = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{{ '\\n' }}"
-    template += "{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+    template = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}"
+    template += "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
     tokenizer = dataclasses.replace(_sentencepiece("normalizer"), chat_template=template)
     found = _encode(tokenizer, [{"q": "good?", "a": "yes"}], use_chat=True)
     assert tokenizer.backend.decode(found.token_ids[0][0].tolist(), skip_special_tokens=False) == "u: good?\na: yes</s>"

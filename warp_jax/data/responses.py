@@ -91,21 +91,19 @@ def _encode_after(
 ) -> list[Any]:
     """Ids of texts that follow prompts, up to a stop token, which is EOS if the text has none.
 
-       None where prompt and text would not decode to both.
-    A SentencePiece tokenizer puts a space before the first word of a
-       text. It does not after an anchor, whose ids are taken off again.
+    None where prompt and text would not decode to both. A SentencePiece tokenizer puts a space before the first word of
+    a text. It does not after an anchor, whose ids are taken off again.
     """
     found: list[Any] = [None] * len(texts)
     before = tokenizer.decode_whole(prompts)
     for anchor in ANCHORS:
         left = [i for i, row in enumerate(found) if row is None]
         start, *rows = encode([anchor, *(anchor + texts[i] for i in left)])
-        begins = [row[: len(start)].tolist() == start.tolist() for row in rows]
         rows = [_until_stop(tokenizer, row[len(start) :]) for row in rows]
         both = tokenizer.decode_whole([np.append(prompts[i], row) for i, row in zip(left, rows, strict=True)])
-        for i, is_anchored, row, decoded in zip(left, begins, rows, both, strict=True):
+        for i, row, decoded in zip(left, rows, both, strict=True):
             ended = len(row) > 0 and row[-1] in tokenizer.stop_ids
-            if is_anchored and _is_same(decoded, before[i] + texts[i], ended=ended):
+            if _is_same(decoded, before[i] + texts[i], ended=ended):
                 found[i] = row if ended else np.append(row, np.int32(tokenizer.eos_id))
     return found
 

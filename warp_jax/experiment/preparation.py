@@ -99,7 +99,7 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
         labelled=settings.needs_labels,
     )
     tokenizer = read_tokenizer(settings) if settings.model.source else None
-    ingredients.check_responses(settings, splits, tokenizer)
+    encoded = ingredients.check_responses(settings, splits, tokenizer)
     for name in ("prompts", "eval"):
         if tokenizer is not None:
             make_prompts(settings, tokenizer, splits[name], name)
@@ -109,7 +109,8 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
     row_checks.check(limits, splits["prompts"])
     row_checks.check({**limits, settings.gold.source: settings.gold.timeout}, splits["eval"])
     text = settings.evaluation
-    return {**splits, "text": corpus.read_texts(text.text, text.text_field, text.text_rows)}
+    texts = corpus.read_texts(text.text, text.text_field, text.text_rows)
+    return ingredients.Corpora({**splits, "text": texts}, encoded)
 
 
 def _prompt_types(data: groups.Data) -> Any:
