@@ -40,6 +40,7 @@ BAD = [  # path, value, what the message says
     ("front.etas", (0.3, -0.1), "config.front.etas.1: got -0.1, want at least 0"),
     ("front.etas", (0.1, 0.3, 0.1), "want distinct numbers: 0.1 is given twice"),
     ("front.etas", (0.3, 0.3000000001), "want distinct numbers: 0.3 is given twice"),
+    ("front.etas", (0.3, 1.0000001), "config.front.etas: got (0.3, 1.0000001), want 1.0 in place of 1.0000001"),
     ("front.etas", (0.0, -0.0), "want distinct numbers: 0 is given twice"),
     ("front.etas", (), "config.front.etas: got (), want at least 1 item"),
     ("front.etas", 0.3, "config.front.etas: got 0.3, want a valid tuple"),

@@ -38,6 +38,9 @@ def _distinct(etas: tuple[float, ...]) -> tuple[float, ...]:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"got {etas!r}, want distinct numbers: {name} is given twice (compared with 6 digits)")
+    for eta, name in zip(etas, names, strict=True):
+        if name == "1" and eta != 1:  # 1 is evaluated in any case
+            raise ValueError(f"got {etas!r}, want 1.0 in place of {eta!r}, which has the same 6 digits")
     return etas
 
 
