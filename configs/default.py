@@ -7,6 +7,9 @@ measured. Every other config starts from this file and lists only what it change
 
 [P ...] cites the paper (s = section); [ours] marks a choice that the paper does not report. SFT is supervised
 fine-tuning, x a prompt, y its completion, theta the weights of the policy. KL is measured per completion, in nats.
+
+Settings of a choice that is not made, such as rl.kl_steps with a constant kl_schedule, must keep their values here: one
+that nothing reads is refused (warp_jax/settings/unread.py lists them).
 """
 
 from ml_collections import ConfigDict, config_dict

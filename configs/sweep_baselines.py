@@ -50,7 +50,7 @@ def add_baselines(add: Add, config: ConfigDict) -> None:
     # other anchors
     add("ema_every_10", {"warp.anchor_every": 10, "warp.ema_rate": min(10 * warp.ema_rate, 1.0)})
     add("reset_anchor", {"warp.anchor_every": max(warp.steps_per_iteration[0] // 4, 1), "warp.ema_rate": 1.0})
-    add("bema", {"warp.anchor": "bema"})
+    add("bema", {"warp.anchor": "bema", "warp.ema_rate": 0.01})  # the default: nothing reads it
 
     # other merges. At 90 degrees, SLERP is LERP times 1 / cos(45 degrees)
     add("lerp", {"warp.merge": "lerp"})

@@ -223,7 +223,7 @@ def _compare(workdirs: list[Path], baselines: list[Path]) -> None:
 
 
 def _rows(workdir: Path) -> list[dict[str, Any]]:
-    settings = typed.from_config(files.read_json(workdir / "config.json"))
+    settings = typed.from_saved(files.read_json(workdir / "config.json"))
     return columns.as_rows(report.read_points(workdir), settings.evaluation)
 
 

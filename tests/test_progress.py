@@ -33,3 +33,20 @@ def test_phases_done_before_take_no_time(monkeypatch):
         clock[0] = now
         job.on_step(done, {"loss": 1.0} if done else {})
     assert job._left(2) == f"about {30 * 2 / 60:.1f} min left"
+
+
+def test_a_phase_that_ends_early_leaves_no_steps(monkeypatch):
+    """Fails when steps and evaluations that a run leaves out still count, or the next phase begins after them."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    job = progress.JobProgress(20)
+    job.expect_evaluations(5)
+    job.start_phase("first", 10, finished=False)
+    for done, now in ((0, 0.0), (1, 50.0), (2, 52.0)):
+        clock[0] = now
+        job.on_step(done, {"loss": 1.0} if done else {})
+    job.on_evaluation("policy", 60.0)
+    job.end_phase(2, evaluations_left_out=3)
+    job.start_phase("second", 10, finished=False)
+    assert job._left(0) == f"about {(2 * 10 + 60) / 60:.1f} min left"
+    assert job._progress.tasks[0].total == 12

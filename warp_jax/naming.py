@@ -17,6 +17,12 @@ def is_stacked(name: str, under: str | None = "layers") -> bool:
     return stack is not None and bool(stack.rest) and not stack.rest[0].isdigit()
 
 
+def stack_name(name: str, under: str | None = "layers") -> str | None:
+    """Name of the stack that a stacked leaf is in, such as 'decoder/layers_from_20'; None if it is not stacked."""
+    stack = _stack_of(name, under)
+    return None if stack is None or not is_stacked(name, under) else name.removesuffix("/" + "/".join(stack.rest))
+
+
 def layer_names(name: str, num_layers: int, under: str | None = "layers") -> list[str]:
     """Names of the slices of a stacked leaf, e.g. 'layers/0/attn/q/kernel'."""
     stack = _stack_of(name, under) or _Stack([], 0, name.split("/"))

@@ -41,6 +41,13 @@ class JobProgress:
         if finished:
             self.on_step(num_steps, {})
 
+    def end_phase(self, num_steps: int, *, evaluations_left_out: int = 0) -> None:
+        """End this phase after num_steps steps: what it has left out is not expected any more."""
+        self._total -= self._phase_steps - num_steps
+        self._phase_steps = num_steps
+        self._evaluations_left -= evaluations_left_out
+        self._progress.update(self._task, total=self._total, completed=self._before + num_steps)
+
     def on_step(self, done: int, values: Mapping[str, float]) -> None:
         """Move the bar to `done` steps of this phase. values: latest metrics, empty for steps of an earlier process."""
         now = time.monotonic()

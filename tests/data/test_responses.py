@@ -1,9 +1,13 @@
 """Prompts with responses: their token ids in plain text and in chat templates, and their batches."""
 
+import dataclasses
 import functools
+import json
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from tests.data.test_chat import CHATML, FAMILIES, FIRST, LATER, QWEN_2, _transformers, make_folder
 from tests.data.test_stop_tokens import PLAIN
@@ -71,6 +75,81 @@ def test_a_plain_response_follows_its_prompt():
         assert length == len(response_ids) + 1
     (together,) = tokenizer.encode_with_bos(["xxy"])
     assert len(together) < len(found.token_ids[0][0]) - 1  # a merge of both
+
+
+WORDS = "Q: is it good? A: yes no 5 it is a film"
+
+
+def _sentencepiece(kind):
+    """A tokenizer that puts a mark of a space before a text, as Llama 2 and Mistral do, or before its first word."""
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    strip = decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    )
+    if kind == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme=kind)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    backend.train_from_iterator([WORDS] * 20, trainer)
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]  # bytes are not special
+    ids = [backend.token_to_id(token) for token in special[:3]]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    return Tokenizer(backend, ids[0], ids[1], ids[2], (ids[2],), {})
+
+
+TEXTS = [
+    ("Q: is it good? A:", "yes"),
+    ("Q: is it good? A:", " yes"),
+    ("Q:\n", "5"),
+    ("A: ", "no"),
+    ("Q: ", "\n\u00e9 yes"),
+]
+
+
+@pytest.mark.parametrize("kind", ["always", "first", "normalizer", "byte level"])
+def test_prompt_and_response_decode_to_both(kind):
+    """Fails when a tokenizer puts a space before a response that stands alone, which RL's completions do not have; or
+    an anchor stays."""
+    tokenizer = Tokenizer.train([WORDS], 300) if kind == "byte level" else _sentencepiece(kind)
+    found = _encode(tokenizer, [{"q": prompt, "a": response} for prompt, response in TEXTS])
+    for (prompt, response), ids, length in zip(TEXTS, found.token_ids[0], found.response_lengths[0], strict=True):
+        (alone,) = tokenizer.encode_with_bos([prompt])
+        assert ids[:-length].tolist() == alone.tolist()
+        _, answers = tokenizer.decode_answers(
+            *(x[None] for part in (ids[:-length], ids[-length:-1]) for x in (part, np.ones(len(part), bool)))
+        )
+        assert answers == [response]
+        assert ids[-1] == tokenizer.eos_id
+    if kind == "byte level":
+        assert (
+            found.token_ids[0][1][-found.response_lengths[0][1] : -1].tolist() == tokenizer.encode([" yes"])[0].tolist()
+        )
+
+
+def test_a_chat_response_has_no_space_that_the_template_lacks():
+    """Fails when the turn of the assistant is encoded as if it stood alone."""
+    template = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}"
+    template += "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+    tokenizer = dataclasses.replace(_sentencepiece("normalizer"), chat_template=template)
+    found = _encode(tokenizer, [{"q": "good?", "a": "yes"}], use_chat=True)
+    assert tokenizer.backend.decode(found.token_ids[0][0].tolist(), skip_special_tokens=False) == "u: good?\na: yes</s>"
+
+
+def test_a_response_that_no_tokens_decode_to_is_refused():
+    """Fails when SFT learns another text than the row's, or the error loses the row; NFC counts as the same text."""
+    tokenizer = Tokenizer.train([WORDS], 300)
+    rows = [{"q": "is it", "a": "good"}, {"q": "is it", "a": "Good"}]
+    tokenizer.backend.normalizer = normalizers.NFC()
+    assert len(_encode(tokenizer, [{"q": "is it", "a": "e\u0301"}]).rows) == 1
+    tokenizer.backend.normalizer = normalizers.Lowercase()
+    with pytest.raises(
+        ValueError, match=r"^row 1: field 'a': no tokens after the prompt decode to 'Good'; remove the row"
+    ):
+        _encode(tokenizer, rows)
 
 
 def test_a_response_ends_at_its_first_stop_token():

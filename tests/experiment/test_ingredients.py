@@ -13,8 +13,9 @@ import pytest
 
 from tests.settings_of import settings_of
 from warp_jax import main
+from warp_jax.data import responses
 from warp_jax.experiment import architecture, ingredients, preparation
-from warp_jax.parallel import stopping
+from warp_jax.parallel import meshes, stopping
 from warp_jax.progress import JobProgress
 from warp_jax.training import supervised
 
@@ -114,12 +115,13 @@ def test_sft_reads_rows_of_reward_and_gold_split(job):
         seen |= {row["text"] for row in chosen}
     fitting = [row for row in rows if len(row["question"]) <= 20]  # with start, "? ", "yes" and end: 26 tokens
     assert seen == {row["text"] for row in fitting}
-    assert f"sft: {len(rows) - len(fitting)} of {len(rows)} rows of splits 'reward' and 'gold', joined" in job.notes[0]
+    left_out = f"sft: {len(rows) - len(fitting)} of {len(rows)} rows of splits 'reward' and 'gold', joined"
+    assert any(left_out in note for note in job.notes)
     assert task.num_microbatches == 2
     held_out = job.corpora["eval"].rows
-    numbers = np.concatenate([task.held_out_batch(n)[supervised.ROW] for n in range(task.held_out_batches)])
+    numbers = np.concatenate([task.held_out_batch(n)[supervised.ROW] for n in range(task.held_out_batches())])
     assert all(len(held_out[number]["question"]) <= 20 for number in numbers)
-    assert len(set(numbers.tolist())) == len(numbers) == 16 * task.held_out_batches > 0
+    assert len(set(numbers.tolist())) == len(numbers) == 16 * task.held_out_batches() > 0
 
 
 def test_prompts_are_those_of_rl(job):
@@ -145,6 +147,22 @@ def test_pairs_answer_one_prompt(job):
             assert _decoded(job, batch, batch["mask"]) == want
             assert {row["bad"] for row in chosen} == {"no"}
     assert any(note.startswith("reward_model: ") and "rows of split 'reward' left out" in note for note in job.notes)
+
+
+def test_responses_are_encoded_once(job, monkeypatch):
+    """Fails when a training encodes what the checks have encoded, or a finished training encodes anything."""
+    calls, encode = [], responses.encode
+    monkeypatch.setattr(responses, "encode", lambda *args, **options: calls.append(args) or encode(*args, **options))
+    corpora = ingredients.Corpora(job.corpora, ingredients.check_responses(job.settings, job.corpora, job.tokenizer))
+    assert len(calls) == 4  # learned and held out, of SFT and of the reward model
+    mesh = meshes.make_mesh(job.settings.mesh)
+    maker = ingredients.Maker(job.settings, job.workdir, JobProgress(0, quiet=True), mesh, job.tokenizer, corpora)
+    task = maker.sft_task(architecture.policy_config(job.settings.model, job.tokenizer.vocab_size))
+    for name in ("batch_fn", "held_out_batch"):
+        found, wanted = (getattr(made, name)(3)["token_ids"] for made in (task, job.tasks["sft"]))
+        np.testing.assert_array_equal(found, wanted)
+    _prepare(job.settings, job.workdir)
+    assert len(calls) == 4
 
 
 def test_a_stopped_training_ends_with_the_same_bits(job, tmp_path, monkeypatch):
@@ -176,6 +194,18 @@ def test_the_tokenizer_learns_responses(tmp_path):
          "data.rejected_field": "", "rewards.sentiment.weight": 0.0, "rewards.length.weight": 1.0}
     )  # fmt: skip
     corpora = preparation.load_corpora(settings)
+    tokenizer = preparation.load_tokenizer(settings, corpora, tmp_path / "tokenizer.json")
+    assert len(tokenizer.encode(["zebra"])[0]) == 1
+
+
+def test_the_tokenizer_reads_pairs_where_the_reward_model_does(tmp_path):
+    """Fails when a row that only SFT learns from needs a pair, or the words of a pair are not learned."""
+    rows = [{**row, "good": "zebra"} for row in _rows()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = settings_of({**SETTINGS, "tokenizer.vocab_size": 300, "data.source": str(tmp_path / "rows.jsonl")})
+    corpora = preparation.load_corpora(settings)
+    for row in corpora["gold"].rows:
+        del row["good"], row["bad"]
     tokenizer = preparation.load_tokenizer(settings, corpora, tmp_path / "tokenizer.json")
     assert len(tokenizer.encode(["zebra"])[0]) == 1
 

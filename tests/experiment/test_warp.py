@@ -31,6 +31,12 @@ def _evaluation(value):
 class _Progress:
     start_phase = note = on_step = expect_evaluations = lambda *args, **kwargs: None
 
+    def __init__(self):
+        self.ended = []
+
+    def end_phase(self, num_steps, *, evaluations_left_out):
+        self.ended.append((num_steps, evaluations_left_out))
+
 
 def _tree(vector):
     return {"layers": {"w": jnp.asarray(vector, jnp.float32)[None]}}
@@ -65,7 +71,7 @@ def job(monkeypatch):
 
             def missing(self, names):
                 planned.update(names)
-                return []
+                return sorted(set(names) - measured.keys())
 
             def saved(self, names):
                 return {}
@@ -225,6 +231,8 @@ def test_a_run_is_finished_at_its_limit_and_merged(job, tmp_path):
     end = files.read_json(tmp_path / "iteration_1" / "run_1" / "end.json")
     assert end == {"step": 3, "sft_kl": 1.0, "stop_at_kl": 0.9}
     assert not (tmp_path / "iteration_1" / "run_2" / "end.json").exists()
+    assert job.made.progress.ended == [(3, 1), (6, 0)]  # of run 1, the policy after step 6 is left out
     again, starts, _ = job(tmp_path, KEEP, num_iterations=1, steps_per_iteration=(6,), runs=runs, merge="lerp")
     assert starts == {}
+    assert job.made.progress.ended == [(3, 0), (6, 0)]  # it was not expected
     assert [p[:5] for p in again if p.eta == p.eta] == [p[:5] for p in points if p.eta == p.eta]

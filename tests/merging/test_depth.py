@@ -90,3 +90,23 @@ def test_any_function_of_the_names_sets_the_rates():
     np.testing.assert_array_equal(found["embed"], init["embed"])
     np.testing.assert_array_equal(found["layers"]["w"][0], init["layers"]["w"][0])
     np.testing.assert_allclose(found["layers"]["w"][1], [4, 1.75])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["numpy", "jax", "function of a list"])
+def test_rates_may_be_given_without_a_function(method, kind):
+    """Fails when LERP takes the first rate for all units in silence, or a function must return an array."""
+    init, policies = _trees()
+    rates = [0.06, 0.06, 0.18, 0.3]
+    given = {"numpy": np.array(rates), "jax": jnp.array(rates), "function of a list": lambda names: rates}[kind]
+    found, want = (merging.merge(init, policies, method, liti_rate=r) for r in (given, merging.lines(0.3, alpha=0.2)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, want)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rate", [[0.1, 0.2], [[0.1] * 4], lambda names: [0.3]], ids=["few", "table", "function"])
+def test_other_numbers_of_rates_are_refused(method, rate):
+    """Fails when rates are broadcast over the units, or end in an IndexError."""
+    init, policies = _trees()
+    with pytest.raises(ValueError, match=r"^liti_rate: got shape .*, want a number, or one for each of the 4 units \("):
+        merging.merge(init, policies, method, liti_rate=rate if callable(rate) else np.array(rate))

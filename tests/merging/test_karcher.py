@@ -147,8 +147,12 @@ def test_task_vectors_without_a_mean_give_nan(kind, in_jit):
         found = np.asarray(solve(jnp.asarray(matrix) if in_jit else matrix))
     assert np.isnan(found[0]).all()
     np.testing.assert_allclose(found[1], 3**-0.5, rtol=1e-12)
-    init, policies = {"w": jnp.zeros(3)}, [{"w": jnp.array(row, jnp.float32)} for row in UNDEFINED["opposite"]]
-    with pytest.raises(ValueError, match=r"opposite .* in w;"):
+
+
+def test_the_error_says_that_task_vectors_cancel():
+    """Fails when three directions without a mean, of which no two are opposite, are called opposite or not finite."""
+    init, policies = {"w": jnp.zeros(3)}, [{"w": jnp.array(row, jnp.float32)} for row in UNDEFINED["cancel"]]
+    with pytest.raises(ValueError, match=r"opposite or cancel out in w, where karcher has no result; leave out a pol"):
         merging.karcher(init, policies)
 
 

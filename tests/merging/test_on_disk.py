@@ -223,6 +223,24 @@ def test_skipped_tensors_are_kept_from_init(tmp_path):
     assert on_disk.summary_line(report).endswith("; 2 tensors kept from init")
 
 
+def test_a_tensor_that_only_a_policy_has_can_be_skipped(tmp_path):
+    """Fails when init must have a tensor to skip."""
+    init, policies, (start, *_) = _folders(tmp_path)
+    head = {"value_head.weight": np.ones(8, np.float32)}
+    paths = [_save(tmp_path / f"with_head_{m}", policy | head | IDS) for m, policy in enumerate(policies)]
+    report = merge_folders(start, paths, tmp_path / "out", Settings(skip="value_head"))
+    assert _load(tmp_path / "out" / "eta_1").keys() == init.keys() | IDS
+    assert report["skipped"] == []
+
+
+def test_skipped_layers_count_for_the_depth(tmp_path):
+    """Fails when L is the number of merged layers: the same layer would have another rate."""
+    _, _, (start, *paths) = _folders(tmp_path)
+    report = merge_folders(start, paths, tmp_path / "out", Settings(lines_alpha=0.2, skip=r"layers\.2\."))
+    shares = {unit["name"]: unit["eta_share"] for unit in report["units"] if "layers" in unit["name"]}
+    assert shares == pytest.approx({"model.layers.0": 0.2, "model.layers.1": 0.6})
+
+
 @pytest.mark.parametrize(
     ("skip", "message"),
     [("embedings", "skip: got 'embedings', which matches no tensor"), ("(", "want a regular"), ("", "to merge; want")],
@@ -292,7 +310,9 @@ def _change(paths, kind):
         message = f"run_1: tensor '{name}' holds NaN or Inf"
     elif kind == "opposite":
         second = {n: v if n in IDS else 2 * init[n] - v for n, v in first.items()}
-        message = r"opposite or non-finite task vectors in model.embed_tokens.weight, model.layers.0"
+        message = (
+            r"task vectors are opposite or cancel out in model.embed_tokens.weight, model.layers.0, .*where slerp has"
+        )
     elif kind == "identical":
         second = init
         message = "run_1: identical to init"
@@ -334,6 +354,20 @@ def test_etas_are_distinct_and_finite(tmp_path, etas):
     """Fails when two etas share a folder, or an eta gives weights that are NaN or Inf."""
     with pytest.raises(ValueError, match=r"etas: got .*, want distinct numbers from 0 to 1000"):
         merge_folders(tmp_path, [tmp_path], tmp_path / "out", Settings(etas=etas))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings(weights=(0.2, 0.3)), "weights: got 2 for 2 policies, want 1"),
+        (Settings("karcher", weights=(0.2, 0.3)), "want numbers from 0 to 1 that add up to 1 for karcher"),
+        (Settings("ties"), "method: got 'ties', want one of slerp, "),
+    ],
+)
+def test_bad_weights_are_refused_before_any_is_read(tmp_path, settings, message):
+    """Fails when the weights of the policies are checked after hours of reading; the folder has none to read."""
+    with pytest.raises(ValueError, match=message):
+        merge_folders(tmp_path, [tmp_path, tmp_path], tmp_path / "out", settings)
 
 
 def test_no_space_leaves_nothing(tmp_path, monkeypatch):

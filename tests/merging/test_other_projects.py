@@ -8,6 +8,8 @@ import safetensors.numpy
 from flax import nnx
 
 from warp_jax import merging
+from warp_jax.merging import on_disk
+from warp_jax.storage import checkpoint
 
 LAYERS, WIDTH = 3, 4
 
@@ -70,6 +72,38 @@ def test_maxtext(in_jit):
     merged = (jax.jit(merge) if in_jit else merge)(*trees)
     want = _maxtext(_exact(init, policies, 0.2, 0.3))
     jax.tree.map(lambda got, exact: np.testing.assert_allclose(got, exact, rtol=0, atol=1e-6), merged, want)
+
+
+def _three():
+    """Init and two policies, as MaxText trees with a second kernel, whose input has another size."""
+    init = _layer_by_layer(0)
+    found = [_maxtext(weights) for weights in (init, _layer_by_layer(1, init), _layer_by_layer(2, init))]
+    for tree in found:
+        mlp = tree["params"]["decoder"]["layers"]["mlp"]
+        mlp["wo"] = jax.tree.map(lambda kernel: jnp.swapaxes(kernel, 0, 2), mlp["wi_0"])
+    return found
+
+
+def test_a_forgotten_axis_is_refused():
+    """Fails when the rows of a MaxText kernel are taken for its layers."""
+    first, second, third = _three()
+    with pytest.raises(ValueError, match=r"^layer_axis: got 0, .* has 4 layers .* has 8; .*: 1$"):
+        merging.slerp(first, [second, third])
+
+
+def test_a_merge_without_units_needs_no_axis():
+    """Fails when LERP, whose coefficients are the same in every layer, refuses a tree without its axis."""
+    first, second, third = _three()
+    found, want = (merging.lerp(first, [second, third], layer_axis=axis) for axis in (0, 1))
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
+def test_a_forgotten_axis_is_refused_on_disk(tmp_path):
+    """Fails when scripts/merge.py takes the rows of a MaxText kernel for its layers."""
+    for number, tree in enumerate(_three()):
+        checkpoint.save_params(tmp_path / str(number), tree)
+    with pytest.raises(ValueError, match=r"0: layer_axis: got 0, .*: 1; merge such weights in memory"):
+        on_disk.merge_folders(tmp_path / "0", [tmp_path / "1", tmp_path / "2"], tmp_path / "out", on_disk.Settings())
 
 
 def test_a_leaf_without_the_axis_is_refused():

@@ -12,7 +12,7 @@ from configs import default, pretrained, tiny
 from tests.settings_of import settings_of, typed
 from warp_jax import merging
 from warp_jax.models.transformer import REMAT
-from warp_jax.settings import check_devices, from_config, groups, legacy
+from warp_jax.settings import check_devices, from_config, from_saved, groups, legacy
 from warp_jax.training import objective, supervised
 
 CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py") if path.stem != "__init__")
@@ -40,6 +40,7 @@ BAD = [  # path, value, what the message says
     ("front.etas", (0.3, -0.1), "config.front.etas.1: got -0.1, want at least 0"),
     ("front.etas", (0.1, 0.3, 0.1), "want distinct numbers: 0.1 is given twice"),
     ("front.etas", (0.3, 0.3000000001), "want distinct numbers: 0.3 is given twice"),
+    ("front.etas", (0.3, 1.0000001), "config.front.etas: got (0.3, 1.0000001), want 1.0 in place of 1.0000001"),
     ("front.etas", (0.0, -0.0), "want distinct numbers: 0 is given twice"),
     ("front.etas", (), "config.front.etas: got (), want at least 1 item"),
     ("front.etas", 0.3, "config.front.etas: got 0.3, want a valid tuple"),
@@ -141,12 +142,12 @@ def test_bad_values_are_refused_in_one_line(path, value, message):
 
 def test_texts_fill_whole_batches():
     """Fails when rows that do not fill a batch are found out at the first evaluation, or count without a file."""
-    changes = {"evaluation.text_rows": 20}
+    changes = {"evaluation.batch_size": 24, "evaluation.num_prompts": 24}
     with pytest.raises(
-        ValueError, match=r"config\.evaluation\.text_rows: got 20, want a multiple of .*batch_size = 16"
+        ValueError, match=r"config\.evaluation\.text_rows: got 256, want a multiple of .*batch_size = 24"
     ):
         settings_of({**changes, "evaluation.text": "held_out.jsonl"})
-    assert settings_of(changes).evaluation.text_rows == 20
+    assert settings_of(changes).evaluation.text_rows == 256
 
 
 def test_a_merge_of_too_few_is_refused_before_they_are_trained():
@@ -199,6 +200,77 @@ def test_each_run_has_its_own_settings():
     only = {"rewards.sentiment.weight": 0.0, "rewards.length.weight": 1.0}
     assert not settings_of(only).needs_reward_model
     assert settings_of({**only, "warp.runs": ({}, {"rewards.sentiment.weight": 2.0})}).needs_reward_model
+
+
+UNREAD = [  # a setting, a value, and the choice with which it is read
+    *(
+        (f"{part}.learning_rate_{name}", value, {f"{part}.learning_rate_schedule": "linear"})
+        for part in ("sft", "reward_model", "rl")
+        for name, value in (("steps", 10), ("end", 0.5))
+    ),
+    ("rl.kl_steps", 10, {"rl.kl_schedule": "cosine"}),
+    ("rl.kl_coef_end", 0.5, {"rl.kl_schedule": "linear"}),
+    ("rl.kl_target", 2.0, {"rl.kl_schedule": "adaptive"}),
+    ("rl.kl_gain", 0.5, {"rl.kl_schedule": "adaptive"}),
+    ("rl.clip_ratio", "sequence", {"rl.updates_per_rollout": 2}),
+    ("rl.clip_low", 0.1, {"rl.updates_per_rollout": 2}),
+    ("rl.clip_high", 0.3, {"rl.updates_per_rollout": 2}),
+    ("warp.bema.ema_power", 0.7, {"warp.anchor": "bema"}),
+    ("warp.bema.bias_power", 0.7, {"warp.anchor": "bema"}),
+    ("warp.bema.lag", 5.0, {"warp.anchor": "bema"}),
+    ("evaluation.text_field", "body", {"evaluation.text": "held_out.jsonl"}),
+    ("evaluation.text_rows", 16, {"evaluation.text": "held_out.jsonl"}),
+    ("evaluation.text_tokens", 16, {"evaluation.text": "held_out.jsonl"}),
+]
+LENGTHS = {"linear": ("steps", 10), "cosine": ("steps", 10), "adaptive": ("target", 2.0)}  # what a schedule must have
+
+
+def _with_length(choice):
+    """The choice of a schedule with its length or target."""
+    more = {}
+    for path, kind in choice.items():
+        if path.endswith("_schedule"):
+            name, value = LENGTHS[kind]
+            more[f"{path.removesuffix('schedule')}{name}"] = value
+    return more | choice
+
+
+@pytest.mark.parametrize(("path", "value", "choice"), UNREAD, ids=lambda item: str(item)[:40])
+def test_a_setting_that_nothing_reads_is_refused(path, value, choice):
+    """Fails when the rule of this setting is taken out, or holds where the setting is read."""
+    other = next(iter(choice))
+    with pytest.raises(
+        ValueError,
+        match=rf"^config\.{re.escape(path)}: got {value!r}, want .* the default: nothing reads it with {other} =",
+    ):
+        settings_of({path: value})
+    changed = {**_with_length(choice), path: value}
+    assert str(value) in str(settings_of(changed))
+    if not path.startswith(("rl.", "warp.")):
+        return
+    settings = settings_of({path: value, "warp.runs": ({}, _with_length(choice) | {path: value})})  # one run reads it
+    assert settings.of_runs[1] == settings_of(changed)
+    with pytest.raises(ValueError, match=rf"^config\.warp\.runs\[0\]: {re.escape(path)}: got .* nothing reads it"):
+        settings_of({"warp.runs": ({path: value}, {})})
+
+
+def test_the_rate_of_an_anchor_that_has_none_is_refused():
+    """Fails when --config.warp.ema_rate is ignored with bema."""
+    with pytest.raises(
+        ValueError, match=r"^config\.warp\.ema_rate: got 0\.2, want 0\.01, the default: nothing reads it"
+    ):
+        settings_of({"warp.anchor": "bema", "warp.ema_rate": 0.2})
+    assert groups.Warp.model_fields["ema_rate"].default == default.get_config().warp.ema_rate
+
+
+def test_an_older_workdir_may_have_settings_that_nothing_reads():
+    """Fails when a workdir that an earlier version accepted cannot be read, or cannot be resumed with the defaults."""
+    config = typed(tiny.get_config()).as_json()
+    config["rl"] |= {"kl_steps": 7, "clip_low": 0.1}
+    config["warp"] |= {"runs": [{"rl.kl_gain": 0.5, "seed": 3}, {"warp.anchor": "bema", "warp.ema_rate": 0.3}]}
+    with pytest.raises(ValueError, match="nothing reads it"):
+        from_config(config)
+    assert from_saved(config) == settings_of({"warp.runs": ({"seed": 3}, {"warp.anchor": "bema"})})
 
 
 PAIRS = {"data.chosen_field": "good", "data.rejected_field": "bad", "data.prompt_template": "{text}"}

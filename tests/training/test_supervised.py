@@ -82,6 +82,18 @@ def test_training_and_held_out_batches_are_kept_apart(tmp_path):
     assert supervised.held_out(task, trained | frozen, 2, mesh)["loss"] == pytest.approx(10 + 1.4 * 100.5)
 
 
+def test_the_held_out_loss_is_a_mean_over_tokens():
+    """Fails when each held-out batch counts the same, however many tokens it has."""
+    logits = jnp.log(jnp.array([[0.2, 0.8], [0.7, 0.3]]))
+    lengths = (2, 4)  # one counted token, then three
+    batches = [{"token_ids": np.array([[0, 1, 1, 0]]), "mask": np.arange(4)[None] >= 4 - n} for n in lengths]
+    loss_fn = functools.partial(supervised.language_loss, _scores)
+    task = supervised.Task(loss_fn, logits, {}, None, batches.__getitem__, weight=supervised.num_counted)
+    mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
+    want = -(np.log(0.7) + np.log(0.8) + np.log(0.3) + np.log(0.7)) / 4
+    assert supervised.held_out(task, logits, 2, mesh)["loss"] == pytest.approx(want, rel=1e-5)
+
+
 @pytest.mark.parametrize(("parts", "counted"), [(2, {}), (4, {}), (4, {supervised.COUNTED: COUNTED_LAST})])
 def test_microbatches_change_nothing(parts, counted):
     """Fails when parts are averaged as if they had equally many tokens, or by tokens that the loss does not count;

@@ -1,5 +1,6 @@
 """Prompts with responses: one to learn from in SFT, or two to compare for a reward model."""
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ from warp_jax.data import batches, chat, fields
 from warp_jax.data.corpus import Corpus
 from warp_jax.data.tokenizer import Tokenizer
 
+# texts that stand before a response while it is encoded, and are taken off again; "" = it is encoded alone
+ANCHORS = ("", "\n", ".", "a")
 Ask = Callable[[Mapping[str, Any]], Any]  # row -> its prompt, a text or a conversation
 
 
@@ -44,8 +47,9 @@ def encode(
 ) -> Sequences:
     """Encode the prompts of all rows of these splits, joined, and their responses in the fields `names`.
 
-    Prompts have the ids that RL gives them. Rows with more than `length` tokens are left out. Raises ValueError that
-    names the row, if one has no prompt or response, or cannot be rendered.
+    Prompts have the ids that RL gives them. Prompt and response decode to both texts, as in RL. Rows with more than
+    `length` tokens are left out. Raises ValueError that names the row, if one has no prompt or response, cannot be
+    rendered, or has a response that no tokens decode to.
     """
     pairs = [[pair for split in splits for pair in _encode(tokenizer, split, n, ask, use_chat=use_chat)] for n in names]
     sizes = np.array([[len(prompt) + len(response) for prompt, response in column] for column in pairs])
@@ -60,17 +64,60 @@ def _encode(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Token ids of the prompt and of the response of each row."""
     texts = _texts(split, name, ask, use_chat=use_chat)
-    if not use_chat:
-        prompts, answers = (list(column) for column in zip(*texts, strict=True))
-        encoded = zip(tokenizer.encode_with_bos(prompts), tokenizer.encode(answers), strict=True)
-        return [(prompt, _ended(tokenizer, response)) for prompt, response in encoded]
-    pairs = []
-    for place, (prompt, response) in zip(split.places, texts, strict=True):
-        with fields.at(place):
-            both = [chat.prompt_text(tokenizer, prompt), chat.response_text(tokenizer, prompt, response)]
-            prompt_ids, response_ids = tokenizer.encode_with_special(both)
-        pairs.append((prompt_ids, _ended(tokenizer, response_ids)))
-    return pairs
+    if use_chat:
+        prompts, answers = [], []
+        for place, (prompt, response) in zip(split.places, texts, strict=True):
+            with fields.at(place):
+                prompts += tokenizer.encode_with_special([chat.prompt_text(tokenizer, prompt)])
+                answer = chat.response_text(tokenizer, prompt, response)
+                answers += _encode_after(tokenizer, prompts[-1:], [answer], tokenizer.encode_with_special)
+    else:
+        prompts = tokenizer.encode_with_bos([prompt for prompt, _ in texts])
+        answers = _encode_after(tokenizer, prompts, [response for _, response in texts], tokenizer.encode)
+    for place, (_, response), answer in zip(split.places, texts, answers, strict=True):
+        if answer is None:
+            raise ValueError(
+                f"{place}: field {name!r}: no tokens after the prompt decode to {response[:60]!r}; remove the row, or "
+                "use a model whose tokenizer can write it"
+            )
+    return list(zip(prompts, answers, strict=True))
+
+
+def _encode_after(
+    tokenizer: Tokenizer,
+    prompts: Sequence[np.ndarray],
+    texts: Sequence[str],
+    encode: Callable[[Sequence[str]], list[np.ndarray]],
+) -> list[Any]:
+    """Ids of texts that follow prompts, up to a stop token, which is EOS if the text has none.
+
+    None where prompt and text would not decode to both. A SentencePiece tokenizer puts a space before the first word of
+    a text. It does not after an anchor, whose ids are taken off again.
+    """
+    found: list[Any] = [None] * len(texts)
+    before = tokenizer.decode_whole(prompts)
+    for anchor in ANCHORS:
+        left = [i for i, row in enumerate(found) if row is None]
+        start, *rows = encode([anchor, *(anchor + texts[i] for i in left)])
+        rows = [_until_stop(tokenizer, row[len(start) :]) for row in rows]
+        both = tokenizer.decode_whole([np.append(prompts[i], row) for i, row in zip(left, rows, strict=True)])
+        for i, row, decoded in zip(left, rows, both, strict=True):
+            ended = len(row) > 0 and row[-1] in tokenizer.stop_ids
+            if _is_same(decoded, before[i] + texts[i], ended=ended):
+                found[i] = row if ended else np.append(row, np.int32(tokenizer.eos_id))
+    return found
+
+
+def _is_same(decoded: str, text: str, *, ended: bool) -> bool:
+    """True if the decoded text is the text, or its beginning if it has ended; some tokenizers bring it to NFC."""
+    decoded, text = (unicodedata.normalize("NFC", each) for each in (decoded, text))
+    return text.startswith(decoded) if ended else text == decoded
+
+
+def _until_stop(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """The ids up to their first stop token, where sampling would end."""
+    stops = np.flatnonzero(np.isin(ids, tokenizer.stop_ids))
+    return ids[: stops[0] + 1] if len(stops) else ids
 
 
 def _texts(split: Corpus, name: str, ask: Ask, *, use_chat: bool) -> list[tuple[Any, str]]:
@@ -81,9 +128,3 @@ def _texts(split: Corpus, name: str, ask: Ask, *, use_chat: bool) -> list[tuple[
             prompt = ask(row)
             texts.append((prompt, fields.response(row, name, prompt, use_chat=use_chat)))
     return texts
-
-
-def _ended(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    """The ids up to their first stop token, where sampling would end; without one, all ids and the EOS token."""
-    stops = np.flatnonzero(np.isin(ids, tokenizer.stop_ids))
-    return ids[: stops[0] + 1] if len(stops) else np.append(ids, np.int32(tokenizer.eos_id))

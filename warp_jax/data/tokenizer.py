@@ -120,6 +120,10 @@ class Tokenizer:
         rows = [row[keep].tolist() for row, keep in zip(token_ids, mask, strict=True)]
         return self.backend.decode_batch(rows, skip_special_tokens=True)
 
+    def decode_whole(self, rows: Sequence[np.ndarray]) -> list[str]:
+        """Decode rows of token ids with their special tokens."""
+        return self.backend.decode_batch([row.tolist() for row in rows], skip_special_tokens=False)
+
     def decode_answers(
         self, prompt_ids: np.ndarray, prompt_mask: np.ndarray, answer_ids: np.ndarray, answer_mask: np.ndarray
     ) -> tuple[list[str], list[str]]:

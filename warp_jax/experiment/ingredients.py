@@ -27,6 +27,7 @@ from warp_jax.training import loop, metric_writer, optimizers, supervised
 from warp_jax.types import ApplyFn, Params, Rollout
 
 LEARNED = {"sft": ("reward", "gold"), "reward_model": ("reward",)}  # splits, joined
+Place = tuple[str, tuple[str, ...]]  # "sft" or "reward_model", and the splits whose responses are joined
 HELD_OUT_BATCHES = 16  # at most, for the held-out quality of SFT and of the reward model
 
 
@@ -45,14 +46,33 @@ def named(splits: Sequence[str]) -> str:
     return f"split {splits[0]!r}" if len(splits) == 1 else f"splits {' and '.join(map(repr, splits))}, joined"
 
 
-def check_responses(settings: Settings, corpora: Mapping[str, Corpus], tokenizer: Tokenizer | None) -> None:
-    """Raise ValueError if a row has no usable response, or no row fits; without a tokenizer, lengths are not known."""
+class Corpora(dict[str, Corpus]):
+    """The splits of a job by name, and the responses that the checks of its start have encoded."""
+
+    def __init__(self, splits: Mapping[str, Corpus], encoded: Mapping[Place, responses.Sequences]):
+        super().__init__(splits)
+        self._encoded = dict(encoded)
+
+    def take(self, part: str, splits: tuple[str, ...]) -> responses.Sequences | None:
+        """The encoded responses of a part, once: then their memory is free."""
+        return self._encoded.pop((part, splits), None)
+
+
+def check_responses(
+    settings: Settings, corpora: Mapping[str, Corpus], tokenizer: Tokenizer | None
+) -> dict[Place, responses.Sequences]:
+    """Encode all responses; without a tokenizer, lengths are not known, and nothing is encoded.
+
+    Raises ValueError if a row has no usable response, or no row fits.
+    """
+    encoded = {}
     for part, names in settings.response_fields.items():
         for splits in (LEARNED[part], ("eval",)):
             if tokenizer is not None:
-                load_responses(settings, corpora, tokenizer, part, splits)
+                encoded[part, splits] = load_responses(settings, corpora, tokenizer, part, splits)
             else:
                 responses.check([corpora[name] for name in splits], names, _ask(settings.data), use_chat=False)
+    return encoded
 
 
 def load_responses(
@@ -81,7 +101,7 @@ class Feed(NamedTuple):
 
     batch_fn: Callable[[int], supervised.Batch]
     held_out_batch: Callable[[int], supervised.Batch]
-    held_out_batches: int
+    held_out_batches: Callable[[], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +135,7 @@ class Maker:
         feed = self._responses("sft", sft.batch_size) if has_responses else self._windows(sft)
         loss_fn = sft_loss(self.settings, apply.make_apply_fn(model, self.mesh))
         trained, frozen = freezing.split(start, self.settings.model.trainable)
-        return supervised.Task(loss_fn, trained, frozen, *feed, sft.num_microbatches)
+        return supervised.Task(loss_fn, trained, frozen, *feed, sft.num_microbatches, supervised.num_counted)
 
     def reward_model(self, policy: TransformerConfig, sft_params: Params) -> Callable[[Rollout], Any]:
         """r(x, y): the SFT trunk with a scalar head, trained on labelled fragments or on pairs of responses."""
@@ -147,7 +167,7 @@ class Maker:
             chosen = _in_order(step, sft.batch_size, len(held_out))
             return self._text_batch(held_out, chosen, sft.sequence_tokens, step, "sft held out")
 
-        return Feed(batch_fn, held_out_batch, len(held_out) // sft.batch_size)
+        return Feed(batch_fn, held_out_batch, lambda: len(held_out) // sft.batch_size)
 
     def _labelled(self, settings: RewardModel) -> Feed:
         """Random fragments of the reward split, half of them with label 1, and their labels."""
@@ -161,14 +181,18 @@ class Maker:
             return {**batch, "labels": labels[split][chosen]}
 
         held_out_batch = functools.partial(batch_fn, split="eval")
-        return Feed(batch_fn, held_out_batch, len(self.tokens["eval"]) // settings.batch_size)
+        return Feed(batch_fn, held_out_batch, lambda: len(self.tokens["eval"]) // settings.batch_size)
 
     def _responses(self, part: str, num_prompts: int) -> Feed:
-        """Batches of so many prompts with their responses."""
+        """Batches of so many prompts with their responses, which are loaded for the first batch."""
         length, pad_id, seed = getattr(self.settings, part).sequence_tokens, self.tokenizer.pad_id, self.settings.seed
 
-        def load(splits: Sequence[str]) -> responses.Sequences:
-            found = load_responses(self.settings, self.corpora, self.tokenizer, part, splits)
+        take = self.corpora.take if isinstance(self.corpora, Corpora) else lambda *place: None
+        checked = {splits: take(part, splits) for splits in (LEARNED[part], ("eval",))}
+
+        @functools.cache
+        def load(splits: tuple[str, ...]) -> responses.Sequences:
+            found = checked[splits] or load_responses(self.settings, self.corpora, self.tokenizer, part, splits)
             if found.left_out:
                 self.progress.note(
                     f"{part}: {found.left_out} of {found.left_out + len(found.rows)} rows of {named(splits)} left out: "
@@ -176,18 +200,23 @@ class Maker:
                 )
             return found
 
-        def make_batch(sequences: responses.Sequences, chosen: np.ndarray) -> supervised.Batch:
+        def make_batch(splits: tuple[str, ...], choose: Callable[[int], np.ndarray]) -> supervised.Batch:
+            sequences = load(splits)
+            chosen = choose(len(sequences.rows))
             ids, mask, is_response = sequences.batch(chosen, length, pad_id)
             rows = np.resize(sequences.rows[chosen], len(ids)).astype(np.int32)
             return {"token_ids": ids, "mask": mask, supervised.COUNTED: is_response, supervised.ROW: rows}
 
-        learned, held_out = load(LEARNED[part]), load(["eval"])
-        count, held_out_count = len(learned.rows), len(held_out.rows)
-        return Feed(
-            lambda step: make_batch(learned, batches.epoch_rows(count, num_prompts, step, seed=seed, stream=part)),
-            lambda step: make_batch(held_out, _in_order(step, num_prompts, held_out_count)),
-            held_out_count // num_prompts,
-        )
+        def batch_fn(step: int) -> supervised.Batch:
+            return make_batch(
+                LEARNED[part],
+                lambda count: batches.epoch_rows(count, num_prompts, step, seed=seed, stream=part),
+            )
+
+        def held_out_batch(step: int) -> supervised.Batch:
+            return make_batch(("eval",), lambda count: _in_order(step, num_prompts, count))
+
+        return Feed(batch_fn, held_out_batch, lambda: len(load(("eval",)).rows) // num_prompts)
 
     def gold(self) -> text_reward.TextFn:
         """The gold reward, fitted on fragments of the gold split; nan for every text if the config has none."""
@@ -244,7 +273,7 @@ class Maker:
         optimizer = optimizers.make_optimizer(settings, self.settings.adam)
         trained = supervised.fit(task, optimizer, self.mesh, schedule)
         params = trees.join(trained, task.frozen_params)
-        num_batches = int(np.clip(task.held_out_batches, 1, HELD_OUT_BATCHES))
+        num_batches = int(np.clip(task.held_out_batches(), 1, HELD_OUT_BATCHES))
         summary = supervised.held_out(task, params, num_batches, self.mesh)
         self.progress.note(f"{name}: held-out " + ", ".join(f"{key} {value:.3f}" for key, value in summary.items()))
         if hosts.is_first():

@@ -100,7 +100,7 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
         labelled=settings.needs_labels,
     )
     tokenizer = read_tokenizer(settings) if settings.model.source else None
-    ingredients.check_responses(settings, splits, tokenizer)
+    encoded = ingredients.check_responses(settings, splits, tokenizer)
     for name in ("prompts", "eval"):
         if tokenizer is not None:
             make_prompts(settings, tokenizer, splits[name], name)
@@ -110,7 +110,8 @@ def load_corpora(settings: Settings) -> dict[str, Corpus]:
     row_checks.check(limits, splits["prompts"])
     row_checks.check({**limits, settings.gold.source: settings.gold.timeout}, splits["eval"])
     text = settings.evaluation
-    return {**splits, "text": corpus.read_texts(text.text, text.text_field, text.text_rows)}
+    texts = corpus.read_texts(text.text, text.text_field, text.text_rows)
+    return ingredients.Corpora({**splits, "text": texts}, encoded)
 
 
 def _prompt_types(data: groups.Data) -> Any:
@@ -126,11 +127,11 @@ def load_tokenizer(settings: Settings, corpora: Mapping[str, Corpus], path: Path
     """
 
     def make() -> None:
-        learned = [corpora[name] for name in ("reward", "gold")]
-        names = [name for names in settings.response_fields.values() for name in names]
-        answers = [str(row[name]) for split in learned for row in split.rows for name in names]
-        texts = [text for split in learned for text in split.texts]
-        trained = Tokenizer.train(texts + answers, settings.vocab_size)
+        texts = [text for name in ingredients.LEARNED["sft"] for text in corpora[name].texts]
+        for part, names in settings.response_fields.items():
+            for split in ingredients.LEARNED[part]:
+                texts += [str(row[name]) for row in corpora[split].rows for name in names]
+        trained = Tokenizer.train(texts, settings.vocab_size)
         files.write_text(path, trained.to_json())
         manifest.note(path.parent, path.name)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from warp_jax import files
 from warp_jax.evaluation import measure, points
-from warp_jax.settings import Settings, from_config
+from warp_jax.settings import Settings, from_saved
 from warp_jax.storage import manifest
 from warp_jax.training import metric_writer
 from warp_jax.types import StorageError
@@ -45,7 +45,7 @@ def read(workdir: Path, *, verify: bool = False) -> list[Part]:
         raise ValueError(f"{workdir} has no config.json, want a folder that warp_jax.main made")
     content = files.read_json(path)
     try:
-        settings = from_config(content)
+        settings = from_saved(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; correct it in that file, or restore it") from error
     return _Reader(settings, workdir, verify).parts()

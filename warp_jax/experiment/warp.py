@@ -68,7 +68,7 @@ class Job:
         """Train one run of one iteration (lines 4 to 9), and return the points of its trajectory."""
         directory = self.workdir / f"iteration_{iteration}" / f"run_{run}"
         num_steps = self.settings.warp.steps_per_iteration[iteration - 1]
-        finished = self._is_finished(iteration, run)
+        finished, expected = self._is_finished(iteration, run), self._names(iteration, run)
         self.progress.start_phase(f"iteration {iteration} run {run}", num_steps, finished=finished)
         if not finished:
             with hosts.locked(directory / "lock", functools.partial(_refuse, f"run {run}", iteration)):
@@ -76,6 +76,8 @@ class Job:
                     self._train(init_params, iteration, run, directory)
         checkpoint.forget_state(directory)  # a killed job may have left it
         last = self.last_step(iteration, run)
+        left_out = self.evaluations.missing(expected - self._names(iteration, run))
+        self.progress.end_phase(last, evaluations_left_out=len(left_out))
 
         def params_at(step: int, name: str) -> Params:
             path = directory / ("params" if step == last else f"step_{step}")
@@ -96,6 +98,10 @@ class Job:
     def last_step(self, iteration: int, run: int) -> int:
         """The last step of a run. All processes agree."""
         return hosts.number_of_first(lambda: named.last_step(self.settings, self.workdir, iteration, run))
+
+    def _names(self, iteration: int, run: int) -> set[str]:
+        """Names of the evaluations of a run, as far as it is known when it ends."""
+        return named.run_names(self.settings, iteration, run, self.last_step(iteration, run))
 
     def _is_finished(self, iteration: int, run: int) -> bool:
         """True if all weights of a run are saved."""

@@ -16,7 +16,7 @@ from warp_jax import files
 from warp_jax.data import corpus
 from warp_jax.parallel import environment, hosts
 from warp_jax.pretrained import sources
-from warp_jax.settings import Settings, from_config
+from warp_jax.settings import Settings, from_saved
 from warp_jax.storage import manifest, model_files
 from warp_jax.types import StorageError
 
@@ -165,7 +165,7 @@ def read_settings(workdir: Path) -> Settings:
     path = workdir / CONFIG
     content = files.read_json(path)
     try:
-        return from_config(content)
+        return from_saved(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; if an earlier version accepted it, correct it in that file") from error
 

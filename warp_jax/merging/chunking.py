@@ -1,7 +1,7 @@
 """Inputs of a merge on disk: check that the folders hold the same tensors, and cut the weights into chunks."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -64,21 +64,28 @@ def open_inputs(init: Path, policies: Sequence[Path], dtype: str | None, skip: s
     dtypes of the tensors must be the same in all folders too. skip: regular expression; tensors in whose names it is
     found are not merged and not compared.
     """
-    if not policies:
-        raise ValueError("policies: got none, want at least one")
     first = open_weights(init)
     others = [LoraFolder(path, first) if is_adapter(path) else open_weights(path) for path in policies]
-    skipped = _matching(skip, first)
+    skipped = set[str]().union(*(_matching(skip, folder) for folder in (first, *others)))
     if skip is not None and not skipped:
-        raise ValueError(f"skip: got {skip!r}, which matches no tensor of {init}; want a part of a name")
+        raise ValueError(f"skip: got {skip!r}, which matches no tensor of {init} or a policy; want a part of a name")
     for other in others:
-        _check_same_tensors(first, other, dtype, skipped | _matching(skip, other))
+        _check_same_tensors(first, other, dtype, skipped)
     kept = {name: tensor for name, tensor in first.tensors.items() if name not in skipped}
     merged = tuple(name for name, tensor in kept.items() if tensor.dtype in FLOATING)
     copied = tuple(name for name, tensor in kept.items() if tensor.dtype not in FLOATING)
     if not merged:
         raise ValueError(f"{init}: contains no floating-point tensors to merge; want the weights of a model")
+    if any(kept[name].num_layers > 1 for name in merged):
+        _check_stacks(init, {name: kept[name].shape for name in merged})
     return Inputs(first, tuple(others), merged, copied, tuple(name for name in first.tensors if name in skipped))
+
+
+def _check_stacks(init: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    try:
+        units.check_stacks(shapes)
+    except ValueError as error:
+        raise ValueError(f"{init}: {error}; merge such weights in memory, where layer_axis can be set") from error
 
 
 def _matching(skip: str | None, folder: WeightFolder) -> set[str]:
@@ -127,13 +134,18 @@ def plan_chunks(inputs: Inputs, unit: units.Unit, room: int) -> tuple[tuple[str,
     unit_of = units.unit_function(unit)
     pieces: dict[str, list[Piece]] = {}
     for name in inputs.merged:
-        tensor = inputs.init.tensors[name]
-        rows = naming.layer_names(name, tensor.num_layers) if tensor.num_layers > 1 else [name]
+        rows, tensor = row_names(inputs, name), inputs.init.tensors[name]
         size = tensor.size // len(rows)
         for row, row_name in enumerate(rows):
             pieces.setdefault(unit_of(row_name), []).append(Piece(name, row * size, (row + 1) * size))
     chunks = [Chunk(number, part) for number, members in enumerate(pieces.values()) for part in _cut(members, room)]
     return tuple(pieces), chunks
+
+
+def row_names(inputs: Inputs, name: str) -> list[str]:
+    """Names of the layers of a tensor that holds several; else its own name."""
+    count = inputs.init.tensors[name].num_layers
+    return naming.layer_names(name, count) if count > 1 else [name]
 
 
 def whole_pieces(inputs: Inputs) -> Iterator[Piece]:

@@ -165,19 +165,32 @@ def with_liti(method: str, coefficients: Any, liti_rate: Any) -> Any:
     return columns[0].__array_namespace__().concat(columns, axis=-1)
 
 
+def check_method(method: str, weights: Weights, count: int) -> None:
+    """Raise ValueError unless there is such a method, and it takes these weights and so many policies."""
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, want one of {', '.join(METHODS)}")
+    METHODS[method].solve(np.eye(count)[None], weights)
+
+
 def solve(method: str, matrix: Matrix, weights: Weights, names: Sequence[str]) -> Any:
     """Coefficients [U, M] of a method. Units whose merge is undefined raise ValueError; inside jit they give NaN."""
-    _check_finite(matrix, names)
+    if bad := _not_finite(matrix, names):
+        raise ValueError(f"policies: NaN or Inf in the task vectors of {bad}; leave out the policy that holds them")
     coefficients = METHODS[method].solve(matrix, weights)
-    _check_finite(coefficients[..., None], names)
+    if bad := _not_finite(coefficients[..., None], names):
+        raise ValueError(
+            f"policies: task vectors are opposite or cancel out in {bad}, where {method} has no result; leave out a "
+            "policy, or merge by lerp"
+        )
     return coefficients
 
 
-def _check_finite(values: Any, names: Sequence[str]) -> None:
-    if isinstance(values, np.ndarray) and not np.isfinite(values).all():
-        bad = np.atleast_1d(~np.isfinite(values).all((-2, -1)))
-        units = ", ".join(name for name, is_bad in zip(names, bad, strict=True) if is_bad)
-        raise ValueError(f"policies: opposite or non-finite task vectors in {units}; their merge is undefined")
+def _not_finite(values: Any, names: Sequence[str]) -> str:
+    """The units with values that are not finite; "" inside jit."""
+    if not isinstance(values, np.ndarray):
+        return ""
+    finite = np.atleast_1d(np.isfinite(values).all((-2, -1)))
+    return ", ".join(name for name, good in zip(names, finite, strict=True) if not good)
 
 
 def slerp_pair(square_1: Any, square_2: Any, inner: Any, weight: float) -> tuple[Any, Any]:

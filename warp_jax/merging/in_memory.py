@@ -13,8 +13,8 @@ from warp_jax.merging import kernels, units
 from warp_jax.merging.coefficients import FULL_WEIGHTS, METHODS, solve, with_liti
 from warp_jax.types import Array, HostOrDevice, Params
 
-# LITI rate: a number, or a function names of the units -> one rate for each, [U]
-Rate = float | Array | Callable[[Sequence[str]], HostOrDevice]
+# LITI rate: a number, one for each unit, [U], or a function from the names of the units to these
+Rate = float | HostOrDevice | Callable[[Sequence[str]], HostOrDevice | Sequence[float]]
 
 
 class Gram(NamedTuple):
@@ -144,8 +144,9 @@ def merge(
     _check_policies(init_params, policies)
     with jax.enable_x64(True):
         by_angle = METHODS[method].by_angle
-        if not (by_angle or callable(liti_rate)):  # the coefficients are the same in every unit
-            layout["unit"] = "model"
+        one_rate = not callable(liti_rate) and np.ndim(liti_rate) == 0
+        if one_rate and not by_angle:  # the coefficients are the same in every unit
+            layout |= {"unit": "model", "stacked": None}
         names, unit_of_leaf = units_of(init_params, **layout)
         matrix: HostOrDevice = np.zeros((len(names), len(policies), len(policies)))
         if by_angle:
@@ -153,6 +154,11 @@ def merge(
             matrix = gram(start, policies, **layout).matrix
         solved = solve(method, matrix, weights, names)
         rate = _wide(liti_rate(names) if callable(liti_rate) else liti_rate)
+        if rate.shape not in ((), (len(names),)):
+            raise ValueError(
+                f"liti_rate: got shape {rate.shape}, want a number, or one for each of the {len(names)} units "
+                f"({names[0]}, ...)"
+            )
         sums = with_liti(method, solved, rate)
         columns = map(jax.tree.leaves, (init_params, *policies))
         keys = [None] * len(unit_of_leaf) if rounding_key is None else jax.random.split(rounding_key, len(unit_of_leaf))
@@ -199,14 +205,15 @@ def units_of(
     unit_fn = units.unit_function(unit)
     numbers: dict[str, int] = {}
     unit_of_leaf = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = trees.path_name(path)
+    leaves = [(trees.path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    for name, leaf in leaves:
         in_layers = leaf.ndim > 0 and naming.is_stacked(name, stacked)
         if in_layers and not 0 <= layer_axis < leaf.ndim:
             raise ValueError(f"layer_axis: got {layer_axis}, want an axis of leaf {name!r} of shape {leaf.shape}")
         members = naming.layer_names(name, leaf.shape[layer_axis], stacked) if in_layers else [name]
         ids = np.array([numbers.setdefault(unit_fn(member), len(numbers)) for member in members], np.int32)
         unit_of_leaf.append(ids.reshape((1,) * layer_axis + (-1,)) if in_layers else ids[0])
+    units.check_stacks({name: leaf.shape for name, leaf in leaves}, stacked, layer_axis)
     return tuple(numbers), unit_of_leaf
 
 
@@ -223,5 +230,6 @@ def _f32(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
-def _wide(rate: Any) -> Any:
-    return rate.astype(jnp.float64) if isinstance(rate, jax.Array) else rate
+def _wide(rate: Any) -> HostOrDevice:
+    """One rate or several in float64, as an array."""
+    return rate.astype(jnp.float64) if isinstance(rate, jax.Array) else np.asarray(rate, np.float64)

@@ -17,7 +17,7 @@ import numpy as np
 from warp_jax import files
 from warp_jax.merging import chunking, rounding, units
 from warp_jax.merging.chunking import Chunk, Inputs, Piece
-from warp_jax.merging.coefficients import FULL_WEIGHTS, angles, norms, order_spread, solve, with_liti
+from warp_jax.merging.coefficients import FULL_WEIGHTS, angles, check_method, norms, order_spread, solve, with_liti
 from warp_jax.progress import JobProgress
 from warp_jax.storage.model_files import EXPORT_REPORT
 from warp_jax.storage.weight_files import OUTPUT_DTYPES, SafetensorsWriter, Tensor, hash_file
@@ -50,16 +50,21 @@ def merge_folders(init: Path, policies: Sequence[Path], out: Path, settings: Set
     names = {_eta_folder(eta) for eta in settings.etas if 0 <= eta <= MAX_FACTOR}
     if not names or len(names) < len(settings.etas):
         raise ValueError(f"etas: got {settings.etas}, want distinct numbers from 0 to {MAX_FACTOR}")
+    if not policies:
+        raise ValueError("policies: got none, want at least one")
     if not all(abs(weight) <= MAX_FACTOR for weight in settings.weights or ()):
         raise ValueError(f"weights: got {settings.weights}, want numbers from -{MAX_FACTOR} to {MAX_FACTOR}")
+    check_method(settings.method, settings.weights, len(policies))
     if out.exists():
         raise ValueError(f"out: {out} exists and is not overwritten; choose another --out")
     inputs = chunking.open_inputs(init, policies, settings.dtype, settings.skip)
     workers = min(os.cpu_count() or 2, 8)
     room = chunking.chunk_room(inputs, settings.memory_gb, workers)
     unit_names, chunks = chunking.plan_chunks(inputs, settings.unit, room)
-    alpha = settings.lines_alpha
-    shares = np.ones(len(unit_names)) if alpha is None else units.depth_shares(unit_names, alpha)
+    shares = np.ones(len(unit_names))
+    if settings.lines_alpha is not None:
+        kept = [row for name in (*inputs.copied, *inputs.skipped) for row in chunking.row_names(inputs, name)]
+        shares = units.depth_shares(unit_names, settings.lines_alpha, kept)
     with JobProgress(2 * len(chunks)) as progress, ThreadPoolExecutor(workers) as pool:
         job = _Job(inputs, settings, unit_names, shares, chunks, _Maths(len(policies)), pool, progress)
         try:

@@ -38,6 +38,9 @@ def _distinct(etas: tuple[float, ...]) -> tuple[float, ...]:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"got {etas!r}, want distinct numbers: {name} is given twice (compared with 6 digits)")
+    for eta, name in zip(etas, names, strict=True):
+        if name == "1" and eta != 1:  # 1 is evaluated in any case
+            raise ValueError(f"got {etas!r}, want 1.0 in place of {eta!r}, which has the same 6 digits")
     return etas
 
 
@@ -327,7 +330,7 @@ class Warp(Group):
     num_iterations: Count
     num_runs: Count
     steps_per_iteration: Annotated[tuple[Count, ...], Lax]
-    ema_rate: Rate
+    ema_rate: Rate = 0.01
     anchor: Literal["ema", "bema"] = "ema"  # missing in older workdirs
     anchor_every: Count = 1  # missing in older workdirs
     bema: Bema = Bema()  # missing in older workdirs

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from warp_jax.settings import groups, legacy
+from warp_jax.settings import groups, legacy, unread
 
 PLAIN = {  # pydantic's phrases, and how our messages write them
     r"^Input should be ": "",
@@ -105,6 +105,10 @@ class Settings(groups.Group):
 
     def replace(self, changes: Mapping[str, Any]) -> "Settings":
         """The same settings with new values by path, such as {"rl.batch_size": 64}; validated like any config."""
+        return _all_read(self._changed(changes))
+
+    def _changed(self, changes: Mapping[str, Any]) -> "Settings":
+        """As `replace`, but nothing must read a value: a run does not read each setting of the config."""
         tree = self.as_json()
         for path, value in changes.items():
             *parents, name = path.split(".")
@@ -114,14 +118,14 @@ class Settings(groups.Group):
                     raise ValueError(f"config.{'.'.join(parents[:depth])}: no such setting; {_closest(parent, group)}")
                 group = group[parent]
             group[name] = value
-        return from_config(tree)
+        return _validated(tree)
 
     @property
     def of_runs(self) -> tuple["Settings", ...]:
         """Settings of each run: these, with the changes of its entry in warp.runs."""
         if not self.warp.runs:
             return (self,) * self.warp.num_runs
-        return tuple(self.replace({**changes, "warp.runs": ()}) for changes in self.warp.runs)
+        return tuple(self._changed({**changes, "warp.runs": ()}) for changes in self.warp.runs)
 
     @model_validator(mode="after")
     def _mesh_has_one_rest(self) -> "Settings":
@@ -197,7 +201,7 @@ class Settings(groups.Group):
                 if not OF_A_RUN.fullmatch(path):
                     raise ValueError(f"warp.runs[{number}]: got {path!r}, want {MEANT}")
             try:
-                self.replace({**changes, "warp.runs": ()})
+                self._changed({**changes, "warp.runs": ()})
             except ValueError as error:
                 raise ValueError(f"warp.runs[{number}]: {str(error).removeprefix('config.')}") from error
         return self
@@ -207,9 +211,33 @@ def from_config(config: Mapping[str, Any]) -> Settings:
     """Validate a config, as plain nested mappings (`ConfigDict.to_dict()`, or the content of a config.json).
 
     Raises:
-        ValueError: the first value that is missing, unknown, of a wrong type or out of range, or does not fit others;
-            one line: its path, what was given and what is wanted.
+        ValueError: the first value that is missing, unknown, of a wrong type or out of range, does not fit others, or
+            would be ignored; one line: its path, what was given and what is wanted.
     """
+    return _all_read(_validated(config))
+
+
+def from_saved(config: Mapping[str, Any]) -> Settings:
+    """The settings in a workdir's config.json. Values that nothing reads may be in older ones; they become defaults.
+
+    Raises ValueError as `from_config` does.
+    """
+    settings = _validated(config)
+    return settings.replace(unread.without(_unread(settings), settings.warp.runs))
+
+
+def _all_read(settings: Settings) -> Settings:
+    """The settings. Raises ValueError if one of them is set and nothing reads it."""
+    for found in _unread(settings):
+        raise ValueError(f"config.{found.message()}")
+    return settings
+
+
+def _unread(settings: Settings) -> list[unread.Unread]:
+    return list(unread.find(settings, settings.of_runs, settings.warp.runs))
+
+
+def _validated(config: Mapping[str, Any]) -> Settings:
     try:
         return Settings.model_validate(legacy.upgrade(config))
     except ValidationError as error:

@@ -42,6 +42,11 @@ def counted_tokens(batch: Batch) -> Array:
     return mask[..., :-1] & batch.get(COUNTED, mask)[..., 1:]
 
 
+def num_counted(batch: Batch) -> Array:
+    """Number of `counted_tokens`."""
+    return counted_tokens(batch).sum(dtype=jnp.float32)
+
+
 def token_weights(parts: Batch) -> Array:
     """Weight of the mean loss of each part in that of the whole batch, 1 on average: mask [parts, B, S] -> [parts]."""
     counts = counted_tokens(parts).sum(axis=(1, 2), dtype=jnp.float32)
@@ -137,8 +142,9 @@ class Task(NamedTuple):
     frozen_params: Params
     batch_fn: Callable[[int], Batch]  # of a step
     held_out_batch: Callable[[int], Batch]  # number 0, 1, ...
-    held_out_batches: int = 1  # that hold the held-out rows once
+    held_out_batches: Callable[[], int] = lambda: 1  # number of batches that hold the held-out rows once
     num_microbatches: int = 1  # see `make_programs`
+    weight: Callable[[Batch], Array] = lambda batch: jnp.ones(())  # of a batch in the held-out means
 
 
 def fit(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, schedule: loop.Schedule) -> Params:
@@ -156,18 +162,19 @@ def train_step(
 
 
 def held_out(task: Task, params: Params, num_batches: int, mesh: Mesh) -> dict[str, float]:
-    """Mean of the loss and other metrics over the first held-out batches; params are those of the whole model.
+    """Mean of the loss and other metrics over the first held-out batches, weighed by `task.weight`.
 
-    Raises FloatingPointError if one is not finite.
+    params: those of the whole model. Raises FloatingPointError if one is not finite.
     """
 
     @jax.jit
-    def metrics_fn(params: Params, batch: Batch) -> dict[str, Array]:
-        return {name: value for name, value in task.loss_fn(params, batch)[1].items() if name != ROW_VALUES}
+    def metrics_fn(params: Params, batch: Batch) -> tuple[dict[str, Array], Array]:
+        metrics = task.loss_fn(params, batch)[1]
+        return {name: value for name, value in metrics.items() if name != ROW_VALUES}, task.weight(batch)
 
     held_out_batches = (meshes.put_batch(mesh, task.held_out_batch(number)) for number in range(num_batches))
-    rows = [jax.device_get(metrics_fn(params, batch)) for batch in held_out_batches]
-    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    rows, weights = zip(*(jax.device_get(metrics_fn(params, batch)) for batch in held_out_batches), strict=True)
+    means = {name: float(np.average([row[name] for row in rows], weights=weights)) for name in rows[0]}
     if bad := [f"{name} is {value}" for name, value in means.items() if not np.isfinite(value)]:
         raise FloatingPointError(f"held out: {', '.join(bad)}, want finite; lower learning_rate")
     return means
