@@ -40,10 +40,13 @@ def add_baselines(add: Add, config: ConfigDict) -> None:
     add("no_liti", {"warp.liti_rate": 1.0})  # the next iteration starts from the merge
 
     # one run, its KL to SFT [P s4.1] or to its EMA, of I x T or, with the same compute as WARP, of I x M x T steps
+    as_long = {**one_run, "warp.steps_per_iteration": (steps * warp.num_runs,)}
     for beta in (0.0, 0.01, 0.03, 0.1, 0.3):
         anchored = {"warp.ema_rate": 0.0, "rl.kl_coef": beta}
         add(f"sft_anchor_{beta:g}", {**one_run, **anchored, "warp.steps_per_iteration": (steps,)})
-    add("one_run_as_long", {**one_run, "warp.steps_per_iteration": (steps * warp.num_runs,)})
+    add("sft_anchor_as_long", {**as_long, "warp.ema_rate": 0.0})
+    add("wise_ft", {**one_run, "warp.steps_per_iteration": (steps,)})
+    add("one_run_as_long", as_long)
     batch = {"rl.batch_size": config.rl.batch_size * warp.num_runs}
     add("one_run_batch_as_large", {**one_run, **batch, "warp.steps_per_iteration": (steps,)})
 
@@ -60,6 +63,9 @@ def add_baselines(add: Add, config: ConfigDict) -> None:
     }
     add("lerp_as_far", {"warp.merge": "lerp", **reach})
     add("slerp_full_weights", {"warp.merge": "slerp_full_weights"})
+    three = {"warp.num_runs": 3}  # of two runs, the Karcher mean is SLERP
+    add("slerp_of_three", three)
+    add("karcher_of_three", {**three, "warp.merge": "karcher"})
 
     # other updates of a run
     add("kl_per_token", {"rl.kl_in": "token_reward"})

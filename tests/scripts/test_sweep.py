@@ -108,9 +108,11 @@ def test_every_baseline_is_valid_and_changes_something_else(module):
     base = typed(module.get_config())
     found = {name: base.replace(changes) for name, changes in points.items()}
     assert found["warp"] == base
-    assert len({str(settings) for settings in found.values()}) == len(points) > 15
+    assert len({str(settings) for settings in found.values()}) == len(points) > 20
+    assert (found["karcher_of_three"].warp.merge, found["slerp_of_three"].warp.merge) == ("karcher", "slerp")
     steps = sum(base.warp.steps_per_iteration)
-    assert found["one_run_as_long"].warp.steps_per_iteration == (2 * steps,)
+    for name, rate in (("one_run_as_long", base.warp.ema_rate), ("sft_anchor_as_long", 0.0)):
+        assert (found[name].warp.steps_per_iteration, found[name].warp.ema_rate) == ((2 * steps,), rate)
     assert found["one_run_batch_as_large"].rl.batch_size == 2 * base.rl.batch_size
     assert found["sft_anchor_0.3"].warp.steps_per_iteration == (steps,)
     assert found["lerp_as_far"].front.etas[-1] == pytest.approx(1.41 * base.front.etas[-1])
