@@ -154,7 +154,14 @@ def get_config() -> ConfigDict:
     # more tokens that end a completion, such as ("<|im_end|>",), in addition to the model's end tokens and, with
     # data.chat, the special token that the chat template writes after an assistant's turn
     config.sampling.stop_tokens = ()
-    config.sampling.temperature = 0.9  # of the policy everywhere: sampling, log-probabilities and KL [P s4 Setup]
+    # divides the logits of policy and anchor everywhere in training: sampling, log-probabilities and KL [P s4 Setup]
+    config.sampling.temperature = 0.9
+    # training samples only the top_k likeliest tokens (0 = all), then the smallest set of these with probability top_p
+    # (1 = all). Policy and anchor are renormalised over these tokens, so all log-probabilities and the KL are those of
+    # what is sampled; docs/methods.md has the equation. A token's set takes vocabulary / 8 bytes. Evaluations sample
+    # from all tokens [ours]
+    config.sampling.top_k = 0
+    config.sampling.top_p = 1.0
     # devices that share the weights while sampling: a multiple of mesh tensor, taken from fsdp; 0 = mesh tensor
     config.sampling.tensor = 0
 
@@ -248,6 +255,9 @@ def get_config() -> ConfigDict:
     # these rows, one after another, and keeps their hidden states
     config.evaluation.batch_size = 256
     config.evaluation.every = 250  # steps between two evaluations of a run [P s4 Setup: 100]
+    # divides the logits of policy and SFT in evaluations: completions are sampled at it, and the KL to SFT is that
+    # between the two distributions at it. None = sampling.temperature; see docs/evaluation.md
+    config.evaluation.temperature = config_dict.placeholder(float)
     # a completion passes if its gold reward (without one, its reward) is at least this; None = no pass@k
     config.evaluation.pass_threshold = config_dict.placeholder(float)
     # file of texts that nothing was trained on (.jsonl, .json, .csv or .parquet, also .gz): its perplexity shows what a
