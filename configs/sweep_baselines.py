@@ -3,11 +3,11 @@
   python scripts/sweep.py --config=configs/sweep_baselines.py --out=runs/baselines --print       # the commands
   python scripts/sweep.py --config=configs/sweep_baselines.py --out=runs/baselines
   python scripts/best_of_n.py --workdir=runs/baselines/warp                                      # needs no training
-  python scripts/compare.py runs/baselines/*                                                     # one row for each
+  python scripts/compare.py runs/baselines/warp runs/baselines/*                                 # one row for each
 
 docs/methods.md has the equation and source of each. Every workdir has a front (LITI from SFT), so the front of a
 single run is WiSE-FT of that run. Expected result: not measured; configs/sweep_baselines_tiny.py runs all of them in
-minutes, without meaning.
+minutes, without meaning (docs/results/baselines_tiny.md).
 """
 
 from collections.abc import Callable
@@ -51,8 +51,10 @@ def add_baselines(add: Add, config: ConfigDict) -> None:
     add("one_run_batch_as_large", {**one_run, **batch, "warp.steps_per_iteration": (steps,)})
 
     # other anchors
-    add("ema_every_10", {"warp.anchor_every": 10, "warp.ema_rate": min(10 * warp.ema_rate, 1.0)})
-    add("reset_anchor", {"warp.anchor_every": max(warp.steps_per_iteration[0] // 4, 1), "warp.ema_rate": 1.0})
+    length = warp.steps_per_iteration[0]
+    every = max(min(10, length // 3), 1)  # a shorter run moves its anchor too
+    add(f"ema_every_{every}", {"warp.anchor_every": every, "warp.ema_rate": min(every * warp.ema_rate, 1.0)})
+    add("reset_anchor", {"warp.anchor_every": max(length // 4, 1), "warp.ema_rate": 1.0})
     add("bema", {"warp.anchor": "bema"})
 
     # other merges. At 90 degrees, SLERP is LERP times 1 / cos(45 degrees)

@@ -102,7 +102,9 @@ def test_the_sweep_over_ema_rate():
 
 @pytest.mark.parametrize("module", [sweep_baselines, sweep_baselines_tiny])
 def test_every_baseline_is_valid_and_changes_something_else(module):
-    """Fails when a baseline is no valid config, equals another one, or lengths and sizes belong to another config."""
+    """Fails when a baseline is no valid config, equals another one, lengths and sizes belong to another config, or a
+    run ends before its anchor has moved.
+    """
     points = {}
     module.sweep(points.__setitem__)
     base = typed(module.get_config())
@@ -114,6 +116,7 @@ def test_every_baseline_is_valid_and_changes_something_else(module):
     for name, rate in (("one_run_as_long", base.warp.ema_rate), ("sft_anchor_as_long", 0.0)):
         assert (found[name].warp.steps_per_iteration, found[name].warp.ema_rate) == ((2 * steps,), rate)
     assert found["one_run_batch_as_large"].rl.batch_size == 2 * base.rl.batch_size
+    assert all(x.warp.anchor_every < min(x.warp.steps_per_iteration) for x in found.values())
     assert found["sft_anchor_0.3"].warp.steps_per_iteration == (steps,)
     assert found["lerp_as_far"].front.etas[-1] == pytest.approx(1.41 * base.front.etas[-1])
 

@@ -154,7 +154,7 @@ def test_the_expected_gradient_is_that_of_the_objective_with_fixed_sets(cut, adv
 
 @pytest.mark.parametrize("chunk", [0, 1, 3])
 def test_pieces_of_the_logits_have_their_own_sets(chunk):
-    """Fails when a piece has the sets of another, or the padding of the last piece, an empty set, gives nan."""
+    """Fails when a piece has the sets of another, or the empty sets of masked tokens and of padding give nan."""
     rng = np.random.default_rng(0)
     table, other = (jnp.asarray(rng.normal(size=(11, 11)), jnp.float32) for _ in range(2))
     ids, mask = rng.integers(0, 11, (3, 4)).astype(np.int32), np.arange(4) < np.array([[4], [2], [3]])

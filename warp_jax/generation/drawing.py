@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from warp_jax.types import Array
 
-OUTSIDE = -1e30  # logit of a token that is left out: probability 0, and, unlike -inf, no gradient of nan
 BLOCKS = 128  # pieces of the vocabulary; a multiple of the mesh axis `tensor`, so each chip has whole ones
 
 
@@ -47,9 +46,9 @@ def pack(kept: Array) -> Array:
 
 
 def restrict(logits: Array, allowed: Array) -> Array:
-    """Logits with OUTSIDE for tokens that are left out: [..., V], allowed: uint8 [..., ceil(V / 8)] from `pack`."""
+    """Logits with -inf for tokens that are left out: [..., V], allowed: uint8 [..., ceil(V / 8)] from `pack`."""
     bits = jnp.unpackbits(allowed, axis=-1, count=logits.shape[-1])
-    return jnp.where(bits.astype(bool), logits, OUTSIDE)
+    return jnp.where(bits.astype(bool), logits, -jnp.inf)
 
 
 def uniforms(keys: Array, positions: Array) -> Array:
