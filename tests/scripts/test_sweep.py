@@ -1,6 +1,7 @@
 """scripts/sweep.py: command lines that main reads back exactly, and a local run with a stub in main's place."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import quickstart, sweep_baselines, sweep_baselines_tiny, sweep_ema_rate
+from configs import quickstart, sweep_baselines, sweep_baselines_tiny, sweep_ema_rate, sweep_figures
 from tests.settings_of import typed
 from warp_jax import cli
 
@@ -119,6 +120,20 @@ def test_every_baseline_is_valid_and_changes_something_else(module):
     assert all(x.warp.anchor_every < min(x.warp.steps_per_iteration) for x in found.values())
     assert found["sft_anchor_0.3"].warp.steps_per_iteration == (steps,)
     assert found["lerp_as_far"].front.etas[-1] == pytest.approx(1.41 * base.front.etas[-1])
+
+
+def test_every_figure_of_the_map_has_a_point():
+    """Fails when a point of the figures is no valid config or equals another one, or the map names one that is not."""
+    points = {}
+    sweep_figures.sweep(points.__setitem__)
+    base = typed(sweep_figures.get_config())
+    found = {name: base.replace(changes) for name, changes in points.items()}
+    same = {name for name, settings in found.items() if settings in (base, found["steps_9_of_9"])}
+    assert same == {"steps_9_of_9", "runs_2", "liti_rate_0.3"}  # each is the point of another figure too
+    assert found["averages_of_one_run"].keep.steps[-1] == base.warp.steps_per_iteration[0]
+    text = Path("docs/paper_map.md").read_text()
+    named = {name for names in re.findall(r"`figures ([\w.,]+)[` ]", text) for name in names.split(",")}
+    assert named - {"POINT"} == set(points)
 
 
 VALUES = {
