@@ -257,7 +257,7 @@ class _Decoder(NamedTuple):
         token, logp = drawing.draw(logits, drawing.uniforms(slots.key, slots.drawn))
         ring, drawn = slots.ring, slots.drawn + alive.astype(jnp.int32)
         put = functools.partial(_put, column=column, rows=alive)
-        allowed = put(ring.allowed, drawing.pack(logits)) if config.truncates else None
+        allowed = None if ring.allowed is None else put(ring.allowed, drawing.pack(logits))
         is_stop = jnp.isin(token, jnp.array(config.stop_ids, jnp.int32))
         return slots._replace(
             column=column,
