@@ -164,7 +164,14 @@ def get_config() -> ConfigDict:
     # more tokens that end a completion, such as ("<|im_end|>",), in addition to the model's end tokens and, with
     # data.chat, the special token that the chat template writes after an assistant's turn
     config.sampling.stop_tokens = ()
-    config.sampling.temperature = 0.9  # of the policy everywhere: sampling, log-probabilities and KL [P s4 Setup]
+    # divides the logits of policy and anchor everywhere in training: sampling, log-probabilities and KL [P s4 Setup]
+    config.sampling.temperature = 0.9
+    # training samples only the top_k likeliest tokens (0 = all), then the smallest set of these with probability top_p
+    # (1 = all). Policy and anchor are renormalised over these tokens, so all log-probabilities and the KL are those of
+    # what is sampled; docs/methods.md has the equation. A token's set takes vocabulary / 8 bytes. Evaluations sample
+    # from all tokens [ours]
+    config.sampling.top_k = 0
+    config.sampling.top_p = 1.0
     # devices that share the weights while sampling: a multiple of mesh tensor, taken from fsdp; 0 = mesh tensor
     config.sampling.tensor = 0
 
@@ -198,9 +205,10 @@ def get_config() -> ConfigDict:
     config.rl.clip_ratio = "token"
     config.rl.clip_low = 0.2  # probability ratios are clipped to [1 - clip_low, 1 + clip_high]
     config.rl.clip_high = 0.2
-    # completions that max_new_tokens cut off: True = they have no gradient; their reward is less by the penalty
+    # completions that reach sampling.max_new_tokens without a stop token: a reward of half a text says little of the
+    # whole one. True = nothing is learned from them (advantage and KL 0); the batch keeps its size
     config.rl.mask_truncated = False
-    config.rl.truncation_penalty = 0.0  # reward units
+    config.rl.truncation_penalty = 0.0  # reward units that such a completion loses, so that the policy learns to stop
     # weigh each completion by its probability ratio policy / sampler, at most this (1 or more); 0 = off. The two differ
     # by rounding (bfloat16) [ours]
     config.rl.importance_cap = 0.0
@@ -211,7 +219,8 @@ def get_config() -> ConfigDict:
     config.rl.learning_rate_schedule = "constant"
     config.rl.learning_rate_steps = 0  # steps
     config.rl.learning_rate_end = 0.0  # share (0 to 1) of learning_rate
-    config.rl.weight_decay = 0.0  # share of a weight that decays in a step of rate 1 (AdamW); norms and biases do not
+    # AdamW: each step takes learning_rate * weight_decay of a weight away; scales of norms and biases are left alone
+    config.rl.weight_decay = 0.0
     config.rl.clip_norm = 1.0  # largest norm of the gradient; 0 = no clipping [ours]
 
     config.warp = ConfigDict()  # the three averages of WARP [P Algorithm 1]
@@ -221,13 +230,14 @@ def get_config() -> ConfigDict:
     config.warp.steps_per_iteration = (1000, 1000)
     # mu: weight of the policy in the EMA anchor, per step; 0 = the anchor stays at the start of the run [P s4 Setup]
     config.warp.ema_rate = 0.01
-    # "ema", or "bema" = an average without its lag (arXiv 2508.00180), with rates from warp.bema instead of ema_rate
+    # "ema": the anchor trails the policy, by about 1 / ema_rate steps. "bema" (arXiv 2508.00180): an EMA plus a part of
+    # the policy's way from its start, which makes up for that lag; its rates are in warp.bema, and ema_rate is unused
     config.warp.anchor = "ema"
     config.warp.anchor_every = 1  # steps between two moves of the anchor; with ema_rate 1, it is reset to the policy
-    config.warp.bema = ConfigDict()  # after t steps: the average moves by (lag + t) ** -ema_power towards the policy,
-    config.warp.bema.ema_power = 0.5
-    config.warp.bema.bias_power = 0.2  # the anchor is the average + (lag + t) ** -bias_power * (policy - start)
-    config.warp.bema.lag = 10.0  # steps
+    config.warp.bema = ConfigDict()  # t: steps done in the run. Both rates fall as the run goes on
+    config.warp.bema.ema_power = 0.5  # in a step, the average moves by (lag + t) ** -ema_power of the way to the policy
+    config.warp.bema.bias_power = 0.2  # anchor = average + (lag + t) ** -bias_power * (policy - start of the run)
+    config.warp.bema.lag = 10.0  # steps added to t, so that the first rates are not 1
     # how the M policies are merged: a name in warp_jax.merging.METHODS. "slerp" [P s3.2] and "lerp" (linear, the
     # baseline in [P App. B]) weigh the policies by lambda = 1/M. For M > 2, "slerp" depends on the order of the runs,
     # and "karcher" (spherical mean [2603.04972]) does not
@@ -258,6 +268,9 @@ def get_config() -> ConfigDict:
     # these rows, one after another, and keeps their hidden states
     config.evaluation.batch_size = 256
     config.evaluation.every = 250  # steps between two evaluations of a run [P s4 Setup: 100]
+    # divides the logits of policy and SFT in evaluations: completions are sampled at it, and the KL to SFT is that
+    # between the two distributions at it. None = sampling.temperature; see docs/evaluation.md
+    config.evaluation.temperature = config_dict.placeholder(float)
     # a completion passes if its gold reward (without one, its reward) is at least this; None = no pass@k
     config.evaluation.pass_threshold = config_dict.placeholder(float)
     # file of texts that nothing was trained on (.jsonl, .json, .csv or .parquet, also .gz): its perplexity shows what a

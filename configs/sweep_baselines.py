@@ -3,11 +3,11 @@
   python scripts/sweep.py --config=configs/sweep_baselines.py --out=runs/baselines --print       # the commands
   python scripts/sweep.py --config=configs/sweep_baselines.py --out=runs/baselines
   python scripts/best_of_n.py --workdir=runs/baselines/warp                                      # needs no training
-  python scripts/compare.py runs/baselines/*                                                     # one row for each
+  python scripts/compare.py runs/baselines/warp runs/baselines/*                                 # one row for each
 
 docs/methods.md has the equation and source of each. Every workdir has a front (LITI from SFT), so the front of a
 single run is WiSE-FT of that run. Expected result: not measured; configs/sweep_baselines_tiny.py runs all of them in
-minutes, without meaning.
+minutes, without meaning (docs/results/baselines_tiny.md).
 """
 
 from collections.abc import Callable
@@ -40,16 +40,21 @@ def add_baselines(add: Add, config: ConfigDict) -> None:
     add("no_liti", {"warp.liti_rate": 1.0})  # the next iteration starts from the merge
 
     # one run, its KL to SFT [P s4.1] or to its EMA, of I x T or, with the same compute as WARP, of I x M x T steps
+    as_long = {**one_run, "warp.steps_per_iteration": (steps * warp.num_runs,)}
     for beta in (0.0, 0.01, 0.03, 0.1, 0.3):
         anchored = {"warp.ema_rate": 0.0, "rl.kl_coef": beta}
         add(f"sft_anchor_{beta:g}", {**one_run, **anchored, "warp.steps_per_iteration": (steps,)})
-    add("one_run_as_long", {**one_run, "warp.steps_per_iteration": (steps * warp.num_runs,)})
+    add("sft_anchor_as_long", {**as_long, "warp.ema_rate": 0.0})
+    add("wise_ft", {**one_run, "warp.steps_per_iteration": (steps,)})
+    add("one_run_as_long", as_long)
     batch = {"rl.batch_size": config.rl.batch_size * warp.num_runs}
     add("one_run_batch_as_large", {**one_run, **batch, "warp.steps_per_iteration": (steps,)})
 
     # other anchors
-    add("ema_every_10", {"warp.anchor_every": 10, "warp.ema_rate": min(10 * warp.ema_rate, 1.0)})
-    add("reset_anchor", {"warp.anchor_every": max(warp.steps_per_iteration[0] // 4, 1), "warp.ema_rate": 1.0})
+    length = warp.steps_per_iteration[0]
+    every = max(min(10, length // 3), 1)  # a shorter run moves its anchor too
+    add(f"ema_every_{every}", {"warp.anchor_every": every, "warp.ema_rate": min(every * warp.ema_rate, 1.0)})
+    add("reset_anchor", {"warp.anchor_every": max(length // 4, 1), "warp.ema_rate": 1.0})
     add("bema", {"warp.anchor": "bema", "warp.ema_rate": 0.01})  # the default: nothing reads it
 
     # other merges. At 90 degrees, SLERP is LERP times 1 / cos(45 degrees)
@@ -60,6 +65,9 @@ def add_baselines(add: Add, config: ConfigDict) -> None:
     }
     add("lerp_as_far", {"warp.merge": "lerp", **reach})
     add("slerp_full_weights", {"warp.merge": "slerp_full_weights"})
+    three = {"warp.num_runs": 3}  # of two runs, the Karcher mean is SLERP
+    add("slerp_of_three", three)
+    add("karcher_of_three", {**three, "warp.merge": "karcher"})
 
     # other updates of a run
     add("kl_per_token", {"rl.kl_in": "token_reward"})

@@ -22,9 +22,8 @@ with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     import jax.numpy as jnp
     from rich import console
 
-    from warp_jax import progress as job_progress
     from warp_jax.evaluation import best_of_n, columns, measure, points, report
-    from warp_jax.experiment import preparation, stages
+    from warp_jax.experiment import stages
     from warp_jax.experiment import workdir as workdirs
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a job of warp_jax.main that has evaluated SFT.")
@@ -70,12 +69,7 @@ def open_examiner(workdir: Path) -> measure.Examiner:
     job = stages.Workdir(workdir)
     if not (workdir / "evaluations" / "sft.npz").is_file():
         raise ValueError(f"workdir: {workdir} has no evaluation of SFT yet; start warp_jax.main first")
-    settings = job.settings.replace({"mesh": tuple(job.mesh.shape.values())})
-    corpora = preparation.load_corpora(settings)
-    workdirs.check_rows_unchanged(settings.data.source, corpora, workdir)
-    workdirs.check_ingredients(settings, workdir, "an evaluation")
-    with job_progress.JobProgress(0, quiet=True) as progress:
-        _, _, examiner = preparation.prepare(settings, corpora, workdir, progress)
+    examiner = job.examiner()
     no_kl = jnp.zeros(examiner.batch_size)  # of SFT to itself
     return examiner._replace(texts=None, kl_to_sft=lambda *args: no_kl)
 

@@ -190,7 +190,7 @@ def print_table(columns: str, rows: list[list[str]]) -> None:
 def main(argv: list[str]) -> None:
     """Check the workdirs, print the tables and draw the picture."""
     try:
-        workdirs = [files.as_path(name) for name in argv[1:]]
+        workdirs = list(dict.fromkeys(map(files.as_path, argv[1:])))  # runs/x/warp runs/x/*: the first row is warp's
         baselines = [files.as_path(_BASELINE.value)] if _BASELINE.value else []
     except ValueError as error:
         cli.fail(str(error))

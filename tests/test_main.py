@@ -49,8 +49,8 @@ def tiny_run(tmp_path_factory):
     return tiny.get_config(), workdir, result.stdout.splitlines()[-1]
 
 
-def _rows(workdir):
-    with (workdir / "front.csv").open() as file:
+def _rows(workdir, name="front.csv"):
+    with (workdir / name).open() as file:
         return list(csv.DictReader(file))
 
 
@@ -367,6 +367,27 @@ def test_best_of_n_of_sft_stands_beside_the_front(tiny_run):
     assert refused.stderr == "error: --n: got 2,4.5, want whole numbers from 1 to --samples = 128\n"
 
 
+def test_merges_over_lambda_go_from_run_to_run_through_the_merge(tiny_run):
+    """Fails when lambda is the weight of the first run, LERP has another weight than SLERP, or the merge is another."""
+    workdir = tiny_run[1]
+    result = run(script_command("slerp_weights.py", f"--workdir={workdir}", "--weights=0,0.5,1"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("lambda ") == 3
+    found = {(row["method"], float(row["slerp_weight"])): row for row in _rows(workdir, "slerp_weights.csv")}
+    policies = [row for row in _rows(workdir) if row["stage"] == "policy" and row["iteration"] == "1"]
+    last = max(int(row["step"]) for row in policies)
+    first, second = (row for row in policies if int(row["step"]) == last)
+    merged = next(row for row in _rows(workdir) if row["stage"] == "merged")
+    for weight, want in ((0.0, first), (0.5, merged), (1.0, second)):
+        for name in ("reward", "sft_kl", "gold_reward"):
+            assert float(found["slerp", weight][name]) == pytest.approx(float(want[name]), rel=1e-5), (weight, name)
+            if weight != 0.5:
+                assert float(found["lerp", weight][name]) == pytest.approx(float(want[name]), rel=1e-5)
+    assert float(found["lerp", 0.5]["sft_kl"]) < 0.9 * float(merged["sft_kl"])
+    refused = run(script_command("slerp_weights.py", f"--workdir={workdir}", "--weights=0,2"))
+    assert refused.stderr == "error: --weights: got 0,2, want numbers from 0 to 1\n"
+
+
 def test_the_reward_model_loads_in_transformers(tiny_run, tmp_path):
     """Fails when the export of a reward model loses its head or its trunk, or is no judge of text."""
     _, workdir, _ = tiny_run
@@ -455,11 +476,14 @@ def test_the_report_warns_of_drift(tmp_path):
 
 
 def test_compare_of_one_run_without_gold(tmp_path):
-    """Fails when a baseline, which has no angles, or a job without a gold reward ends in a traceback."""
+    """Fails when a baseline, which has no angles, or a job without a gold reward ends in a traceback, or a workdir that
+    is named twice has two rows.
+    """
     numbers = {"sft_reward": 0.1, "final_reward": 0.7, "gain_in_standard_errors": 5.0, "final_gold_reward": None}
     files.write_json(tmp_path / "summary.json", {**numbers, "final_sft_kl": 2.0, "iterations_compared": []})
     files.write_json(tmp_path / "config.json", {"seed": 3})
     files.write_json(tmp_path / "iteration_1" / "geometry.json", {"angles_degrees": [[[0.0]]]})
-    result = run([sys.executable, "scripts/compare.py", str(tmp_path)])
+    result = run([sys.executable, "scripts/compare.py", str(tmp_path), str(tmp_path)])
     assert result.returncode == 0, result.stderr
+    assert result.stdout.count("| 0.100 |") == 1
     assert "| 3 | 0.100 | 0.700 | 5.0 | - | 2.00 | - |" in result.stdout

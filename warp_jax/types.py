@@ -34,6 +34,8 @@ class Rollout(NamedTuple):
     completion_ids: Array  # int32 [B, C]
     completion_mask: Array  # bool [B, C], True up to and including the stop token
     per_token_logps: Array  # float32 [B, C], nats, of the distribution sampled from; 0 where masked
+    # bits of the tokens that top-k and top-p keep, uint8 [B, C, ceil(V / 8)], 0 where masked; None = all tokens
+    allowed: Array | None = None
 
 
 class States(NamedTuple):

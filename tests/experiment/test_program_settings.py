@@ -1,6 +1,7 @@
 """Settings reach the programs: a step, a rollout and a KL of a model whose logits are a table, against hand arithmetic.
 
-Mutations killed here: another temperature in the sampler, the scorer or the KL; the optimizer of SFT in RL; liti_rate
+Mutations killed here: another temperature in the sampler, the scorer or the KL; top-k or top-p left out of training, or
+in the evaluation; the optimizer of SFT in RL; liti_rate
 as the rate of the anchor; another advantage, whitening or importance cap than that of the config.
 """
 
@@ -52,9 +53,10 @@ def _make(monkeypatch, changes=None, apply_fn=_apply_fn):
     return programs.make_programs(settings, mesh, model, trained=_table(0), frozen={}, stop_ids=(STOP,), pad_id=0)
 
 
-def _logps(params):
+def _logps(params, temperature=TEMPERATURE, top_k=VOCABULARY):
     """Log-probability of every token after every token, float64."""
-    scaled = np.asarray(params["embed"]["embedding"], np.float64) / TEMPERATURE
+    scaled = np.asarray(params["embed"]["embedding"], np.float64) / temperature
+    scaled = np.where(scaled < np.sort(scaled, 1)[:, -top_k, None], -np.inf, scaled)
     return scaled - np.log(np.exp(scaled).sum(1, keepdims=True))
 
 
@@ -84,6 +86,37 @@ def test_one_temperature_and_the_settings_of_rl(monkeypatch):
     moved = _distance(state.params, policy)
     assert np.abs(moved).max() == pytest.approx(0.03, rel=1e-2)  # the first step of Adam has the size of the rate
     np.testing.assert_allclose(_distance(state.anchor_params, policy), 0.2 * moved, atol=1e-6)
+
+
+@pytest.mark.parametrize("cut", [{"sampling.top_k": 2}, {"sampling.top_p": 1e-4}])
+def test_training_and_evaluation_have_their_own_distributions(monkeypatch, cut):
+    """Fails when evaluation.temperature is another one in its sampler or KL, reaches training, or top-k and top-p are
+    left out of the sampler or the scores of training, or reach the evaluation, or the anchor has all tokens.
+    """
+    policy, sft, made = _table(0), _table(1), _make(monkeypatch, {**cut, "evaluation.temperature": 2.0})
+    top_k = cut.get("sampling.top_k", 1)
+    prompts = np.arange(BATCH, dtype=np.int32)[:, None] % VOCABULARY
+    batch = PromptBatch(prompts, prompts >= 0, np.arange(BATCH))
+    for sampler, wanted in ((made.sampler, _logps(policy, top_k=top_k)), (made.evaluation_sampler, _logps(policy, 2))):
+        rollout = sampler(policy, batch, jax.random.key(0))
+        ids, mask = np.asarray(rollout.completion_ids), np.asarray(rollout.completion_mask)
+        last = np.concatenate([prompts, ids[:, :-1]], 1)
+        want = wanted[last, ids][mask]
+        np.testing.assert_allclose(rollout.per_token_logps[mask], want, rtol=1e-4, atol=1e-6)
+        if rollout.allowed is not None:
+            train = made.train[0]
+            state = train.init(policy)._replace(anchor_params=sft)
+            _, metrics = train.update(state, {}, rollout, jnp.arange(BATCH, dtype=jnp.float32))
+            assert float(metrics["nats_per_token"]) == pytest.approx(-want.mean(), rel=1e-4, abs=1e-6)
+            anchor = np.where(np.isfinite(wanted), _logps(sft), -np.inf)
+            anchor -= np.log(np.exp(anchor).sum(1, keepdims=True))
+            log_ratio = (want - anchor[last, ids][mask]).sum() / BATCH
+            assert float(metrics["anchor_kl"]) == pytest.approx(log_ratio, rel=1e-4, abs=1e-6)
+            assert float(metrics["drift/max"]) < 1e-5
+    assert rollout.allowed is None
+    per_token = (np.exp(_logps(policy, 2)) * (_logps(policy, 2) - _logps(sft, 2))).sum(1)
+    want = np.where(mask, per_token[last], 0).sum(1)
+    np.testing.assert_allclose(made.kl_to_sft(policy, sft, {}, rollout), want, rtol=1e-4)
 
 
 IDS = np.array([[0, 3, 4, 1], [4, STOP, 0, 0], [1, 1, STOP, 0], [3, 0, 1, STOP]] * 2, np.int32)

@@ -250,11 +250,14 @@ def test_an_older_workdir_is_accepted_and_keeps_its_rows(tmp_path):
     _claim(tmp_path, ROWS)
     (tmp_path / "run" / workdir.DATA).unlink()
     config = files.read_json(tmp_path / "run" / workdir.CONFIG)
-    del config["sampling"]["stop_tokens"], config["rl"]["importance_cap"], config["health"]
+    del config["sampling"]["stop_tokens"], config["sampling"]["top_k"], config["sampling"]["top_p"]
+    del config["rl"]["importance_cap"], config["health"]
     files.write_json(tmp_path / "run" / workdir.CONFIG, config)
     _claim(tmp_path, ROWS)
     _claim(tmp_path, ROWS, **{"health.max_kl": 50.0, "health.action": "stop", "evaluation.pass_threshold": 0.5})
     assert files.read_json(tmp_path / "run" / workdir.CONFIG)["sampling"]["stop_tokens"] == []
+    with pytest.raises(ValueError, match=r"evaluation\.temperature was None, now 0\.5"):
+        _claim(tmp_path, ROWS, **{"evaluation.temperature": 0.5})
     with pytest.raises(ValueError, match="other rows"):
         _claim(tmp_path, ROWS[1:])
 

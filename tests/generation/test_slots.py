@@ -34,23 +34,28 @@ def short(monkeypatch):
 
 
 @pytest.mark.parametrize("variant", ["gemma3", "qwen3"])  # with and without a window
-@pytest.mark.parametrize(("copies", "num_slots", "may_halve"), [(1, 8, False), (1, 0, True), (2, 10, True)])
-def test_any_number_of_slots_gives_the_same_completions(short, variant, copies, num_slots, may_halve):
+@pytest.mark.parametrize(
+    ("options", "top_k"),
+    [({"num_slots": 8}, 5), ({"may_halve": True}, 0), ({"copies": 2, "num_slots": 10, "may_halve": True}, 0)],
+)
+def test_any_number_of_slots_gives_the_same_completions(short, variant, options, top_k):
     """Fails if a slot reads what the sequence before it left, the ring overwrites a token that is needed, a prompt is
-    lost or taken twice, rows are mixed when slots are halved, or a number of tokens or a key belongs to another slot.
+    lost or taken twice, rows are mixed when slots are halved, or a number of tokens, a key or a set of allowed tokens
+    belongs to another slot.
     """
     apply_fn, make_cache, params = make(**VARIANTS[variant])
-    run = functools.partial(sampling.sample_with_states, apply_fn, make_cache, trunk_layers=0, copies=copies)
-    run = functools.partial(jax.jit, functools.partial(run, config=SamplingConfig(9, 0.7, (4,), 0)))
+    run = functools.partial(sampling.sample_with_states, apply_fn, make_cache, trunk_layers=0)
+    run = functools.partial(run, config=SamplingConfig(9, 0.7, (4,), 0, top_k), copies=options.get("copies", 1))
+    run = jax.jit(run, static_argnames=("copies", "num_slots", "may_halve"))
     prompts, key = prompts_of(22), jax.random.key(3)
-    want, want_states = run()(params, prompts, key)
-    got, states = run(static_argnames=("num_slots", "may_halve"))(
-        params, prompts, key, num_slots=num_slots, may_halve=may_halve
-    )
+    want, want_states = run(params, prompts, key)
+    got, states = run(params, prompts, key, **options)
     lengths = np.asarray(want.completion_mask.sum(1))
     assert len(np.unique(lengths)) > 3
     for name, values in want._asdict().items():
-        assert_allclose(getattr(got, name), values, atol=1e-5, err_msg=name)
+        if values is not None:
+            assert_allclose(getattr(got, name), values, atol=1e-5, err_msg=name)
+    assert (want.allowed is None) == (not top_k)
     fed = np.concatenate([want.prompt_mask, want.completion_mask], 1)[:, :-1] & (
         np.arange(13) < 5 + lengths[:, None] - 1
     )

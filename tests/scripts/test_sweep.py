@@ -1,6 +1,7 @@
 """scripts/sweep.py: command lines that main reads back exactly, and a local run with a stub in main's place."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import quickstart, sweep_baselines, sweep_baselines_tiny, sweep_ema_rate
+from configs import quickstart, sweep_baselines, sweep_baselines_tiny, sweep_ema_rate, sweep_figures
 from tests.settings_of import typed
 from warp_jax import cli
 
@@ -102,18 +103,37 @@ def test_the_sweep_over_ema_rate():
 
 @pytest.mark.parametrize("module", [sweep_baselines, sweep_baselines_tiny])
 def test_every_baseline_is_valid_and_changes_something_else(module):
-    """Fails when a baseline is no valid config, equals another one, or lengths and sizes belong to another config."""
+    """Fails when a baseline is no valid config, equals another one, lengths and sizes belong to another config, or a
+    run ends before its anchor has moved.
+    """
     points = {}
     module.sweep(points.__setitem__)
     base = typed(module.get_config())
     found = {name: base.replace(changes) for name, changes in points.items()}
     assert found["warp"] == base
-    assert len({str(settings) for settings in found.values()}) == len(points) > 15
+    assert len({str(settings) for settings in found.values()}) == len(points) > 20
+    assert (found["karcher_of_three"].warp.merge, found["slerp_of_three"].warp.merge) == ("karcher", "slerp")
     steps = sum(base.warp.steps_per_iteration)
-    assert found["one_run_as_long"].warp.steps_per_iteration == (2 * steps,)
+    for name, rate in (("one_run_as_long", base.warp.ema_rate), ("sft_anchor_as_long", 0.0)):
+        assert (found[name].warp.steps_per_iteration, found[name].warp.ema_rate) == ((2 * steps,), rate)
     assert found["one_run_batch_as_large"].rl.batch_size == 2 * base.rl.batch_size
+    assert all(x.warp.anchor_every < min(x.warp.steps_per_iteration) for x in found.values())
     assert found["sft_anchor_0.3"].warp.steps_per_iteration == (steps,)
     assert found["lerp_as_far"].front.etas[-1] == pytest.approx(1.41 * base.front.etas[-1])
+
+
+def test_every_figure_of_the_map_has_a_point():
+    """Fails when a point of the figures is no valid config or equals another one, or the map names one that is not."""
+    points = {}
+    sweep_figures.sweep(points.__setitem__)
+    base = typed(sweep_figures.get_config())
+    found = {name: base.replace(changes) for name, changes in points.items()}
+    same = {name for name, settings in found.items() if settings in (base, found["steps_9_of_9"])}
+    assert same == {"steps_9_of_9", "runs_2", "liti_rate_0.3"}  # each is the point of another figure too
+    assert found["averages_of_one_run"].keep.steps[-1] == base.warp.steps_per_iteration[0]
+    text = Path("docs/paper_map.md").read_text()
+    named = {name for names in re.findall(r"`figures ([\w.,]+)[` ]", text) for name in names.split(",")}
+    assert named - {"POINT"} == set(points)
 
 
 VALUES = {

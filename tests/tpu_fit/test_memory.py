@@ -76,6 +76,18 @@ def test_updates_of_different_runs_are_planned():
     assert [p.name for p in plan.programs if p.name.startswith("update")] == ["update", "update (run 2)"]
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_an_update_gets_the_rollout_that_is_sampled(top_p):
+    """Fails when the bits of the kept tokens are left out of the update, or have another shape."""
+    programs = {program.name: program for program in _plan(_config(**{"sampling.top_p": top_p})).programs}
+    generation, update = programs["generation"], programs["update"]
+    sampled, planned = jax.eval_shape(generation.call, *generation.args), update.args[2]
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(sampled)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(planned)
+    ]
+    assert (planned.allowed is None) == (top_p == 1)
+
+
 def _co_resident(plan):
     return {p.name: compile.chip_bytes(p.co_resident) for p in plan.programs}
 

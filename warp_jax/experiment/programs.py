@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax.sharding import Mesh
 
@@ -24,7 +24,7 @@ class Programs(NamedTuple):
 
     sampler: sampling.Sampler
     train: tuple[loop.Programs[TrainState], ...]  # a step of RL, for each run; runs of equal settings share one
-    evaluation_sampler: sampling.Sampler  # the same as `sampler` if the dtypes are equal
+    evaluation_sampler: sampling.Sampler  # the same as `sampler` if dtypes and distributions are equal
     kl_to_sft: measure.KlFn
     text_losses: measure.TextFn
 
@@ -40,19 +40,21 @@ def make_programs(
     pad_id: int,
 ) -> Programs:
     """Jit the programs for a policy `model`. trained, frozen: its leaves, or their shapes."""
-    temperature, chunk = settings.sampling.temperature, settings.model.logits_chunk
+    given, chunk = settings.sampling, settings.model.logits_chunk
     trunk_layers = freezing.trunk_layers(trained, model.stacks)
-    score: Any = {"temperature": temperature, "chunk": chunk}
+    ids = stop_ids, pad_id
+    drawn = sampling.SamplingConfig(given.max_new_tokens, given.temperature, *ids, given.top_k, given.top_p)
+    evaluated = drawn._replace(temperature=settings.evaluation_temperature, top_k=0, top_p=1.0)
     sampling_mesh = meshes.regroup(mesh, settings.sampling.tensor)
 
-    def make_sampler(model: TransformerConfig) -> sampling.Sampler:
+    def make_sampler(model: TransformerConfig, config: sampling.SamplingConfig) -> sampling.Sampler:
         return sampling.make_sampler(
             mesh,
             trees.join(trained, frozen),
             apply_fn=make_apply_fn(model, sampling_mesh),
             make_cache=functools.partial(init_cache, model, mesh=sampling_mesh),
             dtype=model.dtype,
-            config=sampling.SamplingConfig(settings.sampling.max_new_tokens, temperature, stop_ids, pad_id),
+            config=config,
             trunk_layers=trunk_layers,
             sampling_mesh=sampling_mesh,
         )
@@ -60,7 +62,9 @@ def make_programs(
     @functools.cache
     def make_update(rl: Rl, warp: Warp) -> loop.Programs[TrainState]:
         rule = reinforce.Rule(
-            score_fn=functools.partial(scoring.per_token_logps, make_apply_fn(model, mesh), **score),
+            score_fn=functools.partial(
+                scoring.per_token_logps, make_apply_fn(model, mesh), temperature=drawn.temperature, chunk=chunk
+            ),
             optimizer=optimizers.make_optimizer(rl, settings.adam),
             rl=rl,
             lora=settings.model.lora,
@@ -69,14 +73,16 @@ def make_programs(
         )
         return reinforce.make_programs(mesh, trained, rule)
 
-    sampler = make_sampler(model)
+    sampler = make_sampler(model, drawn)
     measured = dataclasses.replace(model, dtype=settings.evaluation.dtype)
     apply_fn = make_apply_fn(measured, mesh)
-    score_kl = functools.partial(scoring.sequence_kl, apply_fn, trunk_layers=trunk_layers, **score)
+    score_kl = functools.partial(
+        scoring.sequence_kl, apply_fn, trunk_layers=trunk_layers, temperature=evaluated.temperature, chunk=chunk
+    )
     return Programs(
         sampler=sampler,
         train=tuple(make_update(run.rl, run.warp) for run in settings.of_runs),
-        evaluation_sampler=sampler if measured == model else make_sampler(measured),
+        evaluation_sampler=sampler if (measured, evaluated) == (model, drawn) else make_sampler(measured, evaluated),
         kl_to_sft=measure.make_kl_to_sft(score_kl),
         text_losses=measure.make_text_losses(functools.partial(scoring.next_token_losses, apply_fn, chunk=chunk)),
     )

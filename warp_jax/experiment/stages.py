@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from warp_jax import cli, merging, trees
+from warp_jax import cli, merging, progress, trees
+from warp_jax.evaluation import measure
 from warp_jax.experiment import architecture, preparation, workdir
 from warp_jax.models import apply, freezing, partitioning
 from warp_jax.models.transformer import TransformerConfig
@@ -61,6 +62,15 @@ class Workdir:
         elif stage != "sft":
             trained = self._restore(stage, trained)
         return trees.join(trained, frozen), self.policy
+
+    def examiner(self) -> measure.Examiner:
+        """Make the examiner of the workdir's job, for more evaluations. Raises ValueError if something is missing."""
+        settings = self.settings.replace({"mesh": tuple(self.mesh.shape.values())})
+        corpora = preparation.load_corpora(settings)
+        workdir.check_rows_unchanged(settings.data.source, corpora, self.path)
+        workdir.check_ingredients(settings, self.path, "an evaluation")
+        with progress.JobProgress(0, quiet=True) as quiet:
+            return preparation.prepare(settings, corpora, self.path, quiet)[2]
 
     @functools.cached_property
     def _sft(self) -> Params:

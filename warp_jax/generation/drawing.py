@@ -23,6 +23,11 @@ class SamplingConfig(NamedTuple):
     top_k: int = 0  # keep only the k likeliest tokens; 0 = all
     top_p: float = 1.0  # keep only the smallest set of likeliest tokens with this probability; 1 = all
 
+    @property
+    def truncates(self) -> bool:
+        """True if tokens are left out."""
+        return self.top_k > 0 or self.top_p < 1
+
 
 def kept_logits(logits: Array, config: SamplingConfig) -> Array:
     """Logits after temperature, top-k and top-p, in this order; -inf for tokens that are left out: [B, V] -> [B, V]."""
@@ -33,6 +38,17 @@ def kept_logits(logits: Array, config: SamplingConfig) -> Array:
     if config.top_p < 1:
         logits = jnp.where(_outside_nucleus(logits, config.top_p), -jnp.inf, logits)
     return logits
+
+
+def pack(kept: Array) -> Array:
+    """Bits of the tokens that `kept_logits` keeps: [B, V] -> uint8 [B, ceil(V / 8)], see `Rollout.allowed`."""
+    return jnp.packbits(kept > -jnp.inf, axis=-1)
+
+
+def restrict(logits: Array, allowed: Array) -> Array:
+    """Logits with -inf for tokens that are left out: [..., V], allowed: uint8 [..., ceil(V / 8)] from `pack`."""
+    bits = jnp.unpackbits(allowed, axis=-1, count=logits.shape[-1])
+    return jnp.where(bits.astype(bool), logits, -jnp.inf)
 
 
 def uniforms(keys: Array, positions: Array) -> Array:

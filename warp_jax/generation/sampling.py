@@ -168,8 +168,10 @@ def _decode(
     columns, lengths = slots.decode(model, prompts, keys, config, plan)
     before = prompts.prompt_ids.shape[1]
     mask = jnp.arange(config.max_new_tokens)[None] < lengths[:, None]
-    ids, logps = (x[:, before:] for x in columns[:2])
+    ids, logps, allowed = jax.tree.map(lambda x: x[:, before:], columns[:3])
     if copies > 1:
         prompts = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), prompts)
-    rollout = Rollout(*prompts, jnp.where(mask, ids, config.pad_id), mask, jnp.where(mask, logps, 0.0))
-    return rollout, columns.kept
+    if allowed is not None:
+        allowed = jnp.where(mask[..., None], allowed, 0)
+    ids, logps = jnp.where(mask, ids, config.pad_id), jnp.where(mask, logps, 0.0)
+    return Rollout(*prompts, ids, mask, logps, allowed), columns.kept

@@ -55,6 +55,7 @@ class Columns(NamedTuple):
 
     token_ids: Array  # int32
     logps: Array  # float32, nats
+    allowed: Array | None  # see `Rollout`
     kept: Any  # what the model's step keeps; a pytree
 
 
@@ -145,17 +146,18 @@ class _Decoder(NamedTuple):
         logits, cache, kept = self._prefill(self.prompts, columns)
         kept = jax.tree.map(lambda x: _widen(x, self.config.max_new_tokens), kept)
         column, sequence = jnp.int32(before), jnp.arange(count, dtype=jnp.int32)
-        new = _new_slots(cache, column, sequence, self.keys, self._blank(count)._replace(kept=kept))
+        ring = self._blank(count, logits.shape[-1])._replace(kept=kept)
+        new = _new_slots(cache, column, sequence, self.keys, ring)
         return self._add_tokens(new, logits, column)
 
     def empty(self) -> _Queue:
         """Free slots, and the whole queue."""
         count, size = self.plan.sequences, self.plan.sizes[0]
-        _, _, kept = jax.eval_shape(lambda: self._prefill(self._block(jnp.int32(0)), self.width))
+        logits, _, kept = jax.eval_shape(lambda: self._prefill(self._block(jnp.int32(0)), self.width))
         width = self.width
 
         def blank(rows: int) -> Columns:
-            return self._blank(rows)._replace(
+            return self._blank(rows, logits.shape[-1])._replace(
                 kept=jax.tree.map(lambda x: jnp.zeros((rows, width, *x.shape[2:]), x.dtype), kept)
             )
 
@@ -225,6 +227,7 @@ class _Decoder(NamedTuple):
             ring=Columns(
                 put(slots.ring.token_ids, new.ring.token_ids),
                 put(slots.ring.logps, new.ring.logps),
+                jax.tree.map(put, slots.ring.allowed, new.ring.allowed),
                 jax.tree.map(
                     lambda x, y: x.at[rows[:, None], columns[None]].set(y, mode="drop"), slots.ring.kept, kept
                 ),
@@ -250,20 +253,23 @@ class _Decoder(NamedTuple):
     def _add_tokens(self, slots: _Slots, logits: Array, column: Array) -> _Slots:
         """Draw a token of each slot that decodes, and write it to a column."""
         alive, config = ~slots.done, self.config
-        token, logp = drawing.draw(drawing.kept_logits(logits, config), drawing.uniforms(slots.key, slots.drawn))
+        logits = drawing.kept_logits(logits, config)
+        token, logp = drawing.draw(logits, drawing.uniforms(slots.key, slots.drawn))
         ring, drawn = slots.ring, slots.drawn + alive.astype(jnp.int32)
         put = functools.partial(_put, column=column, rows=alive)
+        allowed = None if ring.allowed is None else put(ring.allowed, drawing.pack(logits))
         is_stop = jnp.isin(token, jnp.array(config.stop_ids, jnp.int32))
         return slots._replace(
             column=column,
             drawn=drawn,
             done=slots.done | is_stop | (drawn == config.max_new_tokens),
-            ring=ring._replace(token_ids=put(ring.token_ids, token), logps=put(ring.logps, logp)),
+            ring=Columns(put(ring.token_ids, token), put(ring.logps, logp), allowed, ring.kept),
         )
 
-    def _blank(self, rows: int) -> Columns:
+    def _blank(self, rows: int, vocab: int) -> Columns:
         shape = (rows, self.width)
-        return Columns(jnp.full(shape, self.config.pad_id, jnp.int32), jnp.zeros(shape, jnp.float32), ())
+        allowed = jnp.zeros((*shape, -(-vocab // 8)), jnp.uint8) if self.config.truncates else None
+        return Columns(jnp.full(shape, self.config.pad_id, jnp.int32), jnp.zeros(shape, jnp.float32), allowed, ())
 
 
 def _new_slots(cache: Any, column: Array, sequence: Array, key: Array, ring: Columns) -> _Slots:

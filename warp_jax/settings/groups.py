@@ -19,6 +19,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Moment = Annotated[float, Field(ge=0, lt=1)]  # decay of one of Adam's moving averages
 LearningRate = Annotated[float, Field(gt=0, le=100)]
 Temperature = Annotated[float, Field(ge=0.001, le=100)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Eta = Annotated[float, Field(ge=0, le=100)]
 Seconds = Annotated[float, Field(gt=0, le=10**9)]
 Minutes = Seconds
@@ -242,13 +243,26 @@ class Gold(Group):
 
 
 class Sampling(Group):
-    """Lengths of prompts and completions, the temperature of the policy, and the chips that share its weights."""
+    """Lengths of prompts and completions, the distribution of the policy, and the chips that share its weights."""
 
     prompt_tokens: Length
     max_new_tokens: Count
     temperature: Temperature
+    top_k: CountOrZero = 0  # missing in older workdirs
+    top_p: Share = 1.0  # missing in older workdirs
     stop_tokens: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Lax] = ()  # missing in older workdirs
     tensor: CountOrZero = 0  # missing in older workdirs
+
+    @property
+    def truncates(self) -> bool:
+        """True if training leaves tokens out."""
+        return self.top_k > 0 or self.top_p < 1
+
+    @model_validator(mode="after")
+    def _several_tokens_are_kept(self) -> "Sampling":
+        if self.top_k == 1:
+            raise ValueError("top_k: got 1, want 0 (all tokens) or at least 2: nothing is learned from a single choice")
+        return self
 
 
 class Rl(Optimization):
@@ -383,6 +397,7 @@ class Evaluation(Group):
     samples_per_prompt: Count = 1  # missing in older workdirs
     batch_size: Count
     every: Count
+    temperature: Temperature | None = None  # missing in older workdirs
     dtype: Literal["float32", "bfloat16"]
     pass_threshold: float | None = None  # missing in older workdirs
     text: str = ""  # missing in older workdirs, and the three below

@@ -99,6 +99,11 @@ class Settings(groups.Group):
         """Size of the vocabulary trained here; 0 with a pretrained model, which has its own."""
         return self.tokenizer.vocab_size if self.tokenizer else 0
 
+    @property
+    def evaluation_temperature(self) -> float:
+        """Temperature of the distributions that evaluations sample and compare."""
+        return self.evaluation.temperature or self.sampling.temperature
+
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values, from which `from_config` makes the same settings."""
         return self.model_dump(mode="json", exclude_none=True)

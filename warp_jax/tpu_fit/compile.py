@@ -177,9 +177,13 @@ class _Planner:
         """The update of the first run, and those of runs with other settings."""
         batch, seen = self.settings.rl.batch_size, list[Any]()
         fixed, start = (self.weights, ("init",)) if EXPANDED in self.resident else (self.frozen, ())
+        rollout = self._rollout(batch)
+        if self.settings.sampling.truncates:
+            bits = self._rows(jnp.uint8, *rollout.completion_ids.shape, -(-self.policy.vocab_size // 8))
+            rollout = rollout._replace(allowed=bits)
         for run, functions in enumerate(self.functions.train, 1):
             if functions not in seen:
-                args = self._state(functions), fixed, self._rollout(batch), self._rows(jnp.float32, batch)
+                args = self._state(functions), fixed, rollout, self._rows(jnp.float32, batch)
                 name = f"update (run {run})" if seen else "update"
                 yield self.program(name, functions.update, *args, reads=(*STATE, "frozen weights", *start))
                 seen.append(functions)

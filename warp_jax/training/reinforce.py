@@ -308,6 +308,6 @@ def collect(trainer: Trainer, run: Run, state: TrainState, step: int) -> tuple[R
         del weights  # with LoRA, a copy
     try:
         with jax.profiler.TraceAnnotation("reward"):
-            return rollout, trainer.reward_fn(rollout)
+            return rollout, trainer.reward_fn(rollout._replace(allowed=None))  # it may fetch the others
     except RewardError as error:
         raise RewardError(f"{run.name} step {step}: {error}") from error

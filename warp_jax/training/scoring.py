@@ -6,6 +6,7 @@ have logits at a time: the head is applied to one piece of the sequence after an
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +15,24 @@ import optax
 from warp_jax.generation import drawing
 from warp_jax.types import ApplyFn, Array, Params, Rollout, States
 
-# logits of each policy [B, c, V], targets [B, c] -> [B, c]
-Reduce = Callable[[Sequence[Array], Array], Array]
+Targets = Any  # of N positions: a pytree of arrays [B, N, ...]
+# logits of each policy [B, c, V], targets of c positions -> [B, c]
+Reduce = Callable[[Sequence[Array], Targets], Array]
 
 
 def per_token_logps(
     apply_fn: ApplyFn, params: Params, rollout: Rollout, temperature: float, *, chunk: int = 0
 ) -> Array:
-    """Log pi(y_t | x, y_<t) of each completion token: float32 [B, C], nats, 0 where masked."""
+    """Log pi(y_t | x, y_<t) of each completion token: float32 [B, C], nats, 0 where masked.
 
-    def logps_of(logits: Sequence[Array], targets: Array) -> Array:
-        scaled = logits[0] / temperature
-        target_logits = jnp.take_along_axis(scaled, targets[..., None], axis=-1)[..., 0]
+    With rollout.allowed, pi is renormalised over the tokens that the sampler kept, which do not depend on `params`.
+    """
+
+    def logps_of(logits: Sequence[Array], targets: Targets) -> Array:
+        scaled, (token_ids, allowed) = logits[0] / temperature, targets
+        if allowed is not None:
+            scaled = drawing.restrict(scaled, allowed)
+        target_logits = jnp.take_along_axis(scaled, token_ids[..., None], axis=-1)[..., 0]
         return target_logits - jax.nn.logsumexp(scaled, axis=-1)
 
     return _map_completion(apply_fn, [params], rollout, logps_of, chunk)
@@ -45,13 +52,14 @@ def sequence_kl(
     """KL(policy || reference) of whole completions, estimated on samples of the policy: float32 [B], nats, >= 0.
 
     Exact KL between the two next-token distributions, summed over the positions of the sampled tokens. This estimate
-    has the same expectation as the sampled log-ratio, and far less variance.
+    has the same expectation as the sampled log-ratio, and far less variance. The completions are drawn from all tokens,
+    without top-k and top-p.
 
     states: of the policy's tokens, from sampling; then only the reference is computed, above the first `trunk_layers`
     layers, which policy and reference share.
     """
 
-    def kl(logits: Sequence[Array], targets: Array) -> Array:
+    def kl(logits: Sequence[Array], targets: Targets) -> Array:
         return _next_token_kl(logits[0] / temperature, logits[1] / temperature)
 
     policies = [params, reference_params]
@@ -71,7 +79,7 @@ def sequence_kl(
 def next_token_losses(apply_fn: ApplyFn, params: Params, token_ids: Array, mask: Array, *, chunk: int = 0) -> Array:
     """-log pi(token | tokens before) of all tokens except the first: token_ids, mask [B, S] -> [B, S - 1], nats."""
 
-    def losses(logits: Sequence[Array], targets: Array) -> Array:
+    def losses(logits: Sequence[Array], targets: Targets) -> Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits[0], targets)
 
     return map_logits(apply_fn, [params], token_ids[:, :-1], mask[:, :-1], token_ids[:, 1:], reduce=losses, chunk=chunk)
@@ -82,7 +90,7 @@ def map_logits(
     policies: Sequence[Params],
     token_ids: Array,
     mask: Array,
-    targets: Array,
+    targets: Targets,
     *,
     reduce: Reduce,
     chunk: int,
@@ -94,11 +102,11 @@ def map_logits(
         policies: parameters of whole models.
         token_ids: int32 [B, S].
         mask: bool [B, S], True = real token.
-        targets: int32 [B, N], one token for each of the last N positions.
+        targets: what `reduce` needs of the last N positions, such as their tokens.
         reduce: see `Reduce`; c = N, or the length of a piece.
         chunk: see the top of this file.
     """
-    length = targets.shape[1]
+    length = _length(targets)
     if not chunk or length <= chunk:
         logits = [apply_fn(params, token_ids, mask, None, num_outputs=length)[0] for params in policies]
         return reduce(logits, targets)
@@ -110,25 +118,31 @@ def _map_hidden(
     apply_fn: ApplyFn,
     policies: Sequence[Params],
     hidden: list[Array],
-    targets: Array,
+    targets: Targets,
     *,
     reduce: Reduce,
     chunk: int,
 ) -> Array:
     """`map_logits` from the inputs of the heads of all policies, each [B, N, D]."""
-    length = targets.shape[1]
+    length = _length(targets)
     pieces = -(-length // chunk) if chunk else 1
 
     @jax.checkpoint
-    def reduce_piece(piece: tuple[list[Array], Array]) -> Array:
+    def reduce_piece(piece: tuple[list[Array], Targets]) -> Array:
         states, piece_targets = piece
         logits = [apply_fn(p, h, method="head") for p, h in zip(policies, states, strict=True)]
         return reduce(logits, piece_targets)
 
     if pieces == 1:
         return reduce_piece((hidden, targets))
-    results = jax.lax.map(reduce_piece, ([_cut(h, pieces) for h in hidden], _cut(targets, pieces)))
-    return results.swapaxes(0, 1).reshape(targets.shape[0], -1)[:, :length]
+    results = jax.lax.map(reduce_piece, jax.tree.map(lambda x: _cut(x, pieces), (hidden, targets)))
+    return results.swapaxes(0, 1).reshape(len(hidden[0]), -1)[:, :length]
+
+
+def _length(targets: Targets) -> int:
+    """N, the number of positions."""
+    length: int = jax.tree.leaves(targets)[0].shape[1]
+    return length
 
 
 def _next_token_kl(logits: Array, reference: Array) -> Array:
@@ -152,7 +166,7 @@ def _map_completion(
 ) -> Array:
     """Apply `map_logits` to the positions that predict the completion tokens: [B, C], 0 where masked."""
     token_ids, mask = _fed(rollout)
-    targets = jnp.asarray(rollout.completion_ids)
+    targets = jnp.asarray(rollout.completion_ids), rollout.allowed
     values = map_logits(apply_fn, policies, token_ids, mask, targets, reduce=reduce, chunk=chunk)
     return jnp.where(rollout.completion_mask, values, 0.0)
 
