@@ -35,7 +35,9 @@ with epy.lazy_imports():  # at their first use: --help does not wait for JAX
 
 OURS = flags.DEFINE_string("ours", "", "JSONL file of answers; a positive score means these are better.")
 THEIRS = flags.DEFINE_string("theirs", "", "JSONL file of answers to compare with, to the same prompts.")
-JUDGE = flags.DEFINE_string("judge", "", "Judge of both: folder of a reward model, hf://ORG/NAME, or package.module:function.")
+JUDGE = flags.DEFINE_string(
+    "judge", "", "Judge of both: folder of a reward model, hf://ORG/NAME, or package.module:function."
+)
 OUT = flags.DEFINE_string("out", None, "JSON file to write with all results; default: only print the table.")
 MARGINS = flags.DEFINE_list(
     "margins",

@@ -93,8 +93,9 @@ def check_source(source: str, task: Mapping[str, Any] = {}, split: str = "") -> 
 def load_rows(source: str, split: str, task: Mapping[str, Any] = {}) -> row_files.Rows:
     """Load all rows of a source (see SOURCES), each with its place for error messages.
 
-    split: of a TFDS source or a dataset on the Hub. TFDS keeps the source in TFDS_DATA_DIR (default ~/tensorflow_datasets), in the format
-    array_record, which needs no TensorFlow. task: options of a reasoning-gym task by name.
+    split: of a TFDS source or a dataset on the Hub. TFDS keeps the source in TFDS_DATA_DIR (default
+    ~/tensorflow_datasets), in the format array_record, which needs no TensorFlow. task: options of a reasoning-gym task
+    by name.
     """
     if source.startswith(reasoning_gym.PREFIX):
         return _placed(source, reasoning_gym.load_rows(source.removeprefix(reasoning_gym.PREFIX), task))

@@ -24,7 +24,7 @@ from warp_jax.rewards import from_folder, reward_functions, text_reward
 from warp_jax.settings import Settings
 from warp_jax.settings.groups import Data, Gold, RewardModel, RewardPart, Sft
 from warp_jax.storage import checkpoint, manifest
-from warp_jax.training import loop, metric_writer, optimizers, supervised
+from warp_jax.training import loop, metric_writer, optimizers, supervised, wandb_run
 from warp_jax.types import ApplyFn, Params, Rollout
 
 LEARNED = {"sft": ("reward", "gold"), "reward_model": ("reward",)}  # splits, joined
@@ -241,6 +241,7 @@ class Maker:
             checkpoint_minutes=self.settings.checkpoint_minutes,
             name=name,
             split=named(LEARNED[name]),
+            open_observer=functools.partial(wandb_run.open_run, self.settings, self.workdir, directory),
         )
         optimizer = optimizers.make_optimizer(settings, self.settings.adam)
         trained = supervised.fit(task, optimizer, self.mesh, schedule)

@@ -17,6 +17,7 @@ from warp_jax.pretrained import hf_weights, sources
 from warp_jax.rewards import reward_functions, text_reward
 from warp_jax.settings import Settings, check_devices
 from warp_jax.settings.groups import Gold, RewardPart
+from warp_jax.training import wandb_run
 from warp_jax.types import RewardError
 
 REWARDS, GOLDS = ("reward_model", "length"), ("tfidf", "")  # sources that are neither folders nor functions
@@ -27,6 +28,8 @@ def check(settings: Settings) -> None:
     """Raise ValueError at the first file, function, model or mesh that cannot be used."""
     mesh = meshes.make_mesh(settings.mesh)
     check_devices(settings, meshes.batch_devices(mesh))
+    if hosts.is_first():
+        wandb_run.check(settings)
     corpus.check_source(settings.data.source, settings.data.task, settings.data.split)
     _check_text(settings.evaluation.text)
     for name, part in settings.all_reward_parts.items():
@@ -48,11 +51,13 @@ def pin(settings: Settings) -> Settings:
 
     Raises ValueError that names the setting, if there is no such repository or revision; HubError if the Hub fails.
     """
-    models = {"model": settings.model, "gold": settings.gold}
-    models |= {f"rewards.{name}": part for name, part in settings.rewards.items()}
-    found: dict[str, tuple[str, hub.Kind]] = {f"{name}.source": (part.source, "model") for name, part in models.items()}
-    found["data.source"] = (settings.data.source, "dataset")
-    found["evaluation.text"] = (settings.evaluation.text, "dataset")
+    found: dict[str, tuple[str, hub.Kind]] = {
+        "model.source": (settings.model.source, "model"),
+        "gold.source": (settings.gold.source, "model"),
+        "data.source": (settings.data.source, "dataset"),
+        "evaluation.text": (settings.evaluation.text, "dataset"),
+        **{f"rewards.{name}.source": (part.source, "model") for name, part in settings.rewards.items()},
+    }
     changes = {}
     for path, (source, kind) in found.items():
         if source.startswith(hub.PREFIX):
@@ -98,8 +103,8 @@ def _check_text(source: str) -> None:
     is_file = row_files.is_supported(Path(source)) and (source.startswith(hub.PREFIX) or Path(source).is_file())
     if source and not is_file:
         raise ValueError(
-            f"config.evaluation.text: got {source!r}, want '' or a .jsonl, .json, .csv or .parquet file (or .gz of it), "
-            "also as hf://ORG/NAME/FILE"
+            f"config.evaluation.text: got {source!r}, want '' or a .jsonl, .json, .csv or .parquet file (or .gz of "
+            "it), also hf://ORG/NAME/FILE"
         )
 
 

@@ -31,7 +31,7 @@ MADE = ("tokenizer.json", "gold/gold.json", "gold/summary.json")  # single files
 LOCK = "lock"  # held while a job claims the workdir, or makes the inputs that all runs share
 # settings that may change on resume; another mesh or remat changes rounding only
 MAY_CHANGE = re.compile(
-    r"checkpoint_(every|minutes) |report\.|front\.|health\.|mesh |sampling\.tensor |model\.remat |"
+    r"checkpoint_(every|minutes) |report\.|front\.|health\.|logging\.|mesh |sampling\.tensor |model\.remat |"
     r"(gold|rewards\.[^ ]+)\.timeout |evaluation\.pass_threshold "
 )
 

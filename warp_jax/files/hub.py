@@ -111,9 +111,9 @@ def explained(repo: str, revision: str = "main") -> Iterator[None]:
             f"{repo}: is gated; accept its terms on its page on the Hugging Face Hub, then {log_in}"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise ValueError(f"{repo}: the Hub has no such repository, or it is private; correct the name, or {log_in}") from (
-            error
-        )
+        raise ValueError(
+            f"{repo}: the Hub has no such repository, or it is private; correct the name, or {log_in}"
+        ) from (error)
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{repo}: has no revision {revision!r}, want a branch, a tag or a commit") from error
     except errors.LocalEntryNotFoundError as error:
@@ -125,10 +125,10 @@ def explained(repo: str, revision: str = "main") -> Iterator[None]:
         raise HubError(f"{repo}: {_first_line(error)}; check the network, then try again") from error
     except errors.HFValidationError as error:
         raise ValueError(f"{repo}: {_first_line(error)}") from error
-    except errors.HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code in (401, 403):
+    except errors.HTTPError as error:  # of the library for HTTP
+        if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403):
             raise ValueError(f"{repo}: access denied; {log_in}") from error
-        raise HubError(f"{repo}: {_first_line(error)}; try again later") from error
+        raise HubError(f"{repo}: {_first_line(error)}; check the network, then try again") from error
 
 
 def _first_line(error: Exception) -> str:

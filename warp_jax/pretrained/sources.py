@@ -39,8 +39,8 @@ def is_folder(source: str) -> bool:
 def find(source: str) -> Path:
     """Return the Hugging Face folder of a model source, converting a GGUF unless its folder is cached.
 
-    source: an existing folder, hf://ORG/NAME (see `files.hub`), a .gguf file, or "package:NAME" (a Python package with a
-    GGUF). Converted folders are in WARP_JAX_CACHE (default ~/.cache/warp_jax). Raises ValueError if the source is
+    source: an existing folder, hf://ORG/NAME (see `files.hub`), a .gguf file, or "package:NAME" (a Python package with
+    a GGUF). Converted folders are in WARP_JAX_CACHE (default ~/.cache/warp_jax). Raises ValueError if the source is
     missing or cannot be converted.
     """
     if source.startswith(hub.PREFIX):
@@ -52,8 +52,8 @@ def find(source: str) -> Path:
         model = _find_in_package(source.removeprefix(PACKAGE))
     elif path.suffix != ".gguf":
         raise ValueError(
-            f"{source!r}: no such folder; want a Hugging Face folder, {hub.PREFIX}ORG/NAME, a .gguf file or {PACKAGE}NAME"
-            f"{hub.did_you_mean(source)}"
+            f"{source!r}: no such folder; want a Hugging Face folder, {hub.PREFIX}ORG/NAME, a .gguf file or "
+            f"{PACKAGE}NAME{hub.did_you_mean(source)}"
         )
     elif not path.is_file():
         raise ValueError(f"{source!r}: no such file")

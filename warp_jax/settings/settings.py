@@ -47,6 +47,7 @@ class Settings(groups.Group):
     front: groups.Front
     evaluation: groups.Evaluation
     health: groups.Health = groups.Health()  # missing in older workdirs
+    logging: groups.Logging = groups.Logging()  # missing in older workdirs
     report: groups.Report
 
     @property
