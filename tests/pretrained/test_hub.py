@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from tests import hub_cache
 from tests.commands import main_command, run
@@ -80,9 +81,46 @@ def _main(published, workdir, **changes):
     return run(command, **hub_cache.environment(published))
 
 
+PUSH = """
+import runpy, sys, types
+import huggingface_hub
+
+class Api:
+    def whoami(self): print("login checked")
+    def create_repo(self, repo, **options): print("created", repo, options)
+    def upload_folder(self, **options):
+        print("uploaded", options["repo_id"], options["folder_path"])
+        return "address of the commit"
+
+huggingface_hub.HfApi = Api
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def _export_and_push(published, workdir, out):
+    """The exported policy is that of the pinned commit, with a card, and is pushed when it is complete."""
+    arguments = (f"--workdir={workdir}", "--stage=liti:0.3", f"--out={out}", "--push=me/aligned", "--prompts=8")
+    done = run([sys.executable, "-c", PUSH, "scripts/export_hf.py", *arguments], **hub_cache.environment(published))
+    assert done.returncode == 0, done.stderr
+    steps = [line for line in done.stdout.splitlines() if re.match(r"(login|created|uploaded|pushed:) ", line)]
+    assert steps == [
+        "login checked",
+        "created me/aligned {'private': True, 'exist_ok': True}",
+        f"uploaded me/aligned {out}",
+        "pushed: address of the commit",
+    ]
+    card = (out / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "org/policy"
+    assert f"hf://org/policy@{COMMITS[0]}" in card
+    assert "| reward | " in card
+    assert re.search(r"\npython -m warp_jax\.main --config=configs/pretrained\.py --workdir=\S+ ", card)
+    assert re.search(r"\npython \S.*--stage=liti:0\.3", card)
+
+
 def test_a_job_trains_on_the_hub_and_keeps_to_its_commits(published, tmp_path):
     """Fails when a source is not read from the Hub, config.json has no commits, a moved branch is used or only noticed
-    after the start, another revision is taken, or the pinned commit is refused.
+    after the start, another revision is taken, the pinned commit is refused, or the export is not of it.
     """
     workdir = tmp_path / "run"
     done = _main(published, workdir)
@@ -102,6 +140,7 @@ def test_a_job_trains_on_the_hub_and_keeps_to_its_commits(published, tmp_path):
             assert f"model.source was '{pinned}', now 'hf://org/policy@{COMMITS[1]}'" in moved.stderr
             assert f"give --config.model.source={pinned}, or choose another --workdir" in moved.stderr
         assert _main(published, workdir, **{"model.source": pinned}).returncode == 0
+        _export_and_push(published, workdir, tmp_path / "exported")
     finally:
         hub_cache.point(published, "model", "org/policy", COMMITS[0])
 

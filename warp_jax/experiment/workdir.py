@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -72,7 +73,8 @@ def claim(
                 if (workdir / name).exists() and not manifest.is_noted(workdir, name):
                     manifest.note(workdir, name)  # a process was killed before it could
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            start = {"time": now, **here, "accepted": sorted(accept)}
+            command = shlex.join(["python", *sys.orig_argv[1:]])
+            start = {"time": now, "command": command, **here, "accepted": sorted(accept)}
             files.write_text(workdir / STARTS, _starts(workdir) + json.dumps(start) + "\n")
 
     try:
@@ -98,6 +100,12 @@ def _starts(workdir: Path) -> str:
     """The lines of STARTS; "" if it is missing."""
     path = workdir / STARTS
     return path.read_bytes().decode(errors="replace") if path.exists() else ""
+
+
+def first_command(workdir: Path) -> str:
+    """The command line that made a workdir; "" if an earlier version of warp_jax did."""
+    first, *_ = [*_starts(workdir).splitlines(), "{}"]
+    return str((_parsed(first) or {}).get("command", ""))
 
 
 def _check_environment(workdir: Path, here: Mapping[str, Any], accept: Collection[str]) -> None:

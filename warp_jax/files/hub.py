@@ -5,7 +5,7 @@ import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from warp_jax.exit_codes import TRY_AGAIN
 
@@ -83,14 +83,37 @@ def find_data(source: str, patterns: tuple[str, ...]) -> Path:
     return _download(repo, revision, "dataset", patterns)
 
 
-@functools.cache  # one commit of a branch, as long as the process lives
-def _download(repo: str, revision: str, kind: Kind, patterns: tuple[str, ...]) -> Path:
+def check_login(repo: str) -> None:
+    """Raise ValueError unless a repository of this name can be pushed to: a valid name, and a login."""
+    if not _LIKE_A_REPOSITORY.fullmatch(repo):
+        raise ValueError(f"push: got {repo!r}, want ORG/NAME")
+    huggingface_hub = _package(repo)
+    with explained(repo):
+        huggingface_hub.HfApi().whoami()
+
+
+def push(folder: Path, repo: str, message: str) -> str:
+    """Upload a folder as a commit of a model's repository, made private if it is new; return the address of the commit.
+
+    Raises as `pin` does.
+    """
+    api = _package(repo).HfApi()
+    with explained(repo):
+        api.create_repo(repo, private=True, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message))
+
+
+def _package(repo: str) -> Any:
     try:
         import huggingface_hub  # noqa: PLC0415  an extra
     except ImportError as error:
-        raise ValueError(
-            f"{PREFIX}{repo}: needs the package huggingface_hub; run: pip install 'warp_jax[hub]'"
-        ) from error
+        raise ValueError(f"{repo}: needs the package huggingface_hub; run: pip install 'warp_jax[hub]'") from error
+    return huggingface_hub
+
+
+@functools.cache  # one commit of a branch, as long as the process lives
+def _download(repo: str, revision: str, kind: Kind, patterns: tuple[str, ...]) -> Path:
+    huggingface_hub = _package(repo)
     with explained(repo, revision):
         folder = huggingface_hub.snapshot_download(
             repo, repo_type=kind, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_OTHER_WEIGHTS)
@@ -106,6 +129,8 @@ def explained(repo: str, revision: str = "main") -> Iterator[None]:
     log_in = "log in: hf auth login, or set HF_TOKEN"
     try:
         yield
+    except errors.LocalTokenNotFoundError as error:
+        raise ValueError(f"{repo}: not logged in; {log_in}") from error
     except errors.GatedRepoError as error:
         raise ValueError(
             f"{repo}: is gated; accept its terms on its page on the Hugging Face Hub, then {log_in}"

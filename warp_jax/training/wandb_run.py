@@ -52,9 +52,7 @@ class WandbRun:
             )
         except wandb.Error as error:
             line = " ".join(str(error).split())[:200]
-            raise WandbError(
-                f"config.logging.wandb_project: no run of W&B: {line}; or set WANDB_MODE=offline"
-            ) from error
+            raise WandbError(f"config.logging.wandb_project: {line}; try again, or set WANDB_MODE=offline") from error
         if self._run.offline:
             folder = Path(self._run.settings.sync_dir)
             for old in folder.parent.glob(f"offline-run-*-{number}"):
