@@ -65,7 +65,8 @@ def check(settings: typed.Settings, workdir: Path, accept: Collection[str] = ())
     """Load the data, check all input, then claim the workdir. Bad input raises ValueError, and nothing is written."""
 
     def read() -> Mapping[str, corpus.Corpus]:
-        workdirs.check_owner(settings, workdir)  # before anything is downloaded
+        if hosts.is_first():
+            workdirs.check_owner(settings, workdir)  # before anything is downloaded
         if unknown := set(accept) - set(ACCEPTABLE):
             raise ValueError(f"accept: got {min(unknown)!r}, want some of {', '.join(ACCEPTABLE)}")
         inputs.check(settings)

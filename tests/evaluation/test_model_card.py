@@ -73,12 +73,13 @@ def test_the_card_states_what_was_done_and_measured():
 
 
 def test_what_was_not_measured_is_not_stated():
-    """Fails when a missing gold reward or evaluation is shown as a number."""
+    """Fails when a missing gold reward or evaluation, or the rounding of SFT itself, is shown as a number."""
     measured = {name: {**row, "gold_reward": float("nan")} for name, row in MEASURED.items()}
     assert "| gold reward | - | - |" in _make(measured=measured)
     card = _make(measured={"SFT": MEASURED["SFT"]})
     assert "no evaluation of this stage" in card
     assert "0.2500" not in card
+    assert "They keep" not in _make(stage="sft", delivered={"share": None, "relative_error": None})
 
 
 @pytest.mark.parametrize(

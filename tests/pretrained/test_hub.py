@@ -5,8 +5,10 @@ import re
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import yaml
+from huggingface_hub import errors
 
 from tests import hub_cache
 from tests.commands import main_command, run
@@ -48,7 +50,9 @@ def published(tmp_path_factory):
     _jsonl(root / "data" / "main" / "train-00001-of-00002.jsonl", ROWS[300:])
     _jsonl(root / "data" / "main" / "test.jsonl", ROWS[:9])
     hub_cache.add(root / "hub", "model", "org/policy", root / "policy")
-    hub_cache.add(root / "hub", "model", "org/policy", root / "policy", commit=COMMITS[1], branch="newer")
+    (root / "newer").mkdir()
+    (root / "newer" / "config.json").write_text("{}")
+    hub_cache.add(root / "hub", "model", "org/policy", root / "newer", commit=COMMITS[1], branch="newer")
     hub_cache.add(root / "hub", "model", "org/reward", root / "reward")
     hub_cache.add(root / "hub", "dataset", "org/questions", root / "data")
     return root / "hub"
@@ -119,8 +123,8 @@ def _export_and_push(published, workdir, out):
 
 
 def test_a_job_trains_on_the_hub_and_keeps_to_its_commits(published, tmp_path):
-    """Fails when a source is not read from the Hub, config.json has no commits, a moved branch is used or only noticed
-    after the start, another revision is taken, the pinned commit is refused, or the export is not of it.
+    """Fails when a source is not read from the Hub, config.json has no commits, a moved branch is used, or noticed
+    only after its files are read, another revision is taken, the pinned commit is refused, or the export is not of it.
     """
     workdir = tmp_path / "run"
     done = _main(published, workdir)
@@ -202,6 +206,13 @@ def test_without_network_the_cache_must_have_it(cache, monkeypatch):
     with pytest.raises(hub.HubError, match=r"org/mine: .* check the network") as caught:
         sources.find("hf://org/mine")
     assert caught.value.exit_code == TRY_AGAIN
+
+    def lose_connection(*arguments, **options):
+        raise errors.HTTPError("connection reset")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lose_connection)
+    with pytest.raises(hub.HubError, match="org/mine: connection reset; check the network"):
+        sources.find("hf://org/mine")
 
 
 def test_a_missing_package_is_named(cache, monkeypatch):

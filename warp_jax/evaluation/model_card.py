@@ -98,8 +98,8 @@ def _compared(report: Mapping[str, Any]) -> str:
 
 def _rounding(report: Mapping[str, Any]) -> str:
     text = f"Training was in float32; these weights are {report['dtype']}."
-    if "delivered" in report:
-        kept = report["delivered"]
+    kept = report.get("delivered", {})
+    if kept.get("share") is not None:  # of SFT, there is no change to keep
         text += (
             f" They keep the share {kept['share']:.6g} of the change from SFT, with a relative error of "
             f"{kept['relative_error']:.3g}."

@@ -136,16 +136,15 @@ def explained(repo: str, revision: str = "main") -> Iterator[None]:
             f"{repo}: is gated; accept its terms on its page on the Hugging Face Hub, then {log_in}"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise ValueError(
-            f"{repo}: the Hub has no such repository, or it is private; correct the name, or {log_in}"
-        ) from (error)
+        reason = "the Hub has no such repository, or it is private; correct the name, or"
+        raise ValueError(f"{repo}: {reason} {log_in}") from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{repo}: has no revision {revision!r}, want a branch, a tag or a commit") from error
     except errors.LocalEntryNotFoundError as error:
         if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
             raise ValueError(
                 f"{repo}: revision {revision!r} is not wholly in the cache of the Hub, and HF_HUB_OFFLINE is set; "
-                f"unset it, or run once with network: hf download {repo} --revision={revision}"
+                "unset it, or run once with network"
             ) from error
         raise HubError(f"{repo}: {_first_line(error)}; check the network, then try again") from error
     except errors.HFValidationError as error:
