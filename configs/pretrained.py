@@ -1,4 +1,4 @@
-"""WARP on a pretrained model: a Hugging Face folder, a .gguf file, or package:NAME for a GGUF in an installed package.
+"""WARP on a pretrained model: a Hugging Face folder or repository (hf://ORG/NAME), or a GGUF (docs/pretrained.md).
 
   python -m warp_jax.main --config=configs/pretrained.py --config.model.source=path/to/model --workdir=runs/mine
 

@@ -5,7 +5,9 @@
   python scripts/export_hf.py --workdir=runs/lora --stage=liti:0.3 --lora_rank=16 --out=adapter
 
 The new folder holds the weights, config.json and the tokenizer; transformers and vLLM can load it. Its
-warp_export.json says how much of the training the dtype keeps, and compares reward and KL with those of the stage.
+warp_export.json says how much of the training the dtype keeps, and compares reward and KL with those of the stage. Its
+model card, README.md, says how the model was made and what was measured. --push=ORG/NAME uploads the folder to the
+Hugging Face Hub.
 
 With --lora_rank the folder is an adapter of the PEFT library instead, of the base model SFT: the factors of this rank
 that are nearest to the displacement from SFT. How much they lack is printed. A merge of M runs of rank R has the rank
@@ -14,6 +16,7 @@ M R, and so many more in each later iteration.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from absl import flags
 from etils import epy
 
 from warp_jax import cli, files
+from warp_jax.files import hub
 from warp_jax.storage.weight_files import OUTPUT_DTYPES
 
 with epy.lazy_imports():  # at their first use: --help does not wait for JAX
@@ -43,12 +47,17 @@ LORA_RANK = flags.DEFINE_integer(
     "Export a LoRA adapter of this rank, for the stage sft as base model; 0 = the whole model.",
     lower_bound=0,
 )
+PUSH = flags.DEFINE_string(
+    "push", "", "Repository ORG/NAME of the Hugging Face Hub to upload the folder to; a new one is private."
+)
 
 
 def main(argv: list[str]) -> None:
     """Export the stage."""
     del argv
     try:
+        if PUSH.value:
+            hub.check_login(PUSH.value)
         report = export.export_stage(
             files.as_path(WORKDIR.value),
             STAGE.value,
@@ -56,6 +65,7 @@ def main(argv: list[str]) -> None:
             dtype=DTYPE.value,
             prompts=PROMPTS.value,
             lora_rank=LORA_RANK.value,
+            command=shlex.join(["python", *sys.argv]),
         )
     except (ValueError, OSError) as error:
         cli.fail(error)
@@ -79,6 +89,12 @@ def main(argv: list[str]) -> None:
                 f"(difference {numbers['difference']:+.4f} +- {numbers['difference_se']:.4f})"
             )
     print(f"exported {STAGE.value} of {WORKDIR.value} to {OUT.value}")
+    if PUSH.value:
+        try:
+            print(f"pushed: {hub.push(Path(OUT.value), PUSH.value, f'Add {STAGE.value} of a WARP run')}")
+        except (ValueError, OSError) as error:
+            print(f"{OUT.value} is complete; upload it with: hf upload {PUSH.value} {OUT.value}", file=sys.stderr)
+            cli.fail(error)
 
 
 if __name__ == "__main__":

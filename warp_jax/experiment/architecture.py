@@ -44,11 +44,11 @@ def planned(settings: Settings) -> tuple[TransformerConfig, TransformerConfig | 
     if settings.needs_reward_model:
         return policy, reward_model_config(settings.reward_model, policy)
     names = [part.source for part in settings.all_reward_parts.values()]
-    folders = [name for name in names if ":" not in name and name != "length"]
+    folders = [name for name in names if sources.is_folder(name) or (":" not in name and name != "length")]
     if not folders:
         return policy, None
-    if Path(folders[0]).is_dir():
-        return policy, sources.read_settings(Path(folders[0]), "scalar", model.dtype)
+    if sources.is_folder(folders[0]):
+        return policy, sources.read_settings(sources.find(folders[0]), "scalar", model.dtype)
     return policy, dataclasses.replace(policy, head="scalar", tied_head=False, layer_groups=())
 
 

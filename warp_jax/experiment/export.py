@@ -1,5 +1,6 @@
 """Export a stage of a workdir as a Hugging Face folder for transformers, vLLM and lm-evaluation-harness."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ import numpy as np
 
 from warp_jax import files, trees
 from warp_jax.data import batches
-from warp_jax.evaluation import measure, statistics
+from warp_jax.evaluation import measure, model_card, points, statistics
 from warp_jax.experiment import preparation
 from warp_jax.experiment.stages import Workdir
-from warp_jax.experiment.workdir import check_ingredients, check_rows_unchanged
+from warp_jax.experiment.workdir import check_ingredients, check_rows_unchanged, first_command
 from warp_jax.merging import rounding
 from warp_jax.models import partitioning
 from warp_jax.models.apply import param_shapes
@@ -26,7 +27,14 @@ REPORT, GENERATION = model_files.EXPORT_REPORT, "generation_config.json"
 
 
 def export_stage(
-    workdir: Path, stage: str, out: Path, *, dtype: str = "float32", prompts: int = 0, lora_rank: int = 0
+    workdir: Path,
+    stage: str,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    prompts: int = 0,
+    lora_rank: int = 0,
+    command: str = "",
 ) -> dict[str, Any]:
     """Write a stage to a new folder, which appears when it is complete; return the content of its warp_export.json.
 
@@ -39,6 +47,7 @@ def export_stage(
             the stage; 0 = not compared.
         lora_rank: 0 = the whole model; else a LoRA adapter of this rank, whose base model is SFT. The report says how
             much of the training it lacks.
+        command: the command line of the export, for the model card.
 
     Raises:
         ValueError: `out` exists, the stage is unknown or not saved, or it is no adapter of SFT.
@@ -69,6 +78,7 @@ def export_stage(
                 exported = hf_weights.load_params(staging, model, like)
             report["compared"] = _compared(job, {"stage": params, "exported": exported}, sft, prompts)
         files.write_json(staging / REPORT, report)
+        files.write_text(staging / model_card.FILE, _card(job, report, command))
     return report
 
 
@@ -92,6 +102,19 @@ def cut(adapter: hf_adapter.Adapter) -> dict[str, Any]:
     worst = max(each, key=lambda name: each[name])
     total = (sum(adapter.errors.values()) / sum(adapter.lengths.values())) ** 0.5
     return {"cut": {"total": total, "largest": each[worst], "of": worst}}
+
+
+def _card(job: Workdir, report: dict[str, Any], command: str) -> str:
+    """The model card of an export."""
+    last_step = functools.partial(points.last_step, job.settings, job.path)
+    names = {"this model": points.name_of_stage(job.settings, report["stage"], last_step), "SFT": "sft"}
+    paths = {who: job.path / "evaluations" / f"{name}.npz" for who, name in names.items() if name}
+    return model_card.make(
+        job.settings,
+        report,
+        measured={who: measure.summary(measure.load_evaluation(path)) for who, path in paths.items() if path.exists()},
+        commands=(first_command(job.path), command),
+    )
 
 
 def delivered(params: Params, sft_params: Params, dtype: str) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from warp_jax.experiment import architecture
 from warp_jax.models import apply, freezing
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.parallel import hosts
+from warp_jax.pretrained import sources
 from warp_jax.progress import JobProgress
 from warp_jax.rewards import from_folder, reward_functions, text_reward
 from warp_jax.settings import Settings
 from warp_jax.settings.groups import Data, Gold, RewardModel, RewardPart, Sft
 from warp_jax.storage import checkpoint, manifest
-from warp_jax.training import loop, metric_writer, optimizers, supervised
+from warp_jax.training import loop, metric_writer, optimizers, supervised, wandb_run
 from warp_jax.types import ApplyFn, Params, Rollout
 
 LEARNED = {"sft": ("reward", "gold"), "reward_model": ("reward",)}  # splits, joined
@@ -244,7 +245,7 @@ class Maker:
 
     def text_fn(self, group: str, part: RewardPart | Gold) -> text_reward.TextFn:
         """The reward on text of a group of the config: a Python function, or the reward model in a folder."""
-        if Path(part.source).is_dir():
+        if sources.is_folder(part.source):
             return self._folder_fn(part.source)
         return text_reward.load_function(part.source, f"config.{group}.source", part.timeout)
 
@@ -269,6 +270,7 @@ class Maker:
             checkpoint_minutes=self.settings.checkpoint_minutes,
             name=name,
             split=named(LEARNED[name]),
+            open_observer=functools.partial(wandb_run.open_run, self.settings, self.workdir, directory),
         )
         optimizer = optimizers.make_optimizer(settings, self.settings.adam)
         trained = supervised.fit(task, optimizer, self.mesh, schedule)
@@ -306,7 +308,7 @@ class Maker:
 
 def _load_folder(settings: Settings, mesh: Mesh, source: str) -> text_reward.TextFn:
     ask = _ask(settings.data) if settings.data.chat else None
-    return from_folder.load(Path(source), mesh, settings.model.dtype, ask)
+    return from_folder.load(sources.find(source), mesh, settings.model.dtype, ask)
 
 
 def _ask(data: Data) -> responses.Ask:

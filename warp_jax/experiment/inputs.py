@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from warp_jax.data import corpus, row_files
+from warp_jax.data import corpus, fields, row_files
 from warp_jax.data.corpus import Corpus
 from warp_jax.data.tokenizer import Tokenizer
 from warp_jax.experiment import architecture, preparation
+from warp_jax.files import hub
 from warp_jax.models import partitioning
 from warp_jax.models.apply import param_shapes
 from warp_jax.parallel import hosts, meshes
@@ -16,6 +17,7 @@ from warp_jax.pretrained import hf_weights, sources
 from warp_jax.rewards import reward_functions, text_reward
 from warp_jax.settings import Settings, check_devices
 from warp_jax.settings.groups import Gold, RewardPart
+from warp_jax.training import wandb_run
 from warp_jax.types import RewardError
 
 REWARDS, GOLDS = ("reward_model", "length"), ("tfidf", "")  # sources that are neither folders nor functions
@@ -26,7 +28,9 @@ def check(settings: Settings) -> None:
     """Raise ValueError at the first file, function, model or mesh that cannot be used."""
     mesh = meshes.make_mesh(settings.mesh)
     check_devices(settings, meshes.batch_devices(mesh))
-    corpus.check_source(settings.data.source, settings.data.task)
+    if hosts.is_first():
+        wandb_run.check(settings)
+    corpus.check_source(settings.data.source, settings.data.task, settings.data.split)
     _check_text(settings.evaluation.text)
     for name, part in settings.all_reward_parts.items():
         _check_reward(f"rewards.{name}.source", part, REWARDS, settings.data.chat)
@@ -42,6 +46,26 @@ def check(settings: Settings) -> None:
         hf_weights.check_weights(sources.find(settings.model.source), policy, shapes[0])
 
 
+def pin(settings: Settings) -> Settings:
+    """The same settings with the commit of every source on the Hugging Face Hub: nothing changes if a branch moves.
+
+    Raises ValueError that names the setting, if there is no such repository or revision; HubError if the Hub fails.
+    """
+    found: dict[str, tuple[str, hub.Kind]] = {
+        "model.source": (settings.model.source, "model"),
+        "gold.source": (settings.gold.source, "model"),
+        "data.source": (settings.data.source, "dataset"),
+        "evaluation.text": (settings.evaluation.text, "dataset"),
+        **{f"rewards.{name}.source": (part.source, "model") for name, part in settings.rewards.items()},
+    }
+    changes = {}
+    for path, (source, kind) in found.items():
+        if source.startswith(hub.PREFIX):
+            with fields.at(f"config.{path}"):
+                changes[path] = hub.pin(source, kind)
+    return settings.replace(changes) if changes else settings
+
+
 def try_rewards(settings: Settings, corpora: Mapping[str, Corpus]) -> None:
     """Call each Python function of the rewards on a few rows of its splits, with short completions, one of them empty.
 
@@ -49,7 +73,7 @@ def try_rewards(settings: Settings, corpora: Mapping[str, Corpus]) -> None:
     """
     parts = [(f"rewards.{name}", part.source, part.timeout) for name, part in settings.all_reward_parts.items()]
     for group, source, timeout in [*parts, ("gold", settings.gold.source, settings.gold.timeout)]:
-        if source in REWARDS + GOLDS or Path(source).is_dir() or not hosts.is_first():
+        if source in REWARDS + GOLDS or sources.is_folder(source) or not hosts.is_first():
             continue
         function = text_reward.load_function(source, f"config.{group}.source", timeout)
         for split in ("eval",) if group == "gold" else ("prompts", "eval"):
@@ -75,10 +99,12 @@ def _samples(settings: Settings, few: Corpus) -> tuple[list[str], list[str]]:
 
 
 def _check_text(source: str) -> None:
-    """Raise ValueError unless the source is a file of rows, or empty."""
-    if source and not (row_files.is_supported(Path(source)) and Path(source).is_file()):
+    """Raise ValueError unless the source is a file of rows, here or on the Hub, or empty."""
+    is_file = row_files.is_supported(Path(source)) and (source.startswith(hub.PREFIX) or Path(source).is_file())
+    if source and not is_file:
         raise ValueError(
-            f"config.evaluation.text: got {source!r}, want '' or a .jsonl, .json, .csv or .parquet file (or .gz of it)"
+            f"config.evaluation.text: got {source!r}, want '' or a .jsonl, .json, .csv or .parquet file (or .gz of "
+            "it), also hf://ORG/NAME/FILE"
         )
 
 
@@ -88,15 +114,17 @@ def _check_reward(path: str, part: RewardPart | Gold, names: tuple[str, ...], us
     if source in names:
         return
     try:
-        if Path(source).is_dir():
-            model = sources.read_settings(Path(source), "scalar", "float32")
-            hf_weights.check_weights(Path(source), model, param_shapes(model))
-            if use_chat and Tokenizer.from_folder(Path(source)).chat_template is None:
+        if sources.is_folder(source):
+            folder = sources.find(source)
+            model = sources.read_settings(folder, "scalar", "float32")
+            hf_weights.check_weights(folder, model, param_shapes(model))
+            if use_chat and Tokenizer.from_folder(folder).chat_template is None:
                 raise ValueError("it has no chat template, but with config.data.chat it must read conversations")
         else:
             text_reward.load_function(source, timeout=part.timeout)
     except ValueError as error:
         want = ", ".join(map(repr, names))
         raise RewardError(
-            f"config.{path}: got {source!r}, want {want}, a reward model's folder or 'package.module:function': {error}"
+            f"config.{path}: got {source!r}, want {want}, a reward model's folder, hf://ORG/NAME or "
+            f"'package.module:function': {error}{hub.did_you_mean(source)}"
         ) from error

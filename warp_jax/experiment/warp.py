@@ -18,7 +18,7 @@ from warp_jax.parallel import hosts
 from warp_jax.progress import JobProgress
 from warp_jax.settings import Settings
 from warp_jax.storage import checkpoint
-from warp_jax.training import anchors, loop, metric_writer, reinforce
+from warp_jax.training import anchors, loop, metric_writer, reinforce, wandb_run
 from warp_jax.types import Params, TrainState
 
 
@@ -189,6 +189,7 @@ class Job:
             checked=evaluated,
             name=run_name,
             split="split 'prompts'",
+            open_observer=functools.partial(wandb_run.open_run, settings, self.workdir, directory),
         )
         with self.watch_run() as watch:
             params = reinforce.run_policy(trainer, init_params, iteration=iteration, run=run, schedule=schedule)

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from warp_jax import files
 from warp_jax.data import corpus
+from warp_jax.files import hub
 from warp_jax.parallel import environment, hosts
 from warp_jax.pretrained import sources
 from warp_jax.settings import Settings, from_saved
@@ -30,7 +32,7 @@ MADE = ("tokenizer.json", "gold/gold.json", "gold/summary.json")  # single files
 LOCK = "lock"  # held while a job claims the workdir, or makes the inputs that all runs share
 # settings that may change on resume; another mesh or remat changes rounding only
 MAY_CHANGE = re.compile(
-    r"checkpoint_(every|minutes) |report\.|front\.|health\.|mesh |sampling\.tensor |model\.remat |"
+    r"checkpoint_(every|minutes) |report\.|front\.|health\.|logging\.|mesh |sampling\.tensor |model\.remat |"
     r"(gold|rewards\.[^ ]+)\.timeout |evaluation\.pass_threshold "
 )
 
@@ -50,10 +52,10 @@ def claim(
 
     def claim_locked() -> None:
         here = environment.describe()
-        _check_owner(settings, workdir)  # before the lock, which is a file in there
+        check_owner(settings, workdir)  # before the lock, which is a file in there
         with files.locked(workdir / LOCK, on_wait):
             files.keep(workdir, LOCK)  # from now on, it must not vanish
-            _check_owner(settings, workdir)
+            check_owner(settings, workdir)
             files.delete_litter(workdir)
             check_made(workdir)
             _check_environment(workdir, here, accept)
@@ -71,7 +73,8 @@ def claim(
                 if (workdir / name).exists() and not manifest.is_noted(workdir, name):
                     manifest.note(workdir, name)  # a process was killed before it could
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            start = {"time": now, **here, "accepted": sorted(accept)}
+            command = shlex.join(["python", *sys.orig_argv[1:]])
+            start = {"time": now, "command": command, **here, "accepted": sorted(accept)}
             files.write_text(workdir / STARTS, _starts(workdir) + json.dumps(start) + "\n")
 
     try:
@@ -88,7 +91,7 @@ def check_unchanged(settings: Settings, workdir: Path, corpora: Mapping[str, cor
     """Raise ValueError unless the workdir belongs to this config, these rows and models; nothing is written."""
     if not (workdir / CONFIG).is_file():
         raise ValueError(f"workdir: {workdir} has no {CONFIG}, want a folder that warp_jax.main made")
-    _check_owner(settings, workdir)
+    check_owner(settings, workdir)
     check_models_unchanged(settings, workdir)
     check_rows_unchanged(settings.data.source, corpora, workdir)
 
@@ -97,6 +100,12 @@ def _starts(workdir: Path) -> str:
     """The lines of STARTS; "" if it is missing."""
     path = workdir / STARTS
     return path.read_bytes().decode(errors="replace") if path.exists() else ""
+
+
+def first_command(workdir: Path) -> str:
+    """The command line that made a workdir; "" if an earlier version of warp_jax did."""
+    first, *_ = [*_starts(workdir).splitlines(), "{}"]
+    return str((_parsed(first) or {}).get("command", ""))
 
 
 def _check_environment(workdir: Path, here: Mapping[str, Any], accept: Collection[str]) -> None:
@@ -189,10 +198,8 @@ def check_models_unchanged(settings: Settings, workdir: Path) -> dict[str, str]:
 def _model_folders(settings: Settings) -> dict[str, Path]:
     """Folder of every pretrained model, by its name in the config."""
     names = [part.source for part in settings.all_reward_parts.values()]
-    folders = {name: Path(name) for name in (*names, settings.gold.source) if name and Path(name).is_dir()}
-    if settings.model.source:
-        folders[settings.model.source] = sources.find(settings.model.source)
-    return folders
+    folders = [name for name in (*names, settings.gold.source) if name and sources.is_folder(name)]
+    return {name: sources.find(name) for name in (*folders, settings.model.source) if name}
 
 
 def _model_fingerprints(settings: Settings) -> dict[str, str]:
@@ -226,7 +233,7 @@ def _check_rewards_unchanged(settings: Settings, workdir: Path, *, accept: bool)
     found = {}
     for name in sorted(names):
         module = name.partition(":")[0]
-        if ":" in name and not Path(name).is_dir() and module.partition(".")[0] != "warp_jax":
+        if ":" in name and not sources.is_folder(name) and module.partition(".")[0] != "warp_jax":
             origin = importlib.import_module(module).__file__
             found[name] = hashlib.sha256(Path(origin).read_bytes()).hexdigest()[:32] if origin else ""
     before = {} if accept else _stored(workdir / REWARDS)
@@ -254,7 +261,8 @@ def _older_fingerprint(folder: Path) -> str:
     return files.fingerprint(folder, sorted(path.name for path in folder.iterdir() if path.suffix in suffixes))
 
 
-def _check_owner(settings: Settings, workdir: Path) -> None:
+def check_owner(settings: Settings, workdir: Path) -> None:
+    """Raise ValueError if a workdir belongs to another config, or to something else; a commit is a part of a config."""
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir: {workdir} is a file, want a folder")
     found = {path.name for path in workdir.iterdir()} if workdir.exists() else set()  # once: others may write there
@@ -263,8 +271,10 @@ def _check_owner(settings: Settings, workdir: Path) -> None:
         changed = sorted(_differences(before, settings.as_json()))
         refused = [line for line in changed if not MAY_CHANGE.match(line)]
         if refused:
+            moved = re.search(rf"(\S+) was '({hub.PREFIX}[^']+)'", "; ".join(refused))
+            advice = f"to go on with that commit, give --config.{moved[1]}={moved[2]}, or " if moved else ""
             raise ValueError(
-                f"workdir {workdir} was made by another config: {'; '.join(refused)}; choose another --workdir"
+                f"workdir {workdir} was made by another config: {'; '.join(refused)}; {advice}choose another --workdir"
             )
     elif any(name != LOCK and not name.startswith(".") for name in found):
         raise ValueError(f"workdir: {workdir} holds other files and no config.json, want a new or empty folder")

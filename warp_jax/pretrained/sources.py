@@ -1,4 +1,4 @@
-"""Find a pretrained model and read its settings: a Hugging Face folder, a .gguf file or a GGUF in a Python package."""
+"""Find a pretrained model and read its settings: a Hugging Face folder or repository, or a GGUF."""
 
 import contextlib
 import dataclasses
@@ -12,6 +12,7 @@ import xxhash
 
 from warp_jax import files
 from warp_jax.data.tokenizer import Tokenizer
+from warp_jax.files import hub
 from warp_jax.models.transformer import TransformerConfig
 from warp_jax.pretrained import gguf_weights, hf_config
 from warp_jax.storage.weight_files import hash_file
@@ -30,19 +31,30 @@ class _Gguf(NamedTuple):
     assemble: Callable[[Path], object] | None = None  # joins the parts into one file at a path; None = one part
 
 
+def is_folder(source: str) -> bool:
+    """True for an existing folder, and for a repository of the Hugging Face Hub, of which `find` gives a folder."""
+    return source.startswith(hub.PREFIX) or Path(source).is_dir()
+
+
 def find(source: str) -> Path:
     """Return the Hugging Face folder of a model source, converting a GGUF unless its folder is cached.
 
-    source: an existing folder, a .gguf file, or "package:NAME" (a Python package with a GGUF). Converted folders are in
-    WARP_JAX_CACHE (default ~/.cache/warp_jax). Raises ValueError if the source is missing or cannot be converted.
+    source: an existing folder, hf://ORG/NAME (see `files.hub`), a .gguf file, or "package:NAME" (a Python package with
+    a GGUF). Converted folders are in WARP_JAX_CACHE (default ~/.cache/warp_jax). Raises ValueError if the source is
+    missing or cannot be converted.
     """
+    if source.startswith(hub.PREFIX):
+        return hub.find_model(source)
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     if source.startswith(PACKAGE):
         model = _find_in_package(source.removeprefix(PACKAGE))
     elif path.suffix != ".gguf":
-        raise ValueError(f"{source!r}: no such folder; want a Hugging Face folder, a .gguf file or {PACKAGE}NAME")
+        raise ValueError(
+            f"{source!r}: no such folder; want a Hugging Face folder, {hub.PREFIX}ORG/NAME, a .gguf file or "
+            f"{PACKAGE}NAME{hub.did_you_mean(source)}"
+        )
     elif not path.is_file():
         raise ValueError(f"{source!r}: no such file")
     else:

@@ -4,9 +4,9 @@ import copy
 import functools
 import importlib
 from collections.abc import Mapping
-from pathlib import Path
 
 from warp_jax.data.corpus import Corpus
+from warp_jax.pretrained import sources
 from warp_jax.rewards import text_reward, time_limit
 from warp_jax.types import RewardError
 
@@ -18,7 +18,7 @@ def check(limits: Mapping[str, float], split: Corpus) -> None:
     exits or takes too long, or if the source cannot be loaded.
     """
     for source, seconds in sorted(limits.items()):
-        if ":" not in source or Path(source).is_dir():
+        if ":" not in source or sources.is_folder(source):
             continue
         text_reward.load_function(source, timeout=seconds)
         module = importlib.import_module(source.partition(":")[0])

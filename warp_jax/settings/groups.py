@@ -437,6 +437,12 @@ class Health(Group):
         return self
 
 
+class Logging(Group):
+    """Where metrics are sent, in addition to the files of the workdir."""
+
+    wandb_project: Annotated[str, Field(max_length=128, pattern=r"^[^/\\#?%:]*$")] = ""
+
+
 class Report(Group):
     """Contents of the report."""
 

@@ -47,6 +47,7 @@ class Settings(groups.Group):
     front: groups.Front
     evaluation: groups.Evaluation
     health: groups.Health = groups.Health()  # missing in older workdirs
+    logging: groups.Logging = groups.Logging()  # missing in older workdirs
     report: groups.Report
 
     @property
@@ -148,7 +149,7 @@ class Settings(groups.Group):
                 "configs/pretrained.py, which has neither"
             )
         if not self.model.source and len(unused) < 2:
-            raise ValueError("model.source: got '', want a model folder, a .gguf file or package:NAME")
+            raise ValueError("model.source: got '', want a model folder, hf://ORG/NAME, a .gguf file or package:NAME")
         if not self.model.source and not self.sft.num_steps:
             raise ValueError("sft.num_steps: got 0, want at least 1: without model.source, weights are random")
         if not self.model.source and self.data.chat:

@@ -79,6 +79,7 @@ class Schedule(NamedTuple):
     checked: Container[int] = ()  # after so many steps, check the metrics before after_step (as before each save)
     name: str = "training"  # for errors
     split: str = ""  # split of the data that holds BAD_ROWS, for errors
+    open_observer: Callable[[], metric_writer.Observer | None] = lambda: None  # of the metrics; called in process 0
 
 
 class SaveTimes:
@@ -130,7 +131,7 @@ def run_steps(step_fn: StepFn[State], init: Callable[[], State], schedule: Sched
     store = checkpoint.StateStore(directory / "state", log=directory / metric_writer.FILE)
     start, state = store.restore(init)
     schedule.on_step(start, {})
-    writer = MetricWriter(directory, start) if hosts.is_first() else None
+    writer = MetricWriter(directory, start, schedule.open_observer()) if hosts.is_first() else None
     with contextlib.closing(store), contextlib.closing(writer) if writer else contextlib.nullcontext():
         done = start
         pending: Metrics = {}

@@ -5,11 +5,19 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from warp_jax import files
 
 FILE = "metrics.jsonl"
+
+
+class Observer(Protocol):
+    """Gets the rows of a metrics.jsonl: at the start those that are kept, then each new one."""
+
+    def write(self, row: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class MetricWriter:
@@ -18,7 +26,7 @@ class MetricWriter:
     Files in a bucket can be replaced, but not appended to: `publish` copies all rows up to now there.
     """
 
-    def __init__(self, directory: Path, start_step: int = 0):
+    def __init__(self, directory: Path, start_step: int = 0, observer: Observer | None = None):
         kept = read_rows(directory / FILE)[:start_step]
         self._directory, self._temporary = directory, None
         if files.is_remote(directory):
@@ -28,6 +36,10 @@ class MetricWriter:
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._tensorboard = _tensorboard().SummaryWriter(str(directory), purge_step=start_step, write_to_disk=True)
         self._file = path.open("a")
+        self._observer = observer
+        if observer:
+            for row in kept:
+                observer.write(row)
         self.publish()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -37,6 +49,8 @@ class MetricWriter:
         self._file.flush()
         for name in values:
             self._tensorboard.add_scalar(name, row[name], step)
+        if self._observer:
+            self._observer.write(row)
 
     def publish(self) -> None:
         """Make all rows up to now visible in a bucket; in a local folder they already are."""
@@ -46,12 +60,14 @@ class MetricWriter:
                 files.write_bytes(self._directory / path.name, path.read_bytes())
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files and the observer."""
         self._file.close()
         self._tensorboard.close()
         self.publish()
         if self._temporary:
             self._temporary.cleanup()
+        if self._observer:
+            self._observer.close()
 
 
 def _tensorboard() -> Any:
