@@ -1,11 +1,15 @@
 """Metrics of each training step, written to metrics.jsonl and to TensorBoard files."""
 
+import io
 import json
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from warp_jax import files
 
@@ -52,6 +56,15 @@ class MetricWriter:
         self.publish()
         if self._temporary:
             self._temporary.cleanup()
+
+
+def write_image(directory: Path, name: str, png: bytes) -> None:
+    """Write a picture as a TensorBoard file, in place of the one that an earlier call wrote there."""
+    with tempfile.TemporaryDirectory() as temporary:
+        with _tensorboard().SummaryWriter(temporary, write_to_disk=True) as writer:
+            writer.add_image(name, np.asarray(Image.open(io.BytesIO(png)).convert("RGB")), dataformats="HWC")
+        (written,) = Path(temporary).iterdir()
+        files.write_bytes(directory / f"events.out.tfevents.0.{name}", written.read_bytes())
 
 
 def _tensorboard() -> Any:
