@@ -108,7 +108,7 @@ def baseline_rows(workdir: Path, baseline: Path) -> list[list[str]]:
 
 
 METHOD_COLUMNS = (
-    "method | largest KL | reward at KL {0} | minus the first | gold at KL {0} | minus the first | "
+    "method | largest KL | reward at KL {0} | minus the first | gold at KL {0} | gold minus the first | "
     "area under the reward, above SFT's, to KL {0}"
 )
 

@@ -5,7 +5,7 @@ const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 const DASHES = ["solid", "dot", "dash", "dashdot"];
 const PLACE = ["stage", "iteration", "run", "eta", "step"];
 const AXES = { sft_kl: "KL to SFT (nats per completion)", gold_reward: "gold reward", anchor_kl: "KL to the anchor (nats)" };
-const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+const CONFIG = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
 const PRINT_WIDTH = 680; // pixels, of a page of paper
 
 const $ = (id) => document.getElementById(id);
@@ -30,7 +30,8 @@ function el(tag, attributes = {}, ...children) {
 
 const shown = (value) => {
   if (value === null || value === undefined) return "";
-  return typeof value === "number" && !Number.isInteger(value) ? String(Number(value.toPrecision(4))) : String(value);
+  if (typeof value !== "number" || Number.isInteger(value)) return String(value);
+  return Math.abs(value) < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
 };
 const safe = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;"); // Plotly reads some tags
 const axisName = (name) => AXES[name] ?? name.replaceAll("_", " ");
@@ -55,13 +56,13 @@ function options(select, entries, chosen) {
 function table(rows, name, sortable = false) {
   if (!rows.length) return el("p", { class: "muted" }, "No rows.");
   const columns = Object.keys(rows[0]);
-  const isNumber = (column) => rows.some((row) => typeof row[column] === "number");
+  const kind = (column) => ({ class: rows.some((row) => typeof row[column] === "number") ? "number" : column });
   const body = el("tbody");
   const fill = (list) => body.replaceChildren(
-    ...list.map((row) => el("tr", {}, ...columns.map((c) => el("td", isNumber(c) ? { class: "number" } : {}, shown(row[c]))))),
+    ...list.map((row) => el("tr", {}, ...columns.map((c) => el("td", kind(c), shown(row[c]))))),
   );
   const heads = columns.map((column) => {
-    const head = el("th", { scope: "col", ...(isNumber(column) ? { class: "number" } : {}) });
+    const head = el("th", { scope: "col", ...kind(column) });
     head.append(sortable ? el("button", { type: "button", onclick: () => sort(head, column) }, column) : column);
     return head;
   });
@@ -90,7 +91,8 @@ function themed(layout) {
   return {
     font: { color: text, family: "system-ui, sans-serif", size: 13 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     margin: { l: 55, r: 15, t: 30, b: 45 }, hoverlabel: { align: "left", bgcolor: back, bordercolor: line, font: { color: text } },
-    legend: { orientation: "h", y: -0.2 }, hovermode: "closest",
+    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" }, hovermode: "closest",
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: line, activecolor: text },
     ...layout, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis), ...(layout.yaxis2 ? { yaxis2: axis(layout.yaxis2) } : {}),
     ...(printing ? { width: $(layout.id)?.closest(".grid") ? PRINT_WIDTH / 2 - 10 : PRINT_WIDTH } : { autosize: true }),
   };
@@ -101,7 +103,8 @@ function draw(id) {
   const { traces, layout } = charts.get(id)();
   const node = $(id);
   node.hidden = !traces.length;
-  if (traces.length) Plotly.react(node, traces, themed({ ...layout, id }), CONFIG);
+  const config = { ...CONFIG, displayModeBar: id.startsWith("curve-") || printing ? false : "hover" };
+  if (traces.length) Plotly.react(node, traces, themed({ ...layout, id }), config);
 }
 const drawAll = () => [...charts.keys()].forEach(draw);
 
@@ -166,7 +169,7 @@ charts.set("front-chart", () => {
   return {
     traces: works.flatMap((w) => frontTraces(w, "sft_kl", column)),
     layout: {
-      xaxis: { title: { text: AXES.sft_kl } }, yaxis: { title: { text: axisName(column) } }, legend: { orientation: "h", y: -0.18 },
+      xaxis: { title: { text: AXES.sft_kl } }, yaxis: { title: { text: axisName(column) } },
       ...(budget ? { shapes: [{ ...line, x0: budget.budget, x1: budget.budget }], annotations: [{ ...note, x: budget.budget }] } : {}),
     },
   };
@@ -174,7 +177,7 @@ charts.set("front-chart", () => {
 
 charts.set("gold-chart", () => ({
   traces: frontTraces(work, "reward", "gold_reward"),
-  layout: { xaxis: { title: { text: "reward" } }, yaxis: { title: { text: "gold reward" } }, legend: { orientation: "h", y: -0.28 } },
+  layout: { xaxis: { title: { text: "reward" } }, yaxis: { title: { text: "gold reward" } } },
 }));
 
 charts.set("budget-chart", () => {
@@ -190,26 +193,26 @@ charts.set("budget-chart", () => {
       ]
       : [],
     layout: {
-      xaxis: { title: { text: "KL budget (nats per completion)" } }, yaxis: { title: { text: "reward" } }, legend: { orientation: "h", y: -0.28 },
-      yaxis2: { title: { text: "probability" }, overlaying: "y", side: "right", range: [0, 1.05], showgrid: false },
+      xaxis: { title: { text: "KL budget (nats per completion)" } }, yaxis: { title: { text: "reward" } },
+      yaxis2: { title: { text: "probability" }, overlaying: "y", side: "right", range: [0, 1.05], showgrid: false, tickmode: "array", tickvals: [0, 0.25, 0.5, 0.75, 1] },
       shapes: chosen ? [{ ...line, x0: chosen.budget, x1: chosen.budget }] : [],
     },
   };
 });
 
-function heat(id, rowsOf, unit, range) {
+function heat(id, rowsOf, axis, unit, range) {
   charts.set(id, () => {
     const found = work.geometry.flatMap((one) => rowsOf(one));
     const units = work.geometry[0]?.units ?? [];
     const trace = {
       type: "heatmap", x: units, y: found.map(([name]) => name), z: found.map(([, values]) => values), colorscale: "Cividis", ...range,
-      colorbar: { title: { text: unit, side: "right" }, thickness: 12 }, hovertemplate: `%{y}<br>%{x}<br>%{z:.4g} ${unit}<extra></extra>`,
+      colorbar: { title: { text: unit, side: "right" }, thickness: 12 }, hovertemplate: `${axis} %{y}<br>%{x}<br>%{z:.4g} ${unit}<extra></extra>`,
     };
-    return { traces: found.length ? [trace] : [], layout: { xaxis: { type: "category", title: { text: "unit of the merge" } }, yaxis: { autorange: "reversed" } } };
+    return { traces: found.length ? [trace] : [], layout: { xaxis: { type: "category", title: { text: "unit of the merge" } }, yaxis: { type: "category", title: { text: axis }, autorange: "reversed" } } };
   });
 }
-heat("angle-chart", (one) => one.angles.map((row, p) => [`iteration ${one.iteration}: runs ${one.pairs[p]}`, row]), "degrees", { zmin: 0 });
-heat("norm-chart", (one) => one.norms.map((row, m) => [`iteration ${one.iteration}: run ${m + 1}`, row]), "norm", {});
+heat("angle-chart", (one) => one.angles.map((row, p) => [`${one.iteration}: ${one.pairs[p]}`, row]), "iteration: runs", "degrees", { zmin: 0 });
+heat("norm-chart", (one) => one.norms.map((row, m) => [`${one.iteration}: ${m + 1}`, row]), "iteration: run", "norm", {});
 
 // ---------------------------------------------------------------- sections
 
