@@ -17,7 +17,7 @@ from etils import epy
 from warp_jax import cli, files
 
 with epy.lazy_imports():  # at their first use: --help does not wait for JAX
-    from warp_jax.evaluation import points
+    from warp_jax.evaluation import points, summary
     from warp_jax.experiment import preparation, status
     from warp_jax.experiment import workdir as workdirs
     from warp_jax.report import compared, data, page, writer
@@ -33,7 +33,8 @@ def read(workdir: Path) -> data.Results:
     found = points.read_points(workdir) if finished else points.saved_points(settings, workdir)
     if not found or found[0].stage != "sft":
         raise ValueError(f"{workdir}: want a workdir whose SFT policy is evaluated, for example a later one")
-    return data.make_results(settings, workdir, found, finished=finished)
+    numbers = summary.summarise(settings, found) if finished else None
+    return data.make_results(settings, workdir, found, numbers)
 
 
 def is_finished(workdir: Path) -> bool:
@@ -54,6 +55,18 @@ def read_held_out(results: data.Results) -> data.HeldOut | str:
     return data.HeldOut(tokenizer, preparation.examined_prompts(settings, prompts))
 
 
+def build(found: list[Path]) -> str:
+    """The page of all workdirs."""
+    states = [status.progress(path) for path in found]
+    results = [read(path) for path in found]
+    tables = []
+    if len(found) > 1:
+        settings = {result.workdir.name: result.settings for result in results}
+        tables = compared.tables([path for path in found if is_finished(path)], settings, _KL.value)
+    pairs = zip(results, states, strict=True)
+    return page.render([data.gather(result, read_held_out(result), state) for result, state in pairs], tables)
+
+
 def main(argv: list[str]) -> None:
     """Check the workdirs and write the page."""
     try:
@@ -65,13 +78,7 @@ def main(argv: list[str]) -> None:
         if len({path.name for path in found}) < len(found):
             raise ValueError(f"want workdirs with different names, got {' '.join(argv[1:])}")
         out = files.as_path(_OUT.value) if _OUT.value else found[0] / writer.PAGE
-        results = [read(path) for path in found]
-        tables = []
-        if len(found) > 1:
-            of_each = {result.workdir.name: result.settings for result in results}
-            tables = compared.tables([path for path in found if is_finished(path)], of_each, _KL.value)
-        gathered = [data.gather(result, read_held_out(result), status.progress(result.workdir)) for result in results]
-        files.write_text(out, page.render(gathered, tables))
+        files.write_text(out, build(found))
     except (ValueError, OSError) as error:
         cli.fail(error)
     print(f"report: {out}")

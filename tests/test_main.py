@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import sys
 
@@ -361,9 +362,10 @@ def test_the_report_is_written_again_and_of_several_workdirs(tiny_run):
         result = run([sys.executable, "scripts/report.py", *arguments])
         assert result.returncode == 0, result.stderr
     ((again,), both) = data_of(other / "report.html")["workdirs"], data_of(together)
+    for row in (*made["rows"], *again["rows"]):
+        row["export"] = None  # it names the workdir
     for name in ("rows", "curves", "geometry", "budgets", "answers", "tables", "drift", "summary"):
-        without = [[{**row, "export": ""} for row in one[name]] if name == "rows" else one[name] for one in (made, again)]
-        assert without[0] == without[1], name
+        assert made[name] == again[name], name
     assert [one["name"] for one in both["workdirs"]] == ["run", "other"]
     compared = run([sys.executable, "scripts/compare.py", str(workdir), str(other)]).stdout
     methods = both["compared"][2]["rows"]

@@ -101,6 +101,17 @@ def test_no_point_under_the_budget():
     assert fronts.choose_under_budgets(front, np.zeros(200), [9.0], resamples=5, seed=0) == [None]
 
 
+def test_each_budget_has_its_own_choice():
+    """Fails when a budget gets the point of another, or the probability of another point."""
+    kl = np.array([[1.0], [3.0]]) + np.where(np.arange(40) % 3, 0.25, -0.5)
+    front = Measured(kl, np.array([[0.0], [1.0]]) + np.zeros(40))
+    choices = fronts.choose_under_budgets(front, np.arange(40), [0.1, 2.0, 3.02, 9.0], resamples=400, seed=0)
+    assert [choice and choice.point for choice in choices] == [None, 0, 1, 1]
+    low, near, high = (choice.probability for choice in choices[1:])
+    assert (low, high) == (1, 1)
+    assert 0.2 < near < 0.8
+
+
 def test_common_kls():
     """Fails when the union of the ranges is taken, or the ends are included."""
     assert fronts.common_kls(np.array([0.0, 4.0]), np.array([1.0, 9.0]), 2).tolist() == [2.0, 3.0]

@@ -47,13 +47,13 @@ def point(stage, iteration, run, eta, level):
     reward = np.arange(COUNT, dtype=np.float32) / 10 + level
     text = f"{stage[0]}{iteration}e{eta:g}p"
     tokens = ids([f"{text}{i}{ATTACK if i == 0 else ''}" for i in range(COUNT)])
-    columns = reward, reward / 2, np.abs(np.float32(level**2) + noise * bool(level)), (tokens > 0).sum(1)
+    columns = reward, reward / 2, np.abs(np.float32(2 * level**2) + noise * bool(level)), (tokens > 0).sum(1)
     evaluation = Evaluation(*columns, np.array(0.5), tokens, tokens > 0, np.arange(COUNT))
     return Point(stage, iteration, run, eta, 5 if stage == "policy" else 0, evaluation)
 
 
 def points():
-    """The points of the whole job; the KL of a policy is about the square of its level."""
+    """The points of the whole job; the KL of a policy is about twice the square of its level."""
     found = [point("sft", 0, 0, 0.0, 0)]
     for i in (1, 2):
         found += [point("policy", i, run, NAN, i + run / 4) for run in (1, 2)]

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.report import hand_made
+from warp_jax.evaluation import summary
 from warp_jax.report import compared, data, page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -15,6 +16,7 @@ DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no chromium and chromedriver here (apt-get install chromium chromium-driver)"
 )
+NUMBERS = summary.summarise(hand_made.SETTINGS, hand_made.points())
 OPTIONS = (
     "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
     "disable-component-update disable-sync"
@@ -38,7 +40,7 @@ def browser():
 @pytest.fixture(scope="module")
 def gathered(tmp_path_factory):
     workdir = hand_made.write(tmp_path_factory.mktemp("first") / "first")
-    results = data.make_results(hand_made.SETTINGS, workdir, hand_made.points(), finished=True)
+    results = data.make_results(hand_made.SETTINGS, workdir, hand_made.points(), NUMBERS)
     return data.gather(results, hand_made.held_out(), hand_made.PROGRESS)
 
 
@@ -46,7 +48,7 @@ def gathered(tmp_path_factory):
 def opened(browser, gathered, tmp_path_factory):
     """The page of two workdirs. The second is not finished: it has SFT and one run."""
     folder = tmp_path_factory.mktemp("page")
-    results = data.make_results(hand_made.SETTINGS, folder / "<b>second", hand_made.points()[:2], finished=False)
+    results = data.make_results(hand_made.SETTINGS, folder / "<b>second", hand_made.points()[:2])
     parts = [{"part": "iteration_1/run_2", "state": "running, step 3 of 5"}]
     state = {"finished": False, "steps": [8, 20], "left": "about 3.0 min left", "parts": parts}
     second = data.gather(results, "no prompts", hand_made.PROGRESS | state)
@@ -130,8 +132,8 @@ def test_a_click_on_a_header_sorts(opened):
         state, cells = browser.execute_script(script, "sft_kl")
         numbers = [float(cell) * sign for cell in cells]
         assert (state, numbers) == (order, sorted(numbers))
-    _, etas = browser.execute_script(script, "eta")
-    assert etas == ["0", "0.5", "0.5", "1", "1", *[""] * 6]
+    for filled in (["0", "0.5", "0.5", "1", "1"], ["1", "1", "0.5", "0.5", "0"]):
+        assert browser.execute_script(script, "eta")[1] == [*filled, *[""] * 6]
 
 
 def test_the_csv_holds_all_rows(opened, gathered):
@@ -162,6 +164,19 @@ def test_a_point_shows_its_numbers_and_command(opened, gathered):
     assert kls == [gathered["rows"][place]["sft_kl"] for _, place in data_]
     assert "--stage=liti:0.5" in hovers[1]
     assert "&lt;b>second: runs of iteration 1" in traces
+
+
+def test_a_click_on_a_point_chooses_it(opened, gathered):
+    """Fails when the panel stays at the point before, or shows a neighbour."""
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    browser, _ = opened
+    choose(browser, "point", 0)
+    browser.execute_script("document.getElementById('front').scrollIntoView()")
+    point = browser.find_elements("css selector", "#front-chart .scatterlayer .trace:nth-child(4) .point")[2]
+    ActionChains(browser).move_to_element(point).click().perform()
+    wait(lambda: "--stage=liti:1 " in text(browser, "#command"))
+    assert text(browser, "#point-numbers").startswith("reward")
 
 
 def test_another_workdir_is_shown(opened):

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from tests.report import hand_made
-from warp_jax.evaluation import summary
+from warp_jax.evaluation import fronts, summary
 from warp_jax.report import data
 
 
 @pytest.fixture
 def results(tmp_path):
     workdir = hand_made.write(tmp_path / "w")
-    return data.make_results(hand_made.SETTINGS, workdir, hand_made.points(), finished=True)
+    points = hand_made.points()
+    return data.make_results(hand_made.SETTINGS, workdir, points, summary.summarise(hand_made.SETTINGS, points))
 
 
 @pytest.fixture
@@ -38,7 +39,11 @@ def test_answers_stand_beside_their_prompts(gathered):
 def test_budgets_agree_with_the_summary(results, gathered):
     """Fails when another front, half, seed or number of resamples chooses, or the budget of the config is not there."""
     best = results.numbers["best_eta_under_budget"]
-    assert best["eta"] == 0.5
+    front = summary.front_members(results.points, 2)[1:]
+    measured = fronts.Measured(*(np.stack([getattr(p.evaluation, x) for p in front]) for x in ("sft_kl", "reward")))
+    clusters = front[0].evaluation.clusters
+    (choice,) = fronts.choose_under_budgets(measured, clusters, [5.0], resamples=50, seed=hand_made.SETTINGS.seed)
+    assert list(best.values()) == [0.5, choice.reward, choice.kl, choice.probability]
     rows = {row.pop("budget"): row for row in gathered["budgets"]["2"]}
     assert rows[5.0] == best
     assert rows[0.0] == {}
@@ -113,7 +118,7 @@ def test_an_old_or_unfinished_workdir_has_data_too(tmp_path):
     sft, policy, *_ = hand_made.points()
     gold = np.full(hand_made.COUNT, np.nan, np.float32)
     points = [p._replace(evaluation=p.evaluation._replace(gold_reward=gold)) for p in (sft, policy)]
-    results = data.make_results(hand_made.SETTINGS, tmp_path / "none", points, finished=False)
+    results = data.make_results(hand_made.SETTINGS, tmp_path / "none", points)
     gathered = data.gather(results, "no data", hand_made.PROGRESS)
     json.dumps(gathered, allow_nan=False)
     assert (gathered["curves"], gathered["geometry"], gathered["budgets"], gathered["starts"]) == ([], [], {}, [])

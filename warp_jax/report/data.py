@@ -28,8 +28,8 @@ class Results(NamedTuple):
     settings: Settings
     workdir: Path
     points: Sequence[Point]  # SFT first
-    rows: Sequence[Mapping[str, Any]]  # of front.csv, one for each point
-    numbers: Mapping[str, Any] | None  # of summary.json; None: the job is not finished
+    rows: list[dict[str, Any]]  # of front.csv, one for each point
+    numbers: dict[str, Any] | None  # of summary.json; None: the job is not finished
 
 
 class HeldOut(NamedTuple):
@@ -39,12 +39,13 @@ class HeldOut(NamedTuple):
     prompts: PromptBatch
 
 
-def make_results(settings: Settings, workdir: Path, points: Sequence[Point], *, finished: bool) -> Results:
-    """The rows and numbers of points. Those of an unfinished job have the first columns only, and no numbers."""
-    if not finished:
+def make_results(
+    settings: Settings, workdir: Path, points: Sequence[Point], numbers: dict[str, Any] | None = None
+) -> Results:
+    """Compute the rows of points. numbers: those of `summary.summarise`; without them, rows have the first columns."""
+    if numbers is None:
         return Results(settings, workdir, points, [columns.summary_row(point) for point in points], None)
-    rows = columns.as_rows(points, settings.evaluation)
-    return Results(settings, workdir, points, rows, summary.summarise(settings, points))
+    return Results(settings, workdir, points, columns.as_rows(points, settings.evaluation), numbers)
 
 
 def gather(results: Results, held_out: HeldOut | str, progress: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def gather(results: Results, held_out: HeldOut | str, progress: Mapping[str, Any
     shown = [{**row, "export": export_command(settings, workdir, p)} for row, p in zip(rows, points, strict=True)]
     gathered = {
         "name": workdir.name,
-        "summary": summary.one_line(dict(numbers)) if numbers else "",
+        "summary": summary.one_line(numbers) if numbers else "",
         "progress": progress,
         "half_width": statistics.half_width(len(np.unique(clusters))),
         "completions": len(clusters),

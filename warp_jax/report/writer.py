@@ -22,19 +22,20 @@ def write_report(
 ) -> str:
     """Write all files into workdir and return the summary line. points: those of the whole job, SFT first."""
     matplotlib.use("Agg")
-    results = data.make_results(settings, workdir, points, finished=True)
+    numbers = summary.summarise(settings, points)
+    results = data.make_results(settings, workdir, points, numbers)
     files.write_text(workdir / "front.csv", columns.to_csv(results.rows))
-    files.write_json(workdir / "summary.json", results.numbers)
+    files.write_json(workdir / "summary.json", numbers)
     front = plots.draw_fronts(results.rows)
     files.write_bytes(workdir / "front.png", front)
     metric_writer.write_image(workdir, "front", front)
     files.write_text(workdir / PAGE, page.render([data.gather(results, held_out, progress)]))
-    return f"{summary.one_line(dict(results.numbers or {}))}; report: {workdir / PAGE}"
+    return f"{summary.one_line(numbers)}; report: {workdir / PAGE}"
 
 
 def write_page(
     settings: Settings, held_out: HeldOut, points: Sequence[Point], workdir: Path, progress: Mapping[str, Any]
 ) -> None:
     """Write the page of a job that is not finished. points: those that are evaluated, SFT first."""
-    results = data.make_results(settings, workdir, points, finished=False)
+    results = data.make_results(settings, workdir, points)
     files.write_text(workdir / PAGE, page.render([data.gather(results, held_out, progress)]))
