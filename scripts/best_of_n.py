@@ -22,7 +22,7 @@ with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     import jax.numpy as jnp
     from rich import console
 
-    from warp_jax.evaluation import best_of_n, columns, measure, points, report
+    from warp_jax.evaluation import best_of_n, columns, measure, points
     from warp_jax.experiment import stages
     from warp_jax.experiment import workdir as workdirs
 
@@ -81,7 +81,7 @@ def write(folder: Path, found: list[points.Point]) -> list[dict[str, float]]:
         name = points.evaluation_name(*point[:5])
         measure.save_evaluation(folder / "evaluations" / f"{name}.npz", point.evaluation)
         rows.append({**columns.summary_row(point), "kl_bound": best_of_n.kl_bound(point.step)})
-    files.write_text(folder / "front.csv", report.to_csv(rows))
+    files.write_text(folder / "front.csv", columns.to_csv(rows))
     return rows
 
 

@@ -20,7 +20,7 @@ from warp_jax import cli, files
 
 with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     from warp_jax import progress as job_progress
-    from warp_jax.evaluation import fronts, report, statistics
+    from warp_jax.evaluation import columns, fronts, statistics
 
 
 COUNT = flags.DEFINE_integer("worlds", 1000, "Simulated worlds of each kind.", lower_bound=2)
@@ -143,10 +143,10 @@ def main(argv: list[str]) -> None:
             found = simulate(name, count=COUNT.value, resamples=RESAMPLES.value, seed=SEED.value)
             rows.append({"world": name, **{key: f"{value:.3f}" for key, value in found._asdict().items()}})
             progress.on_step(number, {})
-    table = report.to_csv(rows)
+    table = columns.to_csv(rows)
     savings = simulate_savings(count=COUNT.value, resamples=RESAMPLES.value, seed=SEED.value)
     lines = [{name: f"{value:.3f}" for name, value in saving._asdict().items()} for saving in savings]
-    print(table, report.to_csv(lines), sep="\n", end="")
+    print(table, columns.to_csv(lines), sep="\n", end="")
     if OUT.value:
         files.write_text(Path(OUT.value), table)
 

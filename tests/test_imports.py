@@ -26,6 +26,7 @@ MAY_IMPORT = {  # folder, or file at the top: the folders and files that it may 
         *("trees", "types", "files", "exit_codes"),
     },
     "evaluation": {"settings", "generation", "training", "merging", "data", "parallel", "trees", "types", "files"},
+    "report": {"settings", "evaluation", "training", "data", "types", "files"},
     "benchmarks": {"evaluation", "generation", "training", "rewards", "models", "data", "parallel", "types", "files"},
 }
 MAY_IMPORT["experiment"] = {name for name in MAY_IMPORT if name != "benchmarks"}

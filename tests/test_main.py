@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import sys
 
@@ -16,7 +17,7 @@ from configs import default, karcher, length_penalty_pair, lerp, lora, no_kl, qu
 from tests.commands import TINY, finish, kill_when, main_command, run, script_command, start, wait_for
 from tests.settings_of import settings_of, typed
 from warp_jax import cli, exit_codes, files, main
-from warp_jax.evaluation import columns, measure, report
+from warp_jax.evaluation import columns, measure, points
 from warp_jax.experiment import export, inputs, stages
 from warp_jax.experiment import workdir as workdirs
 from warp_jax.models.apply import make_apply_fn
@@ -66,8 +67,12 @@ def test_tiny_run_leaves_everything(tiny_run):
     assert float(rows[0]["sft_kl"]) == pytest.approx(0, abs=1e-5)
     assert (workdir / "front.png").read_bytes().startswith(b"\x89PNG")
     page = (workdir / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 4
     assert "://" not in page
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])["workdirs"][0]
+    assert [row["reward"] for row in data["rows"]] == [float(row["reward"]) for row in rows]
+    assert len(data["answers"]["fronts"]) == 1 + 2 * len(config.front.etas)
+    assert [len(run["steps"]) for run in data["curves"]] == [6] * 4
+    assert data["progress"]["finished"]
     assert line.startswith("reward ")
     assert list((workdir / "iteration_2" / "run_1").glob("events.out.tfevents*"))
     assert len((workdir / "iteration_2" / "run_1" / "metrics.jsonl").read_text().splitlines()) == 6
@@ -332,8 +337,8 @@ def test_geometry_is_per_layer(tiny_run):
 def test_compare_sets_the_front_against_a_baseline(tiny_run):
     """Fails when the points of a workdir are read under a wrong name, or the baseline's trajectory is not all there."""
     config, workdir, _ = tiny_run
-    points = report.read_points(workdir)
-    assert columns.as_rows(points, typed(config).evaluation)[1]["reward"] == float(_rows(workdir)[1]["reward"])
+    found = points.read_points(workdir)
+    assert columns.as_rows(found, typed(config).evaluation)[1]["reward"] == float(_rows(workdir)[1]["reward"])
     picture = workdir.parent / "compared.png"
     script = [sys.executable, "scripts/compare.py", f"--baseline={workdir}", f"--picture={picture}", str(workdir)]
     result = run(script)
@@ -342,6 +347,32 @@ def test_compare_sets_the_front_against_a_baseline(tiny_run):
     table = [line for line in result.stdout.splitlines() if line.startswith("| run | run |")]
     assert len(table) == 2 * config.warp.num_iterations * config.warp.num_runs
     assert all(f"| {float(row['reward']):.3f} |" in result.stdout for row in _rows(workdir) if row["stage"] == "policy")
+
+
+def test_the_report_is_written_again_and_of_several_workdirs(tiny_run):
+    """Fails when a report made from the files differs from the job's, or one of several lacks a workdir or a table."""
+    _, workdir, _ = tiny_run
+
+    def data_of(page):
+        return json.loads(page.read_text().partition('id="data">')[2].partition("</script>")[0])
+
+    (made,) = data_of(workdir / "report.html")["workdirs"]
+    other = shutil.copytree(workdir, workdir.parent / "other")
+    (other / "report.html").unlink()
+    together = workdir.parent / "together.html"
+    for arguments in ([str(other)], [f"--out={together}", str(workdir), str(other)]):
+        result = run([sys.executable, "scripts/report.py", *arguments])
+        assert result.returncode == 0, result.stderr
+    ((again,), both) = data_of(other / "report.html")["workdirs"], data_of(together)
+    for row in (*made["rows"], *again["rows"]):
+        row["export"] = None  # it names the workdir
+    for name in ("rows", "curves", "geometry", "budgets", "answers", "tables", "drift", "summary"):
+        assert made[name] == again[name], name
+    assert [one["name"] for one in both["workdirs"]] == ["run", "other"]
+    compared = run([sys.executable, "scripts/compare.py", str(workdir), str(other)]).stdout
+    methods = both["compared"][2]["rows"]
+    assert [row["method"] for row in methods] == ["run", "other"]
+    assert all(f"| {' | '.join(row.values())} |" in compared for row in methods)
 
 
 def test_best_of_n_of_sft_stands_beside_the_front(tiny_run):
@@ -459,20 +490,6 @@ def test_an_export_of_sft_warns_of_its_own_rounding():
     found = export.delivered(other, other, "bfloat16")
     assert found["delivered"]["share"] is None
     assert found["warnings"] == ["bfloat16: rounding changes weights that should stay as they are; use --dtype=float32"]
-
-
-def test_the_report_warns_of_drift(tmp_path):
-    """Fails when the limit is for the mean, or one run's drift hides behind another's."""
-    settings = settings_of({"warp.num_iterations": 1, "warp.steps_per_iteration": (2,), "warp.num_runs": 2})
-    drift = {"drift/mean": 0.0, "drift/std": 0.06, "drift/max": 0.3}
-    for run_number, outside in ((1, [0.0, 0.0]), (2, [0.02, 0.1])):
-        lines = [json.dumps({"step": i, **drift, "drift/outside": value}) for i, value in enumerate(outside)]
-        files.write_text(tmp_path / "iteration_1" / f"run_{run_number}" / "metrics.jsonl", "\n".join(lines) + "\n")
-    rows = report.drift(settings, tmp_path)
-    assert [row["outside"] for row in rows] == pytest.approx([0.0, 0.06])
-    assert "in 1 of 2 runs" in report.drift_text(rows)
-    assert "Warning" not in report.drift_text(rows[:1])
-    assert "Warning" not in report.drift_text([])
 
 
 def test_compare_of_one_run_without_gold(tmp_path):

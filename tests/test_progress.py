@@ -14,12 +14,12 @@ def test_time_left_counts_steps_and_evaluations(monkeypatch):
     for done, now in ((1, 100.0), (2, 102.0)):
         clock[0] = now
         job.on_step(done, {"loss": 1.0})
-    assert job._left(2) == f"about {2 * 8 / 60:.1f} min left"
+    assert job.left() == f"about {2 * 8 / 60:.1f} min left"
     clock[0] = 162.0
     job.on_evaluation("sft", 60.0)
     clock[0] = 166.0
     job.on_step(3, {"loss": 1.0})
-    assert job._left(3) == f"about {(3 * 7 + 60 * 2) / 60:.1f} min left"
+    assert job.left() == f"about {(3 * 7 + 60 * 2) / 60:.1f} min left"
 
 
 def test_phases_done_before_take_no_time(monkeypatch):
@@ -32,7 +32,7 @@ def test_phases_done_before_take_no_time(monkeypatch):
     for done, now in ((0, 0.0), (1, 50.0), (2, 80.0)):
         clock[0] = now
         job.on_step(done, {"loss": 1.0} if done else {})
-    assert job._left(2) == f"about {30 * 2 / 60:.1f} min left"
+    assert job.left() == f"about {30 * 2 / 60:.1f} min left"
 
 
 def test_a_phase_that_ends_early_leaves_no_steps(monkeypatch):
@@ -48,5 +48,5 @@ def test_a_phase_that_ends_early_leaves_no_steps(monkeypatch):
     job.on_evaluation("policy", 60.0)
     job.end_phase(2, evaluations_left_out=3)
     job.start_phase("second", 10, finished=False)
-    assert job._left(0) == f"about {(2 * 10 + 60) / 60:.1f} min left"
+    assert job.left() == f"about {(2 * 10 + 60) / 60:.1f} min left"
     assert job._progress.tasks[0].total == 12

@@ -16,6 +16,7 @@ class JobProgress:
         self._console = Console(stderr=True, quiet=quiet)
         self._total = total_steps
         self._before, self._phase_steps = 0, 0  # steps of the phases before this one, and of this one
+        self._done = 0  # steps of this phase that are done
         self._phase = ""
         self._last_line = time.monotonic()
         self._since: float | None = None  # end of the last step or evaluation of this phase
@@ -36,7 +37,7 @@ class JobProgress:
     def start_phase(self, name: str, num_steps: int, *, finished: bool) -> None:
         """Start a phase of num_steps steps, or skip it if `finished`: its result is already saved."""
         self._before, self._phase_steps = self._before + self._phase_steps, num_steps
-        self._phase, self._since = name, None
+        self._phase, self._since, self._done = name, None, 0
         self.note(f"{name}: {'done before, skipped' if finished else 'started'}")
         if finished:
             self.on_step(num_steps, {})
@@ -53,9 +54,9 @@ class JobProgress:
         now = time.monotonic()
         if values and self._since is not None:  # the first step of a phase compiles and is not timed
             self._stepping, self._timed_steps = self._stepping + now - self._since, self._timed_steps + 1
-        self._since = now if values else None
+        self._since, self._done = now if values else None, done
         latest = " ".join(f"{name} {values[name]:.3f}" for name in ("loss", "reward", "anchor_kl") if name in values)
-        left = self._left(done)
+        left = self.left()
         self._progress.update(
             self._task, completed=self._before + done, description=self._phase, left=left, latest=latest
         )
@@ -75,6 +76,13 @@ class JobProgress:
         self._since = time.monotonic()
         self.note(f"{text} ({seconds:.0f} s)")
 
+    def left(self) -> str:
+        """Estimate the time left from the mean times of a step and of an evaluation so far."""
+        per_step = self._stepping / max(self._timed_steps, 1)
+        per_evaluation = sum(self._evaluation_seconds) / max(len(self._evaluation_seconds), 1)
+        seconds = per_step * (self._total - self._before - self._done) + per_evaluation * self._evaluations_left
+        return f"about {seconds / 60:.1f} min left"
+
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         self._console.print(text, highlight=False, soft_wrap=True)
@@ -85,10 +93,3 @@ class JobProgress:
 
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
-
-    def _left(self, done: int) -> str:
-        """Estimate the time left from the mean times of a step and of an evaluation so far."""
-        per_step = self._stepping / max(self._timed_steps, 1)
-        per_evaluation = sum(self._evaluation_seconds) / max(len(self._evaluation_seconds), 1)
-        seconds = per_step * (self._total - self._before - done) + per_evaluation * self._evaluations_left
-        return f"about {seconds / 60:.1f} min left"

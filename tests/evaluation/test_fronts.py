@@ -87,7 +87,7 @@ def test_the_point_under_the_budget_is_measured_on_prompts_that_did_not_choose_i
     rewards = []
     for seed in range(200):
         front, clusters = _budget_front(seed)
-        choice = fronts.choose_under_budget(front, clusters, 2.4, resamples=50, seed=seed)
+        (choice,) = fronts.choose_under_budgets(front, clusters, [2.4], resamples=50, seed=seed)
         assert choice.point in (0, 1)
         assert choice.probability > 0.5
         rewards.append(choice.reward)
@@ -97,8 +97,19 @@ def test_the_point_under_the_budget_is_measured_on_prompts_that_did_not_choose_i
 def test_no_point_under_the_budget():
     """Fails when the least KL is taken instead, or when a single prompt is cut in two."""
     front, clusters = _budget_front(0)
-    assert fronts.choose_under_budget(front, clusters, 0.1, resamples=5, seed=0) is None
-    assert fronts.choose_under_budget(front, np.zeros(200), 9.0, resamples=5, seed=0) is None
+    assert fronts.choose_under_budgets(front, clusters, [0.1], resamples=5, seed=0) == [None]
+    assert fronts.choose_under_budgets(front, np.zeros(200), [9.0], resamples=5, seed=0) == [None]
+
+
+def test_each_budget_has_its_own_choice():
+    """Fails when a budget gets the point of another, or the probability of another point."""
+    kl = np.array([[1.0], [3.0]]) + np.where(np.arange(40) % 3, 0.25, -0.5)
+    front = Measured(kl, np.array([[0.0], [1.0]]) + np.zeros(40))
+    choices = fronts.choose_under_budgets(front, np.arange(40), [0.1, 2.0, 3.02, 9.0], resamples=400, seed=0)
+    assert [choice and choice.point for choice in choices] == [None, 0, 1, 1]
+    low, near, high = (choice.probability for choice in choices[1:])
+    assert (low, high) == (1, 1)
+    assert 0.2 < near < 0.8
 
 
 def test_common_kls():

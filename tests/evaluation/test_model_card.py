@@ -27,9 +27,9 @@ MEASURED = {
 SOURCE = "hf://org/base-model@" + "a" * 40
 
 
-def _make(source=SOURCE, measured=MEASURED, **changes):
+def _make(source=SOURCE, measured=MEASURED, sft_steps=0, **changes):
     config = pretrained.get_config()
-    config.model.source = source
+    config.model.source, config.sft.num_steps = source, sft_steps
     settings = typed(config)
     return model_card.make(settings, REPORT | changes, measured=measured, commands=("python train", "python export"))
 
@@ -54,9 +54,11 @@ def test_the_front_matter_is_what_the_hub_reads():
 
 def test_an_adapter_is_one_of_peft_and_says_what_it_lacks():
     """Fails when the card names transformers, or the base model of SFT as that of the adapter, or no loss."""
-    card = _make(cut={"total": 0.0512, "largest": 0.1, "of": "layers/0/mlp/up/kernel"}, delivered={})
+    lost = {"total": 0.0512, "largest": 0.1, "of": "layers/0/mlp/up/kernel"}
+    card = _make(cut=lost, delivered={})
     assert _front_matter(card)["library_name"] == "peft"
-    assert "base_model" not in _front_matter(card)  # SFT trained it
+    assert _front_matter(card)["base_model"] == "org/base-model"
+    assert "base_model" not in _front_matter(_make(cut=lost, delivered={}, sft_steps=5))
     assert "lacks 0.0512 of the change from SFT" in card
 
 

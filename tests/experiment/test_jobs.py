@@ -132,6 +132,21 @@ def test_the_report_gets_the_held_out_prompts(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs.preparation, "prepare", lambda *arguments: ("tokenizer", trainer, examiner))
     monkeypatch.setattr(jobs.warp, "make_job", lambda *arguments, **watched: arguments[1:3])
     monkeypatch.setattr(jobs.warp, "run_warp", lambda job: ["points", *job])
-    monkeypatch.setattr(jobs.report, "write_report", lambda settings, *arguments: arguments)
+    monkeypatch.setattr(jobs.status, "progress", lambda workdir: "state")
+    monkeypatch.setattr(jobs.writer, "write_report", lambda settings, *arguments: arguments)
     got = jobs.run_part(settings_of(), {}, tmp_path)
-    assert got == ("tokenizer", "eval", ["points", trainer, examiner], tmp_path)
+    assert got == (("tokenizer", "eval"), ["points", trainer, examiner], tmp_path, "state")
+
+
+def test_the_page_is_written_after_each_evaluation(tmp_path, monkeypatch):
+    """Fails when the page waits for the end of the job, has no time left, or shows what is not saved."""
+    examiner, watched, pages = types.SimpleNamespace(eval_prompts="eval"), {}, []
+    monkeypatch.setattr(jobs.preparation, "prepare", lambda *arguments: ("tokenizer", (), examiner))
+    monkeypatch.setattr(jobs.warp, "make_job", lambda *arguments, **more: watched.update(more))
+    monkeypatch.setattr(jobs.warp, "run_one", lambda *arguments: watched["after_evaluation"]())
+    monkeypatch.setattr(jobs.JobProgress, "left", lambda self: "about 3.0 min left")
+    monkeypatch.setattr(jobs.status, "progress", lambda workdir, left: left)
+    monkeypatch.setattr(jobs, "saved_points", lambda settings, workdir: ["saved"])
+    monkeypatch.setattr(jobs.writer, "write_page", lambda settings, *arguments: pages.append(arguments))
+    jobs.run_part(settings_of(), {}, tmp_path, jobs.Part(1, 1))
+    assert pages == [(("tokenizer", "eval"), ["saved"], tmp_path, "about 3.0 min left")]

@@ -437,3 +437,15 @@ def test_the_script_prints_a_table_of_each_workdir(run, names, code, error):
     assert re.fullmatch(error, result.stderr)
     for name in {"run", "begun", "damaged"} & set(names):
         assert f"{run.parent / name}\n  inputs  " in result.stdout
+
+
+def test_progress_for_the_report(run):
+    """Fails when steps of a part are not counted, or a part that is left is not named."""
+    found = status.progress(run)
+    assert (found["finished"], found["steps"], found["left"]) == (True, [32, 32], "")
+    assert [row["part"] for row in found["parts"]] == [name for name in NAMES if name != "report"]
+    unfinished(run / "iteration_1" / "run_2", 4)
+    found = status.progress(run, "about 3.0 min left")
+    assert (found["finished"], found["steps"], found["left"]) == (False, [30, 32], "about 3.0 min left")
+    assert {"part": "iteration_1/run_2", "state": "saved at step 4 of 6"} in found["parts"]
+    assert found["next"] == "next: a start continues iteration_1/run_2 from step 4 of 6"

@@ -380,3 +380,7 @@ def test_the_same_job_gives_the_same_bits_in_a_bucket_with_a_kill(folder, server
         assert (folder / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
     done = run(script_command("status.py", "--verify", folder), **server)
     assert done.returncode == 0, done
+    (folder / "report.html").unlink()
+    report = run(script_command("report.py", folder), **server)
+    assert report.returncode == 0, report
+    assert b"iteration_1/run_1" in (folder / "report.html").read_bytes()

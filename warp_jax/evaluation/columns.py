@@ -3,6 +3,8 @@
 Axis letters: N completions, C tokens of a completion.
 """
 
+import csv
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +21,15 @@ def as_rows(points: Sequence[Point], settings: groups.Evaluation) -> list[dict[s
     """Convert points, SFT first, to rows of front.csv."""
     sft = points[0].evaluation
     return [{**summary_row(point), **_more(point.evaluation, sft, settings)} for point in points]
+
+
+def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Format rows as comma-separated text with a header line."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def summary_row(point: Point) -> dict[str, Any]:

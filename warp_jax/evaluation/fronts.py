@@ -91,26 +91,31 @@ def compare_with_policies(front: Measured, policies: Measured, resamples: statis
     return found
 
 
-def choose_under_budget(
-    front: Measured, clusters: np.ndarray, budget: float, *, resamples: int, seed: int
-) -> Choice | None:
-    """Choose the point with the highest reward and a mean KL <= budget (nats), on a random half of the prompts.
+def choose_under_budgets(
+    front: Measured, clusters: np.ndarray, budgets: Sequence[float], *, resamples: int, seed: int
+) -> list[Choice | None]:
+    """For each budget (nats), choose the point with the highest reward and a mean KL within it, on half of the prompts.
 
-    Its KL and reward are measured on the other half: on the half that chose it, the reward is biased upwards and the KL
-    downwards. None if no point is within the budget, or all prompts are equal.
+    The half is random. KL and reward are measured on the other one: on the half that chose, the reward is biased
+    upwards and the KL downwards. None if no point is within the budget, or all prompts are equal.
     """
     groups, numbers = np.unique(clusters, return_inverse=True)
     if len(groups) < 2:
-        return None
+        return [None] * len(budgets)
     chooses = np.random.default_rng(seed).permutation(len(groups))[numbers] < len(groups) // 2
     kl, reward = (values[:, chooses].mean(1) for values in front)
-    allowed = np.flatnonzero(kl <= budget)
-    if not len(allowed):
-        return None
-    index = int(allowed[np.argmax(reward[allowed])])
     drawn = statistics.resample(clusters[~chooses], resamples, seed)
-    kls, rewards = (drawn.means(values[index, ~chooses]) for values in front)
-    return Choice(index, float(kls[0]), float(rewards[0]), float(np.mean(kls[1:] <= budget)))
+    kls, rewards = (drawn.means(values[:, ~chooses]) for values in front)
+    choices: list[Choice | None] = []
+    for budget in budgets:
+        allowed = np.flatnonzero(kl <= budget)
+        if not len(allowed):
+            choices.append(None)
+            continue
+        best = int(allowed[np.argmax(reward[allowed])])
+        kept = float(np.mean(kls[best, 1:] <= budget))
+        choices.append(Choice(best, float(kls[best, 0]), float(rewards[best, 0]), kept))
+    return choices
 
 
 def common_kls(kl_a: np.ndarray, kl_b: np.ndarray, count: int) -> np.ndarray:

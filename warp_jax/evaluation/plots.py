@@ -1,12 +1,10 @@
-"""Plots of the report, as PNG bytes."""
+"""The picture of the fronts, as PNG bytes."""
 
 import io
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.figure import Figure
 
 Row = dict[str, Any]  # of front.csv
@@ -34,52 +32,6 @@ def draw_fronts(rows: Sequence[Row], baseline: Sequence[Row] = ()) -> bytes:
         axis.plot([], [], marker="x", color="grey", linestyle="none", label="single runs, one point per evaluation")
         axis.set(xlabel=LABELS["sft_kl"], ylabel=LABELS[column])
         axis.legend()
-    return _png(figure)
-
-
-def draw_measures(rows: Sequence[Row]) -> bytes:
-    """Plot each measure of the fronts, other than rewards, against KL to SFT; rows[0] is SFT."""
-    known = [name for name in ("gold_gap", "similarity", "text_loss") if np.isfinite(rows[0].get(name, np.nan))]
-    passes = [name for name in rows[0] if re.fullmatch(r"pass_at_\d+", name)]
-    names = ["distinct_2", *known, *passes[:1], *passes[1:][-1:]]  # passes of 1 and of all completions
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.5), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        for iteration in sorted({row["iteration"] for row in rows if row["stage"] == "liti"}):
-            front = sorted([rows[0], *_select(rows, "liti", iteration)], key=lambda row: row["sft_kl"])
-            _errorbar(axis, front, name, marker="o", color=f"C{iteration - 1}", label=f"iteration {iteration}")
-        axis.set(xlabel=LABELS["sft_kl"], ylabel=name)
-    axes[0, 0].legend()
-    return _png(figure)
-
-
-def draw_trajectories(rows: Sequence[Row]) -> bytes:
-    """Plot reward and KL to SFT of each run against its training steps."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4))
-    runs = sorted({(row["iteration"], row["run"]) for row in rows if row["stage"] == "policy"})
-    for axis, column in zip(axes, ("reward", "sft_kl"), strict=True):
-        for iteration, run in runs:
-            points = [row for row in _select(rows, "policy", iteration) if row["run"] == run]
-            steps, values = _columns(points, "step", column)
-            style: dict[str, Any] = {"marker": "o", "color": f"C{iteration - 1}", "alpha": run**-0.5}
-            axis.plot(steps, values, label=f"iteration {iteration}, run {run}", **style)
-        axis.set(xlabel="training step", ylabel=LABELS[column])
-        axis.legend()
-    return _png(figure)
-
-
-def draw_angles(geometries: Sequence[dict[str, Any]]) -> bytes:
-    """Plot the angle between the task vectors of every two runs, for each unit and iteration."""
-    units = geometries[0]["units"]
-    figure, axis = plt.subplots(figsize=(max(6, len(units)), 4))
-    for number, geometry in enumerate(geometries, start=1):
-        angles = np.array(geometry["angles_degrees"])
-        pairs = angles[:, *np.triu_indices(angles.shape[-1], k=1)]
-        labels = [f"iteration {number}", *[None] * (pairs.shape[1] - 1)]
-        axis.plot(range(len(units)), pairs, marker="o", color=f"C{number - 1}", label=labels)
-    axis.axhline(90, color="grey", linewidth=0.8, linestyle="--", label="orthogonal")
-    axis.set(xlabel="unit of the merge", ylabel="angle between task vectors (degrees)", ylim=(0, None))
-    axis.set_xticks(range(len(units)), units, rotation=60, ha="right")
-    axis.legend()
     return _png(figure)
 
 

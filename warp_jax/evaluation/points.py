@@ -1,5 +1,6 @@
 """The evaluated policies of a job, and the names of their evaluations."""
 
+import csv
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from warp_jax import files, merging
-from warp_jax.evaluation.measure import Evaluation, EvaluationStore
+from warp_jax.evaluation.measure import Evaluation, EvaluationStore, load_evaluation
 from warp_jax.settings import Settings
 from warp_jax.types import Params, StorageError
 
@@ -42,12 +43,42 @@ def evaluation_name(stage: str, iteration: int, run: int, eta: float, step: int)
 
 def evaluation_names(settings: Settings, last_step: LastStep) -> set[str]:
     """Names of all evaluations of a job."""
-    names = {"sft"}
+    return {evaluation_name(*place) for place in places(settings, last_step)}
+
+
+def places(settings: Settings, last_step: LastStep) -> list[tuple[str, int, int, float, int]]:
+    """Fields of all points of a job, in its order, without their evaluations."""
+    found, nan = [("sft", 0, 0, 0.0, 0)], float("nan")
     for iteration in range(1, settings.warp.num_iterations + 1):
-        names |= front_names(settings, iteration)
         for run in range(1, settings.warp.num_runs + 1):
-            names |= run_names(settings, iteration, run, last_step(iteration, run))
-    return names
+            last = last_step(iteration, run)
+            found += [("policy", iteration, run, nan, step) for step in trajectory(settings, iteration, run, last)]
+            stages = kept_stages(settings, last)
+            found += [(stage, iteration, run, eta, 0) for stage in stages for eta in kept_etas(settings)]
+        found.append(("merged", iteration, 0, nan, 0))
+        found += [("liti", iteration, 0, eta, 0) for eta in settings.front.etas]
+    return found
+
+
+def saved_points(settings: Settings, workdir: Path) -> list[Point]:
+    """The points of a job that are evaluated up to now, in its order."""
+    folder = workdir / "evaluations"
+    saved = {path.stem for path in folder.iterdir()} if folder.is_dir() else set()
+    all_places = places(settings, functools.partial(last_step, settings, workdir))
+    return [_load(workdir, place) for place in all_places if evaluation_name(*place) in saved]
+
+
+def read_points(workdir: Path) -> list[Point]:
+    """Read the points of a finished workdir from its front.csv and evaluations/."""
+    rows = csv.DictReader((workdir / "front.csv").read_text().splitlines())
+    return [
+        _load(workdir, (row["stage"], int(row["iteration"]), int(row["run"]), float(row["eta"]), int(row["step"])))
+        for row in rows
+    ]
+
+
+def _load(workdir: Path, place: tuple[str, int, int, float, int]) -> Point:
+    return Point(*place, load_evaluation(workdir / "evaluations" / f"{evaluation_name(*place)}.npz"))
 
 
 def last_step(settings: Settings, workdir: Path, iteration: int, run: int) -> int:

@@ -107,6 +107,13 @@ def simultaneous_intervals(values: np.ndarray, num_clusters: int) -> list[Interv
     return [Interval(p.value, p.value - w, p.value + w) for p, w in zip(pointwise, width.tolist(), strict=True)]
 
 
+def half_width(num_clusters: int) -> float:
+    """Half the width of the 95 % interval of a mean, in its standard errors (Student's t); nan for few clusters."""
+    if num_clusters < MIN_CLUSTERS:
+        return math.nan
+    return float(special.stdtrit(num_clusters - 1, (1 + CONFIDENCE) / 2))
+
+
 def ratio_and_se(parts: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
     """Sum of `parts` over the sum of `sizes`, [R] each, and its standard error over the R rows."""
     ratio = float(np.sum(parts, dtype=np.float64) / np.sum(sizes))

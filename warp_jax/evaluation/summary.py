@@ -23,6 +23,8 @@ def summarise(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
     gain = np.asarray(final.evaluation.reward, np.float64) - sft.evaluation.reward
     mean_gain, gain_se = statistics.mean_and_se(gain, clusters)
     resamples = statistics.resample(clusters, settings.report.bootstrap_resamples, settings.seed)
+    budget = settings.front.kl_budget
+    best = best_etas(settings, front_members(points, iterations[-1])[1:], [budget])[0] if budget else None
     return {
         "held_out_completions": len(clusters),
         "distinct_prompts": resamples.num_clusters,
@@ -32,8 +34,8 @@ def summarise(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
         "final_sft_kl": float(final.evaluation.sft_kl.mean()),
         "gain_in_standard_errors": mean_gain / gain_se if gain_se > NO_SPREAD * abs(mean_gain) else None,
         "runs": _runs(settings, points),
-        "kl_budget": settings.front.kl_budget,
-        "best_eta_under_budget": _best_eta(settings, front_members(points, iterations[-1])[1:]),
+        "kl_budget": budget,
+        "best_eta_under_budget": best,
         "gold_gap_areas": [_gold_gap_area(points, i, resamples) for i in iterations],
         "iterations_compared": [
             {"iterations": [i - 1, i], "reward_difference": _compare(points, i, resamples)} for i in iterations[1:]
@@ -77,21 +79,27 @@ def _runs(settings: Settings, points: Sequence[Point]) -> list[dict[str, Any]]:
     ]
 
 
-def _best_eta(settings: Settings, front: Sequence[Point]) -> dict[str, float] | None:
-    """The eta with the highest reward within the KL budget, chosen on half of the prompts, measured on the rest."""
-    if not settings.front.kl_budget:
-        return None
-    choice = fronts.choose_under_budget(
+def best_etas(settings: Settings, front: Sequence[Point], budgets: Sequence[float]) -> list[dict[str, float] | None]:
+    """For each KL budget (nats), the eta of a front with the highest reward: chosen on half of the prompts, measured on
+    the rest; None if no eta is within the budget.
+    """
+    choices = fronts.choose_under_budgets(
         _measured(front),
         front[0].evaluation.clusters,
-        settings.front.kl_budget,
+        budgets,
         resamples=settings.report.bootstrap_resamples,
         seed=settings.seed,
     )
-    if choice is None:
-        return None
-    chosen = {"eta": front[choice.point].eta, "reward": choice.reward, "sft_kl": choice.kl}
-    return {**chosen, "probability_within_budget": choice.probability}
+    return [
+        choice
+        and {
+            "eta": front[choice.point].eta,
+            "reward": choice.reward,
+            "sft_kl": choice.kl,
+            "probability_within_budget": choice.probability,
+        }
+        for choice in choices
+    ]
 
 
 def _compare(points: Sequence[Point], iteration: int, resamples: statistics.Resamples) -> list[dict[str, float | None]]:

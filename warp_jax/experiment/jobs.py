@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from warp_jax.data.corpus import Corpus
-from warp_jax.evaluation import report
-from warp_jax.experiment import preparation, warp
+from warp_jax.evaluation.points import saved_points
+from warp_jax.experiment import preparation, status, warp
 from warp_jax.experiment.workdir import LOCK
 from warp_jax.parallel import hosts
 from warp_jax.progress import JobProgress
+from warp_jax.report import writer
+from warp_jax.report.data import HeldOut
 from warp_jax.settings import Settings
 from warp_jax.storage import checkpoint
 
@@ -69,7 +71,21 @@ def run_part(
 
         with hosts.locked(workdir / LOCK, on_wait):
             tokenizer, trainers, examiner = preparation.prepare(settings, corpora, workdir, progress)
-        job = warp.make_job(settings, trainers, examiner, workdir, progress, watch_run=watch_run)
+        held_out = HeldOut(tokenizer, examiner.eval_prompts)
+
+        def write_page() -> None:
+            state = status.progress(workdir, progress.left())
+            writer.write_page(settings, held_out, saved_points(settings, workdir), workdir, state)
+
+        job = warp.make_job(
+            settings,
+            trainers,
+            examiner,
+            workdir,
+            progress,
+            watch_run=watch_run,
+            after_evaluation=lambda: hosts.on_first_process(write_page),
+        )
         if part.run:
             warp.run_one(job, part.iteration, part.run)
             return f"iteration {part.iteration} run {part.run}: finished"
@@ -79,7 +95,7 @@ def run_part(
         points = warp.run_warp(job)
         if not hosts.is_first():
             return ""
-        return report.write_report(settings, tokenizer, examiner.eval_prompts, points, workdir)
+        return writer.write_report(settings, held_out, points, workdir, status.progress(workdir))
 
 
 def total_steps(settings: Settings, part: Part = WHOLE) -> int:

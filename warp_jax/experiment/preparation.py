@@ -73,10 +73,7 @@ def prepare(
         gold_fn=reward_functions.make_from_text(gold_fn, tokenizer, corpora["eval"].rows, "eval"),
         sft_params=trained,
         frozen_params=frozen,
-        eval_prompts=batches.take(
-            prompts["eval"],
-            np.repeat(np.arange(settings.evaluation.num_prompts), settings.evaluation.samples_per_prompt),
-        ),
+        eval_prompts=examined_prompts(settings, prompts["eval"]),
         batch_size=settings.evaluation.batch_size,
         seed=settings.seed,
         texts=measure.Texts(programs.text_losses, held_out_texts(settings, tokenizer, corpora["text"])),
@@ -165,6 +162,12 @@ def make_prompts(settings: Settings, tokenizer: Tokenizer, split: Corpus, name: 
             f"most {length} tokens, want {wanted}; allow longer prompts"
         )
     return batch
+
+
+def examined_prompts(settings: Settings, prompts: PromptBatch) -> PromptBatch:
+    """The first evaluation.num_prompts prompts of the eval split, each samples_per_prompt times."""
+    wanted = settings.evaluation
+    return batches.take(prompts, np.repeat(np.arange(wanted.num_prompts), wanted.samples_per_prompt))
 
 
 def held_out_texts(settings: Settings, tokenizer: Tokenizer, split: Corpus) -> PromptBatch:

@@ -5,10 +5,11 @@ Reads only, and imports no Orbax and no data libraries, so that it starts fast.
 
 import csv
 import dataclasses
+import datetime
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from warp_jax import files
 from warp_jax.evaluation import measure, points
@@ -72,6 +73,20 @@ def next_lines(parts: Sequence[Part]) -> list[str]:
     if part.state == SAVED:
         return [f"next: a start continues {part.name} from {part.unit} {part.done} of {part.total}"]
     return [f"next: a start begins {part.name}"]
+
+
+def progress(workdir: Path, left: str = "") -> dict[str, Any]:
+    """What the report says of the parts of a job. left: the time left, which a running job knows itself."""
+    parts = [part for part in read(workdir) if part.name != "report"]
+    trained = [part for part in parts if part.unit == "step" and part.total]
+    return {
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "finished": exit_code(parts) == 0,
+        "steps": [sum(part.done for part in trained), sum(part.total for part in trained)],
+        "left": left,
+        "next": " ".join(next_lines(parts)),
+        "parts": [{"part": part.name, "state": describe(part)} for part in parts],
+    }
 
 
 def exit_code(parts: Iterable[Part]) -> int:

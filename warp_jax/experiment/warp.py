@@ -225,13 +225,15 @@ def make_job(
     progress: JobProgress,
     *,
     watch_run: WatchRun = unwatched,
+    after_evaluation: Callable[[], None] = lambda: None,
 ) -> Job:
-    """The job of a workdir."""
+    """The job of a workdir. after_evaluation: called after each new evaluation, in every process."""
 
     def on_new(name: str, evaluation: Evaluation, seconds: float) -> None:
         row = measure.summary(evaluation)
         measured = f"reward {row['reward']:.3f} (gold {row['gold_reward']:.3f}) at {row['sft_kl']:.2f} nats from SFT"
         progress.on_evaluation(f"{name}: {measured}", seconds)
+        after_evaluation()
 
     store = EvaluationStore(workdir / "evaluations", functools.partial(measure.evaluate, examiner), on_new)
     return Job(settings, examiner.sft_params, trainers, workdir, progress, store, watch_run)

@@ -1,11 +1,15 @@
 """Metrics of each training step, written to metrics.jsonl and to TensorBoard files."""
 
+import io
 import json
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
 
 from warp_jax import files
 
@@ -68,6 +72,15 @@ class MetricWriter:
             self._temporary.cleanup()
         if self._observer:
             self._observer.close()
+
+
+def write_image(directory: Path, name: str, png: bytes) -> None:
+    """Write a picture as a TensorBoard file, in place of the one that an earlier call wrote there."""
+    with tempfile.TemporaryDirectory() as temporary:
+        with _tensorboard().SummaryWriter(temporary, write_to_disk=True) as writer:
+            writer.add_image(name, np.asarray(Image.open(io.BytesIO(png)).convert("RGB")), dataformats="HWC")
+        (written,) = Path(temporary).iterdir()
+        files.write_bytes(directory / f"events.out.tfevents.0.{name}", written.read_bytes())
 
 
 def _tensorboard() -> Any:

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from scripts import compare
-from warp_jax.evaluation import measure, report
+from warp_jax.evaluation import columns, comparison, measure
 from warp_jax.evaluation.measure import Evaluation
 from warp_jax.evaluation.points import Point, evaluation_name
 
@@ -26,7 +25,7 @@ def _write(folder, *policies, token=1):
     rows = [{name: getattr(point, name) for name in Point._fields[:5]} for point in points]
     for point in points:
         measure.save_evaluation(folder / "evaluations" / f"{evaluation_name(*point[:5])}.npz", point.evaluation)
-    (folder / "front.csv").write_text(report.to_csv(rows))
+    (folder / "front.csv").write_text(columns.to_csv(rows))
     return folder
 
 
@@ -44,8 +43,8 @@ def workdirs(tmp_path):
 def test_each_method_has_a_row(workdirs):
     """Fails when an earlier front is taken, a method is read at another KL or loses its gold, the sign of a difference
     turns, methods of another SFT are paired, or a single run or best-of-N has no row."""
-    curves = {name: curve for workdir in workdirs for name, curve in compare.read_curves(workdir).items()}
-    rows = {name: cells for name, *cells in compare.method_rows(curves, 1.5)}
+    curves = {name: curve for workdir in workdirs for name, curve in comparison.read_curves(workdir).items()}
+    rows = {name: cells for name, *cells in comparison.method_rows(curves, 1.5)}
     values = {
         name: [NAN if cell == "-" else float(cell.split(" ")[0]) for cell in cells] for name, cells in rows.items()
     }
@@ -63,5 +62,5 @@ def test_each_method_has_a_row(workdirs):
 
 def test_a_curve_that_ends_earlier_has_no_value(workdirs):
     """Fails when a curve is extrapolated."""
-    (_, best_of_n) = compare.method_rows(compare.read_curves(workdirs[0]), 3.0)
+    (_, best_of_n) = comparison.method_rows(comparison.read_curves(workdirs[0]), 3.0)
     assert best_of_n[2:] == ["-"] * 5
