@@ -103,8 +103,8 @@ def _rounding(report: Mapping[str, Any]) -> str:
     text = f"Training was in float32; these weights are {report['dtype']}."
     if "cut" in report:
         text += (
-            f" They are a LoRA adapter of SFT, which lacks {report['cut']['total']:.3g} of the change from SFT (relative "
-            "Frobenius norm)."
+            f" They are a LoRA adapter of SFT, which lacks {report['cut']['total']:.3g} of the change from SFT "
+            "(relative Frobenius norm)."
         )
     kept = report.get("delivered", {})
     if kept.get("share") is not None:  # of SFT, there is no change to keep
