@@ -55,7 +55,7 @@ def add_baselines(add: Add, config: ConfigDict) -> None:
     every = max(min(10, length // 3), 1)  # a shorter run moves its anchor too
     add(f"ema_every_{every}", {"warp.anchor_every": every, "warp.ema_rate": min(every * warp.ema_rate, 1.0)})
     add("reset_anchor", {"warp.anchor_every": max(length // 4, 1), "warp.ema_rate": 1.0})
-    add("bema", {"warp.anchor": "bema", "warp.ema_rate": 0.01})  # the default: nothing reads it
+    add("bema", {"warp.anchor": "bema"})
 
     # other merges. At 90 degrees, SLERP is LERP times 1 / cos(45 degrees)
     add("lerp", {"warp.merge": "lerp"})

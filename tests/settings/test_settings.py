@@ -257,20 +257,16 @@ def test_a_setting_that_nothing_reads_is_refused(path, value, choice):
         settings_of({"warp.runs": ({path: value}, {})})
 
 
-def test_the_rate_of_an_anchor_that_has_none_is_refused():
-    """Fails when --config.warp.ema_rate is ignored with bema."""
-    with pytest.raises(
-        ValueError, match=r"^config\.warp\.ema_rate: got 0\.2, want 0\.01, the default: nothing reads it"
-    ):
-        settings_of({"warp.anchor": "bema", "warp.ema_rate": 0.2})
-    assert groups.Warp.model_fields["ema_rate"].default == default.get_config().warp.ema_rate
+def test_one_setting_chooses_another_anchor():
+    """Fails when the rate of the EMA, which every config sets, must be put back for an anchor that does not read it."""
+    assert settings_of({"warp.anchor": "bema", "warp.ema_rate": 0.2}).warp.anchor == "bema"
 
 
 def test_an_older_workdir_may_have_settings_that_nothing_reads():
     """Fails when a workdir that an earlier version accepted cannot be read, or cannot be resumed with the defaults."""
     config = typed(tiny.get_config()).as_json()
     config["rl"] |= {"kl_steps": 7, "clip_low": 0.1}
-    config["warp"] |= {"runs": [{"rl.kl_gain": 0.5, "seed": 3}, {"warp.anchor": "bema", "warp.ema_rate": 0.3}]}
+    config["warp"] |= {"runs": [{"rl.kl_gain": 0.5, "seed": 3}, {"warp.anchor": "bema"}]}
     with pytest.raises(ValueError, match="nothing reads it"):
         from_config(config)
     assert from_saved(config) == settings_of({"warp.runs": ({"seed": 3}, {"warp.anchor": "bema"})})

@@ -344,7 +344,7 @@ class Warp(Group):
     num_iterations: Count
     num_runs: Count
     steps_per_iteration: Annotated[tuple[Count, ...], Lax]
-    ema_rate: Rate = 0.01
+    ema_rate: Rate
     anchor: Literal["ema", "bema"] = "ema"  # missing in older workdirs
     anchor_every: Count = 1  # missing in older workdirs
     bema: Bema = Bema()  # missing in older workdirs

@@ -24,7 +24,6 @@ RULES = (
     Rule(("rl.kl_steps", "rl.kl_coef_end"), "rl.kl_schedule", lambda kind: kind in ("linear", "cosine")),
     Rule(("rl.kl_target", "rl.kl_gain"), "rl.kl_schedule", lambda kind: kind == "adaptive"),
     Rule(("rl.clip_ratio", "rl.clip_low", "rl.clip_high"), "rl.updates_per_rollout", lambda updates: updates > 1),
-    Rule(("warp.ema_rate",), "warp.anchor", lambda anchor: anchor == "ema"),
     Rule(
         ("warp.bema.ema_power", "warp.bema.bias_power", "warp.bema.lag"), "warp.anchor", lambda anchor: anchor == "bema"
     ),
