@@ -103,6 +103,7 @@ function draw(id) {
   const { traces, layout } = charts.get(id)();
   const node = $(id);
   node.hidden = !traces.length;
+  if (layout.height) node.style.height = `${layout.height}px`;
   const config = { ...CONFIG, displayModeBar: id.startsWith("curve-") || printing ? false : "hover" };
   if (traces.length) Plotly.react(node, traces, themed({ ...layout, id }), config);
 }
@@ -208,7 +209,7 @@ function heat(id, rowsOf, axis, unit, range) {
       type: "heatmap", x: units, y: found.map(([name]) => name), z: found.map(([, values]) => values), colorscale: "Cividis", ...range,
       colorbar: { title: { text: unit, side: "right" }, thickness: 12 }, hovertemplate: `${axis} %{y}<br>%{x}<br>%{z:.4g} ${unit}<extra></extra>`,
     };
-    return { traces: found.length ? [trace] : [], layout: { xaxis: { type: "category", title: { text: "unit of the merge" } }, yaxis: { type: "category", title: { text: axis }, autorange: "reversed" } } };
+    return { traces: found.length ? [trace] : [], layout: { xaxis: { type: "category", title: { text: "unit of the merge" } }, yaxis: { type: "category", title: { text: axis }, autorange: "reversed" }, height: Math.max(340, 140 + 18 * found.length) } };
   });
 }
 heat("angle-chart", (one) => one.angles.map((row, p) => [`${one.iteration}: ${one.pairs[p]}`, row]), "iteration: runs", "degrees", { zmin: 0 });
@@ -230,7 +231,7 @@ function fillFront() {
 
 function showPoint() {
   const row = work.rows[$("point").value];
-  const pair = ([name, x]) => el("div", {}, el("dt", {}, name), el("dd", {}, shown(x) + (row[`${name}_se`] ? ` ± ${shown(row[`${name}_se`])}` : "")));
+  const pair = ([name, x]) => el("div", {}, el("dt", {}, name), el("dd", {}, shown(x) + (row[`${name}_se`] ? ` ± ${shown(row[`${name}_se`])} (SE)` : "")));
   const numbers = Object.entries(row).filter(([name, x]) => typeof x === "number" && !name.endsWith("_se") && !PLACE.includes(name));
   $("point-numbers").replaceChildren(el("dl", { class: "numbers" }, ...numbers.map(pair)));
   $("command").textContent = row.export ?? "The weights of this policy are not saved as a stage, so it cannot be exported.";
