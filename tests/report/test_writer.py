@@ -77,7 +77,7 @@ def test_the_summary_is_the_last_file(tmp_path, monkeypatch):
     for kind in ("text", "json", "bytes"):
         monkeypatch.setattr(writer.files, f"write_{kind}", lambda path, content: names.append(path.name))
     writer.write_report(hand_made.SETTINGS, hand_made.held_out(), hand_made.points(), tmp_path, hand_made.PROGRESS)
-    assert names[-2:] == ["report.html", "summary.json"]
+    assert names == ["front.csv", "front.png", "events.out.tfevents.0.front", "report.html", "summary.json"]
 
 
 def test_the_page_of_an_unfinished_job(tmp_path):

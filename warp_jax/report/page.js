@@ -235,7 +235,13 @@ function showPoint() {
   const numbers = Object.entries(row).filter(([name, x]) => typeof x === "number" && !name.endsWith("_se") && !PLACE.includes(name));
   $("point-numbers").replaceChildren(el("dl", { class: "numbers" }, ...numbers.map(pair)));
   $("command").textContent = row.export ?? "The weights of this policy are not saved as a stage, so it cannot be exported.";
-  $("copy").hidden = !row.export;
+  $("copy").hidden = !row.export || !navigator.clipboard;
+  $("copy").textContent = "Copy";
+}
+
+async function copy() {
+  await navigator.clipboard.writeText($("command").textContent);
+  $("copy").textContent = "Copied";
 }
 
 const chosenBudget = () => work.budgets[$("budget-front").value]?.[$("budget-range").value];
@@ -357,10 +363,10 @@ function curve(name, isHeld) {
 const drawCurves = () => [...charts.keys()].filter((id) => id.startsWith("curve-")).forEach(draw);
 
 function fillProgress() {
-  const { finished, steps, left, next, parts, written } = work.progress;
+  const { finished, steps, left, parts, written } = work.progress;
   $("progress").hidden = finished;
   const percent = steps[1] ? ` (${Math.round((100 * steps[0]) / steps[1])} %)` : "";
-  const words = [`${steps[0]} of ${steps[1]} training steps are done${percent}`, left, next].filter(Boolean);
+  const words = [`${steps[0]} of ${steps[1]} training steps are done${percent}`, left].filter(Boolean);
   $("left").textContent = `${words.join("; ")}. Written at ${written}; the job writes this page again after each evaluation.`;
   $("parts").replaceChildren(table(parts, "Parts of the job"));
 }
@@ -437,7 +443,7 @@ for (const [id, event, act] of [
   ["work", "change", () => { work = works[$("work").value]; fill(); }],
   ["measure", "change", () => draw("front-chart")],
   ["point", "change", showPoint],
-  ["copy", "click", () => navigator.clipboard?.writeText($("command").textContent)],
+  ["copy", "click", copy],
   ["budget-front", "change", startBudget],
   ["budget-range", "input", showBudget],
   ["answers-front", "change", startAnswers],
