@@ -159,6 +159,7 @@ function frontTraces(w, x, y) {
       traces.push(trace(of("merged"), color, { name: `${prefix}merge ${i}`, mode: "markers", marker: { symbol: "diamond-open", size: 13, line: { width: 2 } } }));
     }
   }
+  traces.push(trace([sft], "#808890", { name: `${prefix}SFT`, mode: "markers", marker: { symbol: "square" } }));
   return traces.filter((one) => one.y.some((value) => value !== null && value !== undefined));
 }
 
