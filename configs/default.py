@@ -306,6 +306,6 @@ def get_config() -> ConfigDict:
     config.logging.wandb_project = ""
 
     config.report = ConfigDict()
-    config.report.num_samples = 6  # prompts whose completions the report shows, before and after training
+    config.report.num_samples = 6  # prompts whose completions the report shows: those of SFT and of each eta
     config.report.bootstrap_resamples = 1000  # for the confidence intervals of differences between fronts
     return config.lock()

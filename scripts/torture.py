@@ -84,7 +84,7 @@ PREEMPTIONS, STEPS_EACH = 4, 60
 ETAS = 0.1, 0.3  # of the two merges
 KILLED = 40  # killed jobs, from which those with a damaged file are copied
 # differ between two undisturbed jobs: times, and Orbax's random names (the arrays themselves are compared)
-VARIES = re.compile(r"(starts\.jsonl|error\.log|lock|events\.out\..*|\..*\.partial)")
+VARIES = re.compile(r"(starts\.jsonl|report\.html|error\.log|lock|events\.out\..*|\..*\.partial)")
 WEIGHTS = ("params", "merged")
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 

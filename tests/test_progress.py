@@ -4,13 +4,15 @@ from warp_jax import progress
 
 
 def test_time_left_counts_steps_and_evaluations(monkeypatch):
-    """Fails when compiling or an evaluation counts as a step's time, or the evaluations ahead are forgotten."""
+    """Fails when compiling or an evaluation counts as a step's time, the evaluations ahead are forgotten, or
+    a time is made up before a step is timed."""
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     job = progress.JobProgress(10)
     job.expect_evaluations(3)
     job.start_phase("run", 10, finished=False)
     job.on_step(0, {})
+    assert job.left() == ""
     for done, now in ((1, 100.0), (2, 102.0)):
         clock[0] = now
         job.on_step(done, {"loss": 1.0})

@@ -77,10 +77,13 @@ class JobProgress:
         self.note(f"{text} ({seconds:.0f} s)")
 
     def left(self) -> str:
-        """Estimate the time left from the mean times of a step and of an evaluation so far."""
+        """Estimate the time left from the mean times of a step and an evaluation so far; "" before a step is timed."""
+        steps = self._total - self._before - self._done
+        if steps and not self._timed_steps:
+            return ""
         per_step = self._stepping / max(self._timed_steps, 1)
         per_evaluation = sum(self._evaluation_seconds) / max(len(self._evaluation_seconds), 1)
-        seconds = per_step * (self._total - self._before - self._done) + per_evaluation * self._evaluations_left
+        seconds = per_step * steps + per_evaluation * self._evaluations_left
         return f"about {seconds / 60:.1f} min left"
 
     def note(self, text: str) -> None:

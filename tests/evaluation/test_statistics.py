@@ -121,3 +121,9 @@ def test_distinct_n_by_hand(rows, n, want):
 def test_distinct_n_of_nothing_is_nan(rows):
     """Mutation: 0 where there is no n-gram."""
     assert math.isnan(distinct_n(rows, 2))
+
+
+def test_half_width_of_an_interval():
+    """Fails when the normal quantile, another degree of freedom or one side is taken, or few prompts have bounds."""
+    assert statistics.half_width(10) == pytest.approx(2.262157, abs=1e-6)  # Student's t, 9 degrees of freedom, 97.5 %
+    assert math.isnan(statistics.half_width(5))

@@ -448,4 +448,3 @@ def test_progress_for_the_report(run):
     found = status.progress(run, "about 3.0 min left")
     assert (found["finished"], found["steps"], found["left"]) == (False, [30, 32], "about 3.0 min left")
     assert {"part": "iteration_1/run_2", "state": "saved at step 4 of 6"} in found["parts"]
-    assert found["next"] == "next: a start continues iteration_1/run_2 from step 4 of 6"

@@ -31,7 +31,7 @@ SETTINGS = settings_of(
         "report.bootstrap_resamples": 50,
     }
 )
-PROGRESS = {"written": "now", "finished": True, "steps": [20, 20], "left": "", "next": "", "parts": []}
+PROGRESS = {"written": "now", "finished": True, "steps": [20, 20], "left": "", "parts": []}
 TOKENIZER = Tokenizer.train(["a"], 259)  # one character is one token
 
 

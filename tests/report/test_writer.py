@@ -71,6 +71,15 @@ def _records(path):
         content = content[12 + length + 4 :]
 
 
+def test_the_summary_is_the_last_file(tmp_path, monkeypatch):
+    """Fails when a job that is killed while it writes its report looks finished, and its page stays unfinished."""
+    names = []
+    for kind in ("text", "json", "bytes"):
+        monkeypatch.setattr(writer.files, f"write_{kind}", lambda path, content: names.append(path.name))
+    writer.write_report(hand_made.SETTINGS, hand_made.held_out(), hand_made.points(), tmp_path, hand_made.PROGRESS)
+    assert names == ["front.csv", "front.png", "events.out.tfevents.0.front", "report.html", "summary.json"]
+
+
 def test_the_page_of_an_unfinished_job(tmp_path):
     """Fails when a page is written only at the end, or an unfinished job gets the files of a finished one."""
     writer.write_page(hand_made.SETTINGS, hand_made.held_out(), hand_made.points()[:2], tmp_path, hand_made.PROGRESS)

@@ -84,7 +84,6 @@ def progress(workdir: Path, left: str = "") -> dict[str, Any]:
         "finished": exit_code(parts) == 0,
         "steps": [sum(part.done for part in trained), sum(part.total for part in trained)],
         "left": left,
-        "next": " ".join(next_lines(parts)),
         "parts": [{"part": part.name, "state": describe(part)} for part in parts],
     }
 

@@ -103,6 +103,7 @@ function draw(id) {
   const { traces, layout } = charts.get(id)();
   const node = $(id);
   node.hidden = !traces.length;
+  if (layout.height) node.style.height = `${layout.height}px`;
   const config = { ...CONFIG, displayModeBar: id.startsWith("curve-") || printing ? false : "hover" };
   if (traces.length) Plotly.react(node, traces, themed({ ...layout, id }), config);
 }
@@ -158,6 +159,7 @@ function frontTraces(w, x, y) {
       traces.push(trace(of("merged"), color, { name: `${prefix}merge ${i}`, mode: "markers", marker: { symbol: "diamond-open", size: 13, line: { width: 2 } } }));
     }
   }
+  traces.push(trace([sft], "#808890", { name: `${prefix}SFT`, mode: "markers", marker: { symbol: "square" } }));
   return traces.filter((one) => one.y.some((value) => value !== null && value !== undefined));
 }
 
@@ -208,7 +210,7 @@ function heat(id, rowsOf, axis, unit, range) {
       type: "heatmap", x: units, y: found.map(([name]) => name), z: found.map(([, values]) => values), colorscale: "Cividis", ...range,
       colorbar: { title: { text: unit, side: "right" }, thickness: 12 }, hovertemplate: `${axis} %{y}<br>%{x}<br>%{z:.4g} ${unit}<extra></extra>`,
     };
-    return { traces: found.length ? [trace] : [], layout: { xaxis: { type: "category", title: { text: "unit of the merge" } }, yaxis: { type: "category", title: { text: axis }, autorange: "reversed" } } };
+    return { traces: found.length ? [trace] : [], layout: { xaxis: { type: "category", title: { text: "unit of the merge" } }, yaxis: { type: "category", title: { text: axis }, autorange: "reversed" }, height: Math.max(340, 140 + 18 * found.length) } };
   });
 }
 heat("angle-chart", (one) => one.angles.map((row, p) => [`${one.iteration}: ${one.pairs[p]}`, row]), "iteration: runs", "degrees", { zmin: 0 });
@@ -230,11 +232,17 @@ function fillFront() {
 
 function showPoint() {
   const row = work.rows[$("point").value];
-  const pair = ([name, x]) => el("div", {}, el("dt", {}, name), el("dd", {}, shown(x) + (row[`${name}_se`] ? ` ± ${shown(row[`${name}_se`])}` : "")));
+  const pair = ([name, x]) => el("div", {}, el("dt", {}, name), el("dd", {}, shown(x) + (row[`${name}_se`] ? ` ± ${shown(row[`${name}_se`])} (SE)` : "")));
   const numbers = Object.entries(row).filter(([name, x]) => typeof x === "number" && !name.endsWith("_se") && !PLACE.includes(name));
   $("point-numbers").replaceChildren(el("dl", { class: "numbers" }, ...numbers.map(pair)));
   $("command").textContent = row.export ?? "The weights of this policy are not saved as a stage, so it cannot be exported.";
-  $("copy").hidden = !row.export;
+  $("copy").hidden = !row.export || !navigator.clipboard;
+  $("copy").textContent = "Copy";
+}
+
+async function copy() {
+  await navigator.clipboard.writeText($("command").textContent);
+  $("copy").textContent = "Copied";
 }
 
 const chosenBudget = () => work.budgets[$("budget-front").value]?.[$("budget-range").value];
@@ -356,10 +364,10 @@ function curve(name, isHeld) {
 const drawCurves = () => [...charts.keys()].filter((id) => id.startsWith("curve-")).forEach(draw);
 
 function fillProgress() {
-  const { finished, steps, left, next, parts, written } = work.progress;
+  const { finished, steps, left, parts, written } = work.progress;
   $("progress").hidden = finished;
   const percent = steps[1] ? ` (${Math.round((100 * steps[0]) / steps[1])} %)` : "";
-  const words = [`${steps[0]} of ${steps[1]} training steps are done${percent}`, left, next].filter(Boolean);
+  const words = [`${steps[0]} of ${steps[1]} training steps are done${percent}`, left].filter(Boolean);
   $("left").textContent = `${words.join("; ")}. Written at ${written}; the job writes this page again after each evaluation.`;
   $("parts").replaceChildren(table(parts, "Parts of the job"));
 }
@@ -436,7 +444,7 @@ for (const [id, event, act] of [
   ["work", "change", () => { work = works[$("work").value]; fill(); }],
   ["measure", "change", () => draw("front-chart")],
   ["point", "change", showPoint],
-  ["copy", "click", () => navigator.clipboard?.writeText($("command").textContent)],
+  ["copy", "click", copy],
   ["budget-front", "change", startBudget],
   ["budget-range", "input", showBudget],
   ["answers-front", "change", startAnswers],

@@ -25,11 +25,11 @@ def write_report(
     numbers = summary.summarise(settings, points)
     results = data.make_results(settings, workdir, points, numbers)
     files.write_text(workdir / "front.csv", columns.to_csv(results.rows))
-    files.write_json(workdir / "summary.json", numbers)
     front = plots.draw_fronts(results.rows)
     files.write_bytes(workdir / "front.png", front)
     metric_writer.write_image(workdir, "front", front)
     files.write_text(workdir / PAGE, page.render([data.gather(results, held_out, progress)]))
+    files.write_json(workdir / "summary.json", numbers)  # the last file: an unfinished job has a page, but no summary
     return f"{summary.one_line(numbers)}; report: {workdir / PAGE}"
 
 
