@@ -30,6 +30,10 @@ try:
     from warp_jax.training import anchors
 except ImportError:  # a checkout from before these modules
     from warp_jax.training import sampling
+try:
+    from warp_jax.training.optimizers import clip_by_global_norm
+except ImportError:
+    from optax import clip_by_global_norm
 
 MESH = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
 HELD_OUT = 1024  # prompts of an evaluation
@@ -123,7 +127,7 @@ def make_update(work: Work, model: Model) -> tuple[Any, Callable[[Any, Rollout],
         merging.ema_update = lambda anchor, params, rate: anchor
     parts: dict[str, Any] = {
         "score_fn": functools.partial(scoring.per_token_logps, model.apply_fn, temperature=1.0),
-        "optimizer": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(LEARNING_RATE)),
+        "optimizer": optax.chain(clip_by_global_norm(1.0), optax.adam(LEARNING_RATE)),
         "rl": RL.model_copy(update={"samples_per_prompt": work.samples}),
     }
     if hasattr(reinforce, "Rule"):

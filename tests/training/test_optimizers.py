@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.settings_of import settings_of
@@ -54,6 +55,33 @@ def test_the_global_norm_is_clipped():
     found = _run(large, warmup_steps=0, clip_norm=1.0)
     np.testing.assert_allclose(found, _adam(clipped, [0.02] * 4), rtol=1e-5)
     assert np.abs(found - _run(large, warmup_steps=0, clip_norm=0.0)).max() > 1e-3
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 1.0, 7.0, np.nan])
+def test_clipping_is_that_of_optax(scale):
+    """Fails when a small gradient is scaled up, a large one is not scaled to the limit, or nan is replaced."""
+    grads = {"a": scale * jnp.array([0.48, -0.64]), "b": scale * jnp.array([[0.6]])}
+    (ours, _), (theirs, _) = (
+        clip(1.0).update(grads, optax.EmptyState())
+        for clip in (optimizers.clip_by_global_norm, optax.clip_by_global_norm)
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), ours, theirs)
+
+
+def test_a_clipped_gradient_is_not_kept_beside_the_gradient():
+    """Fails when optax clips the gradients: XLA then keeps all of them twice."""
+    optimizer = optimizers.make_optimizer(TINY.rl.model_copy(update={"clip_norm": 1.0}), TINY.adam)
+    params = {str(i): jax.ShapeDtypeStruct((256, 256), jnp.float32) for i in range(8)}
+    state = jax.eval_shape(optimizer.init, params)
+
+    def step(params, state, x):
+        grads = jax.grad(lambda params: sum(jnp.sum((x @ w) ** 2) for w in params.values()))(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    x = jax.ShapeDtypeStruct((4, 256), jnp.float32)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 8 * 256 * 256 * 4
 
 
 @pytest.mark.parametrize(("kind", "end"), [("linear", 0.1), ("cosine", 0.1), ("linear", 0.0)])
