@@ -2,8 +2,8 @@
 
   python scripts/study_cost.py --out=docs/results/cost.csv
 
-A stage's seconds are fitted as TFLOP of matrix products / speed + GB of weights that it reads / bandwidth, without
-negative terms, to the smallest relative error. Its products and reads are counted from the sizes. A job of
+A stage's seconds are fitted as TFLOP of matrix products / speed + GB that it reads / bandwidth, without negative terms,
+to the smallest relative error. Its products and reads are counted from the sizes. A job of
 configs/tiny.py is fitted as fixed + I * per iteration + M * I * per run. Prints the fits, and the error of each point;
 other work on the machine spoils them.
 """
@@ -35,9 +35,10 @@ SIZES = {  # fields of Work
     "23M": {"layers": 10, "width": 288, "heads": 4, "kv_heads": 2, "mlp": 768, "vocab": 49152},
 }
 SHAPES = {
-    "decode": ("4x32+32", "16x8+24", "16x32+32", "16x32+64", "16x32+128", "64x32+64"),
-    "update": ("4x32+64", "8x32+64", "16x8+24", "16x32+32", "16x32+64", "16x32+96"),
+    "decode": ("4x32+32", "16x32+64", "16x32+128", "64x32+64"),
+    "update": ("4x32+64", "16x8+24", "16x32+64", "16x32+96"),
 }
+STEPS = 40  # of each run
 JOBS = [(1, 1), (2, 1), (4, 1), (2, 2), (1, 3)]  # M runs, I iterations
 
 
@@ -54,18 +55,25 @@ def work_of(stage: str, size: str, shape: str) -> Work:
     return Work(stage, batch, prompt, shortest, longest, **SIZES[size])
 
 
-def costs(work: Work) -> tuple[float, float]:
-    """TFLOP of products, and GB of weights that are read.
+def costs(work: Work) -> dict[str, float]:
+    """TFLOP of products, GB of weights that are read, and of the cache of keys and values.
 
-    decode: each prompt once, each completion token once; each step reads all weights. update: of a token, the forward
-    pass of policy and anchor takes 2 FLOP a weight each, the backward pass 4; the head sees completions only.
+    decode: each prompt once, each completion token once; each step reads all weights and all columns of the cache.
+    update: of a token, the forward pass of policy and anchor takes 2 FLOP a weight each, the backward pass 4; the head
+    sees completions only.
     """
     layers, head = weights(work)
     new = work.batch * work.longest
     if work.stage == "decode":
         prompts = work.batch // work.samples * work.prompt
-        return 2 * (layers * (prompts + new) + head * new) / 1e12, 4 * (layers + head) * work.longest / 1e9
-    return 8 * (layers * (work.batch * work.prompt + new) + head * new) / 1e12, 4 * (layers + head) / 1e9
+        column = 2 * work.layers * work.kv_heads * work.sizes[5] * work.batch
+        return {
+            "tflop": 2 * (layers * (prompts + new) + head * new) / 1e12,
+            "weights_gb": 4 * (layers + head) * work.longest / 1e9,
+            "cache_gb": 4 * column * (work.prompt + work.longest) * work.longest / 1e9,
+        }
+    tflop = 8 * (layers * (work.batch * work.prompt + new) + head * new) / 1e12
+    return {"tflop": tflop, "weights_gb": 4 * (layers + head) / 1e9}
 
 
 def run_stage(stage: str, size: str, shape: str) -> dict[str, float]:
@@ -73,13 +81,14 @@ def run_stage(stage: str, size: str, shape: str) -> dict[str, float]:
     work = work_of(stage, size, shape)
     with sides.Worker(Path(sys.executable), "with_jax.py", work, ROOT) as worker:
         sides.run_pairs([worker], REPEATS.value, MAX_LOAD.value)
-    return dict(zip(("tflop", "gb"), costs(work), strict=True)) | _median(worker)
+    return costs(work) | _median(worker)
 
 
 def run_job(num_runs: int, num_iterations: int) -> dict[str, float]:
     """Measure a whole job with compiled programs at hand, as after its first start."""
     with tempfile.TemporaryDirectory() as cache:
         numbers = [f"--config.warp.num_runs={num_runs}", f"--config.warp.num_iterations={num_iterations}"]
+        numbers.append(f"--config.warp.steps_per_iteration={(STEPS,) * num_iterations}")
         options = ["--config=configs/tiny.py", f"--compilation_cache={cache}", *numbers]
         with sides.Command(ROOT, ["-m", "warp_jax.main", *options, "--workdir={workdir}"]) as command:
             sides.run_pairs([command], REPEATS.value, MAX_LOAD.value)

@@ -26,13 +26,19 @@ def test_all_weights_of_products_are_counted(study_cost, size):
 
 
 def test_costs_follow_the_tokens(study_cost):
-    """Fails when samples of a prompt do not share its prefill, the head sees prompts, or a step reads no weights."""
+    """Fails when samples of a prompt do not share its prefill, the head sees prompts, or a step reads no weights or
+    cache."""
     work = study_cost.Work("decode", 4, 8, 24, 24)
     layers, head = study_cost.weights(work)
     flop = 2 * (layers * (2 * 8 + 4 * 24) + head * 4 * 24)
-    assert study_cost.costs(work) == pytest.approx((flop / 1e12, 4 * (layers + head) * 24 / 1e9))
+    cache = 2 * 30 * 3 * 64 * 4 * 32 * 24  # keys and values, layers, heads, their size, rows, columns, steps
+    found = study_cost.costs(work)
+    assert found["tflop"] == pytest.approx(flop / 1e12)
+    assert found["weights_gb"] == pytest.approx(4 * (layers + head) * 24 / 1e9)
+    assert found["cache_gb"] == pytest.approx(4 * cache / 1e9)
     flop = 8 * (layers * 4 * 32 + head * 4 * 24)
-    assert study_cost.costs(work._replace(stage="update")) == pytest.approx((flop / 1e12, 4 * (layers + head) / 1e9))
+    found = study_cost.costs(work._replace(stage="update"))
+    assert found == pytest.approx({"tflop": flop / 1e12, "weights_gb": 4 * (layers + head) / 1e9})
 
 
 def test_a_fit_finds_the_terms_and_the_errors(study_cost):
