@@ -125,6 +125,7 @@ def _cell(text: str) -> str:
 def _insert(app: Sphinx, name: str, source: list[str]) -> None:
     if MARK in source[0]:
         source[0] = source[0].replace(MARK, tables(DEFAULTS.read_text()))
+        app.env.note_dependency(str(DEFAULTS))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -34,7 +34,8 @@ def _escape(line: str) -> str:
 
 def _convert(*arguments: Any) -> None:
     lines = arguments[-1]
-    lines[:] = to_rst(lines)
+    is_field = "".join(lines).startswith("Alias for field number")  # of a NamedTuple
+    lines[:] = [] if is_field else to_rst(lines)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from absl import app, flags
+from absl import app, flags  # noqa: F401 (app defines flags that are not a program's own)
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -30,7 +30,6 @@ def programs() -> list[Path]:
 
 def flags_of(program: Path) -> Iterator[flags.Flag]:
     """The flags that a program defines."""
-    app.define_help_flags()  # and other flags of absl, which are not a program's own
     before = set(flags.FLAGS)
     sys.path.insert(0, str(program.parent))
     try:
@@ -65,6 +64,8 @@ def _cell(text: str) -> str:
 def _insert(site: Sphinx, name: str, source: list[str]) -> None:
     if MARK in source[0]:
         source[0] = source[0].replace(MARK, "\n\n".join(section(path) for path in programs()))
+        for path in programs():
+            site.env.note_dependency(str(path))
 
 
 def setup(site: Sphinx) -> dict[str, bool]:
