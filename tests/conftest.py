@@ -9,7 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
-SLOW = {f"test_{name}.py" for name in ("hosts", "jobs", "main", "sources", "reinforce", "bucket")}  # a minute or more
+SLOW = {f"test_{name}.py" for name in ("hosts", "jobs", "main", "sources", "reinforce", "bucket", "notebook")}  # long
 
 
 def pytest_collection_modifyitems(items):
