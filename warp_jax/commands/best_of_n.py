@@ -1,15 +1,14 @@
 """Measure best-of-N of SFT on the held-out prompts of a workdir: its reward and its KL to SFT, for each N.
 
-  python scripts/best_of_n.py --workdir=runs/quickstart --n=2,4,8,16 --samples=128
+  warp-jax best-of-n --workdir=runs/quickstart --n=2,4,8,16 --samples=128
 
 Best-of-N needs no training, but N samples per answer: the strongest simple baseline at low KL (BOND, arXiv 2407.14622).
-It writes WORKDIR/best_of_n/front.csv, with the bound log N - (N - 1) / N of each KL; scripts/compare.py shows it beside
+It writes WORKDIR/best_of_n/front.csv, with the bound log N - (N - 1) / N of each KL; warp-jax compare shows it beside
 the front. A step of that file is an N. See docs/evaluation.md.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -26,7 +25,7 @@ with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     from warp_jax.experiment import stages
     from warp_jax.experiment import workdir as workdirs
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a job of warp_jax.main that has evaluated SFT.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a warp-jax run that has evaluated SFT.")
 N = flags.DEFINE_list("n", ["2", "4", "8", "16"], "Values of N, separated by commas; N = 1, which is SFT, is added.")
 SAMPLES = flags.DEFINE_integer(
     "samples", 128, "Completions of each prompt; at least 8 times the largest N keeps the bias of the KL small.", 2
@@ -68,7 +67,7 @@ def open_examiner(workdir: Path) -> measure.Examiner:
     """Make the examiner of a workdir's job, without the KL to SFT. Raises ValueError if something is missing."""
     job = stages.Workdir(workdir)
     if not (workdir / "evaluations" / "sft.npz").is_file():
-        raise ValueError(f"workdir: {workdir} has no evaluation of SFT yet; start warp_jax.main first")
+        raise ValueError(f"workdir: {workdir} has no evaluation of SFT yet; start warp-jax run first")
     examiner = job.examiner()
     no_kl = jnp.zeros(examiner.batch_size)  # of SFT to itself
     return examiner._replace(texts=None, kl_to_sft=lambda *args: no_kl)
@@ -85,6 +84,6 @@ def write(folder: Path, found: list[points.Point]) -> list[dict[str, float]]:
     return rows
 
 
-if __name__ == "__main__":
-    sys.path.append("")  # a reward may be a file in this folder
+def start() -> None:
+    """Parse the flags and run."""
     cli.run(main, required=("workdir",), example="--workdir=runs/quickstart --n=2,4,8")

@@ -1,10 +1,10 @@
 """Compare finished workdirs in one Markdown table, for example several seeds, or WARP and its baselines.
 
-  python scripts/compare.py runs/seed0 runs/seed1 runs/seed2
-  python scripts/compare.py --baseline=runs/sft_anchor --picture=compared.png runs/warp
+  warp-jax compare runs/seed0 runs/seed1 runs/seed2
+  warp-jax compare --baseline=runs/sft_anchor --picture=compared.png runs/warp
 
 The second table has a row for each method, at one KL (--kl) that all of them reach: the last front of each workdir, the
-run of a baseline that has only one, and best-of-N of SFT if scripts/best_of_n.py has measured it.
+run of a baseline that has only one, and best-of-N of SFT if warp-jax best-of-n has measured it.
 
 With --baseline, a third table compares the last front of each workdir with every policy that the baseline saved: the
 difference of reward at equal KL, and the KL saved at equal reward (95 % bootstrap intervals over prompts). Both
@@ -72,5 +72,6 @@ def _rows(workdir: Path) -> list[dict[str, Any]]:
     return columns.as_rows(points.read_points(workdir), settings.evaluation)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Parse the flags and run."""
     cli.run(main, required=(), example="runs/seed0 runs/seed1", arguments=True)

@@ -1,8 +1,8 @@
 """Compile all programs of a config for TPUs, on a machine without one, and check that they fit in memory.
 
   pip install 'warp_jax[tpu-aot]'
-  python scripts/compile_for_tpu.py --config=configs/gemma_7b.py --topology=v5e:8x8
-  python scripts/compile_for_tpu.py --config=configs/gemma_7b.py --topology=v5e:16x16 --mesh=1,16,16 --json=fit.json
+  warp-jax compile --config=gemma_7b --topology=v5e:8x8
+  warp-jax compile --config=gemma_7b --topology=v5e:16x16 --mesh=1,16,16 --json=fit.json
 
 Exit code 0: all programs fit; 3: some do not fit, and the output names them and the nearest setting that fits; 2: bad
 input. Nothing is run, so speed and numbers are not tested. If a model's files are missing, config.model.size is used.
@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, "")  # config files import configs from the folder that the program is started in
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would wait for a metadata server
 os.environ.setdefault("TPU_LOG_DIR", "disabled")
@@ -27,7 +26,6 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 from absl import flags
 from etils import epy
-from ml_collections import config_flags
 
 from warp_jax import cli, files
 
@@ -41,7 +39,7 @@ with epy.lazy_imports():  # at their first use: --help does not wait for JAX
 
 DOES_NOT_FIT = 3  # exit code
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/gemma_7b.py.")
+CONFIG = cli.define_config("config", "Config file, or the name of one of warp_jax, such as gemma_7b.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Chip type and shape of the slice, such as v5e:8x8 or v5p:4x4x4.")
 SLICES = flags.DEFINE_integer("slices", 1, "Number of slices, connected by the data centre's network.", lower_bound=1)
 MESH = flags.DEFINE_list(
@@ -75,11 +73,11 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
     try:
-        chip, _ = chips.parse_topology(TOPOLOGY.value)
+        chip, _ = chips.parse_topology(str(TOPOLOGY.value))
         settings = typed.from_config(CONFIG.value.to_dict())
         if MESH.value:
             settings = settings.replace({"mesh": tuple(map(int, ["1", *MESH.value][-3:]))})
-        devices = get_devices(chip, TOPOLOGY.value, SLICES.value)
+        devices = get_devices(chip, str(TOPOLOGY.value), SLICES.value)
         plan = compile.make_plan(settings, devices)
         settings = settings.replace({"mesh": tuple(plan.mesh.devices.shape)})
         names = [] if PROGRAMS.value == ["all"] else PROGRAMS.value
@@ -115,10 +113,11 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(DOES_NOT_FIT)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Parse the flags and run."""
     cli.run(
         main,
         required=("config", "topology"),
-        example="--config=configs/gemma_7b.py --topology=v5e:8x8",
+        example="--config=gemma_7b --topology=v5e:8x8",
         load=functools.partial(cli.load_config, CONFIG),
     )

@@ -1,8 +1,8 @@
 """Export a stage of a workdir as a Hugging Face folder.
 
-  python scripts/export_hf.py --workdir=runs/quickstart --stage=liti:0.3 --out=exported
+  warp-jax export --workdir=runs/quickstart --stage=liti:0.3 --out=exported
 
-  python scripts/export_hf.py --workdir=runs/lora --stage=liti:0.3 --lora_rank=16 --out=adapter
+  warp-jax export --workdir=runs/lora --stage=liti:0.3 --lora_rank=16 --out=adapter
 
 The new folder holds the weights, config.json and the tokenizer; transformers and vLLM can load it. Its
 warp_export.json says how much of the training the dtype keeps, and compares reward and KL with those of the stage. Its
@@ -31,7 +31,7 @@ with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     from warp_jax.experiment import export
 
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a run of warp_jax.main.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a warp-jax run.")
 STAGE = flags.DEFINE_string("stage", None, f"Stage to export: {cli.STAGES}.")
 OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", list(OUTPUT_DTYPES), "Dtype of weights; 16 bits lose a part of training.")
@@ -55,17 +55,18 @@ PUSH = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     """Export the stage."""
     del argv
+    out = Path(str(OUT.value))
     try:
         if PUSH.value:
             hub.check_login(PUSH.value)
         report = export.export_stage(
-            files.as_path(WORKDIR.value),
-            STAGE.value,
-            Path(OUT.value),
+            files.as_path(str(WORKDIR.value)),
+            str(STAGE.value),
+            out,
             dtype=DTYPE.value,
             prompts=PROMPTS.value,
             lora_rank=LORA_RANK.value,
-            command=shlex.join(["python", *sys.argv]),
+            command=shlex.join(["warp-jax", "export", *sys.argv[1:]]),
         )
     except (ValueError, OSError) as error:
         cli.fail(error)
@@ -91,13 +92,14 @@ def main(argv: list[str]) -> None:
     print(f"exported {STAGE.value} of {WORKDIR.value} to {OUT.value}")
     if PUSH.value:
         try:
-            print(f"pushed: {hub.push(Path(OUT.value), PUSH.value, f'Add {STAGE.value} of a WARP run')}")
+            print(f"pushed: {hub.push(out, PUSH.value, f'Add {STAGE.value} of a WARP run')}")
         except (ValueError, OSError) as error:
             print(f"{OUT.value} is complete; upload it with: hf upload {PUSH.value} {OUT.value}", file=sys.stderr)
             cli.fail(error)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Parse the flags and run."""
     cli.run(
         main, required=("workdir", "stage", "out"), example="--workdir=runs/quickstart --stage=liti:0.3 --out=exported"
     )

@@ -1,6 +1,6 @@
 """Merge checkpoints on disk: policies trained from one init, by SLERP of their task vectors or a related method.
 
-  python scripts/merge.py --init=sft --policies=run_1,run_2 --etas=0.1,0.3,1.0 --out=merged
+  warp-jax merge --init=sft --policies=run_1,run_2 --etas=0.1,0.3,1.0 --out=merged
 
 writes merged/eta_0.1, merged/eta_0.3 and merged/eta_1, each a safetensors folder that transformers loads, and
 merged/merge_report.json with the angles between the policies and what rounding undoes. See docs/merging.md.
@@ -27,7 +27,7 @@ ETAS = flags.DEFINE_list("etas", ["1.0"], "LITI rates from init (0) to the merge
 METHOD = flags.DEFINE_enum("method", "slerp", list(METHODS), "Merging method; see docs/merging.md.")
 UNIT = flags.DEFINE_enum("unit", "layer", list(UNITS), "The weights that share one angle.")
 WEIGHTS = flags.DEFINE_list(
-    "weights", None, "slerp: one per policy after the first; karcher, lerp, task_arithmetic: one each."
+    "weights", [], "slerp: one per policy after the first; karcher, lerp, task_arithmetic: one each."
 )
 LINES_ALPHA = flags.DEFINE_float(
     "lines_alpha", None, "LiNeS: each eta grows with depth, from this share (0 to 1) of it in the first layer to all."
@@ -45,9 +45,9 @@ def main(argv: list[str]) -> None:
     """Merge the folders, and print a one-line summary."""
     del argv
     started = time.monotonic()
-    out = Path(OUT.value)
+    out = Path(str(OUT.value))
     try:
-        weights = cli.numbers(WEIGHTS) if WEIGHTS.value else None
+        weights = cli.numbers(WEIGHTS) or None
         settings = on_disk.Settings(
             method=METHOD.value,
             unit=UNIT.value,
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
             rounding=ROUND.value,
             seed=SEED.value,
         )
-        report = on_disk.merge_folders(Path(INIT.value), [Path(p) for p in POLICIES.value], out, settings)
+        report = on_disk.merge_folders(Path(str(INIT.value)), [Path(p) for p in POLICIES.value], out, settings)
     except (ValueError, OSError) as error:
         cli.fail(error)
     for line in report["warnings"]:
@@ -70,7 +70,8 @@ def main(argv: list[str]) -> None:
     print(f"{on_disk.summary_line(report)} in {time.monotonic() - started:.1f} s: {out}")
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Parse the flags and run."""
     cli.run(
         main,
         required=("init", "policies", "out"),

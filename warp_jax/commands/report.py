@@ -1,10 +1,10 @@
 """Write the report of one workdir again, or one report of several workdirs, finished or not.
 
-  python scripts/report.py runs/quickstart
-  python scripts/report.py --out=compared.html runs/seed0 runs/seed1 gs://bucket/runs/seed2
+  warp-jax report runs/quickstart
+  warp-jax report --out=compared.html runs/seed0 runs/seed1 gs://bucket/runs/seed2
 
 One workdir gets a new report.html. The report of several draws their fronts over each other, and has the tables of
-scripts/compare.py and the settings that differ. The held-out prompts are read again from the data of the config.
+warp-jax compare and the settings that differ. The held-out prompts are read again from the data of the config.
 """
 
 from __future__ import annotations
@@ -84,5 +84,6 @@ def main(argv: list[str]) -> None:
     print(f"report: {out}")
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Parse the flags and run."""
     cli.run(main, required=(), example="runs/quickstart", arguments=True)

@@ -1,7 +1,7 @@
 """Sample answers of one or more stages of a workdir, and print them side by side.
 
-  python scripts/sample.py --workdir=runs/quickstart --stages=sft,liti:0.3,liti:1.0 --prompt="This film is"
-  python scripts/sample.py --workdir=runs/quickstart --stages=sft,liti:1.0 --prompts=questions.jsonl --out=answers
+  warp-jax sample --workdir=runs/quickstart --stages=sft,liti:0.3,liti:1.0 --prompt="This film is"
+  warp-jax sample --workdir=runs/quickstart --stages=sft,liti:1.0 --prompts=questions.jsonl --out=answers
 
 The second command also writes answers/sft.jsonl and answers/liti_1.0.jsonl; compare them with scripts/side_by_side.py.
 """
@@ -28,7 +28,7 @@ with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     from warp_jax.generation import sampling
 
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a run of warp_jax.main.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a warp-jax run.")
 STAGES = flags.DEFINE_list("stages", ["sft"], f"Stages to sample, separated by commas: {cli.STAGES}.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text of a prompt; the flag may be repeated.")
 PROMPTS = flags.DEFINE_string("prompts", None, "JSONL file of prompts, one object per line; see --field.")
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
             raise ValueError("got no prompt, want --prompt=TEXT or --prompts=FILE.jsonl")
         if OUT.value and Path(OUT.value).exists():
             raise ValueError(f"--out: {OUT.value} exists and would be overwritten; choose another folder")
-        columns = sample_stages(stages.Workdir(files.as_path(WORKDIR.value)), prompts)
+        columns = sample_stages(stages.Workdir(files.as_path(str(WORKDIR.value))), prompts)
         if OUT.value:
             write(Path(OUT.value), prompts, columns)
     except (ValueError, OSError) as error:
@@ -110,7 +110,8 @@ def _prompt_fields(prompt: object) -> dict[str, object]:
     return {"prompt": json.dumps(prompt, ensure_ascii=False), "messages": prompt}
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Parse the flags and run."""
     cli.run(
         main, required=("workdir",), example='--workdir=runs/quickstart --stages=sft,liti:1.0 --prompt="This film is"'
     )

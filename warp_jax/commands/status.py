@@ -1,7 +1,7 @@
 """Show the parts of each workdir (done, running, saved, not begun or damaged), and what a start would do next.
 
-  python scripts/status.py runs/quickstart
-  python scripts/status.py --verify runs/seed0 runs/seed1
+  warp-jax status runs/quickstart
+  warp-jax status --verify runs/seed0 runs/seed1
 
 It changes nothing. Exit code: 0 all is done, 3 a workdir is unfinished, 2 a workdir is damaged or is none.
 """
@@ -42,9 +42,10 @@ def main(argv: list[str]) -> None:
     """Show all workdirs; exit with the code of the worst."""
     codes = {show(name) for name in argv[1:]}
     if not codes:
-        cli.fail("no workdir is given; try scripts/status.py runs/quickstart")
+        cli.fail("no workdir is given; try warp-jax status runs/quickstart")
     sys.exit(status.BROKEN if status.BROKEN in codes else max(codes))
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Parse the flags and run."""
     cli.run(main, required=(), example="runs/quickstart", arguments=True)

@@ -1,7 +1,7 @@
 """Run a sweep: one job of warp_jax.main for each point that a config file defines, and a table that compares them.
 
-  python scripts/sweep.py --config=configs/sweep_ema_rate.py --out=runs/sweep           # run all points, one by one
-  python scripts/sweep.py --config=configs/sweep_ema_rate.py --out=runs/sweep --print   # only print their commands
+  warp-jax sweep --config=sweep_ema_rate --out=runs/sweep           # run all points, one by one
+  warp-jax sweep --config=sweep_ema_rate --out=runs/sweep --print   # only print their commands
 
 Besides get_config(), the config file defines sweep(add), which adds points: a name, and the config values to change.
 
@@ -34,20 +34,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from warp_jax import cli, exit_codes, files
 from warp_jax.files import hub
 from warp_jax.settings import from_config, legacy
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with sweep(add); see above.")
+CONFIG = cli.define_config("config", "Config with sweep(add), see above: a file, or a name such as sweep_ema_rate.")
 OUT = flags.DEFINE_string("out", None, "Folder to write: the workdir of a point is OUT/NAME.")
 PRINT = flags.DEFINE_bool("print", False, "Print the command lines and run nothing.")
 JOBS = flags.DEFINE_string("jobs", "", "File to write with the command lines, one per line; nothing is run.")
 ONLY = flags.DEFINE_list("only", [], "Names of the points to run, separated by commas; default: all.")
 
 PROGRAM = [sys.executable, "-m", "warp_jax.main"]
-COMPARE = [sys.executable, str(Path(__file__).with_name("compare.py"))]
+COMPARE = [sys.executable, "-m", "warp_jax.commands", "compare"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -65,10 +65,10 @@ class Point(NamedTuple):
 
 def load_points(config_file: str, common: Mapping[str, Any], out: Path) -> list[Point]:
     """Read the points of a config file; raise ValueError if main would read another value for one of them."""
-    path = config_file.split(":", 1)[0]  # without the argument of get_config
+    path = cli.find_config(config_file).split(":", 1)[0]  # without the argument of get_config
     define_points = runpy.run_path(path).get("sweep")
     if define_points is None:
-        raise ValueError(f"--config: {path} has no sweep(add), want one as in configs/sweep_ema_rate.py")
+        raise ValueError(f"--config: {path} has no sweep(add), want one as in the config sweep_ema_rate")
     values_of: dict[str, dict[str, Any]] = {}
 
     def add(name: str, values: Mapping[str, Any]) -> None:
@@ -120,7 +120,7 @@ def parse(arguments: Sequence[str]) -> ConfigDict:
     """Parse command-line arguments into a config, as main does."""
     argv = ["main", *arguments]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    cli.define_config("config", "", flag_values=values, argv=argv)
     values(argv)
     return values["config"].value
 
@@ -172,9 +172,10 @@ def choose(points: Sequence[Point], names: Sequence[str]) -> list[Point]:
 def main(argv: list[str]) -> None:
     """Run the points and print the table, or only write the commands."""
     del argv
-    flag = flags.FLAGS["config"]
+    flag: Any = flags.FLAGS["config"]
     try:
-        points = choose(load_points(flag.config_filename, flag.override_values, files.as_path(OUT.value)), ONLY.value)
+        points = load_points(flag.config_filename, flag.override_values, files.as_path(str(OUT.value)))
+        points = choose(points, ONLY.value)
         _ = [settings(point) for point in points]  # raises if main would refuse one
         lines = [shlex.join(["python", *PROGRAM[1:], *point.arguments]) for point in points]
         if JOBS.value:
@@ -192,11 +193,11 @@ def main(argv: list[str]) -> None:
     sys.exit(1 if failed or table_failed else 0)
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, "")  # configs import other configs from this folder, as with python -m warp_jax.main
+def start() -> None:
+    """Parse the flags and run."""
     cli.run(
         main,
         required=("config", "out"),
-        example="--config=configs/sweep_ema_rate.py --out=runs/sweep",
+        example="--config=sweep_ema_rate --out=runs/sweep",
         load=functools.partial(cli.load_config, CONFIG),
     )
