@@ -51,6 +51,8 @@ def test_every_command_but_run_and_completion_has_a_front():
         (["--config=tiny"], 2, "error: unknown command '--config=tiny': want one of run, sweep, "),
         (["completion", "tcsh"], 2, "error: completion: got 'tcsh', want one of bash, zsh, fish\n"),
         (["run", "--config=tinny", "--workdir=x"], 2, "error: flag --config=tinny: no config 'tinny', want the path"),
+        (["run", "--wrkdir=x"], 2, "error: no flag --wrkdir; did you mean --workdir?\n"),
+        (["status", "--workdir=x"], 2, "error: no flag --workdir; see --help, or try runs/quickstart\n"),
         (["run", "--config=tiny"], 2, "error: --workdir is missing; try --config=quickstart --workdir=runs/quickst"),
         (
             ["run", "--config=tiny", "--workdir=x", "--config.warp.ema_rat=1"],
@@ -71,7 +73,15 @@ def test_a_wrong_call_is_one_line(tmp_path, arguments, code, start):
     assert done.stderr.startswith(start)
     assert done.stderr.count("\n") == bool(arguments)
     assert "Traceback" not in done.stderr
-    assert "tinny" not in done.stderr or done.stderr.endswith(f"one of {', '.join(cli.config_names())}\n")
+    assert "tinny" not in done.stderr or f"one of {', '.join(cli.config_names())}; did you mean tiny?" in done.stderr
+
+
+def test_ctrl_c_while_jax_is_imported(tmp_path):
+    """Fails when the handler of the interrupt imports the half-imported JAX again, and ends with that error."""
+    jax = "import sys\nif hasattr(sys, 'again'):\n    raise AttributeError\nsys.again = True\nraise KeyboardInterrupt"
+    (tmp_path / "jax.py").write_text(jax)
+    done = _start(tmp_path, WARP_JAX, "run", "--config=tiny", "--workdir=x")
+    assert (done.returncode, done.stderr) == (130, "error: stopped by SIGINT\n")
 
 
 def test_every_config_is_found_by_its_name_without_the_checkout(monkeypatch, tmp_path):

@@ -220,8 +220,12 @@ def find_config(given: str) -> str:
         return given
     if name in config_names():
         return f"{_CONFIGS / name}.py{colon}{argument}"
-    wanted = f"one of {', '.join(config_names())}"
-    raise ValueError(f"no config {name!r}, want the path of a config file, such as my_config.py, or {wanted}")
+    close = difflib.get_close_matches(Path(name).stem, config_names(), 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    names = ", ".join(config_names())
+    raise ValueError(
+        f"no config {name!r}, want the path of a config file, such as my_config.py, or one of {names}{hint}"
+    )
 
 
 def check_overrides(config: object, name: str, argv: Sequence[str]) -> None:
@@ -278,7 +282,7 @@ def usage(module: str, required: Sequence[str]) -> str:
     """The text of --help: what the module says about itself, then its flags, one paragraph each."""
     width = min(shutil.get_terminal_size((120, 50)).columns, 120)
     lines = [(sys.modules[module].__doc__ or "").rstrip(), "", "flags (* must be given):"]
-    for flag in sorted(flags.FLAGS.get_key_flags_for_module(_flag_module(module)), key=lambda flag: flag.name):
+    for flag in sorted(own_flags(module), key=lambda flag: flag.name):
         name = f"{'*' if flag.name in required else ' '} --{'[no]' if flag.boolean else ''}{flag.name}"
         text = flag.help or ""
         if flag.default not in (None, "", [], False) and "default" not in text:
@@ -287,8 +291,9 @@ def usage(module: str, required: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _flag_module(module: str) -> str:
-    return sys.argv[0] if module == "__main__" else module  # as absl names it
+def own_flags(module: str) -> list[flags.Flag[Any]]:
+    """The flags that a module defines."""
+    return flags.FLAGS.get_key_flags_for_module(sys.argv[0] if module == "__main__" else module)  # as absl names it
 
 
 def parse_flags(
@@ -316,6 +321,10 @@ def parse_flags(
             sys.exit(0)
         missing = [name for name in required if not flags.FLAGS[name].value]
         load()
+    except flags.UnrecognizedFlagError as error:
+        close = difflib.get_close_matches(error.flagname, [flag.name for flag in own_flags(module)], 1)
+        hint = f"did you mean --{close[0]}?" if close else f"see --help, or try {example}"
+        fail(f"no flag --{error.flagname}; {hint}")
     except Exception as error:  # a config file is a program that can raise anything
         before, has_traceback, inside = str(error).partition("Traceback (most recent call last)")
         if has_traceback:  # ml_collections puts that of a config file into the message

@@ -90,6 +90,7 @@ def main(argv: Sequence[str]) -> None:
         cli.keep_quiet(workdir)
         if MULTIHOST.value:
             hosts.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        end = hosts.end  # imports JAX: after SIGINT in the middle of it, it cannot be imported again
     except ValueError as error:
         cli.fail(str(error))
     except (RuntimeError, OSError) as error:
@@ -101,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
         _run(CONFIG.value, workdir)
         sys.stdout.flush()
     except BaseException as error:
-        hosts.end(error)
+        end(error)
 
 
 def _run(config: ConfigDict, workdir: Path) -> None:
