@@ -144,3 +144,4 @@ def test_bash_completes_commands_flags_and_configs(tmp_path):
     assert _complete(tmp_path, "run", "--config", "qui") == ["quickstart"]
     assert _complete(tmp_path, "run", "--config", "=", "qui") == ["quickstart"]  # bash splits words at =
     assert "tiny" in _complete(tmp_path, "run", "--config", "=")
+    assert _complete(tmp_path, "run", "--config=qui") == ["--config=quickstart"]  # zsh does not

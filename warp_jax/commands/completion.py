@@ -15,8 +15,11 @@ from warp_jax import cli, commands
 
 _FLAG = re.compile(r'\b(?:DEFINE_\w+|define_config)\(\s*"(\w+)"')
 _BASH = """_warp_jax() {{
-  local words
-  if [[ $3 == --config || ( $COMP_CWORD -gt 2 && ${{COMP_WORDS[COMP_CWORD-2]}} == --config ) ]]; then words="{configs}"
+  local words configs="{configs}"
+  if [[ $2 == --config=* ]]; then  # zsh; bash splits words at =
+    COMPREPLY=($(compgen -P --config= -W "$configs" -- "${{2#*=}}"))
+    return
+  elif [[ $3 == --config || ( $3 == "=" && ${{COMP_WORDS[COMP_CWORD-2]}} == --config ) ]]; then words=$configs
   elif [[ $COMP_CWORD == 1 ]]; then words="{commands} --help --version"
   else case ${{COMP_WORDS[1]}} in
 {cases}
