@@ -9,7 +9,7 @@ vocabulary of 262,144 tokens. Expected result: not measured.
 
 from ml_collections import ConfigDict
 
-from configs import smollm2_135m
+from warp_jax.configs import smollm2_135m
 
 
 def get_config() -> ConfigDict:

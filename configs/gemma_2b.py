@@ -8,7 +8,7 @@ docs/scaling.md estimates its memory on TPU slices.
 
 from ml_collections import ConfigDict
 
-from configs import gemma_7b
+from warp_jax.configs import gemma_7b
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ give 66,000 optimiser steps in all. docs/scaling.md has the TPU slices that it f
 
 from ml_collections import ConfigDict
 
-from configs import pretrained
+from warp_jax.configs import pretrained
 
 
 def get_config() -> ConfigDict:

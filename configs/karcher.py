@@ -8,7 +8,7 @@ not matter to the merge; with two runs, the merge is that of SLERP.
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from warp_jax.configs import quickstart
 
 
 def get_config() -> ConfigDict:

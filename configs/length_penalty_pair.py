@@ -8,7 +8,7 @@ shorter completions than run 2, and the merge lies between them; in the paper, i
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from warp_jax.configs import quickstart
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ the merge lies closer to its start, so compare the fronts at equal KL.
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from warp_jax.configs import quickstart
 
 
 def get_config() -> ConfigDict:

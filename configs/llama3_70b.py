@@ -8,7 +8,7 @@ are unknown. Its programs compile for both and fit (docs/scaling.md).
 
 from ml_collections import ConfigDict
 
-from configs import gemma_7b
+from warp_jax.configs import gemma_7b
 
 
 def get_config() -> ConfigDict:

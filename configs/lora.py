@@ -8,7 +8,7 @@ configs/quickstart.py. The learning rate is ten times that of whole weights.
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from warp_jax.configs import quickstart
 
 
 def get_config() -> ConfigDict:

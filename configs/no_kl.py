@@ -8,7 +8,7 @@ faster, and the KL to SFT grows more.
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from warp_jax.configs import quickstart
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ set data.* for others. Run time and result depend on the model; see docs/pretrai
 
 from ml_collections import ConfigDict
 
-from configs import default
+from warp_jax.configs import default
 
 
 def get_config() -> ConfigDict:

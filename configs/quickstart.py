@@ -8,7 +8,7 @@ reward to 2.637, at a KL to SFT of 30.1 nats. Other processors round differently
 
 from ml_collections import ConfigDict
 
-from configs import default
+from warp_jax.configs import default
 
 
 def get_config() -> ConfigDict:

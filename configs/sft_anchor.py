@@ -9,7 +9,7 @@ runs of 300. Expected result: not measured; configs/smollm2_135m_sft_anchor.py h
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from warp_jax.configs import quickstart
 
 
 def get_config() -> ConfigDict:

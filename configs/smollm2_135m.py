@@ -10,7 +10,7 @@ from 0.107 to 1.486, at a KL to SFT of 17.1 nats. See docs/results/README.md.
 
 from ml_collections import ConfigDict
 
-from configs import pretrained
+from warp_jax.configs import pretrained
 
 
 def get_config() -> ConfigDict:

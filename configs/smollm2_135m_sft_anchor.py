@@ -8,7 +8,7 @@ For a fair baseline, try several values of rl.kl_coef (beta). Expected (seed 0, 
 
 from ml_collections import ConfigDict
 
-from configs import sft_anchor, smollm2_135m
+from warp_jax.configs import sft_anchor, smollm2_135m
 
 
 def get_config() -> ConfigDict:

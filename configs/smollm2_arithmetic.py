@@ -9,7 +9,7 @@ Before training, about half of the samples are correct.
 
 from ml_collections import ConfigDict
 
-from configs import smollm2_135m
+from warp_jax.configs import smollm2_135m
 
 SUMS = {
     "size": 2000,

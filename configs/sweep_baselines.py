@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from warp_jax.configs import quickstart
 
 Add = Callable[[str, dict[str, Any]], None]
 

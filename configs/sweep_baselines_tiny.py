@@ -5,7 +5,7 @@ python scripts/sweep.py --config=configs/sweep_baselines_tiny.py --out=runs/base
 
 from ml_collections import ConfigDict
 
-from configs import sweep_baselines, tiny
+from warp_jax.configs import sweep_baselines, tiny
 
 
 def get_config() -> ConfigDict:

@@ -7,8 +7,8 @@ Expected result: not measured.
 
 from ml_collections import ConfigDict
 
-from configs import length_penalty_pair, quickstart
-from configs.sweep_baselines import Add
+from warp_jax.configs import length_penalty_pair, quickstart
+from warp_jax.configs.sweep_baselines import Add
 
 
 def get_config() -> ConfigDict:

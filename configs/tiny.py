@@ -5,7 +5,7 @@ python -m warp_jax.main --config=configs/tiny.py --workdir=runs/tiny
 
 from ml_collections import ConfigDict
 
-from configs import default
+from warp_jax.configs import default
 
 
 def get_config() -> ConfigDict:

@@ -18,7 +18,7 @@ from warp_jax import cli, files
 
 with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     from warp_jax import merging
-    from warp_jax.evaluation import measure, report, statistics
+    from warp_jax.evaluation import columns, measure, statistics
     from warp_jax.experiment import stages
     from warp_jax.storage import checkpoint
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         found = {"slerp": evaluate("slerp", [weight]), "lerp": evaluate("lerp", [1 - weight, weight])}
         rows += [{"method": name, "slerp_weight": weight, **measure.summary(each)} for name, each in found.items()]
         print(f"lambda {weight:<5g} {_line(**found)}", flush=True)
-    files.write_text(job.path / "slerp_weights.csv", report.to_csv(rows))
+    files.write_text(job.path / "slerp_weights.csv", columns.to_csv(rows))
 
 
 def _line(slerp: Evaluation, lerp: Evaluation) -> str:

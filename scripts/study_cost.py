@@ -17,11 +17,14 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from scipy import optimize
+from etils import epy
 from speed import sides
 from speed.protocol import Work, parse_shape
 
 from warp_jax import cli, files
+
+with epy.lazy_imports():  # at its first use: --help does not wait for it
+    from scipy import optimize
 
 OUT = flags.DEFINE_string("out", None, "CSV file for the points.")
 REPEATS = flags.DEFINE_integer("repeats", 3, "Runs of each point; the median counts.", lower_bound=1)

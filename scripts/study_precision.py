@@ -20,7 +20,6 @@ from unittest import mock
 import numpy as np
 from absl import flags
 from etils import epy
-from ml_collections import config_flags
 
 from warp_jax import cli, files
 
@@ -41,7 +40,7 @@ with epy.lazy_imports():  # at their first use: --help does not wait for JAX
 
 sys.path.insert(0, "")  # config files import configs from the folder that the program is started in
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config with a pretrained model.")
+CONFIG = cli.define_config("config", "Config with a pretrained model.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the runs; what is finished there is not repeated.")
 OUT = flags.DEFINE_string("out", "precision.json", "JSON file for the results.")
 NOISE = flags.DEFINE_float("noise", 1e-4, "Standard deviation of the noise on each trained weight, part 1.")

@@ -23,7 +23,6 @@ from unittest import mock
 
 from absl import flags
 from etils import epy
-from ml_collections import config_flags
 
 from warp_jax import cli, files
 
@@ -39,10 +38,10 @@ with epy.lazy_imports():  # at their first use: --help does not wait for JAX
 
 sys.path.insert(0, "")  # config files import configs from the folder that the program is started in
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", allow_override=True)
+CONFIG = cli.define_config("config", "Config file.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the run; SFT and reward model in it are not repeated.")
-OUT = flags.DEFINE_string("out", "saving.json", "JSON file for the results.", allow_override=True)
-STEPS = flags.DEFINE_integer("steps", 40, "Steps of the run.", lower_bound=4, allow_override=True)
+OUT = flags.DEFINE_string("out", "saving.json", "JSON file for the results.")
+STEPS = flags.DEFINE_integer("steps", 40, "Steps of the run.", lower_bound=4)
 EVERY = flags.DEFINE_integer("every", 4, "Steps between two saves.", lower_bound=3)
 RESTORES = flags.DEFINE_integer("restores", 7, "Restores of each kind.", lower_bound=1)
 PLANNED = 20  # steps between two saves, for the share of time that saving costs

@@ -33,6 +33,7 @@ MAY_IMPORT["experiment"] = {name for name in MAY_IMPORT if name != "benchmarks"}
 MAY_IMPORT["tpu_fit"] = {*MAY_IMPORT["experiment"], "experiment"}
 MAY_IMPORT["diagnosis"] = {*MAY_IMPORT["tpu_fit"]}
 MAY_IMPORT["main"] = {*MAY_IMPORT["tpu_fit"], "diagnosis"}
+MAY_IMPORT["commands"] = {*MAY_IMPORT["main"], "tpu_fit", "benchmarks"}
 ONLY = {("merging", "storage"): {"on_disk", "chunking"}, ("merging", "progress"): {"on_disk"}}  # files of a folder
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
@@ -82,20 +83,20 @@ def test_no_import_goes_in_a_circle():
 
 def test_the_package_is_easy_to_look_through():
     """Fails when the top holds more than 8 files, or a folder more than 12."""
-    for folder in (PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir())):
+    for folder in (PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir() and not path.is_symlink())):
         count = len(list(folder.glob("*.py")))
         assert count <= (8 if folder == PACKAGE else 12), f"{folder} holds {count} files"
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_only_the_upper_levels_see_a_config(name):
-    """Fails when a pure module takes a ConfigDict or reads absl flags."""
+    """Fails when a pure module takes a ConfigDict or reads absl flags; commands may do both."""
     roots = {
         (node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
         for node in ast.walk(MODULES[name])
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
-    if name not in ("main",) and not name.startswith("tpu_fit"):
+    if name.partition(".")[0] not in ("main", "cli", "commands", "tpu_fit"):
         assert "ml_collections" not in roots
-    if name not in ("main", "cli"):
+    if name.partition(".")[0] not in ("main", "cli", "commands"):
         assert "absl" not in roots

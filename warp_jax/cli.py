@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import difflib
 import errno
 import functools
 import importlib.metadata
@@ -10,8 +11,10 @@ import platform
 import re
 import resource
 import shlex
+import shutil
 import sys
 import tempfile
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
 
 from warp_jax import files
 from warp_jax.exit_codes import BAD_INPUT, INTERRUPTED, MEMORY, STORAGE, TRY_AGAIN, UNEXPECTED, USER_FUNCTION
@@ -44,6 +48,9 @@ STAGES = (
 FEW_FILES = 8  # that may still be opened
 _LOG, _LOG_CHARACTERS = "error.log", 500_000
 _workdir: Path | None = None  # folder of the error log
+_CONFIGS = Path(__file__).with_name("configs")  # in a checkout, a link to the folder configs/
+
+flags.disclaim_key_flags()  # a config flag belongs to the module that asks for it
 
 
 def explain(error: BaseException, *, bad_input: bool = False) -> tuple[int, str]:
@@ -198,6 +205,97 @@ def versions() -> str:
     return "\n".join([*(f"{name} {version(name)}" for name in names), f"Python {platform.python_version()}"])
 
 
+def config_names() -> list[str]:
+    """Names of this project's configs, for --config."""
+    return sorted(path.stem for path in _CONFIGS.glob("*.py") if path.stem != "__init__")
+
+
+def find_config(given: str) -> str:
+    """Path of a config file, given its path or the name of one of this project's; raises ValueError if there is none.
+
+    What follows a colon, the argument of its get_config, is kept.
+    """
+    name, colon, argument = given.partition(":")
+    if Path(name).is_file():
+        return given
+    if name in config_names():
+        return f"{_CONFIGS / name}.py{colon}{argument}"
+    close = difflib.get_close_matches(Path(name).stem, config_names(), 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    names = ", ".join(config_names())
+    raise ValueError(
+        f"no config {name!r}, want the path of a config file, such as my_config.py, or one of {names}{hint}"
+    )
+
+
+def check_overrides(config: object, name: str, argv: Sequence[str]) -> None:
+    """Raise ValueError if an argument --NAME.a.b changes a setting that the config does not have."""
+    overrides = (re.match(rf"--?{name}\.([\w.]+)", argument) for argument in argv)
+    for path in [override[1] for override in overrides if override]:
+        group = config
+        for part in path.split("."):
+            if not isinstance(group, ConfigDict):
+                break
+            if part not in group:
+                close = difflib.get_close_matches(part, group.keys(), 1)
+                hint = f"did you mean {close[0]}?" if close else f"want one of {', '.join(sorted(group.keys()))}"
+                raise ValueError(f"{name}.{path}: no setting {part!r}, {hint}")
+            group = group[part]
+
+
+class _ConfigParser(flags.ArgumentParser[Any]):
+    """The parser of a config flag. It takes names too, and knows the settings that the command line changes."""
+
+    def __init__(self, by_path: flags.ArgumentParser[Any], name: str, argv: tuple[str, ...] | None) -> None:
+        self._by_path, self._name, self._argv = by_path, name, argv
+
+    def parse(self, argument: str) -> Any:
+        config = self._by_path.parse(find_config(argument))
+        check_overrides(config, self._name, self._argv or sys.argv)
+        return config
+
+    def flag_type(self) -> str:
+        return self._by_path.flag_type()
+
+
+def define_config(
+    name: str, help_text: str, *, flag_values: flags.FlagValues = flags.FLAGS, argv: Sequence[str] | None = None
+) -> flags.FlagHolder[Any]:
+    """Define a flag for a config file (see `find_config`) whose settings can be changed: --NAME.setting=value.
+
+    argv: the command line that changes them; None = that of this process.
+    """
+    holder = config_flags.DEFINE_config_file(
+        name,
+        None,
+        help_text,
+        flag_values=flag_values,
+        sys_argv=argv and list(argv),
+        allow_override=True,  # tests import several programs
+    )
+    flag = flag_values[name]
+    flag.parser = _ConfigParser(flag.parser, name, tuple(argv) if argv else None)
+    return holder
+
+
+def usage(module: str, required: Sequence[str]) -> str:
+    """The text of --help: what the module says about itself, then its flags, one paragraph each."""
+    width = min(shutil.get_terminal_size((120, 50)).columns, 120)
+    lines = [(sys.modules[module].__doc__ or "").rstrip(), "", "flags (* must be given):"]
+    for flag in sorted(own_flags(module), key=lambda flag: flag.name):
+        name = f"{'*' if flag.name in required else ' '} --{'[no]' if flag.boolean else ''}{flag.name}"
+        text = flag.help or ""
+        if flag.default not in (None, "", [], False) and "default" not in text:
+            text += f" Default: {str(flag.default_as_str).strip(chr(39))}."
+        lines += textwrap.wrap(f"{name:<20} {text}", width, subsequent_indent=" " * 21, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def own_flags(module: str) -> list[flags.Flag[Any]]:
+    """The flags that a module defines."""
+    return flags.FLAGS.get_key_flags_for_module(sys.argv[0] if module == "__main__" else module)  # as absl names it
+
+
 def parse_flags(
     argv: Sequence[str],
     *,
@@ -205,12 +303,17 @@ def parse_flags(
     example: str,
     load: Callable[[], object] = lambda: None,
     arguments: bool = False,
+    module: str = "__main__",
 ) -> list[str]:
-    """Parse flags for `app.run`; report errors in one line, without a traceback. With --version, print and exit.
+    """Parse flags for `app.run`; report errors in one line, without a traceback. With --help or --version, exit.
 
     required: names of flags without a default. example: arguments that work, for the error message. load: called after
     parsing; its errors are reported in the same way. arguments: True if the program takes arguments without a flag.
+    module: the module that defines the flags.
     """
+    if {"--help", "-help", "-h", "-?"} & set(argv[1:]):
+        print(usage(module, required))
+        sys.exit(0)
     try:
         rest = flags.FLAGS(list(argv))
         if "version" in flags.FLAGS and flags.FLAGS["version"].value:
@@ -218,15 +321,18 @@ def parse_flags(
             sys.exit(0)
         missing = [name for name in required if not flags.FLAGS[name].value]
         load()
+    except flags.UnrecognizedFlagError as error:
+        close = difflib.get_close_matches(error.flagname, [flag.name for flag in own_flags(module)], 1)
+        hint = f"did you mean --{close[0]}?" if close else f"see --help, or try {example}"
+        fail(f"no flag --{error.flagname}; {hint}")
     except Exception as error:  # a config file is a program that can raise anything
         before, has_traceback, inside = str(error).partition("Traceback (most recent call last)")
         if has_traceback:  # ml_collections puts that of a config file into the message
             fail(f"{before}{inside.strip().splitlines()[-1]}")
         fail(error)
-    asks_for_help = any(arg in ("--help", "-h", "--helpfull") for arg in argv)
-    if missing and not asks_for_help:
+    if missing:
         fail(f"--{missing[0]} is missing; try {example}")
-    if len(rest) > 1 and not arguments and not asks_for_help:
+    if len(rest) > 1 and not arguments:
         fail(f"unexpected argument {rest[1]!r}; options start with --, see --help")
     return rest
 
@@ -264,4 +370,4 @@ def run(main: Callable[[list[str]], object], **wanted: Any) -> None:
         except BaseException as error:
             end(report(error))
 
-    app.run(run_main, flags_parser=functools.partial(parse_flags, **wanted))
+    app.run(run_main, flags_parser=functools.partial(parse_flags, module=main.__module__, **wanted))

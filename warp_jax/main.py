@@ -1,4 +1,4 @@
-"""Run WARP: python -m warp_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+"""Run WARP: warp-jax run --config=quickstart --workdir=runs/quickstart
 
 Any setting can be changed on the command line: --config.warp.ema_rate=0.005. Started again with the same config and
 workdir, it resumes. configs/default.py explains every setting. Exit codes: 0 done, 2 bad input, 70 a function of yours
@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from absl import app, flags
 from etils import epy
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from warp_jax import cli, files
 
@@ -28,7 +28,7 @@ with epy.lazy_imports():  # at their first use: --help does not wait for JAX
     from warp_jax.parallel import hosts, stopping, supervisor
     from warp_jax.storage import program_cache
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/quickstart.py.")
+CONFIG = cli.define_config("config", "Config file, or the name of one of warp_jax, such as quickstart.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all results; a job in an existing one is resumed.")
 RUN = flags.DEFINE_integer("run", 0, "Train only this run of one iteration, 1 to warp.num_runs; 0 = the whole job.")
 MERGE = flags.DEFINE_bool("merge", False, "Merge the finished runs of one iteration; the last merge writes the report.")
@@ -90,6 +90,7 @@ def main(argv: Sequence[str]) -> None:
         cli.keep_quiet(workdir)
         if MULTIHOST.value:
             hosts.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        end = hosts.end  # imports JAX: after SIGINT in the middle of it, it cannot be imported again
     except ValueError as error:
         cli.fail(str(error))
     except (RuntimeError, OSError) as error:
@@ -101,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
         _run(CONFIG.value, workdir)
         sys.stdout.flush()
     except BaseException as error:
-        hosts.end(error)
+        end(error)
 
 
 def _run(config: ConfigDict, workdir: Path) -> None:
@@ -146,9 +147,16 @@ def _replay(settings: typed.Settings, workdir: Path, path: Path) -> NoReturn:
 parse_flags = functools.partial(
     cli.parse_flags,
     required=("config", "workdir"),
-    example="--config=configs/quickstart.py --workdir=runs/quickstart",
+    example="--config=quickstart --workdir=runs/quickstart",
     load=functools.partial(cli.load_config, CONFIG),
+    module=__name__,
 )
 
-if __name__ == "__main__":
+
+def start() -> None:
+    """Parse the flags and run."""
     app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    start()

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from warp_jax import cli, exit_codes, files
 from warp_jax.tpu_fit import chips
@@ -39,7 +38,7 @@ MAX_DEPENDENCIES = 5
 POD_NAME = 63  # characters
 CONTAINER = "warp"
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; the image must hold it at the same path.")
+CONFIG = cli.define_config("config", "Config file; the image must hold it at the same path.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of the runs, a folder below --mount.")
 ACCELERATOR = flags.DEFINE_enum("accelerator", None, list(ACCELERATORS), "TPU generation.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Chips of a job's slice, such as 4x4 (v5e, v6e) or 4x4x4 (v5p).")

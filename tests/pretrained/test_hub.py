@@ -119,7 +119,7 @@ def _export_and_push(published, workdir, out):
     assert f"hf://org/policy@{COMMITS[0]}" in card
     assert "| reward | " in card
     assert re.search(r"\npython -m warp_jax\.main --config=configs/pretrained\.py --workdir=\S+ ", card)
-    assert re.search(r"\npython \S.*--stage=liti:0\.3", card)
+    assert re.search(r"\nwarp-jax export .*--stage=liti:0\.3", card)
 
 
 def test_a_job_trains_on_the_hub_and_keeps_to_its_commits(published, tmp_path):

@@ -39,19 +39,17 @@ if folder.name != "empty":
     for name, text in (("config.json", settings), ("summary.json", "{}"), ("report.html", "")):
         (folder / name).write_text(text)
 """
-COMPARE = ROOT / "scripts" / "compare.py"
-PROGRAMS = "import sys; sys.path[:0] = ['scripts']; import sweep; print(*sweep.PROGRAM, *sweep.COMPARE, sep='\\n')"
 TABLE = "import sys\nprint('table of', *sys.argv[1:])"
 DRIVER = """
 import sys
-sys.path[:0] = ["", "scripts"]
+sys.path[:0] = [""]
 import functools
 import itertools
 import types
-import sweep
 from absl import app
 from tests.settings_of import typed
 from warp_jax import cli
+from warp_jax.commands import sweep
 sweep.PROGRAM, sweep.COMPARE = [sys.executable, sys.argv[1]], [sys.executable, sys.argv[2]]
 del sys.argv[1:3]
 sweep.time = types.SimpleNamespace(monotonic=itertools.count(0, 60).__next__)  # a minute between two looks
@@ -193,7 +191,10 @@ def test_a_value_for_all_points(tmp_path):
     [
         ("", "has no sweep(add)"),
         ("def sweep(add): pass", "adds no point"),
-        ("def sweep(add): add('a', {'warp.ema_rat': 0.1})", 'Did you mean "ema_rate"'),
+        (
+            "def sweep(add): add('a', {'warp.ema_rat': 0.1})",
+            "config.warp.ema_rat: no setting 'ema_rat', did you mean ema_rate?",
+        ),
         ("def sweep(add): add('a', {'warp.num_runs': 2.0})", "num_runs"),
         ("def sweep(add): add('a', {'seed': True})", "seed"),
         ("def sweep(add): add('a', {'data.chat': 1})", "config.data.chat: got 1"),
@@ -265,6 +266,7 @@ def test_a_point_is_finished_if_its_config_has_the_commits_of_its_sources(tmp_pa
 
 def test_the_programs():
     """Fails when main or the table's program is another one, or is gone."""
-    found = _start([sys.executable, "-c", PROGRAMS])
-    assert found.stdout.splitlines() == [sys.executable, "-m", "warp_jax.main", sys.executable, str(COMPARE)]
-    assert COMPARE.is_file()
+    code = "from warp_jax.commands import sweep; print(*sweep.PROGRAM); sweep.subprocess.run(sweep.COMPARE)"
+    done = _start([sys.executable, "-u", "-c", code])
+    assert done.stdout == f"{sys.executable} -m warp_jax.main\n"
+    assert done.stderr.startswith("error: want finished workdirs")

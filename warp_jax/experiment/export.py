@@ -39,7 +39,7 @@ def export_stage(
     """Write a stage to a new folder, which appears when it is complete; return the content of its warp_export.json.
 
     Args:
-        workdir: a folder that warp_jax.main made.
+        workdir: a folder that warp-jax run made.
         stage: one of those in `cli.STAGES`.
         out: the new folder.
         dtype: of the weights. Fewer bits than float32 undo a part of the training; the report says how much.

@@ -27,7 +27,7 @@ class Workdir:
 
     def __init__(self, path: Path):
         if not (path / workdir.CONFIG).is_file():
-            raise ValueError(f"workdir: {path} has no config.json, want a folder that warp_jax.main made")
+            raise ValueError(f"workdir: {path} has no config.json, want a folder that warp-jax run made")
         self.path = path
         self.settings = workdir.read_settings(path)
         self.mesh: Mesh = meshes.make_mesh((1, -1, 1))
@@ -35,7 +35,7 @@ class Workdir:
         workdir.check_models_unchanged(self.settings, path)
         workdir.check_made(path)
         if self.source is None and not (path / "tokenizer.json").is_file():
-            raise ValueError(f"workdir: {path} has no tokenizer.json yet; start warp_jax.main first")
+            raise ValueError(f"workdir: {path} has no tokenizer.json yet; start warp-jax run first")
         self.tokenizer = preparation.read_tokenizer(self.settings, path / "tokenizer.json")
         self.policy = architecture.policy_config(self.settings.model, self.tokenizer.vocab_size)
 

@@ -43,7 +43,7 @@ def read(workdir: Path, *, verify: bool = False) -> list[Part]:
     """
     path = workdir / "config.json"
     if not path.is_file():
-        raise ValueError(f"{workdir} has no config.json, want a folder that warp_jax.main made")
+        raise ValueError(f"{workdir} has no config.json, want a folder that warp-jax run made")
     content = files.read_json(path)
     try:
         settings = from_saved(content)

@@ -90,7 +90,7 @@ def claim(
 def check_unchanged(settings: Settings, workdir: Path, corpora: Mapping[str, corpus.Corpus]) -> None:
     """Raise ValueError unless the workdir belongs to this config, these rows and models; nothing is written."""
     if not (workdir / CONFIG).is_file():
-        raise ValueError(f"workdir: {workdir} has no {CONFIG}, want a folder that warp_jax.main made")
+        raise ValueError(f"workdir: {workdir} has no {CONFIG}, want a folder that warp-jax run made")
     check_owner(settings, workdir)
     check_models_unchanged(settings, workdir)
     check_rows_unchanged(settings.data.source, corpora, workdir)

@@ -40,5 +40,5 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
-_METHODS = """The same numbers as scripts/compare.py, with 95 % bootstrap intervals over prompts. Differences are
+_METHODS = """The same numbers as warp-jax compare, with 95 % bootstrap intervals over prompts. Differences are
 paired; "-": not reached, or the workdirs have other SFT policies, rewards or prompts."""

@@ -99,7 +99,7 @@ def export_command(settings: Settings, workdir: Path, point: Point) -> str | Non
     else:
         return None
     out = f"exported/{evaluation_name(*point[:5])}"
-    return shlex.join(["python", "scripts/export_hf.py", f"--workdir={workdir}", f"--stage={name}", f"--out={out}"])
+    return shlex.join(["warp-jax", "export", f"--workdir={workdir}", f"--stage={name}", f"--out={out}"])
 
 
 def curves(settings: Settings, workdir: Path) -> list[dict[str, Any]]:
