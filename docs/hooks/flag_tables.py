@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags  # noqa: F401 (app defines flags that are not a program's own)
 
+from warp_jax.commands import COMMANDS
+
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
@@ -22,10 +24,13 @@ MARK = "<!-- tables of flags -->"
 ROOT = Path(__file__).parents[2]
 
 
-def programs() -> list[Path]:
-    """The files that `python FILE` starts, `warp_jax.main` first."""
-    scripts = sorted(ROOT.glob("scripts/**/*.py"))
-    return [ROOT / "warp_jax" / "main.py", *(path for path in scripts if "cli.run(" in path.read_text())]
+def programs() -> dict[Path, str]:
+    """Files that define flags, and the command that starts each: those of warp-jax, then the other scripts."""
+    found = {
+        ROOT / f"{command.module.replace('.', '/')}.py": f"warp-jax {name}" for name, command in COMMANDS.items()
+    }
+    found |= {path: f"python {path.relative_to(ROOT)}" for path in sorted(ROOT.glob("scripts/**/*.py"))}
+    return {path: command for path, command in found.items() if "flags.DEFINE_" in path.read_text()}
 
 
 def flags_of(program: Path) -> Iterator[flags.Flag]:
@@ -42,12 +47,10 @@ def flags_of(program: Path) -> Iterator[flags.Flag]:
             delattr(flags.FLAGS, name)
 
 
-def section(program: Path) -> str:
+def section(program: Path, command: str) -> str:
     """Markdown: command, first line of the docstring, and a table of flags."""
-    path = program.relative_to(ROOT)
-    command = "python -m warp_jax.main" if path.name == "main.py" else f"python {path}"
     summary = (ast.get_docstring(ast.parse(program.read_text())) or "").split("\n\n")[0].split(": python")[0]
-    lines = [f"## {path}", "", f"`{command}`: {_cell(summary)}", "", "| flag | default | meaning |", "|---|---|---|"]
+    lines = [f"## {command}", "", _cell(summary), "", "| flag | default | meaning |", "|---|---|---|"]
     lines += [f"| `--{flag.name}` | {_default(flag)} | {_cell(flag.help or '')} |" for flag in flags_of(program)]
     return "\n".join(lines)
 
@@ -63,7 +66,7 @@ def _cell(text: str) -> str:
 
 def _insert(site: Sphinx, name: str, source: list[str]) -> None:
     if MARK in source[0]:
-        source[0] = source[0].replace(MARK, "\n\n".join(section(path) for path in programs()))
+        source[0] = source[0].replace(MARK, "\n\n".join(section(*item) for item in programs().items()))
         for path in programs():
             site.env.note_dependency(str(path))
 
