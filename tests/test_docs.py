@@ -62,7 +62,7 @@ def test_a_row_has_type_range_and_all_comments(hook):
 def test_flags_are_those_of_each_program():
     """Fails when a flag of a program is missing, or one of another program or of absl is listed."""
     code = """import flag_tables as tables
-for name in ("scripts/status.py", "warp_jax/main.py", "scripts/status.py"):
+for name in ("warp_jax/commands/status.py", "warp_jax/main.py", "warp_jax/commands/status.py"):
     print(*[flag.name for flag in tables.flags_of(tables.ROOT / name)])
 """
     result = run([sys.executable, "-c", code], PYTHONPATH=f"{ROOT}:{ROOT / 'docs' / 'hooks'}")

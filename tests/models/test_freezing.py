@@ -59,6 +59,8 @@ def test_stacks_are_cut_for_each_of_several_patterns():
     assert freezing.layer_groups(shapes, "layers/[34]/", "attention", "/kernel$") == (3, 2)
     assert freezing.layer_groups(shapes, "", "layers/[01]/attention/[qv]", "/kernel$") == (2, 3)
     assert freezing.layer_groups(shapes, "layers/[34]/|embed", "layers/4/", "/kernel$") == (3, 1, 1)
+    with pytest.raises(ValueError, match=r"^trainable: no weight matches 'nosuch'"):
+        freezing.layer_groups(shapes, "nosuch", "attention", "/kernel$")
     with pytest.raises(ValueError, match=r"^lora.targets: no weight matches 'layers/3/' and 'layers/4/' and"):
         freezing.layer_groups(shapes, "layers/3/", "layers/4/", "/kernel$")
 

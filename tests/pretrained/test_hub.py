@@ -291,7 +291,7 @@ def test_the_rows_of_a_split_are_read_in_order(dataset, source, split, numbers):
 @pytest.mark.parametrize(
     ("source", "split", "message"),
     [
-        ("hf://org/data", "train", "in 4 folders; give one: hf://org/data/half, hf://org/data/main, "),
+        ("hf://org/data", "train", "in 4 places; give one: hf://org/data/half, hf://org/data/main, "),
         ("hf://org/data", "validation", "no file named after the split 'validation', want validation.jsonl"),
         ("hf://org/data/main", "train[:20]", "got the split 'train[:20]', want its name"),
         ("hf://org/data/mixed", "train", "in several formats: .csv, .jsonl; give one file"),
@@ -303,6 +303,23 @@ def test_files_that_are_not_one_split_are_refused(dataset, source, split, messag
     """Fails when files of two configurations or formats are joined, or a part of a split is taken for the whole."""
     with pytest.raises(ValueError, match=f"config.data.source: {re.escape(source)}: .*{re.escape(message)}"):
         corpus.check_source(source, split=split)
+
+
+def test_a_file_and_a_folder_of_a_split_are_not_joined(cache, tmp_path):
+    """Fails when train.jsonl and train/metadata.jsonl are read as one split, or the file is not among the choices."""
+    for name in ("train.jsonl", "train/metadata.jsonl", "main/train.jsonl"):
+        _jsonl(tmp_path / "data" / name, [{"number": 1}])
+    hub_cache.add(cache, "dataset", "org/both", tmp_path / "data")
+    want = "in 3 places; give one: hf://org/both/main, hf://org/both/train.jsonl, hf://org/both/train/metadata.jsonl"
+    with pytest.raises(ValueError, match=re.escape(want)):
+        corpus.load_rows("hf://org/both", "train")
+
+
+@pytest.mark.parametrize("kind", ["datasets", "models"])
+def test_the_kind_of_a_repository_is_not_part_of_its_name(kind):
+    """Fails when hf://datasets/ORG/NAME, as pandas writes it, is looked up as the repository datasets/ORG."""
+    with pytest.raises(ValueError, match=f"want hf://org/name/x.csv: without {kind}/"):
+        hub.parse(f"hf://{kind}/org/name/x.csv")
 
 
 def test_a_revision_with_slashes_is_kept_apart_from_the_path():

@@ -211,6 +211,8 @@ UNREAD = [  # a setting, a value, and the choice with which it is read
         for part in ("sft", "reward_model", "rl")
         for name, value in (("steps", 10), ("end", 0.5))
     ),
+    ("model.lora.alpha", 32.0, {"model.lora.rank": 4}),
+    ("model.lora.targets", "attention", {"model.lora.rank": 4}),
     ("rl.kl_steps", 10, {"rl.kl_schedule": "cosine"}),
     ("rl.kl_coef_end", 0.5, {"rl.kl_schedule": "linear"}),
     ("rl.kl_target", 2.0, {"rl.kl_schedule": "adaptive"}),

@@ -37,7 +37,7 @@ CHAT = flags.DEFINE_bool("chat", None, "Apply the model's chat template to promp
 OUT = flags.DEFINE_string("out", None, "Folder to write one JSONL file of answers per stage; must not exist.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Maximum length of an answer in tokens.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", None, "Sampling temperature; default: that of the workdir.", lower_bound=1e-6
+    "temperature", None, "Sampling temperature; default: that of the evaluations of the workdir.", lower_bound=1e-6
 )
 TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many likeliest tokens; 0 = all, 1 = greedy.", lower_bound=0)
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of tokens with this probability.", 1e-6, 1.0)
@@ -74,7 +74,7 @@ def sample_stages(job: stages.Workdir, prompts: list[object]) -> dict[str, list[
         print("note: prompts are used as given, without data.prompt_template of the workdir", file=sys.stderr)
     tokenizer = stop_tokens.extend(job.tokenizer, (), use_chat=use_chat)
     rows = answers.encode(tokenizer, prompts, use_chat=use_chat)
-    temperature = TEMPERATURE.value or job.settings.sampling.temperature
+    temperature = TEMPERATURE.value or job.settings.evaluation_temperature
     ids = tokenizer.stop_ids, tokenizer.pad_id
     config = sampling.SamplingConfig(MAX_NEW_TOKENS.value, temperature, *ids, TOP_K.value, TOP_P.value)
     columns = {}

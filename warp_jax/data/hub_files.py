@@ -30,25 +30,28 @@ def find(source: str, split: str = "") -> list[Path]:
         raise ValueError(f"{source}: got the split {split!r}, want its name, such as train, or a file of it: /FILE")
     start = f"{path}/" if path else ""
     root = hub.find_data(source, tuple(f"{start}{folder}{split}[-./]*" for folder in ("", "*/")))
-    named = re.compile(rf"(?P<folder>{re.escape(start)}(?:.*/)?){re.escape(split)}(?:/[^/]+|(?:{_SHARD})?\.[^/]+)")
+    named = re.compile(
+        rf"(?P<folder>{re.escape(start)}(?:.*/)?){re.escape(split)}(?:(?P<inside>/)[^/]+|(?:{_SHARD})?\.[^/]+)"
+    )
     files = sorted(file for file in root.rglob("*") if file.is_file() and row_files.is_supported(file))
     matches = {file: named.fullmatch(file.relative_to(root).as_posix()) for file in files}
     chosen = {file: match for file, match in matches.items() if match}
-    _check(source, split, chosen)
+    _check(source, split, chosen, root)
     return list(chosen)
 
 
-def _check(source: str, split: str, found: Mapping[Path, re.Match[str]]) -> None:
+def _check(source: str, split: str, found: Mapping[Path, re.Match[str]], root: Path) -> None:
     """Raise ValueError unless the files are all shards of one split, in one folder and one format."""
     if not found:
         raise ValueError(
             f"{source}: no file named after the split {split!r}, want {split}.jsonl, .json, .csv or .parquet, its "
             "shards, or a folder with them; set data.split, or give a file: hf://ORG/NAME/FILE"
         )
-    if len(names := sorted({match["folder"] for match in found.values()})) > 1:
+    if len(places := {(match["folder"], match["inside"]) for match in found.values()}) > 1:
         repo = hub.PREFIX + hub.parse(source).repo
-        choices = ", ".join(f"{repo}/{name}".rstrip("/") for name in names if name)
-        raise ValueError(f"{source}: has files of the split {split!r} in {len(names)} folders; give one: {choices}")
+        names = {match["folder"].rstrip("/") or file.relative_to(root).as_posix() for file, match in found.items()}
+        choices = ", ".join(f"{repo}/{name}" for name in sorted(names))
+        raise ValueError(f"{source}: has files of the split {split!r} in {len(places)} places; give one: {choices}")
     if len(suffixes := sorted({"".join(PurePosixPath(file.name).suffixes[-2:]) for file in found})) > 1:
         raise ValueError(
             f"{source}: has files of the split {split!r} in several formats: {', '.join(suffixes)}; give one file"

@@ -45,6 +45,9 @@ def parse(source: str) -> Source:
     match = _SOURCE.fullmatch(source)
     if match is None or ".." in source.split("/"):
         raise ValueError(f"got {source!r}, want {WANT}")
+    kind, _, rest = source.removeprefix(PREFIX).partition("/")
+    if kind in ("models", "datasets", "spaces"):  # as in the addresses of other libraries
+        raise ValueError(f"got {source!r}, want {PREFIX}{rest}: without {kind}/")
     return Source(match["repo"], match["revision"] or "main", (match["path"] or "").rstrip("/"))
 
 

@@ -28,7 +28,8 @@ def layer_groups(shapes: Any, *patterns: str) -> tuple[int, ...]:
     if not any(all(_matches(name, patterns)) for names in leaf_names for name in names):
         examples = ", ".join(sorted(names[-1] for names in leaf_names)[:3])
         wanted = " and ".join(map(repr, patterns))
-        name = "lora.targets" if len(patterns) > 1 else "trainable"
+        first = any(all(_matches(name, patterns[:1])) for names in leaf_names for name in names)
+        name = "lora.targets" if first else "trainable"
         raise ValueError(f"{name}: no weight matches {wanted}; names look like {examples}")
     layered = [names for names in leaf_names if naming.in_layer(names[0])]
     matches_per_layer = zip(*([_matches(name, patterns) for name in names] for names in layered), strict=True)

@@ -21,6 +21,7 @@ RULES = (
         for part in ("sft", "reward_model", "rl")
         for schedule in (f"{part}.learning_rate_schedule",)
     ),
+    Rule(("model.lora.alpha", "model.lora.targets"), "model.lora.rank", lambda rank: rank > 0),
     Rule(("rl.kl_steps", "rl.kl_coef_end"), "rl.kl_schedule", lambda kind: kind in ("linear", "cosine")),
     Rule(("rl.kl_target", "rl.kl_gain"), "rl.kl_schedule", lambda kind: kind == "adaptive"),
     Rule(("rl.clip_ratio", "rl.clip_low", "rl.clip_high"), "rl.updates_per_rollout", lambda updates: updates > 1),
