@@ -27,8 +27,9 @@ MEASURED = {
 SOURCE = "hf://org/base-model@" + "a" * 40
 
 
-def _make(source=SOURCE, measured=MEASURED, sft_steps=0, **changes):
+def _make(source=SOURCE, measured=MEASURED, sft_steps=0, chosen=None, **changes):
     config = pretrained.get_config()
+    config.update_from_flattened_dict(chosen or {})
     config.model.source, config.sft.num_steps = source, sft_steps
     settings = typed(config)
     return model_card.make(settings, REPORT | changes, measured=measured, commands=("python train", "python export"))
@@ -80,6 +81,17 @@ def test_the_card_states_what_was_done_and_measured():
         assert text in card
     assert "(eta = 1)" in _make(stage="iteration_1/merged")
     assert "(eta = 1)" not in _make(stage="sft")
+
+
+def test_the_card_names_what_differs_from_the_method_of_the_paper():
+    """Fails when a setting of LoRA, sampling, RL or the anchor is left out, or a default or an unread rate is named."""
+    chosen = {"model.lora.rank": 4, "sampling.top_p": 0.8, "rl.updates_per_rollout": 2, "evaluation.temperature": 0.7}
+    card = _make(chosen=chosen | {"warp.anchor": "bema", "warp.bema.lag": 5.0, "warp.runs": ({"seed": 7}, {})})
+    others = "`model.lora.rank = 4`, `sampling.top_p = 0.8`, `rl.updates_per_rollout = 2`, `warp.runs = ({'seed': 7}, {})`"
+    assert f"Other settings: {others}, `warp.bema.lag = 5.0`." in card
+    assert "to an anchor (bema)" in card
+    assert "on held-out prompts, at temperature 0.7:" in card
+    assert "Other settings" not in _make()
 
 
 def test_what_was_not_measured_is_not_stated():

@@ -1,7 +1,7 @@
 """The model card of an exported policy: README.md with front matter for the Hugging Face Hub."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from warp_jax.files import hub
@@ -34,7 +34,7 @@ def make(
         f"# {report['stage']} of a WARP run\n\nTrained with warp_jax.",
         f"- Base model: {base}\n- Data: `{settings.data.source}`, split `{settings.data.split}`",
         f"## Method\n\n{_method(settings)}\n\n{_stage(settings, report['stage'])}",
-        f"## Measured\n\n{_table(measured, report)}",
+        f"## Measured\n\n{_table(measured, report, settings.evaluation_temperature)}",
         f"## Rounding\n\n{_rounding(report)}",
         f"## Commands\n\n{_commands(*commands)}",
     ]
@@ -58,12 +58,26 @@ def _method(settings: Settings) -> str:
     steps = ", ".join(map(str, warp.steps_per_iteration))
     parts = ", ".join(f"{part.weight:g} x `{part.source}`" for part in settings.reward_parts.values())
     gold = f"`{settings.gold.source}`" if settings.gold.source else "none"
+    anchor = f"ema, rate {warp.ema_rate:g}" if warp.anchor == "ema" else warp.anchor
+    others = ", ".join(f"`{path} = {value!r}`" for path, value in _optional(settings))
     return (
         f"{PAPER} with {warp.num_iterations} iterations of {warp.num_runs} runs of RL ({steps} steps, {rl.batch_size} "
-        f"completions each), a KL penalty of {rl.kl_coef:g} to an anchor ({warp.anchor}, rate {warp.ema_rate:g}), the "
-        f"merge `{warp.merge}` by {warp.unit}, and eta = {warp.liti_rate:g} between iterations. The reward is {parts}; "
-        f"the gold reward, which nothing was trained on, is {gold}."
+        f"completions each, at temperature {settings.sampling.temperature:g}), a KL penalty of {rl.kl_coef:g} to an "
+        f"anchor ({anchor}), the merge `{warp.merge}` by {warp.unit}, and eta = {warp.liti_rate:g} between iterations. "
+        f"The reward is {parts}; the gold reward, which nothing was trained on, is {gold}."
+        + (f" Other settings: {others}." if others else "")
     )
+
+
+def _optional(settings: Settings) -> Iterator[tuple[str, Any]]:
+    """Settings of the runs that a config may leave out, and that are not at their defaults."""
+    warp = settings.warp
+    groups = {"model.lora": settings.model.lora, "sampling": settings.sampling, "rl": settings.rl, "warp": warp}
+    for path, group in (groups | {"warp.bema": warp.bema}).items():
+        for name, field in type(group).model_fields.items():
+            value = getattr(group, name)
+            if not field.is_required() and value != field.default and name not in ("anchor", "bema"):
+                yield f"{path}.{name}", value
 
 
 def _stage(settings: Settings, stage: str) -> str:
@@ -76,7 +90,7 @@ def _stage(settings: Settings, stage: str) -> str:
     return f"This model is the stage `{stage}`, without interpolation towards SFT (eta = 1)."
 
 
-def _table(measured: Mapping[str, Mapping[str, float]], report: Mapping[str, Any]) -> str:
+def _table(measured: Mapping[str, Mapping[str, float]], report: Mapping[str, Any], temperature: float) -> str:
     """Means and standard errors on the held-out prompts of the job."""
     if "this model" not in measured:
         return "The job has no evaluation of this stage." + _compared(report)
@@ -85,7 +99,7 @@ def _table(measured: Mapping[str, Mapping[str, float]], report: Mapping[str, Any
         cells = [f"{row[name]:.4f} +- {row[f'{name}_se']:.4f}" for row in measured.values()]
         rows.append([meaning, *("-" if "nan" in cell else cell for cell in cells)])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"Mean +- standard error on held-out prompts:\n\n{table}{_compared(report)}"
+    return f"Mean +- standard error on held-out prompts, at temperature {temperature:g}:\n\n{table}{_compared(report)}"
 
 
 def _compared(report: Mapping[str, Any]) -> str:
