@@ -87,8 +87,8 @@ def test_the_card_names_what_differs_from_the_method_of_the_paper():
     """Fails when a setting of LoRA, sampling, RL or the anchor is left out, or a default or an unread rate is named."""
     chosen = {"model.lora.rank": 4, "sampling.top_p": 0.8, "rl.updates_per_rollout": 2, "evaluation.temperature": 0.7}
     card = _make(chosen=chosen | {"warp.anchor": "bema", "warp.bema.lag": 5.0, "warp.runs": ({"seed": 7}, {})})
-    others = "`model.lora.rank = 4`, `sampling.top_p = 0.8`, `rl.updates_per_rollout = 2`, `warp.runs = ({'seed': 7}, {})`"
-    assert f"Other settings: {others}, `warp.bema.lag = 5.0`." in card
+    others = "`model.lora.rank = 4`, `sampling.top_p = 0.8`, `rl.updates_per_rollout = 2`"
+    assert f"Other settings: {others}, `warp.runs = ({{'seed': 7}}, {{}})`, `warp.bema.lag = 5.0`." in card
     assert "to an anchor (bema)" in card
     assert "on held-out prompts, at temperature 0.7:" in card
     assert "Other settings" not in _make()
