@@ -10,7 +10,7 @@ import pytest
 from tests.commands import ENV, ROOT
 from warp_jax import cli, commands
 
-WARP_JAX = [sys.executable, "-m", "warp_jax.commands"]
+WARP_JAX = [sys.executable, "-P", "-m", "warp_jax.commands"]  # -P: as the installed program, which is in bin/
 BAD = "error: flag --config=tiny: config.warp."
 FRONTS = {path.stem for path in ROOT.glob("scripts/*.py") if "commands.run(" in path.read_text()}
 
@@ -52,7 +52,7 @@ def test_every_command_but_run_and_completion_has_a_front():
         (["completion", "tcsh"], 2, "error: completion: got 'tcsh', want one of bash, zsh, fish\n"),
         (["run", "--config=tinny", "--workdir=x"], 2, "error: flag --config=tinny: no config 'tinny', want the path"),
         (["run", "--wrkdir=x"], 2, "error: no flag --wrkdir; did you mean --workdir?\n"),
-        (["status", "--workdir=x"], 2, "error: no flag --workdir; see --help, or try runs/quickstart\n"),
+        (["status", "--logdir=x"], 2, "error: no flag --logdir; see --help, or try runs/quickstart\n"),
         (["run", "--config=tiny"], 2, "error: --workdir is missing; try --config=quickstart --workdir=runs/quickst"),
         (
             ["run", "--config=tiny", "--workdir=x", "--config.warp.ema_rat=1"],
