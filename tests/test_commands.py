@@ -76,6 +76,12 @@ def test_a_wrong_call_is_one_line(tmp_path, arguments, code, start):
     assert "tinny" not in done.stderr or f"one of {', '.join(cli.config_names())}; did you mean tiny?" in done.stderr
 
 
+def test_the_version(tmp_path):
+    """Fails when --version without a command prints no version, or the flag asks for a config."""
+    done = _start(tmp_path, WARP_JAX, "--version")
+    assert (done.returncode, done.stdout.partition(" ")[0], done.stderr) == (0, "warp_jax", "")
+
+
 def test_ctrl_c_while_jax_is_imported(tmp_path):
     """Fails when the handler of the interrupt imports the half-imported JAX again, and ends with that error."""
     jax = "import sys\nif hasattr(sys, 'again'):\n    raise AttributeError\nsys.again = True\nraise KeyboardInterrupt"
