@@ -76,6 +76,19 @@ def test_a_wrong_call_is_one_line(tmp_path, arguments, code, start):
     assert "tinny" not in done.stderr or f"one of {', '.join(cli.config_names())}; did you mean tiny?" in done.stderr
 
 
+def test_the_help_of_a_command(tmp_path):
+    """Fails when a required flag has no mark, another one has, a default is not shown, absl's own flags are listed, or
+    the exit code is absl's 1.
+    """
+    done = _start(tmp_path, WARP_JAX, "merge", "--help", "--nonsense")
+    flags = {line[2:].split()[0]: line for line in done.stdout.splitlines() if line[2:4] == "--"}
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {name for name, line in flags.items() if line[0] == "*"} == {"--init", "--policies", "--out"}
+    assert "Default: slerp." in done.stdout
+    assert "--verbosity" not in flags
+    assert flags.keys() >= {"--etas", "--method", "--memory_gb"}
+
+
 def test_the_version(tmp_path):
     """Fails when --version without a command prints no version, or the flag asks for a config."""
     done = _start(tmp_path, WARP_JAX, "--version")
