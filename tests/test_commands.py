@@ -10,7 +10,7 @@ import pytest
 from tests.commands import ENV, ROOT
 from warp_jax import cli, commands
 
-WARP_JAX = [sys.executable, "-m", "warp_jax.commands"]
+WARP_JAX = [sys.executable, "-P", "-m", "warp_jax.commands"]  # -P: as the installed program, which is in bin/
 BAD = "error: flag --config=tiny: config.warp."
 FRONTS = {path.stem for path in ROOT.glob("scripts/*.py") if "commands.run(" in path.read_text()}
 
@@ -52,7 +52,7 @@ def test_every_command_but_run_and_completion_has_a_front():
         (["completion", "tcsh"], 2, "error: completion: got 'tcsh', want one of bash, zsh, fish\n"),
         (["run", "--config=tinny", "--workdir=x"], 2, "error: flag --config=tinny: no config 'tinny', want the path"),
         (["run", "--wrkdir=x"], 2, "error: no flag --wrkdir; did you mean --workdir?\n"),
-        (["status", "--workdir=x"], 2, "error: no flag --workdir; see --help, or try runs/quickstart\n"),
+        (["status", "--logdir=x"], 2, "error: no flag --logdir; see --help, or try runs/quickstart\n"),
         (["run", "--config=tiny"], 2, "error: --workdir is missing; try --config=quickstart --workdir=runs/quickst"),
         (
             ["run", "--config=tiny", "--workdir=x", "--config.warp.ema_rat=1"],
@@ -74,6 +74,25 @@ def test_a_wrong_call_is_one_line(tmp_path, arguments, code, start):
     assert done.stderr.count("\n") == bool(arguments)
     assert "Traceback" not in done.stderr
     assert "tinny" not in done.stderr or f"one of {', '.join(cli.config_names())}; did you mean tiny?" in done.stderr
+
+
+def test_the_help_of_a_command(tmp_path):
+    """Fails when a required flag has no mark, another one has, a default is not shown, absl's own flags are listed, or
+    the exit code is absl's 1.
+    """
+    done = _start(tmp_path, WARP_JAX, "merge", "--help", "--nonsense")
+    flags = {line[2:].split()[0]: line for line in done.stdout.splitlines() if line[2:4] == "--"}
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {name for name, line in flags.items() if line[0] == "*"} == {"--init", "--policies", "--out"}
+    assert "Default: slerp." in done.stdout
+    assert "--verbosity" not in flags
+    assert flags.keys() >= {"--etas", "--method", "--memory_gb"}
+
+
+def test_the_version(tmp_path):
+    """Fails when --version without a command prints no version, or the flag asks for a config."""
+    done = _start(tmp_path, WARP_JAX, "--version")
+    assert (done.returncode, done.stdout.partition(" ")[0], done.stderr) == (0, "warp_jax", "")
 
 
 def test_ctrl_c_while_jax_is_imported(tmp_path):

@@ -39,10 +39,9 @@ counts() { # print the numbers of iterations and runs; a wrong option ends with 
   "$PYTHON" - "$@" <<'CODE'
 import sys
 from absl import flags
-from ml_collections import config_flags
 from warp_jax import cli
 
-config = config_flags.DEFINE_config_file("config")
+config = cli.define_config("config", "")
 flags.DEFINE_string("workdir", None, "")
 flags.DEFINE_string("accept", "", "")
 example = "--config=configs/gemma_7b.py --workdir=runs/gemma_7b"

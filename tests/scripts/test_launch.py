@@ -516,7 +516,7 @@ def test_a_job_near_its_time_limit_is_queued_again(ends, code, tmp_path):
     ("arguments", "variables", "message"),
     [
         ([CONFIG], {}, "--workdir is missing"),
-        ([*ARGUMENTS, "--run=1"], {}, "'run'"),
+        ([*ARGUMENTS, "--run=1"], {}, "no flag --run;"),
         ([*ARGUMENTS, "--config.warp.num_run=1"], {}, "num_runs"),
         (ARGUMENTS, {"NODES": "0"}, "NODES: got '0'"),
         (ARGUMENTS, {"RESTARTS": "-1"}, "RESTARTS: got '-1'"),

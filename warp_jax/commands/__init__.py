@@ -73,7 +73,7 @@ def main() -> None:
         sys.argv[:2] = [f"warp-jax {name}"]
         run(name)
     elif name == "--version":
-        print(importlib.import_module("warp_jax.cli").versions())
+        run("run")  # which has this flag
     elif name in ("", "--help", "-h", "help"):
         print(overview())
         sys.exit(0 if name else 2)
