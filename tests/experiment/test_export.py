@@ -105,3 +105,22 @@ def test_other_rows_skip_the_comparison(compare, tmp_path):
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(f"{line}\n" for line in source.read_text().splitlines()[:-1]))
     assert "was made with other rows" in compare(_evaluate)["skipped"]
+
+
+@pytest.mark.parametrize(
+    ("source", "sft_steps", "kind", "want"),
+    [
+        ("hf://org/policy@v1", 0, "LlamaForCausalLM", {"base_model_name_or_path": "org/policy", "revision": "v1"}),
+        ("hf://org/policy@v1", 5, "LlamaForCausalLM", {"base_model_name_or_path": None}),
+        ("hf://org/policy@v1", 0, "Gemma3ForConditionalGeneration", {"base_model_name_or_path": None}),
+        ("models/mine", 0, "LlamaForCausalLM", {"base_model_name_or_path": "FOLDER"}),
+    ],
+)
+def test_an_adapter_names_its_base_model(tmp_path, source, sft_steps, kind, want):
+    """Fails when the base model is a folder in the cache of the Hub, has no revision, is not the SFT policy, or has
+    other names of weights.
+    """
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [kind]}))
+    parts = {"model": types.SimpleNamespace(source=source), "sft": types.SimpleNamespace(num_steps=sft_steps)}
+    job = types.SimpleNamespace(source=tmp_path, settings=types.SimpleNamespace(**parts))
+    assert export._base_of_adapter(job) == {k: v and v.replace("FOLDER", str(tmp_path)) for k, v in want.items()}

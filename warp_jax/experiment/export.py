@@ -13,6 +13,7 @@ from warp_jax.evaluation import measure, model_card, points, statistics
 from warp_jax.experiment import preparation
 from warp_jax.experiment.stages import Workdir
 from warp_jax.experiment.workdir import check_ingredients, check_rows_unchanged, first_command
+from warp_jax.files import hub
 from warp_jax.merging import rounding
 from warp_jax.models import partitioning
 from warp_jax.models.apply import param_shapes
@@ -62,10 +63,8 @@ def export_stage(
     report: dict[str, Any] = {"workdir": str(workdir), "stage": stage, "dtype": dtype, "warnings": []}
     with files.staged(out) as staging:
         if lora_rank:
-            base = str(job.source) if job.source and not job.settings.sft.num_steps else None
-            adapter = hf_adapter.export_adapter(
-                params, sft, model, staging, rank=lora_rank, dtype=dtype, base_name=base
-            )
+            base = _base_of_adapter(job)
+            adapter = hf_adapter.export_adapter(params, sft, model, staging, rank=lora_rank, dtype=dtype, base_is=base)
             report |= cut(adapter)
         else:
             _write_whole(job, params, model, staging, dtype)
@@ -94,6 +93,24 @@ def _write_whole(job: Workdir, params: Params, model: TransformerConfig, out: Pa
         files.write_text(out / "tokenizer.json", job.tokenizer.to_json())
         names = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}
         files.write_json(out / "tokenizer_config.json", names | job.tokenizer.special_tokens)
+
+
+def _base_of_adapter(job: Workdir) -> dict[str, str | None]:
+    """What adapter_config.json says of the base model: the source, if SFT is the source and PEFT finds its weights.
+
+    A model with images has other names than its text tower.
+    """
+    source = job.settings.model.source
+    unnamed: dict[str, str | None] = {"base_model_name_or_path": None}
+    if job.source is None or job.settings.sft.num_steps:
+        return unnamed
+    kind = files.read_json(job.source / hf_config.CONFIG)["architectures"][0]
+    if kind.endswith("ForConditionalGeneration"):
+        return unnamed
+    if source.startswith(hub.PREFIX):
+        found = hub.parse(source)
+        return {"base_model_name_or_path": found.repo, "revision": found.revision}
+    return {"base_model_name_or_path": str(job.source)}
 
 
 def cut(adapter: hf_adapter.Adapter) -> dict[str, Any]:
