@@ -12,7 +12,7 @@ from warp_jax.data import batches
 from warp_jax.evaluation import measure
 from warp_jax.experiment import export, preparation, workdir
 from warp_jax.parallel import meshes
-from warp_jax.types import RewardError
+from warp_jax.types import RewardError, States
 
 ROWS = [{"text": f"film number {i}", "label": i % 2} for i in range(900)]
 CHANGES = {"data.reward_fraction": 0.3, "data.gold_fraction": 0.3, "data.prompts_fraction": 0.2}
@@ -40,7 +40,7 @@ def compare(tmp_path, monkeypatch):
     for name in INGREDIENTS:
         (path / name).mkdir(parents=True)
     prompts = batches.left_pad([np.array([i // 2]) for i in range(48)], 1, 0)
-    examiner = _Examiner(eval_prompts=prompts, batch_size=settings.evaluation.batch_size)
+    examiner = _Examiner(eval_prompts=prompts, batch_size=settings.evaluation.batch_size, kl_to_sft=_kl_from_states)
     monkeypatch.setattr(preparation, "prepare", lambda *args: (None, None, examiner))
 
     def run(evaluate, *, prompts=8, changes=None):
@@ -52,7 +52,14 @@ def compare(tmp_path, monkeypatch):
     return run
 
 
+def _kl_from_states(policy, sft, frozen, rollout, states):
+    """The layers that SFT is computed from, and the policy's last states."""
+    return "its own" if states.trunk is None else states.trunk, states.final
+
+
 def _evaluate(examiner, policy):
+    states = States("the policy's", "sampled")
+    assert examiner.kl_to_sft(policy, {}, {}, "rollout", states) == ("its own", "sampled")
     ids = np.asarray(examiner.eval_prompts.prompt_ids)[:, 0]
     assert len(ids) % examiner.batch_size == 0
     return types.SimpleNamespace(reward=policy * ids, sft_kl=policy + ids, clusters=ids)
@@ -61,7 +68,7 @@ def _evaluate(examiner, policy):
 @pytest.mark.parametrize(("prompts", "completions"), [(1, 16), (8, 16), (9, 32), (24, 48), (64, 48)])
 def test_an_export_is_compared_on_whole_batches_of_the_evaluation(compare, prompts, completions):
     """Mutation: all completions in one batch, which draws others than the saved evaluation; completions counted as
-    prompts.
+    prompts; SFT computed from the rounded frozen layers of the exported policy.
     """
     found = compare(_evaluate, prompts=prompts)
     assert (found["prompts"], found["completions"]) == (completions // 2, completions)

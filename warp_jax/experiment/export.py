@@ -22,7 +22,7 @@ from warp_jax.parallel import meshes
 from warp_jax.pretrained import hf_adapter, hf_config, hf_weights
 from warp_jax.progress import JobProgress
 from warp_jax.storage import model_files, weight_files
-from warp_jax.types import Params, StorageError
+from warp_jax.types import Params, Rollout, States, StorageError
 
 REPORT, GENERATION = model_files.EXPORT_REPORT, "generation_config.json"
 
@@ -170,6 +170,7 @@ def _compared(job: Workdir, policies: dict[str, Params], sft: Params, prompts: i
             eval_prompts=batches.take(examiner.eval_prompts, np.arange(count)),
             sft_params=sft,
             frozen_params={},
+            kl_to_sft=_kl_of_whole_models(examiner.kl_to_sft),
         )
         found = {name: measure.evaluate(examiner, params) for name, params in policies.items()}
     except (ValueError, OSError, ImportError, FloatingPointError, StorageError) as error:
@@ -188,6 +189,18 @@ def _compared(job: Workdir, policies: dict[str, Params], sft: Params, prompts: i
             "difference_se": difference_se,
         }
     return result
+
+
+def _kl_of_whole_models(kl_to_sft: measure.KlFn) -> measure.KlFn:
+    """The KL of an exported policy: rounding moves its frozen layers too, so SFT is computed from its own."""
+
+    def kl(
+        params: Params, sft_params: Params, frozen_params: Params, rollout: Rollout, states: States | None = None
+    ) -> jax.Array:
+        own = states and states._replace(trunk=None)
+        return kl_to_sft(params, sft_params, frozen_params, rollout, own)
+
+    return kl
 
 
 def _configs(job: Workdir, model: TransformerConfig) -> tuple[dict[str, Any], dict[str, Any]]:
