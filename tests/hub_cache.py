@@ -42,10 +42,16 @@ def use(cache, monkeypatch):
     """Let this process use this cache only."""
     from huggingface_hub import constants
 
-    from warp_jax.files import hub
-
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget()
+
+
+def forget():
+    """Let this process ask the Hub again."""
+    from warp_jax.files import hub
+
+    hub._commit_now.cache_clear()
     hub._download.cache_clear()
 
 
@@ -82,7 +88,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _answer(self, code, content, headers):
-        self.send_response(code)
+        self.send_response(self.server.failure or code)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
@@ -98,12 +104,15 @@ def _oid(content):
 
 
 @contextlib.contextmanager
-def served(cache, monkeypatch):
-    """Serve a cache as the Hub to this process; the value is the list of requested paths."""
+def served(cache, monkeypatch, failure=0):
+    """Serve a cache as the Hub to this process; the value is the list of requested paths.
+
+    failure: the status of all answers, such as 503.
+    """
     from huggingface_hub import constants
 
     with http.server.ThreadingHTTPServer(("localhost", 0), _Handler) as server:
-        server.cache, server.requested = cache, []
+        server.cache, server.requested, server.failure = cache, [], failure
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(constants, "ENDPOINT", endpoint := f"http://localhost:{server.server_port}")
         template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"

@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
 def _run(config: ConfigDict, workdir: Path) -> None:
     """Run the part of the job that the flags name."""
     try:
-        settings = hosts.all_or_none(lambda: inputs.pin(typed.from_config(config.to_dict())))
+        settings = inputs.pin(hosts.all_or_none(lambda: typed.from_config(config.to_dict())))
         cache = hosts.all_or_none(lambda: program_cache.choose(COMPILATION_CACHE.value, workdir))
         if PROFILE.value and (files.is_remote(workdir) or MERGE.value or REPLAY.value):
             raise ValueError("profile: got --profile with a bucket, --merge or --replay, want a local job that trains")

@@ -12,7 +12,7 @@ from warp_jax.data import batches
 from warp_jax.evaluation import measure
 from warp_jax.experiment import export, preparation, workdir
 from warp_jax.parallel import meshes
-from warp_jax.types import RewardError
+from warp_jax.types import RewardError, States
 
 ROWS = [{"text": f"film number {i}", "label": i % 2} for i in range(900)]
 CHANGES = {"data.reward_fraction": 0.3, "data.gold_fraction": 0.3, "data.prompts_fraction": 0.2}
@@ -40,7 +40,7 @@ def compare(tmp_path, monkeypatch):
     for name in INGREDIENTS:
         (path / name).mkdir(parents=True)
     prompts = batches.left_pad([np.array([i // 2]) for i in range(48)], 1, 0)
-    examiner = _Examiner(eval_prompts=prompts, batch_size=settings.evaluation.batch_size)
+    examiner = _Examiner(eval_prompts=prompts, batch_size=settings.evaluation.batch_size, kl_to_sft=_kl_from_states)
     monkeypatch.setattr(preparation, "prepare", lambda *args: (None, None, examiner))
 
     def run(evaluate, *, prompts=8, changes=None):
@@ -52,7 +52,14 @@ def compare(tmp_path, monkeypatch):
     return run
 
 
+def _kl_from_states(policy, sft, frozen, rollout, states):
+    """The layers that SFT is computed from, and the policy's last states."""
+    return "its own" if states.trunk is None else states.trunk, states.final
+
+
 def _evaluate(examiner, policy):
+    states = States("the policy's", "sampled")
+    assert examiner.kl_to_sft(policy, {}, {}, "rollout", states) == ("its own", "sampled")
     ids = np.asarray(examiner.eval_prompts.prompt_ids)[:, 0]
     assert len(ids) % examiner.batch_size == 0
     return types.SimpleNamespace(reward=policy * ids, sft_kl=policy + ids, clusters=ids)
@@ -61,7 +68,7 @@ def _evaluate(examiner, policy):
 @pytest.mark.parametrize(("prompts", "completions"), [(1, 16), (8, 16), (9, 32), (24, 48), (64, 48)])
 def test_an_export_is_compared_on_whole_batches_of_the_evaluation(compare, prompts, completions):
     """Mutation: all completions in one batch, which draws others than the saved evaluation; completions counted as
-    prompts.
+    prompts; SFT computed from the rounded frozen layers of the exported policy.
     """
     found = compare(_evaluate, prompts=prompts)
     assert (found["prompts"], found["completions"]) == (completions // 2, completions)
@@ -105,3 +112,22 @@ def test_other_rows_skip_the_comparison(compare, tmp_path):
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(f"{line}\n" for line in source.read_text().splitlines()[:-1]))
     assert "was made with other rows" in compare(_evaluate)["skipped"]
+
+
+@pytest.mark.parametrize(
+    ("source", "sft_steps", "kind", "want"),
+    [
+        ("hf://org/policy@v1", 0, "LlamaForCausalLM", {"base_model_name_or_path": "org/policy", "revision": "v1"}),
+        ("hf://org/policy@v1", 5, "LlamaForCausalLM", {"base_model_name_or_path": None}),
+        ("hf://org/policy@v1", 0, "Gemma3ForConditionalGeneration", {"base_model_name_or_path": None}),
+        ("models/mine", 0, "LlamaForCausalLM", {"base_model_name_or_path": "FOLDER"}),
+    ],
+)
+def test_an_adapter_names_its_base_model(tmp_path, source, sft_steps, kind, want):
+    """Fails when the base model is a folder in the cache of the Hub, has no revision, is not the SFT policy, or has
+    other names of weights.
+    """
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [kind]}))
+    parts = {"model": types.SimpleNamespace(source=source), "sft": types.SimpleNamespace(num_steps=sft_steps)}
+    job = types.SimpleNamespace(source=tmp_path, settings=types.SimpleNamespace(**parts))
+    assert export._base_of_adapter(job) == {k: v and v.replace("FOLDER", str(tmp_path)) for k, v in want.items()}

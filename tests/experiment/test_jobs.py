@@ -10,6 +10,7 @@ from tests.commands import TINY, finish, kill_when, main_command, run, start
 from tests.settings_of import settings_of
 from warp_jax import files
 from warp_jax.experiment import jobs, stages, status
+from warp_jax.types import StorageError
 
 M = 3
 SETTINGS = (
@@ -138,15 +139,54 @@ def test_the_report_gets_the_held_out_prompts(tmp_path, monkeypatch):
     assert got == (("tokenizer", "eval"), ["points", trainer, examiner], tmp_path, "state")
 
 
-def test_the_page_is_written_after_each_evaluation(tmp_path, monkeypatch):
-    """Fails when the page waits for the end of the job, has no time left, or shows what is not saved."""
-    examiner, watched, pages = types.SimpleNamespace(eval_prompts="eval"), {}, []
+@pytest.fixture
+def evaluating(tmp_path, monkeypatch):
+    """Run a part that evaluates twice, with a function that writes its page; return the pages' arguments and notes."""
+    examiner, watched, notes = types.SimpleNamespace(eval_prompts="eval"), {}, []
+
+    def evaluate_twice(*arguments):
+        watched["after_evaluation"]()
+        watched["after_evaluation"]()
+
     monkeypatch.setattr(jobs.preparation, "prepare", lambda *arguments: ("tokenizer", (), examiner))
     monkeypatch.setattr(jobs.warp, "make_job", lambda *arguments, **more: watched.update(more))
-    monkeypatch.setattr(jobs.warp, "run_one", lambda *arguments: watched["after_evaluation"]())
+    monkeypatch.setattr(jobs.warp, "run_one", evaluate_twice)
+    monkeypatch.setattr(jobs.warp, "merge_one", evaluate_twice)
     monkeypatch.setattr(jobs.JobProgress, "left", lambda self: "about 3.0 min left")
+    monkeypatch.setattr(jobs.JobProgress, "note", lambda self, text: notes.append(text))
     monkeypatch.setattr(jobs.status, "progress", lambda workdir, left: left)
     monkeypatch.setattr(jobs, "saved_points", lambda settings, workdir: ["saved"])
-    monkeypatch.setattr(jobs.writer, "write_page", lambda settings, *arguments: pages.append(arguments))
-    jobs.run_part(settings_of(), {}, tmp_path, jobs.Part(1, 1))
-    assert pages == [(("tokenizer", "eval"), ["saved"], tmp_path, "about 3.0 min left")]
+
+    def make(part, write_page):
+        monkeypatch.setattr(jobs.writer, "write_page", lambda settings, *arguments: write_page(arguments))
+        return jobs.run_part(settings_of(), {}, tmp_path, part), notes
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("part", "seconds", "during"), [(jobs.Part(1, 1), 60.0, 1), (jobs.Part(1, 0), 60.0, 1), (jobs.Part(1, 1), 0.0, 2)]
+)
+def test_the_page_is_written_after_evaluations_and_at_the_end(
+    tmp_path, monkeypatch, evaluating, *, part, seconds, during
+):
+    """Fails when the page waits for the end of the job, each evaluation writes it, the end of a run or a merge does
+    not, it has no time left, or shows what is not saved.
+    """
+    monkeypatch.setattr(jobs, "PAGE_SECONDS", seconds)
+    pages = []
+    evaluating(part, pages.append)
+    first = ("tokenizer", "eval"), ["saved"], tmp_path
+    assert pages == [(*first, "about 3.0 min left")] * during + [(*first, "")]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), ValueError("bad row"), StorageError("x is damaged")])
+def test_a_page_that_cannot_be_written_does_not_stop_the_job(tmp_path, evaluating, error):
+    """Fails when a job ends because of its page, or does not say what is missing."""
+
+    def write_page(arguments):
+        raise error
+
+    line, notes = evaluating(jobs.Part(1, 1), write_page)
+    assert line == "iteration 1 run 1: finished"
+    assert notes == [f"{tmp_path / 'report.html'} is not written: {error}"] * 2

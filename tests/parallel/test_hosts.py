@@ -116,6 +116,9 @@ def test_bad_input_of_one_process_stops_all(tmp_path):
 
 TWO = """
 import pathlib, sys
+from tests.settings_of import settings_of
+from warp_jax.experiment import inputs
+from warp_jax.files import hub
 from warp_jax.parallel import hosts
 from warp_jax.rewards.text_reward import TextReward
 from warp_jax.types import RewardError
@@ -133,6 +136,10 @@ else:
     raise AssertionError
 if number:
     pathlib.Path.exists = None
+source = f"hf://org/model@{'ab'[number] * 40}"
+hub.pin = lambda *arguments: source
+settings = inputs.pin(settings_of({"gold.source": "hf://org/model"}))
+assert settings.gold.source == f"hf://org/model@{'a' * 40}", settings.gold.source
 assert hosts.exists(folder) and not hosts.exists(folder / "nowhere")
 try:
     if number:
@@ -144,8 +151,8 @@ except Exception as error:
 
 
 def test_what_two_processes_do_together(tmp_path):
-    """Fails when both processes call a host function or look for a path (NFS caches a failed look-up), or an error in
-    one, such as that of a reward function, leaves the other waiting.
+    """Fails when both processes call a host function or look for a path (NFS caches a failed look-up), each takes its
+    own commit of a branch, or an error in one, such as that of a reward function, leaves the other waiting.
     """
     port = str(_free_port())
     processes = [start([sys.executable, "-c", TWO, port, str(number), str(tmp_path)]) for number in (0, 1)]

@@ -38,7 +38,8 @@ def _moved(base, *patterns, seed=1):
 
 
 def _export(out, params, base, rank=RANK, dtype="float32"):
-    return hf_adapter.export_adapter(params, base, CONFIG, out, rank=rank, dtype=dtype, base_name=None)
+    base_is = {"base_model_name_or_path": None}
+    return hf_adapter.export_adapter(params, base, CONFIG, out, rank=rank, dtype=dtype, base_is=base_is)
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +111,12 @@ def test_an_adapter_of_some_layers_and_the_head(folders, tmp_path):
     config = dataclasses.replace(CONFIG, layer_groups=(1, 2))
     cut = freezing.restacked(base, apply.init_params(config, jax.random.key(5)))
     policy = _moved(jax.tree.map(np.asarray, cut), "layers/[12]/attention/[qv]|lm_head")
-    hf_adapter.export_adapter(policy, cut, config, tmp_path / "a", rank=RANK, dtype="float32", base_name="x/y")
+    base_is = {"base_model_name_or_path": "x/y", "revision": "v1"}
+    hf_adapter.export_adapter(policy, cut, config, tmp_path / "a", rank=RANK, dtype="float32", base_is=base_is)
     content = files.read_json(tmp_path / "a" / "adapter_config.json")
     names = [f"model.layers.{i}.self_attn.{x}_proj" for i in (1, 2) for x in "qv"]
     assert content["target_modules"] == ["lm_head", *names]
-    assert (content["r"], content["base_model_name_or_path"]) == (RANK, "x/y")
+    assert content.items() > {"r": RANK, **base_is}.items()
     assert len(safetensors.numpy.load_file(tmp_path / "a" / "adapter_model.safetensors")) == 2 * len(names) + 2
 
 

@@ -31,7 +31,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache that this process uses."""
     hub_cache.use(tmp_path / "hub", monkeypatch)
     yield tmp_path / "hub"
-    hub._download.cache_clear()
+    hub_cache.forget()
 
 
 def _jsonl(path, rows):
@@ -166,7 +166,7 @@ def test_the_first_start_downloads_what_a_model_needs_and_later_ones_nothing(pub
         hub_cache.point(tmp_path / "server", "model", "org/mine", COMMITS[0])
         requested.clear()
         assert sources.find("hf://org/mine") == found
-        hub._download.cache_clear()
+        hub_cache.forget()
         assert sources.find(f"hf://org/mine@{COMMITS[1]}") == found
         assert not [path for path in requested if "resolve" in path]
 
@@ -213,6 +213,28 @@ def test_without_network_the_cache_must_have_it(cache, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lose_connection)
     with pytest.raises(hub.HubError, match="org/mine: connection reset; check the network"):
         sources.find("hf://org/mine")
+
+
+@pytest.mark.parametrize("failure", [429, 503])
+def test_a_hub_that_fails_gives_no_older_commit(published, cache, monkeypatch, failure):
+    """Fails when a cached commit is taken although the Hub answers with an error, or is not taken without network."""
+    hub_cache.point(published, "model", "org/policy", COMMITS[0])
+    hub_cache.use(published, monkeypatch)
+    assert hub.pin("hf://org/policy", "model") == f"hf://org/policy@{COMMITS[0]}"
+    hub_cache.forget()
+    message = f"org/policy: .*{failure}.*; check the network, then try again"
+    with hub_cache.served(published, monkeypatch, failure), pytest.raises(hub.HubError, match=message):
+        hub.pin("hf://org/policy", "model")
+    assert hub.pin("hf://org/policy", "model") == f"hf://org/policy@{COMMITS[0]}"  # no connection: nobody serves
+
+
+def test_a_commit_that_is_not_the_newest_is_refused(cache, monkeypatch):
+    """Fails when the Hub names a commit, and then fails, so that an older one from the cache is taken."""
+    info = type("Info", (), {"sha": COMMITS[1]})
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *arguments, **options: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *arguments, **options: f"snapshots/{COMMITS[0]}")
+    with pytest.raises(hub.HubError, match=f"revision 'main' is {COMMITS[1]}, but the Hub gave {COMMITS[0]}"):
+        hub.pin("hf://org/policy", "model")
 
 
 def test_a_missing_package_is_named(cache, monkeypatch):

@@ -34,10 +34,10 @@ class _Service(types.ModuleType):
         return self.logged_in
 
     def init(self, **options):
-        run = types.SimpleNamespace(options=options, rows={}, offline=self.settings.mode == "offline", closed=False)
+        run = types.SimpleNamespace(options=options, rows={}, offline=self.settings.mode == "offline", exit_code=None)
         run.step = self.next_step
         run.log = lambda row, step, commit: run.rows.update({step: row})
-        run.finish = lambda: setattr(run, "closed", True)
+        run.finish = lambda exit_code: setattr(run, "exit_code", exit_code)
         self.runs.append(run)
         return run
 
@@ -62,7 +62,7 @@ def test_a_run_is_resumed_at_the_step_that_wandb_needs_next(tmp_path, monkeypatc
     first, second = service.runs
     assert first.rows == {step: {"step": step, "loss": step + 0.5} for step in range(4)}
     assert list(second.rows) == [3, 4, 5]
-    assert first.closed
+    assert (first.exit_code, second.exit_code) == (0, 0)
     for name in ("id", "project", "group", "name", "resume"):
         assert first.options[name] == second.options[name]
     assert first.options["project"] == "warp"
@@ -71,6 +71,18 @@ def test_a_run_is_resumed_at_the_step_that_wandb_needs_next(tmp_path, monkeypatc
     assert first.options["name"] == "mu_0.01/iteration_1/run_2"
     assert first.options["resume"] == "allow"
     assert first.options["config"]["warp"]["num_runs"] == 2
+
+
+@pytest.mark.parametrize("where", ["a step", "the last upload"])
+def test_a_job_that_fails_is_not_shown_as_finished(tmp_path, monkeypatch, where):
+    """Fails when an error in a step, or when the files are closed, leaves the run open or finished."""
+    monkeypatch.setitem(sys.modules, "wandb", service := _Service())
+    writer = MetricWriter(tmp_path / "sft", 0, wandb_run.open_run(settings_of(PROJECT), tmp_path, tmp_path / "sft"))
+    if where == "the last upload":
+        monkeypatch.setattr(writer, "publish", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError), contextlib.closing(writer):
+        writer.write(0, {"loss": 1 / (where != "a step")})
+    assert service.runs[0].exit_code == 1
 
 
 def test_rows_from_before_wandb_are_sent_too(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from warp_jax.evaluation import measure, model_card, points, statistics
 from warp_jax.experiment import preparation
 from warp_jax.experiment.stages import Workdir
 from warp_jax.experiment.workdir import check_ingredients, check_rows_unchanged, first_command
+from warp_jax.files import hub
 from warp_jax.merging import rounding
 from warp_jax.models import partitioning
 from warp_jax.models.apply import param_shapes
@@ -21,7 +22,7 @@ from warp_jax.parallel import meshes
 from warp_jax.pretrained import hf_adapter, hf_config, hf_weights
 from warp_jax.progress import JobProgress
 from warp_jax.storage import model_files, weight_files
-from warp_jax.types import Params, StorageError
+from warp_jax.types import Params, Rollout, States, StorageError
 
 REPORT, GENERATION = model_files.EXPORT_REPORT, "generation_config.json"
 
@@ -62,10 +63,8 @@ def export_stage(
     report: dict[str, Any] = {"workdir": str(workdir), "stage": stage, "dtype": dtype, "warnings": []}
     with files.staged(out) as staging:
         if lora_rank:
-            base = str(job.source) if job.source and not job.settings.sft.num_steps else None
-            adapter = hf_adapter.export_adapter(
-                params, sft, model, staging, rank=lora_rank, dtype=dtype, base_name=base
-            )
+            base = _base_of_adapter(job)
+            adapter = hf_adapter.export_adapter(params, sft, model, staging, rank=lora_rank, dtype=dtype, base_is=base)
             report |= cut(adapter)
         else:
             _write_whole(job, params, model, staging, dtype)
@@ -94,6 +93,24 @@ def _write_whole(job: Workdir, params: Params, model: TransformerConfig, out: Pa
         files.write_text(out / "tokenizer.json", job.tokenizer.to_json())
         names = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}
         files.write_json(out / "tokenizer_config.json", names | job.tokenizer.special_tokens)
+
+
+def _base_of_adapter(job: Workdir) -> dict[str, str | None]:
+    """What adapter_config.json says of the base model: the source, if SFT is the source and PEFT finds its weights.
+
+    A model with images has other names than its text tower.
+    """
+    source = job.settings.model.source
+    unnamed: dict[str, str | None] = {"base_model_name_or_path": None}
+    if job.source is None or job.settings.sft.num_steps:
+        return unnamed
+    kind = files.read_json(job.source / hf_config.CONFIG)["architectures"][0]
+    if kind.endswith("ForConditionalGeneration"):
+        return unnamed
+    if source.startswith(hub.PREFIX):
+        found = hub.parse(source)
+        return {"base_model_name_or_path": found.repo, "revision": found.revision}
+    return {"base_model_name_or_path": str(job.source)}
 
 
 def cut(adapter: hf_adapter.Adapter) -> dict[str, Any]:
@@ -153,6 +170,7 @@ def _compared(job: Workdir, policies: dict[str, Params], sft: Params, prompts: i
             eval_prompts=batches.take(examiner.eval_prompts, np.arange(count)),
             sft_params=sft,
             frozen_params={},
+            kl_to_sft=_kl_of_whole_models(examiner.kl_to_sft),
         )
         found = {name: measure.evaluate(examiner, params) for name, params in policies.items()}
     except (ValueError, OSError, ImportError, FloatingPointError, StorageError) as error:
@@ -171,6 +189,18 @@ def _compared(job: Workdir, policies: dict[str, Params], sft: Params, prompts: i
             "difference_se": difference_se,
         }
     return result
+
+
+def _kl_of_whole_models(kl_to_sft: measure.KlFn) -> measure.KlFn:
+    """The KL of an exported policy: rounding moves its frozen layers too, so SFT is computed from its own."""
+
+    def kl(
+        params: Params, sft_params: Params, frozen_params: Params, rollout: Rollout, states: States | None = None
+    ) -> jax.Array:
+        own = states and states._replace(trunk=None)
+        return kl_to_sft(params, sft_params, frozen_params, rollout, own)
+
+    return kl
 
 
 def _configs(job: Workdir, model: TransformerConfig) -> tuple[dict[str, Any], dict[str, Any]]:

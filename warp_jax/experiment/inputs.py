@@ -1,5 +1,6 @@
 """Checks of everything that a config names, made before anything is written: data, rewards, models and the mesh."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,8 +50,15 @@ def check(settings: Settings) -> None:
 def pin(settings: Settings) -> Settings:
     """The same settings with the commit of every source on the Hugging Face Hub: nothing changes if a branch moves.
 
-    Raises ValueError that names the setting, if there is no such repository or revision; HubError if the Hub fails.
+    Process 0 asks the Hub, so that all processes have the same commits. Raises ValueError that names the setting, if
+    there is no such repository or revision; HubError if the Hub fails.
     """
+    changes = json.loads(hosts.text_of_first(lambda: json.dumps(_pinned(settings))))
+    return hosts.all_or_none(lambda: settings.replace(changes)) if changes else settings
+
+
+def _pinned(settings: Settings) -> dict[str, str]:
+    """The sources on the Hub with their commits, by the path of their setting."""
     found: dict[str, tuple[str, hub.Kind]] = {
         "model.source": (settings.model.source, "model"),
         "gold.source": (settings.gold.source, "model"),
@@ -58,12 +66,12 @@ def pin(settings: Settings) -> Settings:
         "evaluation.text": (settings.evaluation.text, "dataset"),
         **{f"rewards.{name}.source": (part.source, "model") for name, part in settings.rewards.items()},
     }
-    changes = {}
+    pinned = {}
     for path, (source, kind) in found.items():
         if source.startswith(hub.PREFIX):
             with fields.at(f"config.{path}"):
-                changes[path] = hub.pin(source, kind)
-    return settings.replace(changes) if changes else settings
+                pinned[path] = hub.pin(source, kind)
+    return pinned
 
 
 def try_rewards(settings: Settings, corpora: Mapping[str, Corpus]) -> None:

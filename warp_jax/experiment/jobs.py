@@ -1,6 +1,9 @@
 """Run a whole job, or one part of it: one run or one merge. Parts exchange their results through the workdir."""
 
-from collections.abc import Mapping
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +17,9 @@ from warp_jax.report import writer
 from warp_jax.report.data import HeldOut
 from warp_jax.settings import Settings
 from warp_jax.storage import checkpoint
+from warp_jax.types import StorageError
+
+PAGE_SECONDS = 60.0  # least time between two pages: each reads all evaluations again
 
 
 class Part(NamedTuple):
@@ -72,11 +78,7 @@ def run_part(
         with hosts.locked(workdir / LOCK, on_wait):
             tokenizer, trainers, examiner = preparation.prepare(settings, corpora, workdir, progress)
         held_out = HeldOut(tokenizer, examiner.eval_prompts)
-
-        def write_page() -> None:
-            state = status.progress(workdir, progress.left())
-            writer.write_page(settings, held_out, saved_points(settings, workdir), workdir, state)
-
+        write_page = _page_writer(settings, held_out, workdir, progress)
         job = warp.make_job(
             settings,
             trainers,
@@ -88,14 +90,37 @@ def run_part(
         )
         if part.run:
             warp.run_one(job, part.iteration, part.run)
+            hosts.on_first_process(functools.partial(write_page, at_end=True))
             return f"iteration {part.iteration} run {part.run}: finished"
         if 0 < part.iteration < settings.warp.num_iterations:
             warp.merge_one(job, part.iteration)
+            hosts.on_first_process(functools.partial(write_page, at_end=True))
             return f"iteration {part.iteration}: merged"
         points = warp.run_warp(job)
         if not hosts.is_first():
             return ""
         return writer.write_report(settings, held_out, points, workdir, status.progress(workdir))
+
+
+def _page_writer(settings: Settings, held_out: HeldOut, workdir: Path, progress: JobProgress) -> Callable[..., None]:
+    """A function that writes the page of a job that is not finished, at most once in PAGE_SECONDS before the end.
+
+    A page that cannot be written is a note: it must not stop a training.
+    """
+    last = -math.inf
+
+    def write(*, at_end: bool = False) -> None:
+        nonlocal last
+        if not at_end and time.monotonic() - last < PAGE_SECONDS:
+            return
+        try:
+            state = status.progress(workdir, "" if at_end else progress.left())
+            writer.write_page(settings, held_out, saved_points(settings, workdir), workdir, state)
+        except (OSError, ValueError, StorageError) as error:
+            progress.note(f"{workdir / writer.PAGE} is not written: {error}")
+        last = time.monotonic()
+
+    return write
 
 
 def total_steps(settings: Settings, part: Part = WHOLE) -> int:

@@ -68,7 +68,10 @@ def pin(source: str, kind: Kind) -> str:
     """
     repo, revision, path = parse(source)
     if not _COMMIT.fullmatch(revision):
-        revision = _download(repo, revision, kind, _SMALL).name
+        now, name = _commit_now(repo, revision, kind), revision
+        revision = _download(repo, name, kind, _SMALL).name  # the one in the cache, if the Hub fails meanwhile
+        if now not in ("", revision):
+            raise HubError(f"{repo}: revision {name!r} is {now}, but the Hub gave {revision}; try again")
     return f"{PREFIX}{repo}@{revision}" + f"/{path}" * bool(path)
 
 
@@ -112,6 +115,19 @@ def _package(repo: str) -> Any:
     except ImportError as error:
         raise ValueError(f"{repo}: needs the package huggingface_hub; run: pip install 'warp_jax[hub]'") from error
     return huggingface_hub
+
+
+@functools.cache
+def _commit_now(repo: str, revision: str, kind: Kind) -> str:
+    """The commit that the Hub has for a revision; "" without network."""
+    huggingface_hub = _package(repo)
+    with explained(repo, revision):
+        try:
+            return str(huggingface_hub.HfApi().repo_info(repo, repo_type=kind, revision=revision).sha)
+        except huggingface_hub.errors.HfHubHTTPError:  # an answer of the Hub
+            raise
+        except (huggingface_hub.errors.HTTPError, huggingface_hub.errors.OfflineModeIsEnabled):
+            return ""
 
 
 @functools.cache  # one commit of a branch, as long as the process lives

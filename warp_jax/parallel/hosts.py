@@ -70,6 +70,14 @@ def number_of_first(find: Callable[[], int]) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.array(found)))
 
 
+def text_of_first(find: Callable[[], str]) -> str:
+    """The text that a function returns in process 0, in every process. If it fails, all stop (see `all_or_none`)."""
+    text = all_or_none(lambda: find() if is_first() else "").encode()
+    size = number_of_first(lambda: len(text))
+    content = np.frombuffer(text, np.uint8) if is_first() else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(content)).astype(np.uint8).tobytes().decode()
+
+
 def all_or_none(action: Callable[[], Result]) -> Result:
     """Run an action in every process and return its result. If it fails in any process, all stop.
 

@@ -30,12 +30,19 @@ class Adapter(NamedTuple):
 
 
 def export_adapter(
-    params: Params, base: Params, config: TransformerConfig, out: Path, *, rank: int, dtype: str, base_name: str | None
+    params: Params,
+    base: Params,
+    config: TransformerConfig,
+    out: Path,
+    *,
+    rank: int,
+    dtype: str,
+    base_is: Mapping[str, str | None],
 ) -> Adapter:
     """Write to a new folder the factors of `rank` whose products are nearest to params - base, one kernel at a time.
 
-    dtype: of the factors. base_name: folder of the base model, for PEFT. Raises ValueError if another weight than a
-    kernel changes, or none does.
+    dtype: of the factors. base_is: fields of adapter_config.json by which PEFT finds the base model. Raises ValueError
+    if another weight than a kernel changes, or none does.
     """
     before, after = (
         {
@@ -68,7 +75,7 @@ def export_adapter(
         raise ValueError(
             f"lora_rank: got {rank}, but no weight differs from the base model; there is nothing to export"
         )
-    _write(out, factors, {"r": rank, "target_modules": sorted(lengths), "base_model_name_or_path": base_name})
+    _write(out, factors, {"r": rank, "target_modules": sorted(lengths), **base_is})
     return Adapter(jax.tree.unflatten(jax.tree.structure(base), before.values()), lengths, errors)
 
 

@@ -368,7 +368,7 @@ function fillProgress() {
   $("progress").hidden = finished;
   const percent = steps[1] ? ` (${Math.round((100 * steps[0]) / steps[1])} %)` : "";
   const words = [`${steps[0]} of ${steps[1]} training steps are done${percent}`, left].filter(Boolean);
-  $("left").textContent = `${words.join("; ")}. Written at ${written}; the job writes this page again after each evaluation.`;
+  $("left").textContent = `${words.join("; ")}. Written at ${written}; the job writes this page again after evaluations, at most once a minute.`;
   $("parts").replaceChildren(table(parts, "Parts of the job"));
 }
 

@@ -64,14 +64,16 @@ class MetricWriter:
                 files.write_bytes(self._directory / path.name, path.read_bytes())
 
     def close(self) -> None:
-        """Close the files and the observer."""
-        self._file.close()
-        self._tensorboard.close()
-        self.publish()
-        if self._temporary:
-            self._temporary.cleanup()
-        if self._observer:
-            self._observer.close()
+        """Close the files and, whatever fails, the observer."""
+        try:
+            self._file.close()
+            self._tensorboard.close()
+            self.publish()
+            if self._temporary:
+                self._temporary.cleanup()
+        finally:
+            if self._observer:
+                self._observer.close()
 
 
 def write_image(directory: Path, name: str, png: bytes) -> None:

@@ -6,6 +6,7 @@ written again, into one new folder: a killed job leaves no row twice and none ou
 
 import secrets
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,8 @@ class WandbRun:
             self._run.log(dict(row), step=row["step"], commit=True)
 
     def close(self) -> None:
-        """Send what is left."""
-        self._run.finish()
+        """Send what is left. If an error or a signal ends the training, the run is shown as failed, not as finished."""
+        self._run.finish(exit_code=int(sys.exc_info()[0] is not None))
 
 
 def open_run(settings: Settings, workdir: Path, directory: Path) -> WandbRun | None:
