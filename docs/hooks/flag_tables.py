@@ -26,9 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 def programs() -> dict[Path, str]:
     """Files that define flags, and the command that starts each: those of warp-jax, then the other scripts."""
-    found = {
-        ROOT / f"{command.module.replace('.', '/')}.py": f"warp-jax {name}" for name, command in COMMANDS.items()
-    }
+    found = {ROOT / f"{command.module.replace('.', '/')}.py": f"warp-jax {name}" for name, command in COMMANDS.items()}
     found |= {path: f"python {path.relative_to(ROOT)}" for path in sorted(ROOT.glob("scripts/**/*.py"))}
     return {path: command for path, command in found.items() if "flags.DEFINE_" in path.read_text()}
 
