@@ -148,4 +148,4 @@ def test_merging_adapters_is_merging_their_weights_not_their_factors(folders, tm
     for name in want:
         np.testing.assert_allclose(found[name], want[name], rtol=0, atol=1e-6, err_msg=name)
     with pytest.raises(ValueError, match="is a LoRA adapter, not a whole model"):
-        merge_folders(path / "adapter", [tmp_path / "other"], tmp_path / "wrong", settings)
+        merge_folders(path / "adapter", [tmp_path / "other", path / "policy"], tmp_path / "wrong", settings)
