@@ -15,6 +15,10 @@ SLOW = {f"test_{name}.py" for name in ("hosts", "jobs", "main", "sources", "rein
 def pytest_collection_modifyitems(items):
     """Slow files first: one that starts last keeps one of the two cores waiting."""
     items.sort(key=lambda item: item.path.name not in SLOW)
+    if "WARP_JAX_SLOW_TESTS" not in os.environ:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: set WARP_JAX_SLOW_TESTS=1"))
 
 
 @pytest.fixture(autouse=True)

@@ -219,6 +219,7 @@ def _table(out):
         return {(row["task"], row["metric"], row["model"]): row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_models_are_evaluated_once_and_compared(tmp_path):
     """Fails when the table is not the harness's, a start repeats what is done, or one failure ends the rest."""
     pytest.importorskip("lm_eval")

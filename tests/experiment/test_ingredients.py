@@ -165,6 +165,7 @@ def test_responses_are_encoded_once(job, monkeypatch):
     assert len(calls) == 4
 
 
+@pytest.mark.slow
 def test_a_stopped_training_ends_with_the_same_bits(job, tmp_path, monkeypatch):
     """Fails when a batch depends on the start of the job, or a state of accumulated gradients is not all of it."""
     stops = ["sft, saved after step 13", "reward_model, saved after step 7"]

@@ -34,6 +34,7 @@ def whole(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_jobs_in_any_order_with_a_kill_make_the_same_bits(whole, tmp_path):
     """Fails when a run depends on the process or the order it is trained in, when jobs that start together spoil what
     they share, when a run has the settings of another, or the merge takes policies in the order in which they end."""

@@ -49,6 +49,7 @@ def test_a_job_without_the_cache_has_the_same_bits(first):
     assert _results(first / "elsewhere" / "off") == _results(first / "first")
 
 
+@pytest.mark.slow
 def test_damaged_programs_are_made_again_and_the_others_are_used(first):
     """Fails when a second job compiles what the first has compiled, damage ends or changes it, prints more than one
     line, or stays; when a trace changes the numbers, or does not name the work of the host.

@@ -1,7 +1,6 @@
 """Multi-host jobs: real processes on this machine, compared with one process that has the same number of devices."""
 
 import csv
-import os
 import shutil
 import socket
 import sys
@@ -70,7 +69,7 @@ def test_two_processes_equal_one(one, tmp_path):
     assert len(rows) == 6
 
 
-@pytest.mark.skipif("WARP_JAX_SLOW_TESTS" not in os.environ, reason="two minutes: set WARP_JAX_SLOW_TESTS=1")
+@pytest.mark.slow
 def test_a_lost_process_stops_the_others_and_the_restart_goes_on(one, tmp_path):
     """Fails when the others hang or print a traceback, or a checkpoint needs the same processes or mesh.
 

@@ -364,6 +364,7 @@ def test_nothing_learns_from_chats(models, change):
         settings.replace({**labelled, **change})
 
 
+@pytest.mark.slow
 def test_a_chat_model_learns_from_responses_and_pairs(models, tmp_path):
     """Fails when data.chat refuses SFT on responses or a reward model of pairs, a conversation with its response is
     refused, the reward model cannot score RL's completions, or the end of the turn is not learned.

@@ -174,6 +174,7 @@ def test_other_trainers_train(name):
     assert [fact["tokens"] for fact in facts] == [20, 20]
 
 
+@pytest.mark.slow
 def test_a_worker_runs_when_asked(programs):
     """Fails when a worker counts the run that compiles, or hides why its program ended."""
     sides, protocol = programs("speed.sides"), programs("speed.protocol")

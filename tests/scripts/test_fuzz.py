@@ -32,6 +32,7 @@ def test_an_end_is_judged(code, errors, left, wanted):
     assert fuzz.judge(code, errors, left) == wanted
 
 
+@pytest.mark.slow
 def test_a_few_inputs_of_each_kind(tmp_path):
     """Fails when an input at any door ends in a traceback."""
     command = [

@@ -356,6 +356,7 @@ def test_states_and_their_metrics(folder, capsys):
     assert not (folder / "state").exists()
 
 
+@pytest.mark.slow
 def test_the_same_job_gives_the_same_bits_in_a_bucket_with_a_kill(folder, server, tmp_path):
     """Fails when any result differs from that of a local job, a killed job cannot go on, or a second job is let in."""
     together = [start(main_command(TINY, *SMALL, f"--workdir={tmp_path / 'run'}"))]

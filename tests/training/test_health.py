@@ -266,6 +266,7 @@ def test_held_out_numbers_are_finite():
         supervised.held_out(task, {}, 2, MESH)
 
 
+@pytest.mark.slow
 def test_the_whole_program_replays_a_step(tmp_path):
     """Fails when --replay starts the job, changes a file or finds another place, when an error is not one line, or when
     an exit code is not 2.

@@ -253,6 +253,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_other_settings_of_a_run(settings, tmp_path):
     """Fails when a setting scores factors as weights, or the anchor leaves the policy: it moves towards it."""

@@ -192,9 +192,9 @@ def test_the_kl_is_in_the_advantage():
 @pytest.mark.parametrize(
     ("parts", "advantage", "whiten"),
     [
-        (4, "none", False),
+        pytest.param(4, "none", False, marks=pytest.mark.slow),
         (4, "leave_one_out", False),
-        (8, "leave_one_out", False),
+        pytest.param(8, "leave_one_out", False, marks=pytest.mark.slow),
         (2, "leave_one_out", True),
         (4, "batch_mean", False),
     ],
@@ -351,7 +351,7 @@ def test_no_room_for_two_states_is_asked(tmp_path, monkeypatch):
 def _draws(directory, seed, iteration, run):
     """Prompts and keys of two steps of a run that trains nothing."""
     seen = []
-    rollout = types.SimpleNamespace()
+    rollout = types.SimpleNamespace(_replace=lambda **changes: None)
 
     def sampler(params, batch, key, copies):
         assert copies == SETTINGS.rl.samples_per_prompt
@@ -385,7 +385,9 @@ def test_every_run_and_step_has_prompts_and_noise_of_its_own(tmp_path):
     assert _draws(tmp_path / "again", seed=7, iteration=1, run=2) == draws[1]
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((8, 1, 1), (1, 8, 1), (1, 1, 8)))]
+)
 def test_eight_devices_equal_one(tmp_path, sizes):
     """Fails when a gradient or a baseline is taken per device, or a saved state needs the mesh that saved it.
 
