@@ -23,7 +23,10 @@ def _strict_promotion():
     """Overrides the strict one of conftest.py: optax raises a float to an integer power."""
 
 
-@pytest.mark.parametrize("runs", [(), ({"rewards.length.weight": -0.5}, {"seed": 3})], ids=["equal", "different"])
+DIFFERENT = ({"rewards.length.weight": -0.5}, {"seed": 3})
+
+
+@pytest.mark.parametrize("runs", [(), pytest.param(DIFFERENT, marks=pytest.mark.slow)], ids=["equal", "different"])
 def test_a_job_compiles_each_program_once(tmp_path, monkeypatch, runs):
     """Fails when a step after the first, a later run, an evaluation or a later merge compiles anything: a static
     argument or a shape that changes, a function that is jitted anew, or an update for each run of equal settings."""

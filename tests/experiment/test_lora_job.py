@@ -81,6 +81,7 @@ def test_saved_weights_are_whole_and_change_in_the_targets_alone(whole):
         np.testing.assert_allclose(merged[name], leaf, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_stage_as_an_adapter(whole, tmp_path):
     """Fails when the base model is another stage than SFT, the printed loss is not that of the folder, or the policy
     that is compared is another one.

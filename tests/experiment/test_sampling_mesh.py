@@ -35,6 +35,7 @@ def _step(tensor):
     return made.sampler.lay_out(params)["layers"]["mlp"]["up"]["kernel"], rollout, state, metrics, kl
 
 
+@pytest.mark.slow
 def test_sampling_may_split_the_weights_more_than_training():
     """Fails when the copy is split like the policy, or an update or evaluation refuses a rollout of another mesh."""
     (whole, rollout, state, metrics, kl), (halves, *split) = _step(0), _step(2)

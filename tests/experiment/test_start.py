@@ -41,6 +41,7 @@ def first(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_job_without_the_cache_has_the_same_bits(first):
     """Fails when off still keeps programs, or a kept program computes other numbers."""
     code, _, errors = _run(f"--workdir={first / 'elsewhere' / 'off'}", "--compilation_cache=off")

@@ -91,6 +91,7 @@ def test_a_lost_process_stops_the_others_and_the_restart_goes_on(one, tmp_path):
     _assert_same_front(workdir, one)
 
 
+@pytest.mark.slow
 def test_a_run_that_another_job_trains_is_refused(one, tmp_path):
     """Fails when a held lock leaves the other process waiting, or the exit code does not mean "try again"."""
     workdir = tmp_path / "run"

@@ -247,6 +247,7 @@ def test_a_reward_model_judges_answers(models, tmp_path):
     assert [found["ours"], found["theirs"]] == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_stages_are_asked_side_by_side(job, tmp_path):
     """Fails when a stage is missing, or its answers are not written."""
     _, workdir, _ = job

@@ -47,6 +47,7 @@ def test_each_program_computes_as_many_tokens(programs, program, stage):
     assert programs(program).make(work)()["tokens"] == 4 * 5
 
 
+@pytest.mark.slow
 def test_an_evaluation_has_all_its_prompts(programs):
     """Fails when an evaluation leaves out prompts, or tokens of their completions."""
     work = programs("protocol").Work("evaluate", **TINY)
@@ -98,6 +99,7 @@ def test_transformers_sample_lengths_evenly(programs):
         assert row.index(0) == length - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained_layers", [0, 1])
 def test_an_update_trains(programs, trained_layers):
     """Fails when the update of the benchmark does nothing, or freezes no layer."""

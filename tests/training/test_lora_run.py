@@ -267,6 +267,7 @@ def test_other_settings_of_a_run(settings, tmp_path):
     assert 0 < _furthest(anchor, _exact(states[-1].params)) < far
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path):
     """Fails when factors are split along other axes than their kernel, or the rank is."""
     many, _, metrics_many = _run(tmp_path / "many", _trainer(meshes.make_mesh((2, 2, 2))), num_steps=1)
