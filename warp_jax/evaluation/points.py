@@ -14,6 +14,7 @@ from warp_jax.types import Params, StorageError
 
 END = "end.json"  # last step of a run, in its folder, if warp.stop_at_kl may end it early
 LastStep = Callable[[int, int], int]  # iteration, run -> last step
+Place = tuple[str, int, int, float, int]  # the fields of a point without its evaluation
 
 
 class Point(NamedTuple):
@@ -46,18 +47,26 @@ def evaluation_names(settings: Settings, last_step: LastStep) -> set[str]:
     return {evaluation_name(*place) for place in places(settings, last_step)}
 
 
-def places(settings: Settings, last_step: LastStep) -> list[tuple[str, int, int, float, int]]:
-    """Fields of all points of a job, in its order, without their evaluations."""
-    found, nan = [("sft", 0, 0, 0.0, 0)], float("nan")
+def places(settings: Settings, last_step: LastStep) -> list[Place]:
+    """The places of all points of a job, in its order."""
+    found: list[Place] = [("sft", 0, 0, 0.0, 0)]
     for iteration in range(1, settings.warp.num_iterations + 1):
         for run in range(1, settings.warp.num_runs + 1):
-            last = last_step(iteration, run)
-            found += [("policy", iteration, run, nan, step) for step in trajectory(settings, iteration, run, last)]
-            stages = kept_stages(settings, last)
-            found += [(stage, iteration, run, eta, 0) for stage in stages for eta in kept_etas(settings)]
-        found.append(("merged", iteration, 0, nan, 0))
-        found += [("liti", iteration, 0, eta, 0) for eta in settings.front.etas]
+            found += _run_places(settings, iteration, run, last_step(iteration, run))
+        found += _front_places(settings, iteration)
     return found
+
+
+def _run_places(settings: Settings, iteration: int, run: int, last: int) -> list[Place]:
+    """The places of a run's trajectory, then of the fronts of its kept stages."""
+    policies = [("policy", iteration, run, math.nan, step) for step in trajectory(settings, iteration, run, last)]
+    stages, etas = kept_stages(settings, last), kept_etas(settings)
+    return [*policies, *((stage, iteration, run, eta, 0) for stage in stages for eta in etas)]
+
+
+def _front_places(settings: Settings, iteration: int) -> list[Place]:
+    """The places of an iteration's merged policy and of its front."""
+    return [("merged", iteration, 0, math.nan, 0), *(("liti", iteration, 0, eta, 0) for eta in settings.front.etas)]
 
 
 def saved_points(settings: Settings, workdir: Path) -> list[Point]:
@@ -77,7 +86,7 @@ def read_points(workdir: Path) -> list[Point]:
     ]
 
 
-def _load(workdir: Path, place: tuple[str, int, int, float, int]) -> Point:
+def _load(workdir: Path, place: Place) -> Point:
     return Point(*place, load_evaluation(workdir / "evaluations" / f"{evaluation_name(*place)}.npz"))
 
 
@@ -139,17 +148,12 @@ def kept_etas(settings: Settings) -> list[float]:
 
 def run_names(settings: Settings, iteration: int, run: int, last: int) -> set[str]:
     """Names of the evaluations of a run and of the fronts of its kept stages."""
-    fronts = {
-        evaluation_name(stage, iteration, run, eta, 0)
-        for stage in kept_stages(settings, last)
-        for eta in kept_etas(settings)
-    }
-    return fronts | set(trajectory(settings, iteration, run, last).values())
+    return {evaluation_name(*place) for place in _run_places(settings, iteration, run, last)}
 
 
 def front_names(settings: Settings, iteration: int) -> set[str]:
     """Names of the evaluations of an iteration's merged policy and of its front."""
-    return {evaluation_name("liti", iteration, 0, eta, 0) for eta in (1.0, *settings.front.etas)}
+    return {evaluation_name(*place) for place in _front_places(settings, iteration)}
 
 
 def front_points(
