@@ -77,7 +77,7 @@ def test_long_curves_are_thinned_to_means(tmp_path, monkeypatch):
     """Fails when steps are dropped instead of averaged, a curve keeps too many points, or runs are swapped."""
     workdir = hand_made.write(tmp_path, steps=7)
     monkeypatch.setattr(data, "MAX_STEPS", 4)
-    found = {(run["iteration"], run["run"]): run for run in data.curves(hand_made.SETTINGS, workdir)}
+    found = {(run["iteration"], run["run"]): run for run in data.curves(data.read_metrics(hand_made.SETTINGS, workdir))}
     assert found.keys() == {(1, 1), (1, 2), (2, 1), (2, 2)}
     assert found[2, 1]["steps"] == [1, 3, 5, 6]
     assert found[2, 1]["values"]["reward"] == [21.5, 23.5, 25.5, 27]

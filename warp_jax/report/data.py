@@ -39,6 +39,14 @@ class HeldOut(NamedTuple):
     prompts: PromptBatch
 
 
+class RunLog(NamedTuple):
+    """The metrics of one run."""
+
+    iteration: int
+    run: int
+    rows: list[dict[str, Any]]  # of metrics.jsonl, one for each step
+
+
 def make_results(
     settings: Settings, workdir: Path, points: Sequence[Point], numbers: dict[str, Any] | None = None
 ) -> Results:
@@ -57,7 +65,7 @@ def gather(results: Results, held_out: HeldOut | str, progress: Mapping[str, Any
         progress: the parts of the job and what is left of them, from `status.progress`.
     """
     settings, workdir, points, rows, numbers = results
-    clusters = points[0].evaluation.clusters
+    clusters, logs = points[0].evaluation.clusters, read_metrics(settings, workdir)
     shown = [{**row, "export": export_command(settings, workdir, p)} for row, p in zip(rows, points, strict=True)]
     gathered = {
         "name": workdir.name,
@@ -66,13 +74,13 @@ def gather(results: Results, held_out: HeldOut | str, progress: Mapping[str, Any
         "half_width": statistics.half_width(len(np.unique(clusters))),
         "completions": len(clusters),
         "rows": shown,
-        "curves": curves(settings, workdir),
+        "curves": curves(logs),
         "geometry": geometry(settings, workdir),
         "budgets": budgets(settings, points),
         "kl_budget": settings.front.kl_budget,
         "answers": held_out if isinstance(held_out, str) else answers(settings, points, held_out),
         "tables": _tables(numbers) if numbers else [],
-        "drift": drift(settings, workdir),
+        "drift": drift(logs),
         "starts": [_flat(row) for row in metric_writer.read_rows(workdir / "starts.jsonl")],
         "config": settings.as_json(),
     }
@@ -102,10 +110,20 @@ def export_command(settings: Settings, workdir: Path, point: Point) -> str | Non
     return shlex.join(["warp-jax", "export", f"--workdir={workdir}", f"--stage={name}", f"--out={out}"])
 
 
-def curves(settings: Settings, workdir: Path) -> list[dict[str, Any]]:
+def read_metrics(settings: Settings, workdir: Path) -> list[RunLog]:
+    """The metrics of each run that has some."""
+    warp, found = settings.warp, []
+    for iteration in range(1, warp.num_iterations + 1):
+        for run in range(1, warp.num_runs + 1):
+            rows = metric_writer.read_rows(workdir / f"iteration_{iteration}" / f"run_{run}" / metric_writer.FILE)
+            found += [RunLog(iteration, run, rows)] if rows else []
+    return found
+
+
+def curves(logs: Sequence[RunLog]) -> list[dict[str, Any]]:
     """The metrics of each run, thinned to at most MAX_STEPS points: means over `every` steps, at the last of them."""
     found = []
-    for iteration, run, rows in _metrics(settings, workdir):
+    for iteration, run, rows in logs:
         every = math.ceil(len(rows) / MAX_STEPS)
         groups = [rows[first : first + every] for first in range(0, len(rows), every)]
         values = {
@@ -118,7 +136,7 @@ def curves(settings: Settings, workdir: Path) -> list[dict[str, Any]]:
 
 
 def geometry(settings: Settings, workdir: Path) -> list[dict[str, Any]]:
-    """Of each merge: angles in degrees [pairs of runs, units], and norms of task vectors [runs, units]."""
+    """Angles in degrees [pairs of runs, units] and norms of task vectors [runs, units] of each merge."""
     found = []
     for iteration in range(1, settings.warp.num_iterations + 1):
         path = workdir / f"iteration_{iteration}" / "geometry.json"
@@ -171,24 +189,14 @@ def answers(settings: Settings, points: Sequence[Point], held_out: HeldOut) -> d
     return {"prompts": tokenizer.decode(*asked), "fronts": found}
 
 
-def drift(settings: Settings, workdir: Path) -> list[dict[str, Any]]:
+def drift(logs: Sequence[RunLog]) -> list[dict[str, Any]]:
     """Mean of each drift metric over the steps of each run; runs of earlier versions have no such metrics."""
     found = []
-    for iteration, run, rows in _metrics(settings, workdir):
+    for iteration, run, rows in logs:
         steps = [row for row in rows if "drift/outside" in row]
         names = [name for name in steps[0] if name.startswith("drift/")] if steps else []
         means = {name.removeprefix("drift/"): float(np.mean([step[name] for step in steps])) for name in names}
         found += [{"iteration": iteration, "run": run, **means, "high": means["outside"] > MAX_DRIFT}] if means else []
-    return found
-
-
-def _metrics(settings: Settings, workdir: Path) -> list[tuple[int, int, list[dict[str, Any]]]]:
-    """Iteration, run and rows of metrics.jsonl of each run that has some."""
-    warp, found = settings.warp, []
-    for iteration in range(1, warp.num_iterations + 1):
-        for run in range(1, warp.num_runs + 1):
-            rows = metric_writer.read_rows(workdir / f"iteration_{iteration}" / f"run_{run}" / metric_writer.FILE)
-            found += [(iteration, run, rows)] if rows else []
     return found
 
 
