@@ -88,18 +88,17 @@ def run_part(
             watch_run=watch_run,
             after_evaluation=lambda: hosts.on_first_process(write_page),
         )
+        if not part.run and part.iteration in (0, settings.warp.num_iterations):
+            points = warp.run_warp(job)
+            if not hosts.is_first():
+                return ""
+            return writer.write_report(settings, held_out, points, workdir, status.progress(workdir))
         if part.run:
             warp.run_one(job, part.iteration, part.run)
-            hosts.on_first_process(functools.partial(write_page, at_end=True))
-            return f"iteration {part.iteration} run {part.run}: finished"
-        if 0 < part.iteration < settings.warp.num_iterations:
+        else:
             warp.merge_one(job, part.iteration)
-            hosts.on_first_process(functools.partial(write_page, at_end=True))
-            return f"iteration {part.iteration}: merged"
-        points = warp.run_warp(job)
-        if not hosts.is_first():
-            return ""
-        return writer.write_report(settings, held_out, points, workdir, status.progress(workdir))
+        hosts.on_first_process(functools.partial(write_page, at_end=True))
+        return f"iteration {part.iteration}{f' run {part.run}: finished' if part.run else ': merged'}"
 
 
 def _page_writer(settings: Settings, held_out: HeldOut, workdir: Path, progress: JobProgress) -> Callable[..., None]:
