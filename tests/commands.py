@@ -39,6 +39,13 @@ def run(command, **environment):
     return subprocess.run([*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
+def train(workdir, *settings):
+    """Run a whole job; return its workdir."""
+    result = run(main_command(*settings, f"--workdir={workdir}"))
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
 def start(command, env=None):
     """Start a command that goes on by itself; `finish` or `kill` it."""
     pipe = subprocess.PIPE

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.commands import TINY, finish, kill_when, main_command, run, start
+from tests.commands import TINY, finish, kill_when, main_command, run, start, train
 from tests.settings_of import settings_of
 from warp_jax import files
 from warp_jax.experiment import jobs, stages, status
@@ -28,10 +28,7 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A workdir made by one job."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    result = run(main_command(*SETTINGS, f"--workdir={workdir}"))
-    assert result.returncode == 0, result.stderr
-    return workdir
+    return train(tmp_path_factory.mktemp("whole") / "run", *SETTINGS)
 
 
 @pytest.mark.slow
@@ -48,8 +45,7 @@ def test_jobs_in_any_order_with_a_kill_make_the_same_bits(whole, tmp_path):
     with pytest.raises(ValueError, match="run 2 of iteration 1 is not finished"):
         jobs.choose_part(settings, workdir, run=0, merge=True, iteration=0)
     for part in ("--run=2", "--run=3", "--merge"):
-        result = run(main_command(*SETTINGS, f"--workdir={workdir}", part))
-        assert result.returncode == 0, result.stderr
+        train(workdir, *SETTINGS, part)
     assert (workdir / "front.csv").read_bytes() == (whole / "front.csv").read_bytes()
     names = sorted(path.name for path in (whole / "evaluations").iterdir())
     assert names == sorted(path.name for path in (workdir / "evaluations").glob("*.npz"))  # a kill may leave .partial

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.commands import TINY, kill_when, main_command, run, script_command, start
+from tests.commands import TINY, kill_when, main_command, run, script_command, start, train
 from warp_jax import merging, trees
 from warp_jax.evaluation import measure
 from warp_jax.experiment import export, stages
@@ -28,10 +28,7 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A workdir made by one job."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    result = run(main_command(*SETTINGS, f"--workdir={workdir}"))
-    assert result.returncode == 0, result.stderr
-    return workdir
+    return train(tmp_path_factory.mktemp("whole") / "run", *SETTINGS)
 
 
 def _flat(tree):
@@ -50,8 +47,7 @@ def test_a_killed_job_goes_on_to_the_same_bits(whole, tmp_path):
     state = workdir / "iteration_1" / "run_2" / "state" / "4"
     kill_when(state, start(main_command(*SETTINGS, f"--workdir={workdir}")))
     assert not (workdir / "front.csv").exists()
-    result = run(main_command(*SETTINGS, f"--workdir={workdir}"))
-    assert result.returncode == 0, result.stderr
+    train(workdir, *SETTINGS)
     assert _results(workdir) == _results(whole)
 
 
