@@ -103,7 +103,7 @@ def _table(measured: Mapping[str, Mapping[str, float]], report: Mapping[str, Any
 
 
 def _compared(report: Mapping[str, Any]) -> str:
-    """What the rounded weights do, on the prompts of the export."""
+    """Reward and KL of the rounded weights, on the prompts of the export."""
     compared = report.get("compared", {})
     if "reward" not in compared:
         return ""

@@ -96,7 +96,7 @@ def _write_whole(job: Workdir, params: Params, model: TransformerConfig, out: Pa
 
 
 def _base_of_adapter(job: Workdir) -> dict[str, str | None]:
-    """What adapter_config.json says of the base model: the source, if SFT is the source and PEFT finds its weights.
+    """The fields of adapter_config.json that name the base model: the source, if it is SFT and PEFT finds its weights.
 
     A model with images has other names than its text tower.
     """
@@ -114,7 +114,7 @@ def _base_of_adapter(job: Workdir) -> dict[str, str | None]:
 
 
 def cut(adapter: hf_adapter.Adapter) -> dict[str, Any]:
-    """What an adapter lacks of the displacement from SFT: length of the difference / length of the displacement."""
+    """Share of the displacement from SFT that an adapter lacks: length of the difference / that of the displacement."""
     each = {name: (adapter.errors[name] / length) ** 0.5 for name, length in adapter.lengths.items()}
     worst = max(each, key=lambda name: each[name])
     total = (sum(adapter.errors.values()) / sum(adapter.lengths.values())) ** 0.5

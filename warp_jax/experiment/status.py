@@ -76,7 +76,7 @@ def next_lines(parts: Sequence[Part]) -> list[str]:
 
 
 def progress(workdir: Path, left: str = "") -> dict[str, Any]:
-    """What the report says of the parts of a job. left: the time left, which a running job knows itself."""
+    """The state of all parts of a job, for the report. left: the time left, which a running job knows itself."""
     parts = [part for part in read(workdir) if part.name != "report"]
     trained = [part for part in parts if part.unit == "step" and part.total]
     return {

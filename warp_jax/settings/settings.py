@@ -114,7 +114,7 @@ class Settings(groups.Group):
         return _all_read(self._changed(changes))
 
     def _changed(self, changes: Mapping[str, Any]) -> "Settings":
-        """As `replace`, but nothing must read a value: a run does not read each setting of the config."""
+        """The same as `replace`, but values may be unread: a run does not read each setting of the config."""
         tree = self.as_json()
         for path, value in changes.items():
             *parents, name = path.split(".")
