@@ -125,8 +125,9 @@ def make_update(work: Work, model: Model) -> tuple[Any, Callable[[Any, Rollout],
     """The first state of training, and one step on a rollout: (state, rollout) -> (state, facts)."""
     if work.is_plain:  # XLA computes the average at rate 0 too
         merging.ema_update = lambda anchor, params, rate: anchor
+    shared = {"copies": work.samples} if "copies" in inspect.signature(scoring.per_token_logps).parameters else {}
     parts: dict[str, Any] = {
-        "score_fn": functools.partial(scoring.per_token_logps, model.apply_fn, temperature=1.0),
+        "score_fn": functools.partial(scoring.per_token_logps, model.apply_fn, temperature=1.0, **shared),
         "optimizer": optax.chain(clip_by_global_norm(1.0), optax.adam(LEARNING_RATE)),
         "rl": RL.model_copy(update={"samples_per_prompt": work.samples}),
     }

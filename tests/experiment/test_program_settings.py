@@ -13,10 +13,12 @@ import pytest
 from tests.settings_of import settings_of
 from warp_jax.experiment import architecture, programs
 from warp_jax.parallel import meshes
+from warp_jax.training import reinforce
 from warp_jax.types import PromptBatch, Rollout
 
-BATCH, VOCABULARY, STOP, TEMPERATURE = 8, 5, 2, 0.7
+BATCH, SAMPLES, VOCABULARY, STOP, TEMPERATURE = 8, 4, 5, 2, 0.7
 SETTINGS = {
+    "rl.samples_per_prompt": SAMPLES,
     "sampling.temperature": TEMPERATURE,
     "sampling.max_new_tokens": 4,
     "rl.learning_rate": 0.03,
@@ -36,7 +38,7 @@ def _table(seed):
     return {"embed": {"embedding": jnp.asarray(values, jnp.float32)}}
 
 
-def _apply_fn(params, token_ids, mask=None, cache=None, *, num_outputs=0, method=None):
+def _apply_fn(params, token_ids, mask=None, cache=None, *, num_outputs=0, shared=None, method=None):
     """Logits of the next token from the last one; the head returns its argument."""
     if method == "head":
         return token_ids
@@ -53,6 +55,14 @@ def _make(monkeypatch, changes=None, apply_fn=_apply_fn):
     return programs.make_programs(settings, mesh, model, trained=_table(0), frozen={}, stop_ids=(STOP,), pad_id=0)
 
 
+@pytest.mark.parametrize(("changes", "copies"), [({}, SAMPLES), ({"rl.num_microbatches": 4}, 1)])
+def test_an_update_computes_each_prompt_once(monkeypatch, changes, copies):
+    """Fails if updates do not share prompts, or share those of 2 completions that are in other microbatches."""
+    monkeypatch.setattr(reinforce, "make_programs", lambda mesh, params, rule: rule)
+    rule = _make(monkeypatch, {"rl.batch_size": BATCH, **changes}).train[0]
+    assert rule.score_fn.keywords["copies"] == copies
+
+
 def _logps(params, temperature=TEMPERATURE, top_k=VOCABULARY):
     """Log-probability of every token after every token, float64."""
     scaled = np.asarray(params["embed"]["embedding"], np.float64) / temperature
@@ -67,7 +77,7 @@ def _distance(tree, other):
 def test_one_temperature_and_the_settings_of_rl(monkeypatch):
     """Fails when sampler, scorer or KL has another temperature, RL the optimizer of SFT, or the anchor another rate."""
     policy, sft, made = _table(0), _table(1), _make(monkeypatch)
-    prompts = np.arange(BATCH, dtype=np.int32)[:, None] % VOCABULARY
+    prompts = np.arange(BATCH, dtype=np.int32)[:, None] // SAMPLES
     rollout = made.sampler(policy, PromptBatch(prompts, prompts >= 0, np.arange(BATCH)), jax.random.key(0))
     ids, mask = np.asarray(rollout.completion_ids), np.asarray(rollout.completion_mask)
     assert mask.sum(1).tolist() == [4 if STOP not in row else row.tolist().index(STOP) + 1 for row in ids]
@@ -95,7 +105,7 @@ def test_training_and_evaluation_have_their_own_distributions(monkeypatch, cut):
     """
     policy, sft, made = _table(0), _table(1), _make(monkeypatch, {**cut, "evaluation.temperature": 2.0})
     top_k = cut.get("sampling.top_k", 1)
-    prompts = np.arange(BATCH, dtype=np.int32)[:, None] % VOCABULARY
+    prompts = np.arange(BATCH, dtype=np.int32)[:, None] // SAMPLES
     batch = PromptBatch(prompts, prompts >= 0, np.arange(BATCH))
     for sampler, wanted in ((made.sampler, _logps(policy, top_k=top_k)), (made.evaluation_sampler, _logps(policy, 2))):
         rollout = sampler(policy, batch, jax.random.key(0))
@@ -131,7 +141,7 @@ BASELINES = {
 
 def _rollout():
     """Completions whose sampler gives each token OFFSET nats less than the policy."""
-    prompts, mask = np.arange(BATCH, dtype=np.int32)[:, None] % VOCABULARY, np.arange(4) < np.array(LENGTHS)[:, None]
+    prompts, mask = np.arange(BATCH, dtype=np.int32)[:, None] // SAMPLES, np.arange(4) < np.array(LENGTHS)[:, None]
     before = np.concatenate([prompts, IDS[:, :-1]], 1)
     sampled = np.where(mask, _logps(_table(0))[before, IDS] - OFFSET, 0).astype(np.float32)
     return Rollout(prompts, prompts >= 0, np.arange(BATCH), IDS, mask, sampled), before, mask

@@ -56,8 +56,18 @@ def test_splash_equals_plain(groups, window, softcap):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
-def test_cpu_meshes_and_cached_keys_use_the_plain_one():
-    """Fails when the kernel is used without a TPU, or for queries that are not the whole sequence."""
+@pytest.mark.parametrize("window", [0, 40])
+def test_splash_for_the_last_queries(window):
+    """Fails if the queries are taken for the first tokens, or the padding of queries and keys is the same."""
+    (query, key, value), first = _inputs(2), 37
+    want = _plain(query, key, value, window, 0.0)[:, first:]
+    splash = functools.partial(attention.splash, window=window, softcap=0.0, mesh=MESH, interpret=True)
+    got = jax.jit(splash)(query[:, first:], key, value, jnp.asarray(LEFT_PADDED))
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_meshes_of_cpus_use_the_plain_one():
+    """Fails when the kernel is used without a TPU."""
     query, key, _ = _inputs(2)
     assert not attention.splash_fits(query, key, None)
     assert not attention.splash_fits(query, key, MESH)

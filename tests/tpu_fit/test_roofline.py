@@ -35,6 +35,7 @@ def test_gemma_7b_has_its_size():
 
 HEAD = 4 * 10
 LAYERS = 2 * (N - HEAD) * 8 * 8 + 4 * 8 * 8 * 4 * 12 * 2  # one pass over 8 rows of 3 + 5 tokens, FLOPs
+PROMPT = 2 * (N - HEAD) * 3 + 4 * 3 * 1.5 * 12 * 2  # one pass over a prompt
 
 
 def test_forward_pass_by_hand():
@@ -54,33 +55,35 @@ def test_the_head_of_a_reward_model_is_one_number():
 
 
 def test_update_by_hand():
-    """Fails when the anchor's pass or a pass of the gradient is forgotten, the policy is scored before its gradient, or
-    the head counts at the prompt too.
+    """Fails when the anchor's pass or a pass of the gradient is forgotten, the policy is scored before its gradient,
+    the head counts at the prompt too, or the 8 completions do not share 2 prompts.
     """
-    head = 2 * HEAD * 8 * 5
+    head, layers = 2 * HEAD * 8 * 5, LAYERS - 6 * PROMPT
     passes = {(True, True): (5, 5), (True, False): (5, 4), (False, True): (4, 5), (False, False): (4, 4)}
     for (remat, in_pieces), (layer_passes, head_passes) in passes.items():
         model = dataclasses.replace(TINY, remat="full" if remat else "dots")
         work = roofline.update(model, SETTINGS.replace({"model.logits_chunk": 4 if in_pieces else 5}))
-        assert work.flops == (layer_passes * LAYERS + head_passes * head) / 4
+        assert work.flops == (layer_passes * layers + head_passes * head) / 4
         assert work.hbm == 4 * 9 * N / 4  # policy, anchor, two moments: read and written; the gradient: read
 
 
 @pytest.mark.parametrize(
-    ("changes", "passes"),
+    ("changes", "passes", "prompts"),
     [
-        ({}, 4),
-        ({"rl.whiten": True}, 5),
-        ({"rl.advantage": "batch_mean"}, 5),
-        ({"rl.num_microbatches": 4}, 5),  # of two rows each, half of a prompt's samples
-        ({"rl.num_microbatches": 4, "rl.advantage": "none"}, 4),
-        ({"rl.num_microbatches": 1, "rl.whiten": True}, 4),
+        ({}, 4, 8),  # one prompt a microbatch does not divide by two devices
+        ({"mesh": (1, 1, 4)}, 4, 2),
+        ({"rl.whiten": True}, 5, 8),
+        ({"rl.advantage": "batch_mean"}, 5, 8),
+        ({"rl.num_microbatches": 4}, 5, 8),  # of two rows each, half of a prompt's samples
+        ({"rl.num_microbatches": 4, "rl.advantage": "none"}, 4, 8),
+        ({"rl.num_microbatches": 1, "rl.whiten": True}, 4, 2),
     ],
 )
-def test_advantages_of_other_microbatches_cost_a_pass(changes, passes):
-    """Fails when the update is taken to score the policy once, or twice, whatever the settings."""
+def test_advantages_of_other_microbatches_cost_a_pass(changes, passes, prompts):
+    """Fails when the update is taken to score the policy once, or twice, or each prompt once, whatever the settings."""
     settings = SETTINGS.replace({"rl.num_microbatches": 2, "model.logits_chunk": 0, **changes})
-    assert roofline.update(TINY, settings).flops == passes * (LAYERS + 2 * HEAD * 8 * 5) / 4
+    layers = LAYERS - (8 - prompts) * PROMPT
+    assert roofline.update(TINY, settings).flops == passes * (layers + 2 * HEAD * 8 * 5) / 4
 
 
 @pytest.mark.parametrize(("mesh", "prompts"), [((2, 1, 2), 2), ((4, 1, 1), 8)])

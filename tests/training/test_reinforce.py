@@ -63,14 +63,17 @@ RL = {"rl.batch_size": BATCH, "rl.samples_per_prompt": 2, "rl.learning_rate": 1e
 SETTINGS = settings_of({**RL, "adam.eps": 1e-5})
 
 
-def _score_fn(apply_fn):
-    return functools.partial(scoring.per_token_logps, apply_fn, temperature=SAMPLING.temperature)
+def _score_fn(apply_fn, copies=1):
+    return functools.partial(scoring.per_token_logps, apply_fn, temperature=SAMPLING.temperature, copies=copies)
 
 
 @functools.lru_cache
 def _programs(mesh, ema_rate=0.01, **rl):
     """Compiled once for each mesh and setting."""
-    return reinforce.make_programs(mesh, _params(mesh), _rule(_score_fn(_apply_fn(mesh)), anchors.ema(ema_rate), **rl))
+    settings = SETTINGS.rl.model_copy(update=rl)
+    copies = reinforce.shared_samples(settings, mesh, settings.num_microbatches)
+    rule = _rule(_score_fn(_apply_fn(mesh), copies), anchors.ema(ema_rate), **rl)
+    return reinforce.make_programs(mesh, _params(mesh), rule)
 
 
 def _rule(score_fn, anchor, **rl):

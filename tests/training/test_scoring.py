@@ -28,7 +28,18 @@ ROLLOUT = Rollout(
     MASK,
     np.zeros(MASK.shape, np.float32),
 )
-MODELS = {"tied": {}, "untied": {"tied_head": False}}
+WINDOWS = {"local_pattern": (True, False), "sliding_window": 3}
+MODELS = {"tied": {}, "untied": {"tied_head": False}, "windows": WINDOWS}
+COPIES = 3
+PADDED = np.array([[True] * 4, [False, False, True, True]])
+SHARED = Rollout(  # two prompts, each with three completions
+    np.repeat(GENERATOR.integers(0, 50, (2, 4)), COPIES, axis=0),
+    np.repeat(PADDED, COPIES, axis=0),
+    np.arange(6),
+    GENERATOR.integers(0, 50, (6, LENGTH)),
+    np.arange(LENGTH) < np.array([[7], [3], [1], [5], [7], [2]]),
+    np.zeros((6, LENGTH), np.float32),
+)
 
 
 @functools.cache
@@ -62,6 +73,40 @@ def test_pieces_change_neither_logps_nor_their_gradient(model, chunk):
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(whole_grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
     assert not np.asarray(pieces)[~MASK].any()
+
+
+@pytest.mark.parametrize(("model", "chunk"), [("tied", 0), ("windows", 0), ("windows", 3)])
+def test_a_prompt_is_computed_once_for_its_completions(model, chunk):
+    """Fails if completions see each other, padding, or not the prompt; are numbered from 0; or get another's prompt."""
+    apply_fn, params, _ = _model(model)
+    weights = np.random.default_rng(1).normal(size=SHARED.completion_mask.shape)
+
+    def run(copies, rollout):
+        def total(params):
+            logps = scoring.per_token_logps(apply_fn, params, rollout, 0.7, chunk=chunk, copies=copies)
+            return (logps * weights[:, : logps.shape[1]]).sum(), logps
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+
+    first_token = SHARED._replace(completion_ids=SHARED.completion_ids[:, :1], completion_mask=np.ones((6, 1), bool))
+    for rollout in (SHARED, first_token):
+        ((_, alone), grads), ((_, shared), shared_grads) = run(1, rollout), run(COPIES, rollout)
+        np.testing.assert_allclose(shared, alone, rtol=1e-5, atol=1e-6)
+        for a, b in zip(jax.tree.leaves(shared_grads), jax.tree.leaves(grads), strict=True):
+            np.testing.assert_allclose(a, b, atol=3e-5 * np.abs(b).max())
+
+
+def test_shared_prompts_save_their_tokens():
+    """Fails if each completion still computes its prompt: 6 rows of 4 + 6 tokens instead of 2 rows of 4 + 3 x 6."""
+    apply_fn, params, _ = _model()
+
+    def rows(copies):
+        score = functools.partial(scoring.per_token_logps, apply_fn, temperature=0.7, copies=copies)
+        return str(jax.make_jaxpr(score)(params, SHARED))
+
+    assert "f32[6,10,16]" in rows(1)
+    assert "f32[2,22,16]" in rows(COPIES)
+    assert "f32[6,10,16]" not in rows(COPIES)
 
 
 def test_kl_in_pieces():

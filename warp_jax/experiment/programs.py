@@ -63,7 +63,11 @@ def make_programs(
     def make_update(rl: Rl, warp: Warp) -> loop.Programs[TrainState]:
         rule = reinforce.Rule(
             score_fn=functools.partial(
-                scoring.per_token_logps, make_apply_fn(model, mesh), temperature=drawn.temperature, chunk=chunk
+                scoring.per_token_logps,
+                make_apply_fn(model, mesh),
+                temperature=drawn.temperature,
+                chunk=chunk,
+                copies=reinforce.shared_samples(rl, mesh, rl.num_microbatches),
             ),
             optimizer=optimizers.make_optimizer(rl, settings.adam),
             rl=rl,

@@ -3,6 +3,7 @@
 Axis letters: B batch, S query tokens, T keys, H heads, G key-value heads, K head size.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -23,12 +24,40 @@ def precision(dtype: Any) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class SharedPrompt:
+    """Layout of rows that hold a prompt of P tokens and its k completions of N tokens each, P + k N tokens in all.
+
+    A completion sees the prompt and itself. So the prompt is computed once for all of its completions.
+    """
+
+    prompt: int  # P
+    copies: int  # k
+
+    def split(self, rows: Array) -> tuple[Array, Array]:
+        """Prompts [R, P, ...] and completions [R k, N, ...] of rows [R, P + k N, ...]."""
+        prompts, completions = rows[:, : self.prompt], rows[:, self.prompt :]
+        shape = len(rows) * self.copies, completions.shape[1] // self.copies, *rows.shape[2:]
+        return prompts, completions.reshape(shape)
+
+    def join(self, prompts: Array, completions: Array) -> Array:
+        """The inverse of `split`."""
+        own = completions.reshape(len(prompts), -1, *completions.shape[2:])
+        return jnp.concatenate([prompts, own], axis=1)
+
+    def repeat(self, prompts: Array) -> Array:
+        """The prompt of each completion: [R, ...] -> [R k, ...]."""
+        return jnp.repeat(prompts, self.copies, axis=0)
+
+
 class Positions(NamedTuple):
     """Positions of the queries and keys: query [B, S], key [B, T]; key_valid: bool [B, T], True = real token."""
 
     query: Array
     key: Array
     key_valid: Array
+    shared: SharedPrompt | None = None  # layout of the rows; None: each row is one sequence
 
 
 def attend(
@@ -46,13 +75,14 @@ def attend(
 
     Args:
         query: [B, S, H, K], scaled already.
-        key: [B, T, G, K].
-        value: [B, T, G, K].
+        key: [B, G, T, K].
+        value: [B, G, K, T].
         positions: a query sees the valid keys at its own position and before.
         local: bool []; if True, a query sees only the last `window` of these, itself included. None: no layer is local.
         window: number of tokens.
         softcap: scores become softcap * tanh(score / softcap); 0 = unchanged.
-        mesh: on TPUs, whole sequences of a supported shape use the splash kernel.
+        mesh: on TPUs, sequences of a supported shape use the splash kernel, for which the queries must be the last S of
+            the T tokens; None = never.
     """
     if not splash_fits(query, key, mesh):
         return plain(query, key, value, visible(positions, local, window), softcap)
@@ -61,6 +91,22 @@ def attend(
     if local is None:
         return kernel(window=0)
     return jax.lax.cond(local, lambda: kernel(window=window), lambda: kernel(window=0))
+
+
+def attend_shared(query: Array, key: Array, value: Array, positions: Positions, **options: Any) -> Array:
+    """`attend` in rows of the layout `positions.shared`: query [R, S, H, K], key, value [R, S, G, K], S = P + k N."""
+    shared = positions.shared
+    assert shared is not None
+    columns = query, key, value, positions.query, positions.key_valid
+    prompt, own = zip(*map(shared.split, columns), strict=True)
+    seen = [jnp.concatenate([shared.repeat(x), y], axis=1) for x, y in zip(prompt, own, strict=True)]
+
+    def attend_to(queries: tuple[Array, ...], keys: Any) -> Array:
+        _, key, value, key_position, valid = keys
+        positions = Positions(queries[3], key_position, valid)
+        return attend(queries[0], key.swapaxes(1, 2), jnp.transpose(value, (0, 2, 3, 1)), positions, **options)
+
+    return shared.join(attend_to(prompt, prompt), attend_to(own, seen))
 
 
 def visible(positions: Positions, local: Array | None, window: int) -> Array:
@@ -83,7 +129,7 @@ def plain(query: Array, key: Array, value: Array, mask: Array, softcap: float) -
 
 
 def splash_fits(query: Array, key: Array, mesh: Mesh | None) -> bool:
-    """True on TPUs, for whole bfloat16 sequences (no cache) with a head size and head counts that the kernel supports.
+    """True on TPUs, for several queries in bfloat16, with a head size and head counts that the kernel supports.
 
     Not for float32, whose factors the kernel would round to bfloat16.
     """
@@ -92,7 +138,7 @@ def splash_fits(query: Array, key: Array, mesh: Mesh | None) -> bool:
     groups, tensor = key.shape[1], mesh.shape["tensor"]
     whole_heads = query.shape[2] % tensor == 0 and (groups % tensor == 0 or groups == 1)
     whole_rows = query.shape[0] % meshes.batch_devices(mesh) == 0
-    return query.shape[1] == key.shape[2] > 1 and query.shape[3] % LANES == 0 and whole_heads and whole_rows
+    return query.shape[1] > 1 and query.shape[3] % LANES == 0 and whole_heads and whole_rows
 
 
 def splash(
@@ -106,34 +152,38 @@ def splash(
     mesh: Mesh,
     interpret: bool = False,
 ) -> Array:
-    """Attention by the splash kernel, for whole sequences and scaled queries; each chip computes its rows and heads.
+    """Attention by the splash kernel, each chip for its rows and heads. Queries: scaled, of the last S of T tokens.
 
-    valid: bool [B, S], True = real token. The real tokens of a row must be contiguous: the kernel measures distances in
+    valid: bool [B, T], True = real token. The real tokens of a row must be contiguous: the kernel measures distances in
     columns. window: tokens that a query can see, itself included; 0 = all before it. interpret: run without a TPU.
     """
-    length = query.shape[1]
-    padding = -length % LANES
+    length, keys = query.shape[1], key.shape[2]
     heads_first = query.swapaxes(1, 2), key, value.swapaxes(2, 3)
-    query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in heads_first)
-    segments = jnp.pad(valid, ((0, 0), (0, padding))).astype(jnp.int32)
+    query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES), (0, 0))) for x in heads_first)
+    segments = [
+        jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES))).astype(jnp.int32) for x in (valid[:, keys - length :], valid)
+    ]
     key_axis = "tensor" if key.shape[1] % mesh.shape["tensor"] == 0 else None
     query_spec, key_spec = (PartitionSpec(meshes.BATCH, axis, None, None) for axis in ("tensor", key_axis))
-    in_specs = (query_spec, key_spec, key_spec, PartitionSpec(meshes.BATCH, None))
+    segments_spec = PartitionSpec(meshes.BATCH, None)
+    in_specs = (query_spec, key_spec, key_spec, [segments_spec, segments_spec])
 
-    def on_chip(query: Array, key: Array, value: Array, segments: Array) -> Array:
-        attention = _kernel(query.shape[1], length + padding, window, softcap, interpret)
-        return jax.vmap(attention)(query, key, value, splash_attention.SegmentIds(segments, segments))
+    def on_chip(query: Array, key: Array, value: Array, segments: list[Array]) -> Array:
+        shape = query.shape[2], key.shape[2]
+        attention = _kernel(query.shape[1], shape, keys - length, window, softcap=softcap, interpret=interpret)
+        return jax.vmap(attention)(query, key, value, splash_attention.SegmentIds(*segments))
 
     on_all_chips = jax.shard_map(on_chip, mesh=mesh, in_specs=in_specs, out_specs=query_spec, check_vma=False)
     return on_all_chips(query, key, value, segments).swapaxes(1, 2)[:, :length]
 
 
-def _kernel(heads: int, length: int, window: int, softcap: float, interpret: bool) -> Any:
-    shape = (length, length)
-    mask = splash_attention.LocalMask(shape, (window - 1, 0), 0) if window else splash_attention.CausalMask(shape)
-    block = max(size for size in (LANES, 2 * LANES, 4 * LANES) if length % size == 0)
+def _kernel(heads: int, shape: tuple[int, int], offset: int, window: int, *, softcap: float, interpret: bool) -> Any:
+    """The kernel of one row; shape: numbers of queries and keys, offset: column of the first query among the keys."""
+    before = window - 1 if window else None  # None: all
+    mask = splash_attention.LocalMask(shape, (before, 0), offset)
+    sizes = [max(size for size in (LANES, 2 * LANES, 4 * LANES) if length % size == 0) for length in shape]
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
+    blocks: dict[str, Any] = {f"block_{name}": sizes[name.startswith("kv")] for name in names}
     return splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * heads),
         block_sizes=splash_attention.BlockSizes(**blocks),

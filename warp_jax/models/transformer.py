@@ -225,23 +225,23 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             query, key = RMSNorm(cfg, name="q_norm")(query), RMSNorm(cfg, name="k_norm")(key)
         frequencies, scale = _rotary(cfg, local)
-        query = rope.rotate(query, positions.query, frequencies, scale)
-        key = rope.rotate(key, positions.query, frequencies, scale).swapaxes(1, 2)
-        value = jnp.transpose(value, (0, 2, 3, 1))
-        if cache is not None:
-            cache = _write(cache, layer, key, value)
-            key = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
-            value = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
-        mixed = attention.attend(
-            query * (cfg.query_scale or cfg.head_dim**-0.5),
-            key,
-            value,
-            positions,
-            local=local if any(cfg.local_pattern) else None,
-            window=cfg.sliding_window,
-            softcap=cfg.attention_softcap,
-            mesh=self.mesh,
-        )
+        query = rope.rotate(query, positions.query, frequencies, scale) * (cfg.query_scale or cfg.head_dim**-0.5)
+        key = rope.rotate(key, positions.query, frequencies, scale)
+        options: dict[str, Any] = {
+            "local": local if any(cfg.local_pattern) else None,
+            "window": cfg.sliding_window,
+            "softcap": cfg.attention_softcap,
+            "mesh": self.mesh if cache is None else None,
+        }
+        if positions.shared is not None:
+            mixed = attention.attend_shared(query, key, value, positions, **options)
+        else:
+            key, value = key.swapaxes(1, 2), jnp.transpose(value, (0, 2, 3, 1))
+            if cache is not None:
+                cache = _write(cache, layer, key, value)
+                key = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
+                value = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
+            mixed = attention.attend(query, key, value, positions, **options)
         return Linear((cfg.width,), cfg.dtype, num_input_axes=2, name="o")(mixed), cache
 
     def _project(self, name: str, heads: int, x: Array) -> Array:
@@ -290,6 +290,7 @@ class Transformer(nn.Module):
 
     Call arguments: token_ids int32 [B, S]; mask bool [B, S], True = real token; cache, to which the tokens are
     appended (None: they are the whole sequence); num_outputs > 0: outputs of the last num_outputs tokens only.
+    `hidden` takes rows of several sequences too, without a cache: see `attention.SharedPrompt`.
     Returns (float32 [B, S, V], or [B, S] with a scalar head; the new cache). With a mesh, activations are sharded.
     """
 
@@ -322,10 +323,18 @@ class Transformer(nn.Module):
         return self.head(x), cache
 
     def hidden(
-        self, token_ids: Array, mask: Array, cache: Cache | None = None, num_outputs: int = 0
+        self,
+        token_ids: Array,
+        mask: Array,
+        cache: Cache | None = None,
+        num_outputs: int = 0,
+        shared: attention.SharedPrompt | None = None,
     ) -> tuple[Array, Cache | None]:
-        """Normalised states of the last layer [B, S, D], the input of `head`, and the cache; arguments as in a call."""
-        positions, cache = _count_tokens(mask, cache)
+        """Normalised states of the last layer [B, S, D], the input of `head`, and the cache; arguments as in a call.
+
+        shared: the layout of rows that hold a prompt and its completions.
+        """
+        positions, cache = _count_tokens(mask, cache) if shared is None else (_count_shared(mask, shared), None)
         x, cache = self._run(self._embedded(token_ids), cache, positions, 0, self.config.num_layers)
         return self.final_norm(x[:, -num_outputs:]), cache
 
@@ -398,6 +407,15 @@ def _count_tokens(mask: Array, cache: Cache | None) -> tuple[attention.Positions
         length=cache.length + mask.shape[1],
     )
     return attention.Positions(positions, cache.positions, cache.valid), cache
+
+
+def _count_shared(mask: Array, shared: attention.SharedPrompt) -> attention.Positions:
+    """Number the real tokens of each prompt from 0, and those of its completions onwards from it."""
+    prompts, completions = shared.split(mask)
+    before = shared.repeat(prompts.sum(axis=1, dtype=jnp.int32, keepdims=True))
+    first, rest = (jnp.cumsum(x, axis=1, dtype=jnp.int32) - 1 for x in (prompts, completions))
+    positions = jnp.maximum(shared.join(first, before + rest), 0)
+    return attention.Positions(positions, positions, mask, shared)
 
 
 def _write(cache: Cache, layer: Array, key: Array, value: Array) -> Cache:

@@ -75,15 +75,17 @@ def update(model: TransformerConfig, settings: Settings) -> Work:
     """Work of the update: forward passes of policy and anchor, gradient (2 passes more), Adam and EMA.
 
     The policy has a second forward pass if advantages need other microbatches (`reinforce.scores_once`). The gradient
-    needs one more of the layers with full remat, and of the head if its logits are made in pieces. Adam and EMA read
-    policy, anchor, two moments and gradient, and write all but the gradient, in float32.
+    needs one more of the layers with full remat, and of the head if its logits are made in pieces. Samples of a prompt
+    share its tokens, if they can (`reinforce.shared_samples`). Adam and EMA read policy, anchor, two moments and
+    gradient, and write all but the gradient, in float32.
     """
-    batch, completion, chips = settings.rl.batch_size, settings.sampling.max_new_tokens, math.prod(settings.mesh)
-    length = settings.sampling.prompt_tokens + completion
-    layers = forward_flops(model, batch, length, 0)
-    head = forward_flops(model, batch, length, completion) - layers
+    rl, chips, mesh = settings.rl, math.prod(settings.mesh), AbstractMesh(settings.mesh, meshes.AXES)
+    batch, prompt, completion = rl.batch_size, settings.sampling.prompt_tokens, settings.sampling.max_new_tokens
+    prompts = batch // reinforce.shared_samples(rl, mesh, rl.num_microbatches)
+    head = 2.0 * batch * completion * head_parameters(model)
+    layers = forward_flops(model, batch, prompt + completion, 0) - forward_flops(model, batch - prompts, prompt, 0)
     in_pieces = 0 < settings.model.logits_chunk < completion
-    passes = 4 + (not reinforce.scores_once(settings.rl, batch))
+    passes = 4 + (not reinforce.scores_once(rl, batch))
     flops = (passes + (model.remat == "full")) * layers + (passes + in_pieces) * head
     return Work(flops / chips, 4 * 9 * matmul_parameters(model) / chips)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from warp_jax.generation import drawing
+from warp_jax.models.attention import SharedPrompt
 from warp_jax.types import ApplyFn, Array, Params, Rollout, States
 
 Targets = Any  # of N positions: a pytree of arrays [B, N, ...]
@@ -21,11 +22,12 @@ Reduce = Callable[[Sequence[Array], Targets], Array]
 
 
 def per_token_logps(
-    apply_fn: ApplyFn, params: Params, rollout: Rollout, temperature: float, *, chunk: int = 0
+    apply_fn: ApplyFn, params: Params, rollout: Rollout, temperature: float, *, chunk: int = 0, copies: int = 1
 ) -> Array:
     """Log pi(y_t | x, y_<t) of each completion token: float32 [B, C], nats, 0 where masked.
 
     With rollout.allowed, pi is renormalised over the tokens that the sampler kept, which do not depend on `params`.
+    copies: so many neighbouring rows have the same prompt, which is computed once for them.
     """
 
     def logps_of(logits: Sequence[Array], targets: Targets) -> Array:
@@ -35,7 +37,12 @@ def per_token_logps(
         target_logits = jnp.take_along_axis(scaled, token_ids[..., None], axis=-1)[..., 0]
         return target_logits - jax.nn.logsumexp(scaled, axis=-1)
 
-    return _map_completion(apply_fn, [params], rollout, logps_of, chunk)
+    if copies == 1 or rollout.completion_ids.shape[1] == 1:
+        return _map_completion(apply_fn, [params], rollout, logps_of, chunk)
+    targets = jnp.asarray(rollout.completion_ids), rollout.allowed
+    hidden = [_hidden_of_copies(apply_fn, params, rollout, copies)]
+    values = _map_hidden(apply_fn, [params], hidden, targets, reduce=logps_of, chunk=chunk)
+    return jnp.where(rollout.completion_mask, values, 0.0)
 
 
 def sequence_kl(
@@ -127,7 +134,6 @@ def _map_hidden(
     length = _length(targets)
     pieces = -(-length // chunk) if chunk else 1
 
-    @jax.checkpoint
     def reduce_piece(piece: tuple[list[Array], Targets]) -> Array:
         states, piece_targets = piece
         logits = [apply_fn(p, h, method="head") for p, h in zip(policies, states, strict=True)]
@@ -135,7 +141,7 @@ def _map_hidden(
 
     if pieces == 1:
         return reduce_piece((hidden, targets))
-    results = jax.lax.map(reduce_piece, jax.tree.map(lambda x: _cut(x, pieces), (hidden, targets)))
+    results = jax.lax.map(jax.checkpoint(reduce_piece), jax.tree.map(lambda x: _cut(x, pieces), (hidden, targets)))
     return results.swapaxes(0, 1).reshape(len(hidden[0]), -1)[:, :length]
 
 
@@ -169,6 +175,17 @@ def _map_completion(
     targets = jnp.asarray(rollout.completion_ids), rollout.allowed
     values = map_logits(apply_fn, policies, token_ids, mask, targets, reduce=reduce, chunk=chunk)
     return jnp.where(rollout.completion_mask, values, 0.0)
+
+
+def _hidden_of_copies(apply_fn: ApplyFn, params: Params, rollout: Rollout, copies: int) -> Array:
+    """Inputs of the head that predict the completions [B, C, D], from rows with a prompt and its completions."""
+    shared = SharedPrompt(rollout.prompt_ids.shape[1], copies)
+    prompt_ids, prompt_mask = (jnp.asarray(x)[::copies] for x in (rollout.prompt_ids, rollout.prompt_mask))
+    token_ids = shared.join(prompt_ids, rollout.completion_ids[:, :-1])
+    mask = shared.join(prompt_mask, rollout.completion_mask[:, :-1])
+    hidden, _ = apply_fn(params, token_ids, mask, None, shared=shared, method="hidden")
+    first, rest = shared.split(hidden)
+    return jnp.concatenate([shared.repeat(first[:, -1:]), rest], axis=1)
 
 
 def _fed(rollout: Rollout) -> tuple[Array, Array]:
