@@ -97,16 +97,15 @@ def attend_shared(query: Array, key: Array, value: Array, positions: Positions, 
     """`attend` in rows of the layout `positions.shared`: query [R, S, H, K], key, value [R, S, G, K], S = P + k N."""
     shared = positions.shared
     assert shared is not None
-    columns = query, key, value, positions.query, positions.key_valid
-    prompt, own = zip(*map(shared.split, columns), strict=True)
-    seen = [jnp.concatenate([shared.repeat(x), y], axis=1) for x, y in zip(prompt, own, strict=True)]
-
-    def attend_to(queries: tuple[Array, ...], keys: Any) -> Array:
-        _, key, value, key_position, valid = keys
-        positions = Positions(queries[3], key_position, valid)
-        return attend(queries[0], key.swapaxes(1, 2), jnp.transpose(value, (0, 2, 3, 1)), positions, **options)
-
-    return shared.join(attend_to(prompt, prompt), attend_to(own, seen))
+    queries = zip(shared.split(query), shared.split(positions.query), strict=True)
+    parts = [shared.split(x) for x in (key, value, positions.key, positions.key_valid)]
+    of_prompts = [prompt for prompt, _ in parts]
+    of_completions = [jnp.concatenate([shared.repeat(prompt), own], axis=1) for prompt, own in parts]
+    mixed = []
+    for (q, at), (k, v, k_at, valid) in zip(queries, (of_prompts, of_completions), strict=True):
+        seen = Positions(at, k_at, valid)
+        mixed.append(attend(q, k.swapaxes(1, 2), jnp.transpose(v, (0, 2, 3, 1)), seen, **options))
+    return shared.join(*mixed)
 
 
 def visible(positions: Positions, local: Array | None, window: int) -> Array:
