@@ -94,8 +94,14 @@ def _sampler(apply_fn):
     config = sampling.SamplingConfig(LENGTH, TEMPERATURE, (STOP,), 0)
     generate = functools.partial(sampling.sample, apply_fn, lambda batch, capacity: None, config=config)
 
-    def generate_with_states(*args, num_slots, **options):
-        return generate(*args, **options), None
+    def generate_with_states(params, prompts, key, first):
+        """A batch after the other."""
+        size = prompts.prompt_ids.shape[1]
+        parts = [
+            generate(params, PromptBatch(*part), key, numbers=first + size * number + jnp.arange(size))
+            for number, part in enumerate(zip(*prompts, strict=True))
+        ]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *parts), None
 
     return sampling.Sampler(lambda params: params, generate, generate_with_states)
 
@@ -149,6 +155,16 @@ def test_a_policy_is_measured_against_sft_on_its_own_samples():
     assert found.distinct_2 == pytest.approx(len(set(pairs)) / len(pairs))
     assert evaluate(sft).sft_kl.tolist() == [0.0] * count
     assert not np.array_equal(found.completion_ids[:4], found.completion_ids[4:8])  # each batch has noise of its own
+
+
+def test_a_last_call_of_fewer_batches(monkeypatch):
+    """Fails when a batch of it is lost, or its completions have the numbers, and so the random keys, of other ones."""
+    policy, sft, frozen = _tables()
+    want = measure.evaluate(_examiner(sft, frozen, 12), policy)
+    monkeypatch.setattr(measure, "CALL_BATCHES", 2)
+    found = measure.evaluate(_examiner(sft, frozen, 12), policy)
+    for name, values in want._asdict().items():
+        np.testing.assert_array_equal(getattr(found, name), values, err_msg=name)
 
 
 def test_the_device_has_the_kl_to_compute_while_the_host_computes_rewards():

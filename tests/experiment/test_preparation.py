@@ -27,7 +27,7 @@ from warp_jax.models import apply, partitioning
 from warp_jax.progress import JobProgress
 from warp_jax.rewards import reward_functions, tfidf
 from warp_jax.training import loop, optimizers, reinforce, supervised
-from warp_jax.types import RewardError, Rollout, TrainState
+from warp_jax.types import PromptBatch, RewardError, Rollout, TrainState
 
 MARKS = {"reward": "AB", "gold": "CD", "prompts": "EF", "eval": "GH"}  # of the texts with label 0 and with label 1
 PER_LABEL = 8  # texts of each label in each split
@@ -179,8 +179,11 @@ class _Recorder:
             ids = np.tile(np.int32([ord("z"), config.stop_ids[0], config.pad_id]), (len(prompts.prompt_ids), 1))
             return Rollout(*prompts, ids, ids != config.pad_id, np.zeros(ids.shape, np.float32))
 
-        def generate_with_states(params, prompts, key, first, num_slots):
-            return generate(params, prompts, jax.random.fold_in(key, first)), None
+        def generate_with_states(params, prompts, key, first):
+            """A batch after the other."""
+            numbered = enumerate(zip(*prompts, strict=True), first)
+            parts = [generate(params, PromptBatch(*part), jax.random.fold_in(key, n)) for n, part in numbered]
+            return jax.tree.map(lambda *parts: np.stack(parts), *parts), None
 
         return sampling.Sampler(lambda params: params, generate, generate_with_states)
 

@@ -1,5 +1,6 @@
 """Sequences decoded in few slots, against all of them at once, and against counts by hand."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -7,11 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose
+from jax.sharding import PartitionSpec
+from numpy.testing import assert_allclose, assert_array_equal
 
-from tests.generation.test_sampling import VARIANTS, make
+from tests.generation.test_sampling import PLAIN, VARIANTS, make
 from warp_jax.generation import sampling, slots
 from warp_jax.generation.drawing import SamplingConfig
+from warp_jax.models import partitioning
+from warp_jax.models.apply import make_apply_fn
+from warp_jax.models.transformer import init_cache
+from warp_jax.parallel import meshes
+from warp_jax.tpu_fit import hlo
 from warp_jax.training import scoring
 from warp_jax.types import PromptBatch
 
@@ -92,20 +99,72 @@ def _step(token_ids, mask, cache):
     return logits, cache, jnp.full((*token_ids.shape, 1), cache.passes)
 
 
-def _decode(lengths, copies=1, num_slots=0, max_new_tokens=12, *, may_halve=False):
-    """Lengths that were decoded, and the number of passes of the model, the prompts' left out."""
+def _decode(lengths, copies=1, num_slots=0, max_new_tokens=12, *, may_halve=False, devices=1):
+    """Lengths that were decoded, and the number of passes of the model, the prompts' left out; num_slots per device."""
     ids = np.stack([np.full_like(lengths, 3), lengths], 1)
     prompts = PromptBatch(ids, ids > 0, np.arange(len(ids), dtype=np.int32))
-    plan = slots.make_plan(len(ids) * copies, copies, num_slots, max_new_tokens, may_halve=may_halve)
+    count = len(ids) * copies // devices
+    plan = slots.make_plan(count, copies, num_slots, max_new_tokens, may_halve=may_halve)
     model = slots.Model(_step, lambda rows, columns: _Countdown(jnp.zeros(rows, jnp.int32), jnp.int32(0)))
     keys = jax.random.split(jax.random.key(0), len(ids) * copies)
-    columns, found = jax.jit(
-        lambda: slots.decode(model, prompts, keys, SamplingConfig(max_new_tokens, 1, (STOP,), 0), plan)
-    )()
+    config = SamplingConfig(max_new_tokens, 1, (STOP,), 0)
+    decode = functools.partial(slots.decode, model, config=config, plan=plan)
+    if devices > 1:
+        mesh, rows = meshes.make_mesh((devices, 1, 1), jax.devices()[:devices]), PartitionSpec(meshes.BATCH)
+        decode = meshes.map_shards(decode, mesh, (rows, rows), rows)
+    columns, found = jax.jit(decode)(prompts, keys)
     tokens = np.asarray(columns.token_ids)[:, 2:]
     for row, length in zip(tokens, np.asarray(found), strict=True):
         assert row[:length].tolist() == [GO_ON] * (length - 1) + [STOP if length < max_new_tokens else row[length - 1]]
     return found.tolist(), int(columns.kept.max())
+
+
+def _on_devices(sizes):
+    """A sampler, its arguments for 3 batches of 16 prompts, and the weights, on a mesh of these sizes."""
+    settings, (_, _, params) = VARIANTS["gemma3"], make(**VARIANTS["gemma3"])
+    mesh, model = meshes.make_mesh(sizes), dataclasses.replace(PLAIN, **settings)
+    apply_fn, make_cache = make_apply_fn(model, mesh), functools.partial(init_cache, model, mesh=mesh)
+    placed = jax.device_put(params, partitioning.param_shardings(mesh, params))
+    config = SamplingConfig(9, 0.7, (4,), 0)
+    sampler = sampling.make_sampler(
+        mesh, placed, apply_fn=apply_fn, make_cache=make_cache, dtype="float32", config=config
+    )
+    batches = jax.tree.map(lambda x: x.reshape(3, 16, *x.shape[1:]), prompts_of(48))
+    return sampler, (sampler.lay_out(placed), meshes.put_batch(mesh, batches, axis=1), jax.random.key(3))
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)])
+def test_devices_with_slots_of_their_own_sample_what_one_does(sizes):
+    """Fails if a device numbers its completions from 0, takes more prompts than it has free slots, loses some when it
+    has fewer, or puts results in another row; or if rows of a batch must move when it is measured.
+    """
+    sampler, arguments = _on_devices(sizes)
+    rollout, states = sampler.generate_with_states(*arguments, first=7)
+    apply_fn, make_cache, params = make(**VARIANTS["gemma3"])
+    run = functools.partial(sampling.sample_with_states, apply_fn, make_cache, config=SamplingConfig(9, 0.7, (4,), 0))
+    want, want_states = jax.jit(functools.partial(run, trunk_layers=0))(
+        params, prompts_of(48), jax.random.key(3), numbers=7 + jnp.arange(48)
+    )
+    lengths = np.asarray(want.completion_mask.sum(1)).reshape(3, -1)
+    assert len(np.unique(lengths)) > 3
+    for batch in range(3):
+        got = jax.tree.map(lambda x, batch=batch: x[batch], rollout)
+        assert got.completion_ids.sharding.is_equivalent_to(meshes.batch_sharding(meshes.make_mesh(sizes)), 2)
+        rows = slice(16 * batch, 16 * (batch + 1))
+        for name in ("prompt_ids", "example_ids", "completion_ids", "completion_mask"):
+            assert_array_equal(getattr(got, name), getattr(want, name)[rows], err_msg=name)
+        assert_allclose(got.per_token_logps, want.per_token_logps[rows], atol=1e-5)
+        assert_allclose(states.final[batch, :, 4], want_states.final[rows, 4], atol=1e-4)
+
+
+def test_only_the_ends_of_loops_are_agreed_on_among_devices():
+    """Fails if a row or a part of the cache moves between devices, or each device ends its loops alone."""
+    sampler, arguments = _on_devices((2, 4, 1))
+    found = hlo.collectives(sampler.generate_with_states.lower(*arguments).compile().as_text())
+    assert not found.once
+    ((kind, (count, size)),) = found.per_loop_step.items()
+    assert (kind, count) == ("all-reduce", 2)  # if a device goes on, and how many slots are free
+    assert size < 64  # a row of the cache has 3 layers of 2 x 14 x 8 floats
 
 
 def test_a_slot_takes_the_next_prompt_when_its_completion_has_ended():
@@ -115,6 +174,20 @@ def test_a_slot_takes_the_next_prompt_when_its_completion_has_ended():
     lengths = np.array([9, 2, 3, 2, 4], np.int32)
     assert _decode(lengths, num_slots=2) == (lengths.tolist(), 8)
     assert _decode(lengths) == (lengths.tolist(), 8)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "passes"),
+    [([[2, 2, 9, 9, 8, 6], [6, 6, 6, 6, 2, 2]], 10), ([[2, 2, 2, 2, 2, 2], [9, 9, 9, 9, 9, 9]], 16)],
+)
+def test_devices_refill_when_enough_slots_are_free_on_all_of_them_together(lengths, passes):
+    """Fails if refills wait for the device that is full, or for one free slot only; never ends if free slots count that
+    have no prompt. By hand, two devices, each with four slots and blocks of one. After pass 1 of the first case, device
+    0 has two free slots, as many as the two blocks, and takes the completion of 8; its last one, of 6, waits for device
+    1, which is full until pass 5. In the second case, device 1 ends after pass 8 and has two more completions.
+    """
+    lengths = np.array(lengths, np.int32).reshape(-1)
+    assert _decode(lengths, num_slots=4, devices=2) == (lengths.tolist(), passes)
 
 
 def test_samples_of_a_prompt_wait_for_as_many_slots():

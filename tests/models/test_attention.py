@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from warp_jax.models import attention
 from warp_jax.parallel import meshes
@@ -64,6 +65,18 @@ def test_splash_for_the_last_queries(window):
     splash = functools.partial(attention.splash, window=window, softcap=0.0, mesh=MESH, interpret=True)
     got = jax.jit(splash)(query[:, first:], key, value, jnp.asarray(LEFT_PADDED))
     np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_splash_on_the_rows_of_one_device():
+    """Fails when rows that a `shard_map` over the batch has split are split again, or the kernel is not used there."""
+
+    def attend(query, key, value, valid):
+        assert not meshes.manual_axes() or attention.splash_fits(query.astype("bfloat16"), key, _TpuMesh(2))
+        return attention.splash(query, key, value, valid, window=0, softcap=0.0, mesh=MESH, interpret=True)
+
+    inputs, rows = (*_inputs(2), jnp.asarray(LEFT_PADDED)), PartitionSpec(meshes.BATCH)
+    found = jax.jit(meshes.map_shards(attend, MESH, (rows,) * 4, rows, meshes.BATCH))(*inputs)
+    np.testing.assert_allclose(found[LEFT_PADDED], attend(*inputs)[LEFT_PADDED], atol=1e-6)
 
 
 def test_meshes_of_cpus_use_the_plain_one():

@@ -200,6 +200,12 @@ def test_batch_is_split_over_data_and_fsdp(sizes, rows):
     assert meshes.batch_devices(mesh) == 16 // rows
 
 
+def test_batches_are_split_each():
+    """Fails if whole batches lie on one device, which then computes alone."""
+    batch = meshes.put_batch(meshes.make_mesh((2, 2, 2)), jnp.arange(96).reshape(2, 16, 3), axis=1)
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 4, 3)}
+
+
 def test_replicated_is_whole_everywhere():
     """Fails if `replicated` splits the first axis."""
     placed = jax.device_put(jnp.arange(16), meshes.replicated(meshes.make_mesh((2, 2, 2))))

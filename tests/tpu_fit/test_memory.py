@@ -49,6 +49,7 @@ def test_the_checks_are_of_the_mesh_that_is_planned():
 EMBED, QO, KV, MLP, NORMS = 300 * 16, 2 * 16 * 16, 2 * 16 * 8, 3 * 16 * 32, 5 * 16
 POLICY = 4 * (EMBED / 4 + 2 * (QO + MLP) / 4 + 2 * KV / 2 + NORMS)
 COPY = 4 * (EMBED / 2 + 2 * (QO + MLP) / 2 + 2 * KV + NORMS)
+SAMPLED = 4 * 5 + 4 + 6 * 9 + 4 * 10 * 16  # of an evaluation: a prompt, a completion and the states of both
 RESIDENT = {
     "policy": POLICY,
     "anchor": POLICY,
@@ -109,7 +110,7 @@ def test_co_resident_memory_of_each_program_by_hand(plan):
         "generation (evaluation)": every - COPY,
         "reward (evaluation)": every - RESIDENT["reward model"],
         "update": every - 4 * POLICY - 8,
-        "KL to SFT": every - 2 * POLICY,
+        "KL to SFT": every - 2 * POLICY + 2 * 16 / 4 * SAMPLED,  # two batches of 16 in a call
         "Gram matrix": between,
         "merge": between,
         "LITI": between,
@@ -204,7 +205,8 @@ def test_factors_are_planned_with_the_weights_that_they_make():
     read = sizes["policy"] + sizes["anchor"] + sizes["Adam moments"] + sizes["frozen weights"] + sizes["init"]
     assert resident["update"] == read
     assert resident[compile.EXPANDED] == sizes["policy"] + sizes["init"] + sizes[compile.EXPANDED]
-    assert resident["KL to SFT"] == sizes[compile.EXPANDED] + sizes["SFT"] + sizes["frozen weights"]
+    read = sizes[compile.EXPANDED] + sizes["SFT"] + sizes["frozen weights"]
+    assert resident["KL to SFT"] == read - 2 * 16 / 4 * SAMPLED
     assert compile.chip_bytes(steps["SFT step"].args) == 3 * POLICY + 8 + 8 / 4 * 16 * 5
     assert compile.chip_bytes(steps["SFT step"].co_resident) == POLICY
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power

@@ -134,23 +134,17 @@ def evaluate(examiner: Examiner, params: Params) -> Evaluation:
     )
 
 
-def rows_per_call(mesh: Mesh, batch_size: int, count: int) -> int:
-    """Prompts that one call samples: several batches, if no row would move to another device."""
-    return min(CALL_BATCHES * batch_size, count) if meshes.batch_devices(mesh) == 1 else batch_size
-
-
 def _completions(examiner: Examiner, laid_out: Params) -> Iterator[tuple[Rollout, States]]:
     """A completion for each prompt, and the policy's states, in batches of examiner.batch_size."""
     key = jax.random.fold_in(jax.random.key(examiner.seed), EVALUATION_STREAM)
-    size, count = examiner.batch_size, len(examiner.eval_prompts.example_ids)
-    step = rows_per_call(examiner.mesh, size, count)
-    for first in range(0, count, step):
-        rows = np.arange(first, min(first + step, count))
-        prompts = meshes.put_batch(examiner.mesh, batches.take(examiner.eval_prompts, rows))
-        sampled = examiner.sampler.generate_with_states(laid_out, prompts, key, first=first, num_slots=size)
-        for batch in range(0, len(rows), size):
+    rows = np.arange(len(examiner.eval_prompts.example_ids)).reshape(-1, examiner.batch_size)
+    for first in range(0, len(rows), CALL_BATCHES):
+        call = rows[first : first + CALL_BATCHES]
+        prompts = meshes.put_batch(examiner.mesh, batches.take(examiner.eval_prompts, call), axis=1)
+        sampled = examiner.sampler.generate_with_states(laid_out, prompts, key, first=call[0, 0])
+        for batch in range(len(call)):
             stopping.stop_if_requested("an evaluation, which will be made again")
-            yield jax.tree.map(lambda x, batch=batch: x[batch : batch + size], sampled) if step > size else sampled
+            yield jax.tree.map(lambda x, batch=batch: x[batch], sampled)
 
 
 def _measure(examiner: Examiner, params: Params, rollout: Rollout, states: States) -> dict[str, np.ndarray]:

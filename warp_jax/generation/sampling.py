@@ -7,13 +7,14 @@ A prompt is processed once for all of its samples. See `slots` for how sequences
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from warp_jax import trees
 from warp_jax.generation import slots
@@ -27,8 +28,10 @@ class Sampler(NamedTuple):
     """Compiled sampling in two parts; a call with (params, prompts, key, copies) runs both.
 
     lay_out: params -> a copy for generation, see `laid_out`. Leaves that already have this form are not copied.
-    generate: (that copy, prompts, key, other arguments of `sample` by name) -> Rollout.
-    generate_with_states: the same, and the `States` of all tokens [B, P + C, D]; those of masked tokens mean nothing.
+    generate: (that copy, prompts [B, P], key, copies) -> Rollout; see `sample`.
+    generate_with_states: (that copy, prompts [K, B, P], key, first) -> Rollout and `States`, both [K, B, ...], of K
+    batches that share B slots; first = number of the first completion among those of the key. States of masked tokens
+    mean nothing.
     """
 
     lay_out: Callable[[Params], Params]
@@ -57,8 +60,6 @@ def make_sampler(
     """
     sampling_mesh = sampling_mesh or mesh
     copiers = jax.tree.map(make_copier, params, laid_out(sampling_mesh, params, dtype))
-    inside, outside = map(meshes.batch_sharding, (sampling_mesh, mesh))
-    may_halve = meshes.batch_devices(mesh) == 1
 
     def lay_out(params: Params) -> Params:
         """Copy when all work on `params` is done: then the previous copy is no longer in memory."""
@@ -66,20 +67,40 @@ def make_sampler(
             jax.block_until_ready(params)
         return jax.tree.map(lambda copier, leaf: copier(leaf), copiers, params)
 
-    def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
-        """Keep rows on their chips until the end: else XLA moves them in each layer."""
+    def compiled(run: Callable[..., Any], axis: int = 0) -> Callable[..., Any]:
+        """Keep rows, which lie along `axis`, on their chips until the end: else XLA moves them in each layer."""
+        inside, outside = (meshes.batch_sharding(each, axis) for each in (sampling_mesh, mesh))
 
-        @functools.partial(jax.jit, out_shardings=outside, static_argnames=("copies", "num_slots"))
+        @functools.partial(jax.jit, out_shardings=outside, static_argnames="copies")
         def generate(params: Params, prompts: PromptBatch, key: Array, **options: Any) -> Any:
             prompts = jax.lax.with_sharding_constraint(prompts, inside)
-            found = run(apply_fn, make_cache, params, prompts, key, config=config, may_halve=may_halve, **options)
-            return jax.lax.with_sharding_constraint(found, inside)
+            return jax.lax.with_sharding_constraint(run(params, prompts, key, **options), inside)
 
         return generate
 
+    given: dict[str, Any] = {"config": config, "may_halve": meshes.batch_devices(mesh) == 1}
+    rollout = functools.partial(sample, apply_fn, make_cache, **given)
+    with_states = functools.partial(sample_with_states, apply_fn, make_cache, trunk_layers=trunk_layers, **given)
     return Sampler(
-        lay_out, compiled(sample), compiled(functools.partial(sample_with_states, trunk_layers=trunk_layers))
+        lay_out, compiled(rollout), compiled(functools.partial(_in_slots, with_states, sampling_mesh), axis=1)
     )
+
+
+def _in_slots(
+    sample: Callable[..., Any], mesh: Mesh, params: Params, prompts: PromptBatch, key: Array, *, first: Array | int = 0
+) -> Any:
+    """Sample for K batches of prompts [K, B, P] in B slots; each batch device has a queue, its rows of every batch."""
+
+    def run(params: Params, prompts: PromptBatch, key: Array, numbers: Array) -> Any:
+        queue, numbers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (prompts, numbers))
+        sampled = sample(params, queue, key, numbers=numbers, num_slots=prompts.prompt_ids.shape[1])
+        return jax.tree.map(lambda x: x.reshape(*prompts.example_ids.shape, *x.shape[1:]), sampled)
+
+    shape = prompts.example_ids.shape
+    if meshes.batch_devices(mesh) > 1:
+        whole, rows = PartitionSpec(), meshes.batch_sharding(mesh, axis=1).spec
+        run = meshes.map_shards(run, mesh, (whole, rows, whole, rows), rows, meshes.BATCH)
+    return run(params, prompts, key, first + jnp.arange(math.prod(shape)).reshape(shape))
 
 
 def laid_out(mesh: Mesh, params: Params, dtype: str) -> Params:
@@ -118,8 +139,9 @@ def sample(
     The same key gives the same completions, up to rounding, on any mesh and in any number of slots; a larger
     max_new_tokens only adds tokens. `per_token_logps` belong to the distribution after temperature, top-k and top-p.
 
-    options: copies = completions of each prompt, in neighbouring rows; first = index of the first completion among
-    those of this key; num_slots = rows that decode together, 0 = all; may_halve: see `slots.make_plan`.
+    options: copies = completions of each prompt, in neighbouring rows; numbers = int32 [copies * B], of the completions
+    among those of this key, None = from 0; num_slots = rows that decode together, 0 = all; may_halve: see
+    `slots.make_plan`.
     """
 
     def step(token_ids: Array, mask: Array, cache: Any) -> tuple[Array, Any, tuple[()]]:
@@ -156,14 +178,14 @@ def _decode(
     config: SamplingConfig,
     *,
     copies: int = 1,
-    first: Array | int = 0,
+    numbers: Array | None = None,
     num_slots: int = 0,
     may_halve: bool = False,
 ) -> tuple[Rollout, Any]:
     """Completions, and what the model's step keeps of each token. Options as in `sample`."""
     chex.assert_rank([prompts.prompt_ids, prompts.prompt_mask], 2)
     count = copies * len(prompts.prompt_ids)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(first + jnp.arange(count))
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count) if numbers is None else numbers)
     plan = slots.make_plan(count, copies, num_slots, config.max_new_tokens, may_halve=may_halve)
     columns, lengths = slots.decode(model, prompts, keys, config, plan)
     before = prompts.prompt_ids.shape[1]

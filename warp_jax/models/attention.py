@@ -136,7 +136,7 @@ def splash_fits(query: Array, key: Array, mesh: Mesh | None) -> bool:
         return False
     groups, tensor = key.shape[1], mesh.shape["tensor"]
     whole_heads = query.shape[2] % tensor == 0 and (groups % tensor == 0 or groups == 1)
-    whole_rows = query.shape[0] % meshes.batch_devices(mesh) == 0
+    whole_rows = bool(meshes.manual_axes()) or query.shape[0] % meshes.batch_devices(mesh) == 0
     return query.shape[1] > 1 and query.shape[3] % LANES == 0 and whole_heads and whole_rows
 
 
@@ -172,7 +172,7 @@ def splash(
         attention = _kernel(query.shape[1], shape, keys - length, window, softcap=softcap, interpret=interpret)
         return jax.vmap(attention)(query, key, value, splash_attention.SegmentIds(*segments))
 
-    on_all_chips = jax.shard_map(on_chip, mesh=mesh, in_specs=in_specs, out_specs=query_spec, check_vma=False)
+    on_all_chips = meshes.map_shards(on_chip, mesh, in_specs, query_spec)
     return on_all_chips(query, key, value, segments).swapaxes(1, 2)[:, :length]
 
 

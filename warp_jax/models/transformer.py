@@ -227,11 +227,12 @@ class Attention(nn.Module):
         frequencies, scale = _rotary(cfg, local)
         query = rope.rotate(query, positions.query, frequencies, scale) * (cfg.query_scale or cfg.head_dim**-0.5)
         key = rope.rotate(key, positions.query, frequencies, scale)
+        has_room = cache is not None and cache.keys.shape[3] > x.shape[1]  # for later tokens
         options: dict[str, Any] = {
             "local": local if any(cfg.local_pattern) else None,
             "window": cfg.sliding_window,
             "softcap": cfg.attention_softcap,
-            "mesh": self.mesh if cache is None else None,
+            "mesh": None if has_room else self.mesh,
         }
         if positions.shared is not None:
             mixed = attention.attend_shared(query, key, value, positions, **options)

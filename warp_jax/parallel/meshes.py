@@ -4,7 +4,7 @@ Axes: `data` (splits the batch), `fsdp` (splits the batch and the weights), `ten
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -64,7 +64,33 @@ def constrain(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array
     """Shard the activation x by `spec`; an axis that is not divisible stays unsplit. mesh None = return x."""
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, divisible(mesh, x.shape, spec)))
+    spec = divisible(mesh, x.shape, local(spec))
+    return jax.lax.with_sharding_constraint(x, spec if manual_axes() else NamedSharding(mesh, spec))
+
+
+def manual_axes() -> tuple[str, ...]:
+    """Axes of the `jax.shard_map` that is being traced: its arrays are the parts of one device. () outside of one."""
+    return jax.sharding.get_abstract_mesh().manual_axes
+
+
+def local(spec: PartitionSpec) -> PartitionSpec:
+    """The spec of one device's part in a `jax.shard_map` over the batch axes; the same spec outside of one."""
+    return PartitionSpec(*(None if axis == BATCH else axis for axis in spec)) if manual_axes() else spec
+
+
+def map_shards(
+    function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any, axes: Sequence[str] = AXES
+) -> Callable[..., Any]:
+    """`jax.shard_map` over `axes`, of which those of a `jax.shard_map` around it are left out."""
+    around = manual_axes()
+    return jax.shard_map(
+        function,
+        mesh=None if around else mesh,  # None: that of the other one
+        in_specs=jax.tree.map(local, in_specs),
+        out_specs=local(out_specs),
+        axis_names=set(axes) - set(around),
+        check_vma=False,
+    )
 
 
 def divisible(mesh: Mesh, shape: Sequence[int], spec: PartitionSpec) -> PartitionSpec:
@@ -77,9 +103,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding that splits the first axis over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(BATCH))
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Sharding that splits one axis over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
 
 
 def batch_devices(mesh: Mesh | AbstractMesh) -> int:
@@ -87,12 +113,12 @@ def batch_devices(mesh: Mesh | AbstractMesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Shard arrays [B, ...] over the batch axes. Every process passes the full arrays; its devices keep their rows.
+def put_batch(mesh: Mesh, batch: Any, axis: int = 0) -> Any:
+    """Shard one axis of arrays over the batch axes. Every process passes full arrays; its devices keep their rows.
 
     Arrays that are on devices already are not copied to the host, which would wait for them.
     """
-    rows = batch_sharding(mesh)
+    rows = batch_sharding(mesh, axis)
 
     def put(x: Any) -> jax.Array:
         if isinstance(x, jax.Array) and (rows.is_fully_addressable or not x.is_fully_addressable):

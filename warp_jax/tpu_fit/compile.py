@@ -148,7 +148,7 @@ class _Planner:
             weights, reads = self.resident[COPY], (COPY,)
         copies = reinforce.shared_samples(self.settings.rl, self.mesh)
         generate = functools.partial(functions.sampler.generate, copies=copies)
-        yield self.generation("", generate, train // copies, weights, reads)
+        yield self.generation("", generate, self._prompts(train // copies), weights, reads)
         yield from self.reward("", train)
         if functions.evaluation_sampler is not functions.sampler:
             dtype = self.settings.evaluation.dtype
@@ -158,17 +158,18 @@ class _Planner:
                 weights, reads = self._laid_out(dtype), ()
         evaluate = functions.evaluation_sampler.generate_with_states
         settings = self.settings.evaluation
-        rows = measure.rows_per_call(self.mesh, evaluation, settings.num_prompts * settings.samples_per_prompt)
-        yield self.generation(EVALUATION, functools.partial(evaluate, num_slots=evaluation), rows, weights, reads)
+        batches = min(measure.CALL_BATCHES, settings.num_prompts * settings.samples_per_prompt // evaluation)
+        prompts = self._prompts(batches, evaluation)
+        yield self.generation(EVALUATION, evaluate, prompts, weights, reads)
         if evaluation != train:
             yield from self.reward(EVALUATION, evaluation)
         yield from self.updates()
-        rollout = self._rollout(evaluation)
-        _, states = jax.eval_shape(evaluate, weights, PromptBatch(*rollout[:3]), self._key())
-        split = meshes.batch_sharding(self.mesh)
-        states = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), states)
+        sampled = jax.eval_shape(evaluate, weights, prompts, self._key())
+        sampled = jax.tree.map(lambda x: self._rows(x.dtype, *x.shape, axis=1), sampled)
+        batch = jax.tree.map(lambda x: self._rows(x.dtype, *x.shape[1:]), sampled)
         models = self.trained, self.trained, self.frozen
-        yield self.program("KL to SFT", functions.kl_to_sft, *models, rollout, states, reads=(*self.whole, "SFT"))
+        kl = self.program("KL to SFT", functions.kl_to_sft, *models, *batch, reads=(*self.whole, "SFT"))
+        yield kl._replace(co_resident={**kl.co_resident, "completions of a call": sampled})
         if settings.text:
             texts = self.trained, self.frozen, *self._texts(evaluation, settings.text_tokens)
             yield self.program(f"held-out texts{EVALUATION}", functions.text_losses, *texts, reads=self.whole)
@@ -192,11 +193,10 @@ class _Planner:
         state: TrainState = partitioning.with_shardings(self.mesh, jax.eval_shape(functions.init, self.trained))
         return state
 
-    def generation(self, suffix: str, generate: Any, prompts: int, weights: Any, reads: Names) -> Program:
-        """Generation for so many prompts from `weights`, laid out for its sampler."""
-        call = jax.jit(generate, out_shardings=meshes.batch_sharding(self.mesh))
-        batch = PromptBatch(*self._rollout(prompts)[:3])
-        return self.program(f"generation{suffix}", call, weights, batch, self._key(), reads=reads)
+    def generation(self, suffix: str, generate: Any, prompts: PromptBatch, weights: Any, reads: Names) -> Program:
+        """Generation for these prompts from `weights`, laid out for its sampler."""
+        call = jax.jit(generate, out_shardings=meshes.batch_sharding(self.mesh, prompts.prompt_ids.ndim - 2))
+        return self.program(f"generation{suffix}", call, weights, prompts, self._key(), reads=reads)
 
     def reward(self, suffix: str, batch: int) -> Iterator[Program]:
         """The reward of so many completions, if a model computes it."""
@@ -251,6 +251,11 @@ class _Planner:
             batch["labels"] = self._rows(jnp.int32, group.batch_size)
         return programs.update, state, frozen, batch
 
+    def _prompts(self, *rows: int) -> PromptBatch:
+        """Prompts [*rows, ...]: a batch, or several batches."""
+        batch, axis = PromptBatch(*self._rollout(rows[-1])[:3]), len(rows) - 1
+        return jax.tree.map(lambda x: self._rows(x.dtype, *rows, *x.shape[1:], axis=axis), batch)
+
     def _rollout(self, batch: int) -> Rollout:
         prompt, completion = self.settings.sampling.prompt_tokens, self.settings.sampling.max_new_tokens
         prompts = *self._texts(batch, prompt), self._rows(jnp.int32, batch)
@@ -260,8 +265,8 @@ class _Planner:
         """Token ids and mask."""
         return self._rows(jnp.int32, batch, length), self._rows(jnp.bool_, batch, length)
 
-    def _rows(self, dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(self.mesh))
+    def _rows(self, dtype: Any, *shape: int, axis: int = 0) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(self.mesh, axis))
 
 
 def chip_bytes(tree: Any) -> int:
