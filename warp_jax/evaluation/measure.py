@@ -145,6 +145,7 @@ def _completions(examiner: Examiner, laid_out: Params) -> Iterator[tuple[Rollout
         for batch in range(len(call)):
             stopping.stop_if_requested("an evaluation, which will be made again")
             yield jax.tree.map(lambda x, batch=batch: x[batch], sampled)
+        del sampled  # else it is in memory while the next call samples
 
 
 def _measure(examiner: Examiner, params: Params, rollout: Rollout, states: States) -> dict[str, np.ndarray]:

@@ -87,13 +87,13 @@ def make_sampler(
 
 
 def _in_slots(
-    sample: Callable[..., Any], mesh: Mesh, params: Params, prompts: PromptBatch, key: Array, *, first: Array | int = 0
+    draw: Callable[..., Any], mesh: Mesh, params: Params, prompts: PromptBatch, key: Array, *, first: Array | int = 0
 ) -> Any:
     """Sample for K batches of prompts [K, B, P] in B slots; each batch device has a queue, its rows of every batch."""
 
     def run(params: Params, prompts: PromptBatch, key: Array, numbers: Array) -> Any:
         queue, numbers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (prompts, numbers))
-        sampled = sample(params, queue, key, numbers=numbers, num_slots=prompts.prompt_ids.shape[1])
+        sampled = draw(params, queue, key, numbers=numbers, num_slots=prompts.prompt_ids.shape[1])
         return jax.tree.map(lambda x: x.reshape(*prompts.example_ids.shape, *x.shape[1:]), sampled)
 
     shape = prompts.example_ids.shape

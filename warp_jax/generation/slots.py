@@ -6,10 +6,10 @@ before the current column. When no prompt is left, the active rows are compacted
 If all sequences have a slot from the start, long ones begin in a cache of the prompt and half of the completion.
 A sequence gets the same completion in any slot, up to rounding: its random numbers depend on its key and the position.
 
-In a `jax.shard_map` over the batch, each device has a queue and slots of its own, so no row moves between devices. Only
-the loops are common: they end together, and all devices refill when the sum of free slots is as large as that of their
-blocks. Waiting until each has a free block would take longer: with 32 devices of 4 slots, 2.5 instead of 1.7 times the
-steps of full slots (8 queued sequences a slot, geometric lengths of 100 tokens on average, at most 512; simulated).
+In a `jax.shard_map` over the batch, each device has a queue and slots of its own, so no row moves between devices. The
+loops end together, and all refill together: when the free slots of all devices are as many as the prompts of their next
+blocks. In a simulation (32 devices of 4 slots, 8 sequences a slot, geometric lengths with mean 100, at most 512), this
+takes 1.7 times the steps of slots that are always full; waiting until each device has a free block takes 2.5 times.
 
 Axis letters: Q sequences (the queue), N slots, R slots that are filled together; B rows, S tokens, V vocabulary.
 """
@@ -141,7 +141,7 @@ class _Decoder(NamedTuple):
         """
         columns = self.width - self.config.max_new_tokens // 2
         slots = jax.lax.while_loop(
-            lambda slots: (jnp.sum(~slots.done) > floor) & (slots.column < columns),
+            lambda slots: _anywhere(jnp.sum(~slots.done) > floor) & (slots.column < columns),
             self.advance,
             self.fill_all(columns),
         )
@@ -213,13 +213,13 @@ class _Decoder(NamedTuple):
         return queue._replace(results=results, lengths=_put_rows(queue.lengths, slots.drawn, target))
 
     def _has_room(self, queue: _Queue) -> Array:
-        """True if the next sequences with a free slot are as many as the next blocks of all devices together."""
+        """True if, summed over devices, the sequences that could start now are at least those of the next blocks."""
         block = jnp.minimum(self.plan.block, self.plan.sequences - queue.next)
         rooms, blocks = _total(jnp.stack([self._room(queue), block]))
         return (blocks > 0) & (rooms >= blocks)
 
     def _room(self, queue: _Queue) -> Array:
-        """Number of the next sequences that have a free slot; a multiple of `copies`."""
+        """Number of the next sequences that could start now: whole prompts, at most as many as slots are free."""
         free = jnp.sum(queue.slots.done, dtype=jnp.int32) // self.plan.copies * self.plan.copies
         return jnp.minimum(free, self.plan.sequences - queue.next)
 

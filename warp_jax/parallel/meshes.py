@@ -65,6 +65,7 @@ def constrain(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array
     if mesh is None:
         return x
     spec = divisible(mesh, x.shape, local(spec))
+    # in a shard_map, a bare spec means the mesh around it
     return jax.lax.with_sharding_constraint(x, spec if manual_axes() else NamedSharding(mesh, spec))
 
 

@@ -289,9 +289,8 @@ def train_step(trainer: Trainer, run: Run, state: TrainState, step: int) -> tupl
 
 
 def shared_samples(rl: Rl, mesh: Mesh | AbstractMesh, parts: int = 1) -> int:
-    """Samples whose prompt is computed once, if a batch is cut into `parts`: all, or 1.
-
-    1 if the prompts of a part do not divide by devices.
+    """Samples that share one computation of their prompt in a batch that is cut into `parts`: all, or 1 if the prompts
+    of a part do not divide by devices.
     """
     num_prompts = rl.batch_size // rl.samples_per_prompt
     return 1 if num_prompts % (parts * meshes.batch_devices(mesh)) else rl.samples_per_prompt

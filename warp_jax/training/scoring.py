@@ -37,7 +37,7 @@ def per_token_logps(
         target_logits = jnp.take_along_axis(scaled, token_ids[..., None], axis=-1)[..., 0]
         return target_logits - jax.nn.logsumexp(scaled, axis=-1)
 
-    if copies == 1 or rollout.completion_ids.shape[1] == 1:
+    if copies == 1 or rollout.completion_ids.shape[1] == 1:  # of one token, no token of the completion is read
         return _map_completion(apply_fn, [params], rollout, logps_of, chunk)
     targets = jnp.asarray(rollout.completion_ids), rollout.allowed
     hidden = [_hidden_of_copies(apply_fn, params, rollout, copies)]
