@@ -61,13 +61,10 @@ def make_programs(
 
     @functools.cache
     def make_update(rl: Rl, warp: Warp) -> loop.Programs[TrainState]:
+        copies, score = reinforce.shared_samples(rl, mesh, rl.num_microbatches), scoring.per_token_logps
         rule = reinforce.Rule(
             score_fn=functools.partial(
-                scoring.per_token_logps,
-                make_apply_fn(model, mesh),
-                temperature=drawn.temperature,
-                chunk=chunk,
-                copies=reinforce.shared_samples(rl, mesh, rl.num_microbatches),
+                score, make_apply_fn(model, mesh), temperature=drawn.temperature, chunk=chunk, copies=copies
             ),
             optimizer=optimizers.make_optimizer(rl, settings.adam),
             rl=rl,
