@@ -74,8 +74,9 @@ def test_two_processes_equal_one(one, tmp_path):
 def test_a_lost_process_stops_the_others_and_the_restart_goes_on(one, tmp_path):
     """Fails when the others hang or print a traceback, or a checkpoint needs the same processes or mesh.
 
-    The restart uses another number of processes and another mesh. SFT and run 1, two of whose steps are on that mesh,
-    are compared: over the six steps of run 2, the rounding of another mesh grows tenfold a step.
+    The restart uses another number of processes and another mesh, and gives the front of one process that resumes on
+    that mesh. SFT and run 1, of which two steps are on that mesh, are those of the unbroken job too; over the six steps
+    of run 2, the rounding of another mesh grows tenfold a step.
     """
     workdir = tmp_path / "run"
     processes = _launch(workdir, 2)
@@ -88,8 +89,12 @@ def test_a_lost_process_stops_the_others_and_the_restart_goes_on(one, tmp_path):
     assert "start all processes again with the same command" in lines[0]
     assert "Traceback" not in error
     assert not (workdir / "front.csv").exists()
+    alone = shutil.copytree(workdir, tmp_path / "alone")
+    code, _, error = finish(*_launch(alone, 1, mesh=(1, 2, 2)))
+    assert code == 0, error
     results = [finish(process) for process in _launch(workdir, 4, mesh=(1, 2, 2))]
     assert [code for code, *_ in results] == [0] * 4, results
+    _assert_same_front(workdir, alone)
     _assert_same_front(workdir, one, rows=3)
 
 
