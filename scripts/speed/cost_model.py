@@ -1,4 +1,4 @@
-"""What a stage of training should cost: a fit of its seconds to the work that follows from its sizes."""
+"""Cost of a stage of training: a fit of its seconds to the work that follows from its sizes."""
 
 import numpy as np
 from etils import epy

@@ -253,13 +253,15 @@ class _Planner:
 
     def _prompts(self, *rows: int) -> PromptBatch:
         """Prompts [*rows, ...]: a batch, or several batches."""
-        batch, axis = PromptBatch(*self._rollout(rows[-1])[:3]), len(rows) - 1
-        return jax.tree.map(lambda x: self._rows(x.dtype, *rows, *x.shape[1:], axis=axis), batch)
+        length, axis = self.settings.sampling.prompt_tokens, len(rows) - 1
+        token_ids, mask = (self._rows(dtype, *rows, length, axis=axis) for dtype in (jnp.int32, jnp.bool_))
+        return PromptBatch(token_ids, mask, self._rows(jnp.int32, *rows, axis=axis))
 
     def _rollout(self, batch: int) -> Rollout:
-        prompt, completion = self.settings.sampling.prompt_tokens, self.settings.sampling.max_new_tokens
-        prompts = *self._texts(batch, prompt), self._rows(jnp.int32, batch)
-        return Rollout(*prompts, *self._texts(batch, completion), self._rows(jnp.float32, batch, completion))
+        completion = self.settings.sampling.max_new_tokens
+        return Rollout(
+            *self._prompts(batch), *self._texts(batch, completion), self._rows(jnp.float32, batch, completion)
+        )
 
     def _texts(self, batch: int, length: int) -> tuple[Any, Any]:
         """Token ids and mask."""

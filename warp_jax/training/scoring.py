@@ -37,12 +37,7 @@ def per_token_logps(
         target_logits = jnp.take_along_axis(scaled, token_ids[..., None], axis=-1)[..., 0]
         return target_logits - jax.nn.logsumexp(scaled, axis=-1)
 
-    if copies == 1 or rollout.completion_ids.shape[1] == 1:  # of one token, no token of the completion is read
-        return _map_completion(apply_fn, [params], rollout, logps_of, chunk)
-    targets = jnp.asarray(rollout.completion_ids), rollout.allowed
-    hidden = [_hidden_of_copies(apply_fn, params, rollout, copies)]
-    values = _map_hidden(apply_fn, [params], hidden, targets, reduce=logps_of, chunk=chunk)
-    return jnp.where(rollout.completion_mask, values, 0.0)
+    return _map_completion(apply_fn, [params], rollout, reduce=logps_of, chunk=chunk, copies=copies)
 
 
 def sequence_kl(
@@ -71,7 +66,7 @@ def sequence_kl(
 
     policies = [params, reference_params]
     if states is None:
-        return _map_completion(apply_fn, policies, rollout, kl, chunk).sum(axis=1)
+        return _map_completion(apply_fn, policies, rollout, reduce=kl, chunk=chunk).sum(axis=1)
     token_ids, mask = _fed(rollout)
     length = rollout.completion_ids.shape[1]
     if states.trunk is None:
@@ -168,12 +163,16 @@ def _next_token_kl(logits: Array, reference: Array) -> Array:
 
 
 def _map_completion(
-    apply_fn: ApplyFn, policies: Sequence[Params], rollout: Rollout, reduce: Reduce, chunk: int
+    apply_fn: ApplyFn, policies: Sequence[Params], rollout: Rollout, *, reduce: Reduce, chunk: int, copies: int = 1
 ) -> Array:
-    """Apply `map_logits` to the positions that predict the completion tokens: [B, C], 0 where masked."""
-    token_ids, mask = _fed(rollout)
+    """Apply reduce(logits, targets) to the positions that predict the completion tokens: [B, C], 0 where masked."""
     targets = jnp.asarray(rollout.completion_ids), rollout.allowed
-    values = map_logits(apply_fn, policies, token_ids, mask, targets, reduce=reduce, chunk=chunk)
+    if copies == 1 or rollout.completion_ids.shape[1] == 1:  # of one token, no token of the completion is read
+        token_ids, mask = _fed(rollout)
+        values = map_logits(apply_fn, policies, token_ids, mask, targets, reduce=reduce, chunk=chunk)
+    else:
+        hidden = [_hidden_of_copies(apply_fn, params, rollout, copies) for params in policies]
+        values = _map_hidden(apply_fn, policies, hidden, targets, reduce=reduce, chunk=chunk)
     return jnp.where(rollout.completion_mask, values, 0.0)
 
 
